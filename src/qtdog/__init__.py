@@ -1,0 +1,48 @@
+"""Quantization-aware training for domain generalization: train, keep and ship one quantized model.
+
+The names below are loaded at their first use, so that `import qtdog` (and `qtdog --help`) stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtdog.conversion.attach import attach as attach
+    from qtdog.conversion.attach import attached as attached
+    from qtdog.conversion.ship import load_into as load_into
+    from qtdog.conversion.ship import save as save
+    from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
+    from qtdog.core.quantized import QuantSpec as QuantSpec
+    from qtdog.training.shipped import load as load
+
+_HOMES = {
+    "attach": "qtdog.conversion.attach",
+    "attached": "qtdog.conversion.attach",
+    "load_into": "qtdog.conversion.ship",
+    "save": "qtdog.conversion.ship",
+    "QuantizedTensor": "qtdog.core.quantized",
+    "QuantSpec": "qtdog.core.quantized",
+    "load": "qtdog.training.shipped",
+}
+
+__all__ = ["QuantSpec", "QuantizedTensor", "__version__", "attach", "attached", "load", "load_into", "save"]
+
+try:
+    __version__ = metadata.version("qtdog")
+except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qtdog' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,185 @@
+"""Attach quantizers to a model at step 0, enable them at the start step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+
+from qtdog.conversion.select import WEIGHT_NAMES, Layer, find_layers, layer_name, select
+from qtdog.core.errors import ConfigError, unknown
+from qtdog.core.quantized import MAX_BITS, MIN_BITS, QuantSpec
+from qtdog.quantizers.base import Quantizer
+from qtdog.quantizers.registry import QUANTIZERS
+
+GRANULARITIES = ("channel", "layer")
+
+
+class Site(NamedTuple):
+    """A weight with its quantizer, under one of its names.
+
+    Attributes:
+        name: the layer's name, as in patterns and reports.
+        plain_name: the weight's name in the state dict of the plain model.
+        prefix: what precedes its tensors in the state dict of the attached model.
+        quantizer: its quantizer.
+        weight: the Parameter that trains.
+    """
+
+    name: str
+    plain_name: str
+    prefix: str
+    quantizer: Quantizer
+    weight: nn.Parameter
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Yield every quantized weight of a model, a shared one once per name that it has."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        for tensor_name in WEIGHT_NAMES:
+            if not is_parametrized(module, tensor_name):
+                continue
+            parametrizations: Any = module.get_submodule(f"parametrizations.{tensor_name}")
+            if isinstance(parametrizations[0], Quantizer):
+                dot = f"{name}." if name else ""
+                prefix = f"{dot}parametrizations.{tensor_name}."
+                label = layer_name(name, tensor_name)
+                yield Site(label, dot + tensor_name, prefix, parametrizations[0], parametrizations.original)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The quantizers of a model, found in it anew at every use.
+
+    Attributes:
+        model: the model that carries them.
+    """
+
+    model: nn.Module
+
+    @property
+    def layers(self) -> dict[str, Quantizer]:
+        """Layer name to quantizer, in the order of the model; layers that share a weight share the quantizer."""
+        return {site.name: site.quantizer for site in sites(self.model)}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether every quantizer is enabled."""
+        return all(quantizer.enabled for quantizer in self.layers.values())
+
+    def enable(self) -> None:
+        """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing."""
+        for site in sites(self.model):
+            if not site.quantizer.enabled:
+                site.quantizer.enable_(site.weight)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Say whether weights are quantized, leaving the step sizes as they are: for restoring a checkpoint."""
+        for quantizer in self.layers.values():
+            quantizer.enabled = enabled
+
+    def param_groups(self, lr: float, *, weight_decay: float = 0.0, step_size_lr: float = 1.0) -> list[dict[str, Any]]:
+        """Return two optimizer groups: everything else that trains, and the step sizes, which never decay.
+
+        Args:
+            lr: learning rate of the weights.
+            weight_decay: weight decay of the first group.
+            step_size_lr: learning rate of the step sizes as a multiple of `lr`.
+        """
+        step_sizes = {id(p): p for quantizer in self.layers.values() for p in quantizer.parameters()}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in step_sizes]
+        return [
+            {"params": rest, "lr": lr, "weight_decay": weight_decay},
+            {"params": list(step_sizes.values()), "lr": lr * step_size_lr, "weight_decay": 0.0},
+        ]
+
+
+def attach(
+    model: nn.Module,
+    *,
+    bits: int = 7,
+    granularity: str = "channel",
+    step_mode: str = "log",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    quantizer: str = "lsq",
+) -> Attached:
+    """Attach a quantizer to every selected layer; weights pass through untouched until `Attached.enable()`.
+
+    The Parameter objects stay the same, so an optimizer made before or after holds what trains.
+
+    Args:
+        model: the model, changed in place.
+        bits: bits per weight, 2 to 8.
+        granularity: one step size per output "channel" or per "layer".
+        step_mode: how the step size is learned: "log" (any optimizer) or "raw" (LSQ's own, for SGD).
+        include: glob patterns of layer names; empty means every layer.
+        exclude: glob patterns of layer names left in float; a module's name covers everything below it.
+        quantizer: a name of `qtdog.quantizers.registry.QUANTIZERS`.
+
+    Raises:
+        ConfigError: an unknown name or value, a pattern that means no layer, a weight shared by a selected and an
+            unselected layer, or a model that carries quantizers already.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> quantizers = attach(model, bits=4, exclude=["2"])
+        >>> list(quantizers.layers)
+        ['0']
+        >>> quantizers.enable()
+        >>> model[0].weight.unique().numel() <= 8 * 16
+        True
+    """
+    spec_bits, per_channel = _checked_bits(bits), _checked_granularity(granularity) == "channel"
+    if next(sites(model), None) is not None:
+        raise ConfigError("the model carries quantizers already; find them with attached(model)")
+    make = QUANTIZERS[quantizer]
+    chosen = select(find_layers(model), include, exclude)
+    _refuse_half_tied(model, chosen)
+    made: dict[int, Quantizer] = {}
+    for layer in chosen:
+        weight = layer.weight
+        if id(weight) not in made:
+            made[id(weight)] = make(weight, QuantSpec(spec_bits, layer.axis if per_channel else None), step_mode)
+        register_parametrization(layer.module, layer.tensor_name, made[id(weight)])
+    return Attached(model)
+
+
+def attached(model: nn.Module) -> Attached:
+    """Return the quantizers that a model carries.
+
+    Raises:
+        ConfigError: it carries none.
+    """
+    if next(sites(model), None) is None:
+        raise ConfigError("the model carries no quantizers; attach(model) first")
+    return Attached(model)
+
+
+def _checked_bits(bits: int) -> int:
+    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits}")
+    return bits
+
+
+def _checked_granularity(granularity: str) -> str:
+    if granularity not in GRANULARITIES:
+        raise ConfigError(unknown("granularity", granularity, GRANULARITIES))
+    return granularity
+
+
+def _refuse_half_tied(model: nn.Module, chosen: Sequence[Layer]) -> None:
+    """Refuse a weight that is quantized under one name and float under another: no plain model could hold both."""
+    selected = {(id(layer.module), layer.tensor_name) for layer in chosen}
+    weights = {id(layer.weight): layer.name for layer in chosen}
+    for name, module in model.named_modules():
+        for tensor_name, parameter in module._parameters.items():
+            if id(parameter) in weights and (id(module), tensor_name) not in selected:
+                other = layer_name(name, tensor_name)
+                raise ConfigError(
+                    f"'{weights[id(parameter)]}' and '{other}' share one weight, and only the first is to be "
+                    "quantized; include or exclude both"
+                )

@@ -1,0 +1,77 @@
+"""Take the trained weights out of an attached model: codes for the quantized layers, floats for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qtdog.conversion.attach import Site, sites
+from qtdog.core.errors import ModelError
+from qtdog.core.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A model's state under the names of its plain (unattached) form; copies on the CPU.
+
+    A weight that has several names is one object under each of them.
+
+    Attributes:
+        quantized: codes and step sizes of the quantized weights.
+        rest: every other tensor of the state dict.
+    """
+
+    quantized: dict[str, QuantizedTensor]
+    rest: dict[str, Tensor]
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> Baked:
+    """Return what `model` has learned, without touching it.
+
+    Before the quantizers are enabled (or without any) everything is in `rest`.
+
+    Raises:
+        ModelError: a quantized weight that is not finite, or a state dict with something that is no tensor.
+    """
+    quantized: dict[str, QuantizedTensor] = {}
+    rest: dict[str, Tensor] = {}
+    made: dict[int, QuantizedTensor] = {}
+    covered: list[str] = []
+    renamed: dict[str, str] = {}
+    for site in sites(model):
+        covered.append(site.prefix)
+        if site.quantizer.enabled:
+            key = id(site.quantizer)
+            made[key] = made[key] if key in made else _quantized(site)
+            quantized[site.plain_name] = made[key]
+        else:
+            renamed[f"{site.prefix}original"] = site.plain_name
+    copies: dict[tuple[object, ...], Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name in renamed or not name.startswith(tuple(covered)):
+            rest[renamed.get(name, name)] = _copied(name, value, copies)
+    return Baked(quantized, rest)
+
+
+def plain_state_dict(baked: Baked) -> dict[str, Tensor]:
+    """Return a state dict for a freshly built plain model: dequantized weights, and the rest as it is."""
+    return {name: value.dequantize() for name, value in baked.quantized.items()} | baked.rest
+
+
+def _quantized(site: Site) -> QuantizedTensor:
+    if not torch.isfinite(site.weight).all():
+        raise ModelError(f"the weight of layer '{site.name}' is not finite, so it has no codes: the training diverged")
+    value = site.quantizer.quantized(site.weight)
+    return QuantizedTensor(value.codes.cpu(), value.scale.cpu(), value.spec)
+
+
+def _copied(name: str, value: object, copies: dict[tuple[object, ...], Tensor]) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ModelError(f"'{name}' in the model's state dict is no tensor but {type(value).__name__}")
+    key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device) if value.numel() else (name,)
+    if key not in copies:
+        copies[key] = value.detach().to("cpu", copy=True)
+    return copies[key]

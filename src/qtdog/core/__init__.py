@@ -1,0 +1,1 @@
+"""Values that cross rooms: errors, registry, random streams, files, quantized tensors, configuration."""

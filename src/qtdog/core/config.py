@@ -1,0 +1,156 @@
+"""The configuration tree of one run: frozen, validated, with one canonical hash.
+
+Every section is an axis or a stage; every value has the default of the published protocol (DomainBed as SWAD and QT-DoG
+use it). Names of axis members (objective, quantizer, …) are checked where names become objects, in `training/run.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qtdog.core.quantized import MAX_BITS, MIN_BITS
+
+HASH_VERSION = 1
+# Where the data lies and how many threads read it change no result: runs on two machines have one name.
+NOT_HASHED = {"data": {"source", "workers"}}
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, numbers accepted where a name is meant (`target: 75`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """Which images, which domain is unseen, how they are split and batched."""
+
+    source: str = Field("rotated-digits", description="data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl")
+    content: str = Field("", description="sha256 of the data set's content; filled in by the run")
+    target: str = Field("none", description="the unseen domain; 'none' trains on every domain")
+    trial: int = Field(0, ge=0, description="which random 20 % of each domain is held out")
+    holdout_frac: float = Field(0.2, gt=0, lt=0.5, description="share of each source domain held out for selection")
+    test_mode: Literal["target", "in-domain"] = Field(
+        "target", description="'in-domain' splits the sources 60/20/20 and reports on the last 20 %"
+    )
+    image_size: int = Field(224, ge=8, le=1024, description="pixels; images are resized, never cropped, to a square")
+    augment: Literal["domainbed", "none"] = Field("domainbed", description="training augmentation")
+    batch_size: int = Field(32, ge=1, le=4096, description="images per source domain per step")
+    allow_missing_classes: bool = Field(False, description="accept a domain that lacks a class")
+    workers: int = Field(1, ge=0, le=64, description="threads that prepare the next batches")
+
+
+class ModelConfig(Section):
+    """The backbone and where its weights come from."""
+
+    backbone: str = Field("resnet50", description="any timm model, or digits_cnn / mnist_cnn")
+    weights: str = Field("imagenet", description="'imagenet', 'none', or a .safetensors/.pth file")
+    freeze_bn: bool = Field(True, description="keep batch-norm statistics as they were pretrained")
+
+
+class ObjectiveConfig(Section):
+    """The loss of one step."""
+
+    name: str = "erm"
+
+
+class StepRuleConfig(Section):
+    """How the loss becomes an update."""
+
+    name: str = "plain"
+
+
+class AveragerConfig(Section):
+    """Which weights are kept."""
+
+    name: str = "none"
+
+
+class QuantizerConfig(Section):
+    """The grid the weights live on, and from which step."""
+
+    name: str = Field("lsq", description="'lsq', or 'none' for a float model")
+    bits: int = Field(7, ge=MIN_BITS, le=MAX_BITS, description="bits per weight")
+    start_step: int | None = Field(None, ge=0, description="first quantized step; default 40 % of the steps")
+    granularity: Literal["channel", "layer"] = Field("channel", description="one step size per output channel or layer")
+    step_mode: Literal["log", "raw"] = Field("log", description="how the step size is learned: log scale, or raw LSQ")
+    include: tuple[str, ...] = Field((), description="glob patterns of layer names; empty means every layer")
+    exclude: tuple[str, ...] = Field(("classifier",), description="glob patterns of layer names left in float")
+
+
+class OptimizerConfig(Section):
+    """The optimizer; the published protocol is plain Adam without decay or schedule."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(5e-5, gt=0, lt=10)
+    weight_decay: float = Field(0.0, ge=0, description="of the weights; step sizes never decay")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    step_size_lr: float = Field(1.0, gt=0, description="learning rate of the step sizes, as a multiple of lr")
+
+
+class TrainConfig(Section):
+    """Length, validation, seeds and precision."""
+
+    steps: int = Field(5000, ge=1)
+    eval_every: int = Field(300, ge=1, description="steps between evaluations")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; default eval_every")
+    seed: int = Field(0, ge=0)
+    selection: Literal["source", "last", "oracle"] = Field(
+        "source", description="which checkpoint is shipped: best source validation, the last, or best on the target"
+    )
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Config(Section):
+    """The whole configuration of one run.
+
+    Example:
+        >>> config = Config.model_validate({"quantizer": {"bits": 4}})
+        >>> config.quantizer.bits, config.optimizer.lr
+        (4, 5e-05)
+    """
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    step_rule: StepRuleConfig = StepRuleConfig()
+    averager: AveragerConfig = AveragerConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _start_lies_inside_the_run(self) -> Config:
+        start = self.quantizer.start_step
+        if self.quantizer.name != "none" and start is not None and start >= self.train.steps:
+            raise ValueError(
+                f"quantizer.start_step {start} is not before train.steps {self.train.steps}: nothing would be quantized"
+            )
+        return self
+
+    @property
+    def start_step(self) -> int | None:
+        """The first quantized step (paper: 2,000 of 5,000), or None for a float run."""
+        if self.quantizer.name == "none":
+            return None
+        given = self.quantizer.start_step
+        return int(0.4 * self.train.steps) if given is None else given
+
+
+def config_hash(config: Config) -> str:
+    """Return the canonical hash of a configuration: 12 hex digits, the name of its run folder.
+
+    Values at their defaults do not count, so that a new option with a default renames no old run; neither do values
+    that change no result (`data.source`, `data.workers`; `data.content` stands for the data).
+    """
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    for section, keys in NOT_HASHED.items():
+        tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
+    if config.quantizer.name == "none":
+        tree["quantizer"] = {"name": "none"}  # a float run has no bits: `--quantizer none --bits 4` is the same run
+    tree = {name: section for name, section in tree.items() if section}
+    text = json.dumps([HASH_VERSION, tree], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

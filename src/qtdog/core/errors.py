@@ -1,0 +1,74 @@
+"""Errors that a user can act on, and the nearest match for a mistyped name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QtdogError(Exception):
+    """Base of every error that qtdog raises on purpose; its text says what to do.
+
+    The command line prints the text alone (no traceback) and exits with `exit_code`.
+    """
+
+    exit_code: int = 1
+
+
+class ConfigError(QtdogError):
+    """An option has an unknown name or a value that it cannot take."""
+
+    exit_code = 2
+
+
+class DataError(QtdogError):
+    """A data set is missing, incomplete or unreadable."""
+
+
+class ModelError(QtdogError):
+    """A backbone or its weights cannot be had or do not fit."""
+
+
+class FormatError(QtdogError):
+    """A file is not what it should be: truncated, hostile, or of another kind."""
+
+
+class RunError(QtdogError):
+    """A run folder cannot be used, or a run had to stop."""
+
+
+class NonFiniteLossError(RunError):
+    """The training loss became NaN or infinite; the last good state was kept."""
+
+
+class Interrupted(QtdogError):
+    """A signal asked the run to stop; its state was saved first."""
+
+    exit_code = 130
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """Return the known name closest in spelling to `given`, or None if none is close.
+
+    Example:
+        >>> nearest("corel", ["coral", "erm"])
+        'coral'
+    """
+    names = list(known)
+    folded = {name.lower(): name for name in names}
+    match = difflib.get_close_matches(given.lower(), folded, n=1, cutoff=0.5)
+    return folded[match[0]] if match else None
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> str:
+    """Return the sentence for an unknown name, with the nearest match and what is known.
+
+    Example:
+        >>> unknown("objective", "emr", ["erm"])
+        "unknown objective 'emr'; did you mean 'erm'? Known: erm"
+    """
+    names = sorted(known)
+    close = nearest(given, names)
+    hint = f"; did you mean '{close}'?" if close else "."
+    listed = ", ".join(names[:20]) + (f" … ({len(names)} in all)" if len(names) > 20 else "")
+    return f"unknown {kind} '{given}'{hint} Known: {listed or 'none'}"

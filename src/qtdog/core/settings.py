@@ -1,0 +1,143 @@
+"""From presets, files, flags and `--set` to one validated configuration; and back to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError, nearest, unknown
+
+Tree = dict[str, Any]
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that are shipped, sorted."""
+    folder = resources.files("qtdog") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Tree:
+    """Return the tree of a shipped preset, or of a YAML file if `name` ends in .yaml or .yml.
+
+    Raises:
+        ConfigError: no such preset or file, or it is not a mapping of sections.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"configuration file {path} does not exist")
+        return _parse(path.read_text(), name)
+    if name not in preset_names():
+        raise ConfigError(unknown("preset", name, preset_names()))
+    return _parse((resources.files("qtdog") / "presets" / f"{name}.yaml").read_text(), name)
+
+
+def preset_description(name: str) -> str:
+    """Return the comment lines at the head of a shipped preset, as one sentence."""
+    lines = (resources.files("qtdog") / "presets" / f"{name}.yaml").read_text().splitlines()
+    head = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("# "))
+    return " ".join(head)
+
+
+def _parse(text: str, name: str) -> Tree:
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
+        raise ConfigError(f"{name} must hold sections with keys, like 'train:' and below it 'steps: 100'")
+    return cast(Tree, tree)
+
+
+def parse_assignment(text: str) -> Tree:
+    """Return the tree of one `section.key=value`, the value read as YAML.
+
+    Example:
+        >>> parse_assignment("train.steps=100")
+        {'train': {'steps': 100}}
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    path, equals, value = text.partition("=")
+    section, dot, key = path.partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"--set takes section.key=value, like --set train.steps=100; got '{text}'")
+    try:
+        return {section: {key: yaml.safe_load(value)}}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from error
+
+
+def merge(trees: Iterable[Mapping[str, Any]]) -> Tree:
+    """Return one tree in which later trees override earlier ones, key by key."""
+    merged: Tree = {}
+    for tree in trees:
+        for section, values in tree.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    return merged
+
+
+def build_config(trees: Iterable[Mapping[str, Any]]) -> Config:
+    """Return the validated configuration of the merged trees.
+
+    Raises:
+        ConfigError: an unknown section, key or value (with the nearest match), or a value out of range.
+    """
+    try:
+        return Config.model_validate(merge(trees))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _explain(detail: ErrorDetails) -> str:
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = _fields(path[:-1])
+        if len(path) == 1:
+            return unknown("section", path[0], known)
+        return unknown(f"option in '{'.'.join(path[:-1])}'", path[-1], known)
+    if detail["type"] == "literal_error":
+        expected = detail.get("ctx", {}).get("expected", "")
+        choices = [choice.strip(" '") for choice in expected.replace(" or ", ",").split(",")]
+        close = nearest(str(detail["input"]), choices)
+        hint = f"; did you mean '{close}'?" if close else ""
+        return f"{name} cannot be '{detail['input']}'{hint} Choices: {', '.join(choices)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (got {detail['input']!r})" if name else message
+
+
+def _fields(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = cast(type[BaseModel], annotation)
+    return list(section.model_fields)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the effective configuration as YAML, every value spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return one line `section.key: old → new` for every value that differs."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [
+        f"{section}.{key}: {before[section][key]} → {after[section][key]}"
+        for section in before
+        for key in before[section]
+        if before[section][key] != after[section][key]
+    ]

@@ -1,0 +1,1 @@
+"""Data sets of several domains: datasheets, splits, the decoded cache, augmentation, batches."""

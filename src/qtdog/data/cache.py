@@ -1,0 +1,168 @@
+"""Decode once: all images of a data set, resized, as one uint8 file that training reads slices of.
+
+The file is read with `pread`, not mapped: mapped pages count as resident memory of the process and grow with the data
+set, pages that the kernel merely caches do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qtdog.core.errors import DataError
+from qtdog.core.files import atomic_folder, write_atomic
+from qtdog.data.dataset import N_THREADS, DomainDataset, Progress
+from qtdog.data.decode import DECODE_VERSION
+
+IMAGES = "images.u8"
+MAX_LISTED = 20
+SETTLED_NS = 2_000_000_000
+"""A file changed within the last 2 s may change again without its times showing it: its hash is not remembered yet."""
+
+
+class DecodedCache:
+    """n images of one size in one file.
+
+    Args:
+        path: a file of n · size · size · channels bytes.
+        shape: (n, size, size, channels).
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
+        self.path = path
+        self.shape = shape
+        self._row_bytes = shape[1] * shape[2] * shape[3]
+        self._handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.shape[0]
+
+    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int]) -> Tensor:
+        """Return the images at `indices`, uint8 (b, size, size, channels). Safe to call from several threads.
+
+        Raises:
+            IndexError: an index is out of range.
+            DataError: the file was cut short meanwhile.
+        """
+        images = torch.empty((len(indices), *self.shape[1:]), dtype=torch.uint8)
+        rows = images.numpy().reshape(len(indices), self._row_bytes)
+        for row, index in zip(rows, np.asarray(indices).tolist(), strict=True):
+            if not 0 <= index < len(self):
+                raise IndexError(f"image {index} of {len(self)}")
+            if os.preadv(self._handle, [row], index * self._row_bytes) != self._row_bytes:
+                raise DataError(f"the image cache {self.path} was cut short; start again and it is rebuilt")
+        return images
+
+
+def cache_root() -> Path:
+    """Return where caches live: $QTDOG_CACHE, else $XDG_CACHE_HOME/qtdog, else ~/.cache/qtdog."""
+    own = os.environ.get("QTDOG_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qtdog"
+
+
+def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder: Path | None = None) -> str:
+    """Return the data set's `content_sha256`, remembered by its cheap signature so that it is hashed only once.
+
+    Raises:
+        DataError: an image cannot be read.
+        RunError: the cache folder cannot be written.
+    """
+    note = (folder or cache_root()) / "content" / dataset.signature()
+    remembered = note.read_text() if note.is_file() else ""
+    if len(remembered) == 64:
+        return remembered
+    content = dataset.content_sha256(progress)
+    if time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
+        write_atomic(note, content)
+    return content
+
+
+def open_cache(
+    dataset: DomainDataset, image_size: int, *, progress: Progress = None, folder: Path | None = None
+) -> DecodedCache:
+    """Return the data set's images at `image_size`, decoding them now unless that was done before.
+
+    The key is the content (not the path or the time), the size, the channels and the version of the decoder: runs share
+    one cache, and a changed image makes a new one. Building is atomic; a broken cache is rebuilt.
+
+    Raises:
+        DataError: images cannot be read (up to 20 are named), or the disk is too small.
+        RunError: the cache folder cannot be written.
+    """
+    folder = folder or cache_root()
+    channels = dataset.sheet.channels
+    shape = (len(dataset), image_size, image_size, channels)
+    content = content_sha256(dataset, progress=progress, folder=folder)
+    key = hashlib.sha256(json.dumps([content, image_size, channels, DECODE_VERSION]).encode()).hexdigest()
+    place = folder / "decoded" / key[:24]
+    file = place / IMAGES
+    n_bytes = int(np.prod(shape))
+    if not file.is_file() or file.stat().st_size != n_bytes:
+        shutil.rmtree(place, ignore_errors=True)
+        _require_space(folder, n_bytes)
+        with atomic_folder(place) as temporary:
+            _build(dataset, image_size, temporary / IMAGES, progress)
+    return DecodedCache(file, shape)
+
+
+def _require_space(folder: Path, n_bytes: int) -> None:
+    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise DataError(
+            f"the image cache needs {n_bytes / 1e6:,.1f} MB in {folder}, but only {free / 1e6:,.1f} MB are free there: "
+            "free some space, use a smaller --image-size, or set QTDOG_CACHE to a folder on another disk"
+        )
+
+
+def _build(dataset: DomainDataset, size: int, path: Path, progress: Progress) -> None:
+    errors: list[str] = []
+    lock = threading.Lock()
+    row_bytes = size * size * dataset.sheet.channels
+    with path.open("wb") as stream, ThreadPoolExecutor(N_THREADS) as pool:
+
+        def write(i: int) -> None:
+            try:
+                pixels = np.ascontiguousarray(dataset.read_resized(i, size))
+            except DataError as error:
+                with lock:
+                    errors.append(str(error))
+                return
+            os.pwrite(stream.fileno(), pixels.data, i * row_bytes)
+
+        n = len(dataset)
+        for start in range(0, n, 256):  # in portions, so that Ctrl-C or twenty broken images do not wait for the rest
+            end = min(n, start + 256)
+            list(pool.map(write, range(start, end)))
+            if len(errors) >= MAX_LISTED:
+                break
+            if progress is not None:
+                progress(end, n)
+    if errors:
+        _refuse(errors)
+
+
+def _refuse(errors: list[str]) -> None:
+    if len(errors) == 1:
+        raise DataError(errors[0])
+    listed = "\n  ".join(sorted(errors)[:MAX_LISTED])
+    count = f"at least {MAX_LISTED}" if len(errors) >= MAX_LISTED else str(len(errors))
+    raise DataError(f"{count} images cannot be read; nothing was trained:\n  {listed}")

@@ -1,0 +1,128 @@
+"""The contract of a data set: images that each belong to one domain and one class."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from qtdog.core.errors import DataError
+from qtdog.data.decode import to_square
+from qtdog.data.sheet import Datasheet
+
+Progress = Callable[[int, int], None] | None
+"""Called as progress(done, total) while something takes long."""
+
+N_THREADS = 4
+
+
+class DomainDataset(ABC):
+    """Images in a fixed order (domain, class, file name), each with one domain and one class.
+
+    The order is the one that torchvision's `ImageFolder` gives each domain, so that splits equal DomainBed's.
+
+    Attributes:
+        sheet: the datasheet.
+        domains: domain names, sorted.
+        classes: class names, sorted.
+        keys: a stable name per image (n,), such as its relative path.
+        domain_index: int16 (n,), positions in `domains`.
+        class_index: int16 (n,), positions in `classes`.
+    """
+
+    sheet: Datasheet
+    domains: tuple[str, ...]
+    classes: tuple[str, ...]
+    keys: list[str]
+    domain_index: npt.NDArray[np.int16]
+    class_index: npt.NDArray[np.int16]
+
+    def __len__(self) -> int:
+        """Return the number of images n."""
+        return len(self.keys)
+
+    @abstractmethod
+    def read(self, i: int) -> npt.NDArray[np.uint8]:
+        """Return image i at its native size, uint8 (H, W, C).
+
+        Raises:
+            DataError: the image cannot be read; the text names it.
+        """
+
+    @abstractmethod
+    def signature(self) -> str:
+        """Return a cheap fingerprint that changes whenever an image is changed, added, removed or relabelled."""
+
+    @abstractmethod
+    def newest_change_ns(self) -> int:
+        """Return when the latest change of any image happened (ns since 1970), or 0 if they cannot change."""
+
+    @abstractmethod
+    def sample_sha256(self, i: int) -> str:
+        """Return the hex sha256 of the stored content of image i (DataError if it cannot be had)."""
+
+    def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
+        """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
+        return to_square(self.read(i), size)
+
+    def indices(self, domain: str) -> npt.NDArray[np.int64]:
+        """Return the positions of a domain's images, ascending (DataError if there is no such domain)."""
+        if domain not in self.domains:
+            raise DataError(f"'{domain}' is not a domain of {self.sheet.name}; it has {', '.join(self.domains)}")
+        return np.flatnonzero(self.domain_index == self.domains.index(domain))
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Return how many images there are, int64 (domains, classes)."""
+        table = np.zeros((len(self.domains), len(self.classes)), dtype=np.int64)
+        np.add.at(table, (self.domain_index, self.class_index), 1)
+        return table
+
+    def missing_classes(self) -> list[tuple[str, str]]:
+        """Return the (domain, class) pairs that have no image."""
+        return [(self.domains[d], self.classes[c]) for d, c in np.argwhere(self.counts() == 0)]
+
+    def content_sha256(self, progress: Progress = None) -> str:
+        """Return the hex sha256 of all images' content, names and labels; the same wherever the data set lies."""
+        digest = hashlib.sha256("\0".join([*self.domains, "", *self.classes]).encode())
+        for i, content in enumerate(self.sample_hashes(progress)):
+            line = f"\0{self.keys[i]}\0{self.domain_index[i]}\0{self.class_index[i]}\0{content}"
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    def sample_hashes(self, progress: Progress = None) -> list[str]:
+        """Return `sample_sha256` of every image, computed in a few threads (DataError if one cannot be read)."""
+        return map_samples(self.sample_sha256, len(self), progress)
+
+
+def map_samples(function: Callable[[int], str], n: int, progress: Progress = None) -> list[str]:
+    """Return [function(0), …, function(n-1)], computed in a few threads; the first error ends it.
+
+    Example:
+        >>> map_samples(str, 3)
+        ['0', '1', '2']
+    """
+    results: list[str] = []
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        for start in range(0, n, 1024):  # in portions, so that an error or Ctrl-C does not wait for all the rest
+            results.extend(pool.map(function, range(start, min(n, start + 1024))))
+            if progress is not None:
+                progress(len(results), n)
+    return results
+
+
+def sample_arrays(
+    domains: tuple[str, ...], classes: tuple[str, ...], labels: list[tuple[str, str]]
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
+    """Return (domain_index, class_index) int16 (n,) of a list of (domain, class) names.
+
+    Example:
+        >>> sample_arrays(("a", "b"), ("x",), [("b", "x")])
+        (array([1], dtype=int16), array([0], dtype=int16))
+    """
+    places = [dict(zip(names, range(len(names)), strict=True)) for names in (domains, classes)]
+    pairs = [[place[name] for name in column] for place, column in zip(places, zip(*labels, strict=True), strict=True)]
+    return np.array(pairs[0], dtype=np.int16), np.array(pairs[1], dtype=np.int16)

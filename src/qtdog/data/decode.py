@@ -1,0 +1,75 @@
+"""From an image file to a uint8 array: the one definition that training, evaluation and prediction share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from qtdog.core.errors import DataError
+
+DECODE_VERSION = 1
+"""Part of the cache's key: raise it when the pixels that `decode` or `to_square` give change."""
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode(path: Path, channels: int = 3) -> npt.NDArray[np.uint8]:
+    """Return an image file as uint8 (H, W, channels): upright, RGB or grey.
+
+    EXIF orientation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped.
+
+    Raises:
+        DataError: the file is missing, truncated, too large to be safe, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            pixels = np.asarray(_to_eight_bit(upright).convert(MODES[channels]))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path} is too large to be safe: {error}. Make it smaller, or remove it.") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist (any more)") from error
+    except Exception as error:  # Pillow's readers raise a dozen kinds of error for broken files
+        hint = "Replace or remove it; `qtdog data verify` lists all such files."
+        raise DataError(f"{path} cannot be read as an image ({_reason(error)}). {hint}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return "not an image, or a format that is not supported" if "cannot identify" in text else text
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
+        values = np.asarray(image).astype(np.int64)
+        shift = 8 if values.max(initial=0) > 255 else 0
+        return Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
+
+
+def to_square(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """Return uint8 (H, W, C) resized to (size, size, C): antialiased bilinear, nothing cropped.
+
+    The same pixels as torchvision's `Resize((size, size))` of a PIL image (DomainBed's evaluation transform).
+
+    Example:
+        >>> to_square(np.zeros((3, 5, 1), dtype=np.uint8), 2).shape
+        (2, 2, 1)
+    """
+    height, width, channels = pixels.shape
+    if (height, width) == (size, size):
+        return pixels
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return resized.reshape(size, size, channels)
+
+
+def decode_resized(path: Path, size: int, channels: int = 3) -> npt.NDArray[np.uint8]:
+    """Return an image file as uint8 (size, size, channels): `decode`, then `to_square` (DataError as `decode`)."""
+    return to_square(decode(path, channels), size)

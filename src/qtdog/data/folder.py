@@ -1,0 +1,96 @@
+"""A folder ROOT/DOMAIN/CLASS/image as a data set; no code or list of files needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qtdog.core.errors import DataError
+from qtdog.data.cards import match_card
+from qtdog.data.files import FileDataset, Record, require_domains, require_path
+from qtdog.data.sheet import Datasheet
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+LAYOUT = "ROOT/DOMAIN/CLASS/image"
+
+
+def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
+    """Return the data set in a folder laid out as ROOT/DOMAIN/CLASS/image.
+
+    Hidden files and files without an image suffix are ignored, links are followed, folders below a class are searched.
+    No image is opened. A folder with exactly the domains and classes of a known benchmark carries its datasheet.
+
+    Raises:
+        DataError: the folder is missing, not a folder, not laid out like that, or has fewer domains than `min_domains`.
+    """
+    require_path(root, "data folder")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; give a folder laid out as {LAYOUT}, or a .csv or .jsonl manifest")
+    classes, records = _scan(root)
+    if not records:
+        raise DataError(_explain_nothing_found(root))
+    _require_images_everywhere(root, classes, records)
+    names = tuple(sorted({label for labels in classes.values() for label in labels}))
+    own = Datasheet(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
+    dataset = FileDataset(match_card(classes, names) or own, root, records, names)
+    require_domains(dataset, min_domains, root)
+    return dataset
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name has an image suffix and is not hidden.
+
+    Example:
+        >>> is_image_name("a.JPG"), is_image_name("._a.jpg"), is_image_name("notes.txt")
+        (True, False, False)
+    """
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return all images below a folder, in torchvision's `ImageFolder` order: by folder, then by file name."""
+    found = []
+    for top, _, names in sorted(os.walk(folder, followlinks=True)):
+        if not any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
+            found += [Path(top, name) for name in sorted(names) if is_image_name(name)]
+    return found
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder that are not hidden, sorted by name."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _scan(root: Path) -> tuple[dict[str, list[str]], list[Record]]:
+    classes: dict[str, list[str]] = {}
+    records: list[Record] = []
+    for domain in subfolders(root):
+        labels = subfolders(domain)
+        if labels:  # a folder without any is no domain: notes, lists of files
+            classes[domain.name] = [label.name for label in labels]
+        for label in labels:
+            keys = [path.relative_to(root).as_posix() for path in images_below(label)]
+            records += [Record(domain.name, label.name, key) for key in keys]
+    return classes, records
+
+
+def _explain_nothing_found(root: Path) -> str:
+    layout = f"the layout must be {LAYOUT}"
+    images_here = any(is_image_name(entry.name) for entry in root.iterdir())
+    images_in = [folder.name for folder in subfolders(root) if any(map(is_image_name, os.listdir(folder)))]
+    if images_here:
+        return f"{root} has images but no domains: {layout}. Put them into folders, one per domain and class."
+    if images_in:
+        first = root / images_in[0]
+        hint = f"If {root} is one domain with its classes, give the folder above it: {root.resolve().parent}"
+        return f"{root} has no domains: images lie directly in {first}, but {layout}. {hint}"
+    if subfolders(root):
+        return f"{root} has folders but no images in them: {layout}; images end in {', '.join(IMAGE_SUFFIXES)}"
+    return f"{root} has no domains, it is empty of folders: {layout}"
+
+
+def _require_images_everywhere(root: Path, classes: dict[str, list[str]], records: list[Record]) -> None:
+    empty = sorted(set(classes) - {record.domain for record in records})
+    if empty:
+        folders = ", ".join(str(root / name) for name in empty)
+        raise DataError(f"no images in {folders}: fill or remove the folder (every folder of {root} is one domain)")

@@ -1,0 +1,151 @@
+"""Batches: training batches as a pure function of the step, evaluation batches in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qtdog.core.errors import ConfigError, DataError
+from qtdog.core.random import torch_stream
+from qtdog.data.augment import augment
+from qtdog.data.augment_parameters import draw_parameters
+from qtdog.data.cache import DecodedCache
+from qtdog.data.normalise import normalise
+from qtdog.data.sampler import draw
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's images: the source domains one after another.
+
+    Attributes:
+        images: float32 (n, C, H, W), normalised, channels-last.
+        labels: int64 (n,).
+        domains: the domain names, in the order of the images.
+        sizes: images per domain; they add up to n.
+    """
+
+    images: Tensor
+    labels: Tensor
+    domains: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+class TrainBatches:
+    """Domain-balanced, augmented training batches, each a pure function of its step.
+
+    Args:
+        cache: the decoded images.
+        class_index: class per image of the cache (n,).
+        pools: training indices per source domain, in the order that batches have.
+        batch_size: images per domain and step, over all processes.
+        seed: of the draws and the augmentation.
+        augment: "domainbed", or "none" (only normalised).
+        mean: per channel, of images in [0, 1].
+        std: likewise.
+        workers: threads that prepare the next batches in `stream`; 0 prepares each when it is asked for.
+        rank: which of `world` processes this is: it gets images rank, rank + world, … of each domain.
+        world: number of processes.
+
+    Raises:
+        ConfigError: the batch size cannot be shared evenly by the processes.
+        DataError: there is no domain, or one without training images.
+    """
+
+    def __init__(
+        self,
+        cache: DecodedCache,
+        class_index: npt.NDArray[np.integer],
+        pools: Mapping[str, Indices],
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Literal["domainbed", "none"],
+        mean: Sequence[float],
+        std: Sequence[float],
+        workers: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world:
+            raise ConfigError(f"data.batch_size {batch_size} cannot be shared evenly by {world} processes")
+        empty = [domain for domain, pool in pools.items() if len(pool) == 0]
+        if empty or not pools:
+            raise DataError(f"no training images in {', '.join(empty)}" if empty else "there is no source domain")
+        self.cache = cache
+        self.class_index = class_index.astype(np.int64)
+        self.pools = dict(pools)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.workers = workers
+        self.rank = rank
+        self.world = world
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of one step (this process's share of it)."""
+        drawn = [draw(self.seed, step, domain, pool, self.batch_size) for domain, pool in self.pools.items()]
+        rows = np.arange(len(drawn) * self.batch_size).reshape(len(drawn), -1)[:, self.rank :: self.world].reshape(-1)
+        indices = np.concatenate(drawn)[rows]
+        images = self._prepare(self.cache.gather(indices), step, torch.from_numpy(rows))
+        sizes = (self.batch_size // self.world,) * len(drawn)
+        return Batch(images, torch.from_numpy(self.class_index[indices]), tuple(self.pools), sizes)
+
+    def _prepare(self, images: Tensor, step: int, rows: Tensor) -> Tensor:
+        if self.augment == "none":
+            return normalise(images, self.mean, self.std)
+        n_global = len(self.pools) * self.batch_size  # drawn for all processes, so that they see one global batch
+        parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
+        return augment(images, parameters.take(rows), mean=self.mean, std=self.std)
+
+    def stream(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.
+
+        Close the iterator (or let it be collected) to stop the threads. An error in a thread is raised here.
+        """
+        if self.workers == 0:
+            yield from map(self.batch, range(start_step, end_step))
+            return
+        steps = iter(range(start_step, end_step))
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
+        try:
+            waiting: deque[Future[Batch]] = deque()
+            for step in steps:
+                waiting.append(pool.submit(self.batch, step))
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def eval_batches(
+    cache: DecodedCache,
+    indices: Indices,
+    class_index: npt.NDArray[np.integer],
+    *,
+    batch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images, labels) of `indices` in their order, normalised, not augmented.
+
+    Images are float32 (b, C, H, W) in channels-last memory, labels int64 (b,); the last batch may be smaller.
+    """
+    labels = class_index.astype(np.int64)
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        yield normalise(cache.gather(part), mean, std), torch.from_numpy(labels[part])

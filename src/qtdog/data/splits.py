@@ -1,0 +1,122 @@
+"""Which images are trained on, selected on and reported on: DomainBed's rule, a pure function of (trial, domain)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qtdog.core.errors import DataError
+from qtdog.data.dataset import DomainDataset
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Dataset indices of one domain.
+
+    Attributes:
+        train: trained on.
+        heldout: held out for selection.
+        test: held out for the report of the in-domain mode; empty in the target mode.
+    """
+
+    train: Indices
+    heldout: Indices
+    test: Indices
+
+    @property
+    def everything(self) -> Indices:
+        """All indices of the domain, ascending."""
+        return np.sort(np.concatenate([self.train, self.heldout, self.test]))
+
+
+@dataclass(frozen=True)
+class DomainSplits:
+    """The split of every domain, by domain name in sorted order."""
+
+    domains: dict[str, Split]
+
+    def __getitem__(self, domain: str) -> Split:
+        """Return the split of a domain."""
+        return self.domains[domain]
+
+
+def make_splits(
+    dataset: DomainDataset,
+    *,
+    frac: float = 0.2,
+    trial: int = 0,
+    test_mode: Literal["target", "in-domain"] = "target",
+) -> DomainSplits:
+    """Return every domain's split; in the "in-domain" mode a second part of the same size is set aside for the report.
+
+    Raises:
+        DataError: a domain has too few images to hold any out.
+    """
+    splits = {}
+    for d, domain in enumerate(dataset.domains):
+        members = dataset.indices(domain)
+        if int(len(members) * frac) == 0:
+            raise DataError(
+                f"domain '{domain}' has {len(members)} images: too few to hold out {frac:.0%} for selection; "
+                f"it needs at least {int(np.ceil(1 / frac))}"
+            )
+        if test_mode == "in-domain":
+            train, heldout, test = three_way(len(members), frac, trial=trial, domain_index=d)
+        else:
+            train, heldout = holdout(len(members), frac, trial=trial, domain_index=d)
+            test = np.empty(0, dtype=np.int64)
+        splits[domain] = Split(members[train], members[heldout], members[test])
+    return DomainSplits(splits)
+
+
+def holdout(n: int, frac: float, *, trial: int, domain_index: int) -> tuple[Indices, Indices]:
+    """Return (train, heldout): a permutation of range(n), the first int(n · frac) of it held out.
+
+    The permutation is that of DomainBed (Gulrajani and Lopez-Paz, 2021): NumPy's legacy generator, seeded with the md5
+    of "(trial, domain_index)" modulo 2^31.
+
+    Example:
+        >>> train, heldout = holdout(5, 0.2, trial=0, domain_index=0)
+        >>> len(train), len(heldout)
+        (4, 1)
+    """
+    order = _shuffled(n, trial, domain_index)
+    n_heldout = int(n * frac)
+    return order[n_heldout:], order[:n_heldout]
+
+
+def three_way(n: int, frac: float = 0.2, *, trial: int, domain_index: int) -> tuple[Indices, Indices, Indices]:
+    """Return (train, heldout, test): as `holdout`, with the next int(n · frac) of the permutation for the test.
+
+    The held-out part is the same as in `holdout`; with the default share this is the paper's 60/20/20 (Table 12).
+
+    Example:
+        >>> [len(part) for part in three_way(10, trial=0, domain_index=0)]
+        [6, 2, 2]
+    """
+    order = _shuffled(n, trial, domain_index)
+    size = int(n * frac)
+    return order[2 * size :], order[:size], order[size : 2 * size]
+
+
+def split_seed(trial: int, domain_index: int) -> int:
+    """Return the seed of one domain's permutation: md5 of the text "(trial, domain_index)" modulo 2^31.
+
+    Example:
+        >>> split_seed(0, 0) == split_seed(0, 0) != split_seed(0, 1)
+        True
+    """
+    text = str((trial, domain_index)).encode()
+    return int(hashlib.md5(text, usedforsecurity=False).hexdigest(), 16) % 2**31
+
+
+def _shuffled(n: int, trial: int, domain_index: int) -> Indices:
+    order = np.arange(n, dtype=np.int64)
+    np.random.RandomState(split_seed(trial, domain_index)).shuffle(order)
+    return order

@@ -1,0 +1,1 @@
+"""Domain-generalization methods, one per file: pure losses on per-domain outputs."""

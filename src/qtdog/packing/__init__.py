@@ -1,0 +1,1 @@
+"""The packed n-bit model file: bit packing, layout, reading, writing, sizes."""

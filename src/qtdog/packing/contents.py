@@ -1,0 +1,61 @@
+"""What the tensors of a packed file may hold: the same checks when it is written and when it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtdog.core.errors import FormatError
+from qtdog.core.quantized import QuantizedTensor
+from qtdog.packing.header import is_shape
+
+DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64}
+DTYPES |= {torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def check_scale(path: Path, name: str, scale: Tensor) -> None:
+    """Refuse step sizes that are not positive and finite.
+
+    Raises:
+        FormatError: naming the file, the weight and the first bad value.
+    """
+    good = torch.isfinite(scale) & (scale > 0)
+    if not good.all():
+        found = scale[~good][0].item()
+        raise FormatError(f"{path}: the step sizes of '{name}' should be positive and finite, found {found}")
+
+
+def check_quantized(path: Path, name: str, value: QuantizedTensor) -> None:
+    """Refuse a quantized weight that the format cannot hold.
+
+    Raises:
+        FormatError: codes of another type, empty or off their grid; step sizes of another type or number, or bad ones.
+    """
+    codes, scale, spec = value.codes, value.scale, value.spec
+    n_scales = 1 if spec.axis is None else codes.shape[spec.axis]
+    if codes.dtype != torch.int8 or not is_shape(list(codes.shape)) or not codes.numel():
+        found = f"{codes.dtype} {tuple(codes.shape)}"
+        raise FormatError(f"{path}: the codes of '{name}' should be int8 with at least one value, found {found}")
+    if scale.dtype != torch.float32 or scale.shape != (n_scales,):
+        found = f"{scale.dtype} {tuple(scale.shape)}"
+        raise FormatError(f"{path}: the step sizes of '{name}' should be float32 ({n_scales},), found {found}")
+    low, high = (int(bound) for bound in codes.aminmax())
+    if low < spec.qmin or high > spec.qmax:
+        raise FormatError(
+            f"{path}: the codes of '{name}' should lie in {spec.qmin} … {spec.qmax}, found {low} … {high}"
+        )
+    check_scale(path, name, scale)
+
+
+def check_rest(path: Path, name: str, value: Tensor) -> None:
+    """Refuse a float tensor with NaN, or a type that the format does not know.
+
+    Raises:
+        FormatError: naming the file and the tensor.
+    """
+    if value.dtype not in DTYPES or not is_shape(list(value.shape)):
+        raise FormatError(f"{path}: '{name}' is {value.dtype} {tuple(value.shape)}, which the format cannot hold")
+    if value.is_floating_point() and torch.isnan(value).any():
+        raise FormatError(f"{path}: '{name}' holds NaN: the training diverged, or the file is damaged")

@@ -1,0 +1,1 @@
+"""Weight quantizers: pure functions on the grid, and the modules that learn it."""

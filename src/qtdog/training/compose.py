@@ -1,0 +1,133 @@
+"""The composition root: the one place where names become objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+
+from qtdog.conversion.attach import Attached, attach
+from qtdog.core.config import Config, OptimizerConfig
+from qtdog.core.errors import ConfigError
+from qtdog.data.cache import DecodedCache, Progress, open_cache
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.loader import TrainBatches
+from qtdog.models.backbones import create_network, preprocessing
+from qtdog.models.network import Network
+from qtdog.objectives import erm as _erm  # noqa: F401  (enters its name)
+from qtdog.objectives.objective import OBJECTIVES
+from qtdog.training.averagers import AVERAGERS
+from qtdog.training.evaluator import Evaluator
+from qtdog.training.parts import Parts, Trainable
+from qtdog.training.problem import Problem
+from qtdog.training.step_rules import STEP_RULES
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Return the device handling of this run: one CPU or GPU, or one of several processes under `accelerate launch`."""
+    # A process may run several configurations; accelerate would refuse a second one of another precision.
+    AcceleratorState._reset_state()
+    # Step sizes take part only from the start step on; until then they have no gradient to wait for.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    precision = {"fp32": "no", "bf16": "bf16"}[config.train.precision]
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+
+
+def compose(
+    config: Config, dataset: DomainDataset, problem: Problem, accelerator: Accelerator, progress: Progress = None
+) -> Parts:
+    """Return the objects that `config` names, on the device, ready for `training.loop.train`.
+
+    Raises:
+        ConfigError: an unknown name on one of the axes, with the nearest match.
+        ModelError: an unknown backbone, or weights that cannot be had or do not fit.
+        DataError: an image cannot be decoded.
+    """
+    objective, step_rule = OBJECTIVES[config.objective.name](), STEP_RULES[config.step_rule.name]
+    averager = AVERAGERS[config.averager.name]()
+    network = _network(config, dataset).to(device=accelerator.device, memory_format=torch.channels_last)
+    quantizer = _quantizer(config, network)
+    optimizer = make_optimizer(config.optimizer, network, quantizer)
+    with accelerator.main_process_first():
+        cache = open_cache(dataset, config.data.image_size, progress=progress)
+    model, prepared = accelerator.prepare(Trainable(network), optimizer)
+    mean, std = preprocessing(config.model.backbone)
+    return Parts(
+        config=config,
+        accelerator=accelerator,
+        network=network,
+        model=model,
+        optimizer=prepared,
+        quantizer=quantizer,
+        batches=_batches(config, dataset, problem, cache, accelerator),
+        objective=objective,
+        step_rule=step_rule,
+        averager=averager,
+        evaluate=Evaluator(
+            network, accelerator, cache, dataset.class_index, problem, config.data.test_mode, mean, std
+        ),
+    )
+
+
+def _network(config: Config, dataset: DomainDataset) -> Network:
+    return create_network(
+        config.model.backbone,
+        n_classes=len(dataset.classes),
+        channels=dataset.sheet.channels,
+        image_size=config.data.image_size,
+        weights=config.model.weights,
+        freeze_bn=config.model.freeze_bn,
+        seed=config.train.seed,
+    )
+
+
+def _quantizer(config: Config, network: Network) -> Attached | None:
+    how = config.quantizer
+    if how.name == "none":
+        return None
+    return attach(
+        network,
+        quantizer=how.name,
+        bits=how.bits,
+        granularity=how.granularity,
+        step_mode=how.step_mode,
+        include=how.include,
+        exclude=how.exclude,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, network: Network, quantizer: Attached | None) -> torch.optim.Optimizer:
+    """Return the optimizer over all parameters; step sizes are a group of their own, without decay."""
+    if quantizer is None:
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": parameters, "lr": config.lr, "weight_decay": config.weight_decay}]
+    else:
+        groups = quantizer.param_groups(
+            config.lr, weight_decay=config.weight_decay, step_size_lr=config.step_size_lr
+        )
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.momentum:
+        raise ConfigError("optimizer.momentum is for sgd; Adam has its own (leave it out or set optimizer.name=sgd)")
+    return torch.optim.Adam(groups, lr=config.lr)
+
+
+def _batches(
+    config: Config, dataset: DomainDataset, problem: Problem, cache: DecodedCache, accelerator: Accelerator
+) -> TrainBatches:
+    mean, std = preprocessing(config.model.backbone)
+    return TrainBatches(
+        cache,
+        dataset.class_index,
+        problem.train_pools(),
+        batch_size=config.data.batch_size,
+        seed=config.train.seed,
+        augment=config.data.augment,
+        mean=mean,
+        std=std,
+        workers=config.data.workers,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )

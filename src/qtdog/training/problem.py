@@ -1,0 +1,80 @@
+"""The question a run answers: which domains are sources, which is unseen, which images serve what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qtdog.core.config import Config, DataConfig
+from qtdog.core.errors import ConfigError, DataError, unknown
+from qtdog.data.cache import Progress, content_sha256
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.splits import DomainSplits, make_splits
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Roles of domains and images.
+
+    Attributes:
+        sources: names of the source domains, sorted.
+        target: the unseen domain, or None.
+        splits: dataset indices by domain and part.
+    """
+
+    sources: tuple[str, ...]
+    target: str | None
+    splits: DomainSplits
+
+    def selection_sets(self) -> dict[str, np.ndarray]:
+        """Return the held-out images of each source: all that selection may look at."""
+        return {domain: self.splits.heldout[domain] for domain in self.sources}
+
+    def train_pools(self) -> dict[str, np.ndarray]:
+        """Return the training images of each source."""
+        return {domain: self.splits.train[domain] for domain in self.sources}
+
+
+def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -> Config:
+    """Return the effective configuration: the content of the data filled in, names of domains checked.
+
+    Raises:
+        ConfigError: the target is not a domain of the data set.
+        DataError: the data is not what the configuration was made for, or cannot be trained on.
+    """
+    data = config.data
+    content = content_sha256(dataset, progress)
+    if data.content not in ("", content):
+        text = f"the images of {data.source} changed since this configuration was made"
+        raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). Start a new run.")
+    if data.target != "none" and data.target not in dataset.domains:
+        raise ConfigError(unknown("target domain", data.target, [*dataset.domains, "all", "none"]))
+    check_trainable(dataset, data)
+    return config.model_copy(update={"data": data.model_copy(update={"content": content})})
+
+
+def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
+    """Check that sources remain and that no domain lacks a class.
+
+    Raises:
+        DataError: too few domains, or a class is missing from a domain (unless that is allowed).
+    """
+    if len(dataset.domains) < 2 and data.target != "none":
+        raise DataError(f"{data.source} has one domain ('{dataset.domains[0]}'): nothing is left to train on.")
+    counts = np.zeros((len(dataset.domains), len(dataset.classes)), dtype=np.int64)
+    np.add.at(counts, (dataset.domain_index, dataset.class_index), 1)
+    missing = [f"'{dataset.classes[c]}' in domain '{dataset.domains[d]}'" for d, c in np.argwhere(counts == 0)]
+    if missing and not data.allow_missing_classes:
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        hint = "Add images, or accept it with --set data.allow_missing_classes=true"
+        raise DataError(f"no image of class {listed}. {hint} (qtdog data verify {data.source} shows more).")
+
+
+def make_problem(config: Config, dataset: DomainDataset) -> Problem:
+    """Return the roles that the configuration gives to domains and images."""
+    data = config.data
+    target = None if data.target == "none" else data.target
+    sources = tuple(domain for domain in dataset.domains if domain != target)
+    splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
+    return Problem(sources, target, splits)

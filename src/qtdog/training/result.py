@@ -1,0 +1,147 @@
+"""Finishing a run: ship the selected checkpoint, prove that the file answers alike, write down what was measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import timm
+import torch
+
+from qtdog.conversion.report import layer_report
+from qtdog.conversion.ship import save
+from qtdog.core.config import config_hash
+from qtdog.core.errors import RunError
+from qtdog.core.files import sha256_file, write_atomic
+from qtdog.data.dataset import DomainDataset
+from qtdog.models.backbones import preprocessing
+from qtdog.packing.packed_file import file_sizes
+from qtdog.training.parts import Parts
+from qtdog.training.problem import Problem
+from qtdog.training.records import Record
+from qtdog.training.run_folder import RunFolder
+from qtdog.training.select import select
+from qtdog.training.shipped import load
+from qtdog.training.state import RunState
+
+
+def finish(parts: Parts, state: RunState, problem: Problem, dataset: DomainDataset, folder: RunFolder) -> dict[str, Any]:
+    """Write `model.safetensors` and `result.json` and return the result.
+
+    Raises:
+        RunError: the shipped file does not give the logits of the training-time model.
+    """
+    config = parts.config
+    records = {record.seen.step: record for record in state.records}
+    step = select(config.train.selection, list(records.values()))
+    assert step is not None and state.selected is not None  # the last step is always evaluated, and selectable
+    chosen = records[step]
+    parts.network.load_state_dict(state.selected)
+    parts.network.eval()
+    save(parts.network, folder.model_file, metadata=_metadata(parts, problem, dataset, chosen))
+    _prove(parts, problem, folder)
+    result = _result(parts, state, problem, chosen) | {
+        "dataset": dataset.sheet.name,
+        "size": asdict(file_sizes(folder.model_file)),
+        "model_sha256": sha256_file(folder.model_file),
+        "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],
+        "environment": environment(),
+    }
+    write_atomic(folder.result_file, json.dumps(result, indent=1))
+    return result
+
+
+def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
+    config = parts.config
+    mean, std = preprocessing(config.model.backbone)
+    how = {"image_size": config.data.image_size, "channels": dataset.sheet.channels, "mean": mean, "std": std}
+    return {
+        "backbone": config.model.backbone,
+        "classes": list(dataset.classes),
+        "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
+        "dataset": dataset.sheet.name,
+        "source_domains": list(problem.sources),
+        "target_domain": problem.target,
+        "accuracy": {"source": chosen.seen.source_accuracy, "test": chosen.test_accuracy},
+        "pretraining": parts.network.pretraining,
+        "bits": config.quantizer.bits if parts.quantizer else None,
+        "step": chosen.seen.step,
+        "selection": config.train.selection,
+        "config_hash": config_hash(config),
+    }
+
+
+def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
+    """Check that the file on disk gives the training-time logits on source images (never on the target)."""
+    device = parts.accelerator.device
+    images = parts.batches.sample(problem.sources[0]).to(device)
+    shipped = load(folder.model_file, device=device)
+    with torch.no_grad():
+        ours, theirs = parts.network(images), shipped(images)
+    # Other devices may pick another convolution kernel from one call to the next.
+    same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
+    if not same:
+        worst = (ours - theirs).abs().max().item()
+        raise RunError(f"{folder.model_file} does not give the training-time logits (largest difference {worst:g})")
+
+
+def _result(parts: Parts, state: RunState, problem: Problem, chosen: Record) -> dict[str, Any]:
+    config = parts.config
+    n_images = config.train.steps * config.data.batch_size * len(problem.sources)
+    return {
+        "config_hash": config_hash(config),
+        "target_domain": problem.target,
+        "source_domains": list(problem.sources),
+        "test_mode": config.data.test_mode,
+        "selection": config.train.selection,
+        "selected_step": chosen.seen.step,
+        "source_accuracy": chosen.seen.source_accuracy,
+        "test_accuracy": chosen.test_accuracy,
+        "test_accuracy_80": {domain: score.accuracy for domain, score in chosen.test_in.items()},
+        "by_selection": _by_selection(state.records),
+        "pretraining": parts.network.pretraining,
+        "trained_s": round(state.trained_s, 2),
+        "images_per_s": round(n_images / state.trained_s, 1) if state.trained_s else None,
+    }
+
+
+def _by_selection(records: list[Record]) -> dict[str, Any]:
+    """Return step and accuracies that each selection method would give; `oracle` looks at the target and says so."""
+    by_step = {record.seen.step: record for record in records}
+    methods = ["source", "last"] + (["oracle"] if records[0].test_accuracy is not None else [])
+    table = {}
+    for method in methods:
+        step = select(method, records)
+        if step is not None:
+            record = by_step[step]
+            accuracies = {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
+            table[method] = {"step": step} | accuracies
+    return table
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat a measurement."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "n_cores": os.cpu_count(),
+        "n_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()

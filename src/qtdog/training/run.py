@@ -1,0 +1,151 @@
+"""One run: from a configuration to a finished folder, started or resumed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtdog.core.config import Config
+from qtdog.core.errors import RunError
+from qtdog.data.cache import Progress
+from qtdog.data.dataset import DomainDataset
+from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.loop import Doors, Watcher, train
+from qtdog.training.optimizer_state import flatten_optimizer, restore_optimizer_
+from qtdog.training.parts import Parts
+from qtdog.training.problem import make_problem
+from qtdog.training.records import Record
+from qtdog.training.result import finish
+from qtdog.training.run_folder import RunFolder
+from qtdog.training.signals import StopRequest, interruption
+from qtdog.training.state import RunState
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def on_step(self, step: int, loss: float, n_images: int) -> None:
+        """Ignore an update."""
+
+    def on_record(self, record: Record) -> None:
+        """Ignore an evaluation."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a run speaks to its user.
+
+    Attributes:
+        watcher: is told of steps and evaluations; `None` for silence.
+        progress: of decoding images.
+        warn: is told what went wrong without stopping the run.
+    """
+
+    watcher: Callable[[Config, int], contextlib.AbstractContextManager[Watcher]] | None = None
+    progress: Progress = None
+    warn: Callable[[str], None] = print
+
+
+def run(
+    config: Config, dataset: DomainDataset, folder: RunFolder, *, resume: bool = False, voice: Voice | None = None
+) -> dict[str, Any]:
+    """Train, select and ship as `config` says, in `folder`; return the result.
+
+    A finished folder of the same configuration is left as it is and its result is returned.
+
+    Args:
+        config: the effective configuration (`training.problem.resolve`).
+        dataset: the data it names.
+        folder: where everything is written.
+        resume: go on from the last whole checkpoint, if there is one.
+        voice: how to speak to the user.
+
+    Raises:
+        RunError: the folder is in use, or holds another or an unfinished run; or the disk is full.
+        Interrupted: a signal asked to stop; the state was saved.
+        NonFiniteLossError: the loss became NaN; the last good state was saved.
+        ConfigError, DataError, ModelError: as in `training.compose.compose`.
+    """
+    voice = voice or Voice()
+    accelerator = make_accelerator(config)
+    main = accelerator.is_main_process
+    with folder.lock() if main else contextlib.nullcontext():
+        if main:
+            folder.claim(config, resume=resume)
+        accelerator.wait_for_everyone()
+        if (result := folder.read_result()) is not None and folder.model_file.is_file():
+            return result
+        problem = make_problem(config, dataset)
+        parts = compose(config, dataset, problem, accelerator, voice.progress)
+        state = restore(parts, folder, voice.warn) if resume else RunState()
+        if main:
+            folder.rewrite_metrics(state.lines)
+        watching = voice.watcher(config, state.step) if voice.watcher else contextlib.nullcontext(Silent())
+        with StopRequest() as stop, watching as watcher:
+            train(parts, state, _doors(parts, folder, stop, watcher))
+        if main:
+            finish(parts, state, problem, dataset, folder)
+        accelerator.wait_for_everyone()
+    result = folder.read_result()
+    assert result is not None
+    return result
+
+
+def _doors(parts: Parts, folder: RunFolder, stop: StopRequest, watcher: Watcher) -> Doors:
+    main = parts.accelerator.is_main_process
+    return Doors(
+        save=lambda state: save_state(parts, folder, state),
+        keep_line=folder.append_metrics if main else lambda line: None,
+        check=stop.check if parts.accelerator.num_processes == 1 else lambda: _check_together(parts, stop),
+        watcher=watcher,
+    )
+
+
+def _check_together(parts: Parts, stop: StopRequest) -> None:
+    """Stop all processes behind the same step, whichever of them got the signal."""
+    mine = torch.tensor(float(stop.signal or 0), device=parts.accelerator.device)
+    signals = parts.accelerator.gather(mine.reshape(1))
+    assert isinstance(signals, torch.Tensor)
+    number = int(signals.max().item())
+    if number:
+        raise interruption(number)
+
+
+def save_state(parts: Parts, folder: RunFolder, state: RunState) -> None:
+    """Write a checkpoint of everything that the run needs to go on."""
+    state.saved_step = state.step
+    if not parts.accelerator.is_main_process:
+        return
+    moments, groups = flatten_optimizer(parts.optimizer)
+    tensors = {"network": parts.network.state_dict(), "optimizer": moments}
+    if state.selected is not None:
+        tensors["selected"] = state.selected
+    enabled = parts.quantizer is not None and parts.quantizer.enabled
+    extra = {"optimizer_groups": groups, "quantizer_enabled": enabled}
+    write_checkpoint(folder.checkpoints, Checkpoint(state.step, tensors, state.to_json() | extra))
+
+
+def restore(parts: Parts, folder: RunFolder, warn: Callable[[str], None]) -> RunState:
+    """Put the last whole checkpoint into the parts and return where it stood; a fresh state if there is none.
+
+    Raises:
+        RunError: the checkpoint does not fit the network or the optimizer.
+    """
+    checkpoint = latest_checkpoint(folder.checkpoints, warn)
+    if checkpoint is None:
+        return RunState()
+    try:
+        parts.network.load_state_dict(checkpoint.tensors["network"])
+        restore_optimizer_(parts.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer_groups"])
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise RunError(f"the checkpoint in {folder.checkpoints} does not fit this run: {error}") from error
+    if parts.quantizer is not None:
+        parts.quantizer.set_enabled(checkpoint.state["quantizer_enabled"])
+    state = RunState.from_json(checkpoint.step, checkpoint.state)
+    state.selected = checkpoint.tensors.get("selected")
+    return state

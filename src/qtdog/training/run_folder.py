@@ -1,0 +1,115 @@
+"""The folder of one run: configuration, metrics, checkpoints, the shipped model and the result."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qtdog.core.config import Config, config_hash
+from qtdog.core.errors import RunError
+from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.settings import build_config, differences, load_preset, to_yaml
+from qtdog.training.records import Record
+
+
+class RunFolder:
+    """Paths and small files of a run: `config.yaml`, `metrics.jsonl`, `result.json`, `checkpoint/`, `model.safetensors`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+        self.checkpoints = path / "checkpoint"
+        self.model_file = path / "model.safetensors"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            RunError: another process holds it, or the folder cannot be made.
+        """
+        with clear_disk_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise RunError(f"{self.path} is a file; --out takes a folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take(handle)
+            yield
+        finally:
+            os.close(handle)
+
+    def _take(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(handle, 20, 0).decode().strip() or "unknown"
+            text = f"run folder {self.path} is in use by process {owner}."
+            raise RunError(f"{text} Wait for it or choose another --out.") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+
+    def read_config(self) -> Config | None:
+        """Return the saved configuration, or None if the folder has none."""
+        if not self.config_file.is_file():
+            return None
+        return build_config([load_preset(str(self.config_file))])
+
+    def claim(self, config: Config, *, resume: bool) -> None:
+        """Make the folder this configuration's, or check that it is.
+
+        Raises:
+            RunError: it holds a run of another configuration (each difference is listed), an unfinished run and `resume`
+                was not asked for, or files that are no run.
+        """
+        saved = self.read_config()
+        if saved is None:
+            self._refuse_foreign_files()
+            write_atomic(self.config_file, to_yaml(config))
+            return
+        if config_hash(saved) != config_hash(config):
+            changes = "\n  ".join(differences(saved, config))
+            raise RunError(f"{self.path} holds a run of another configuration:\n  {changes}\nChoose another --out.")
+        if not resume and self.read_result() is None:
+            raise RunError(f"{self.path} holds an unfinished run; add --resume to go on, or choose another --out")
+
+    def _refuse_foreign_files(self) -> None:
+        others = sorted(path.name for path in self.path.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
+        if others:
+            raise RunError(f"{self.path} is not empty and holds no run (found {others[0]}); choose another --out")
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Return the result of a finished run, or None."""
+        if not self.result_file.is_file():
+            return None
+        try:
+            return json.loads(self.result_file.read_text())
+        except ValueError as error:
+            raise RunError(f"{self.result_file} is not valid JSON ({error}); delete it and --resume") from error
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`, durably."""
+        with clear_disk_errors(self.metrics_file), self.metrics_file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Make `metrics.jsonl` hold just these lines: what came after the checkpoint will be measured again."""
+        write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_metrics(self) -> list[Record]:
+        """Return the evaluations so far; a last line that a crash cut off is left out."""
+        records = []
+        if self.metrics_file.is_file():
+            for line in self.metrics_file.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    records.append(Record.from_json(json.loads(line)))
+        return records

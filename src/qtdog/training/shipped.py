@@ -1,0 +1,134 @@
+"""The shipped model file: from a path to a network that answers as it did in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from qtdog.conversion.ship import load_into
+from qtdog.core.errors import FormatError
+from qtdog.data.loader import normalise
+from qtdog.models.backbones import create_network
+from qtdog.models.network import Network
+from qtdog.packing.packed_file import load_packed
+
+
+class _Untrusted(BaseModel):
+    """What a file says of itself is checked like any input."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Preprocessing(_Untrusted):
+    """How an image becomes the network's input: decode, resize (bilinear, antialiased, no crop), scale, normalise."""
+
+    image_size: int = Field(ge=8, le=1024)
+    channels: Literal[1, 3]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ModelInfo(_Untrusted):
+    """What a shipped file says of itself.
+
+    Attributes:
+        backbone: its name, from which the network is rebuilt.
+        classes: names, in the order of the logits.
+        preprocessing: see there.
+        source_domains: trained on these.
+        target_domain: held out in training, or None.
+        accuracy: measured at the selected checkpoint: `source` (held-out part of the sources) and `test`.
+        pretraining: where the initial weights came from.
+        bits: per quantized weight, or None for a float model.
+        step: updates behind the shipped weights.
+        config_hash: of the run's configuration.
+    """
+
+    backbone: str
+    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
+    preprocessing: Preprocessing
+    source_domains: tuple[str, ...]
+    target_domain: str | None
+    accuracy: dict[str, float | None]
+    pretraining: str
+    bits: int | None
+    step: int
+    config_hash: str
+
+
+class ShippedModel(nn.Module):
+    """A network with what is needed to use it.
+
+    Attributes:
+        network: plain, dequantized, in evaluation mode.
+        info: what the file says of itself.
+    """
+
+    def __init__(self, network: Network, info: ModelInfo) -> None:
+        super().__init__()
+        self.network = network
+        self.info = info
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (n, n_classes) of normalised images (n, C, H, W)."""
+        return self.network(images)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return the network's input (n, C, H, W) for uint8 images (n, H, W, C) of the right size."""
+        how = self.info.preprocessing
+        return normalise(images, how.mean, how.std)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C)."""
+        device = next(self.network.parameters()).device
+        return self(self.prepare(images).to(device)).softmax(1)
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedModel:
+    """Return the model in a shipped file, in evaluation mode; its logits equal the training-time model's exactly.
+
+    Args:
+        path: a `model.safetensors` that `qtdog train` wrote.
+        device: where to put it.
+
+    Raises:
+        FormatError: the file is missing, truncated, hostile, of another version, or does not fit its backbone.
+        ModelError: its backbone is not known here.
+    """
+    path = Path(path)
+    info = read_info(path, load_packed(path).metadata)
+    how = info.preprocessing
+    network = create_network(
+        info.backbone,
+        n_classes=len(info.classes),
+        channels=how.channels,
+        image_size=how.image_size,
+        weights="none",
+        freeze_bn=True,
+        seed=0,
+    )
+    load_into(path, network)
+    network.to(device=torch.device(device), memory_format=torch.channels_last)  # as in training: same kernels, same bits
+    return ShippedModel(network, info).eval()
+
+
+def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
+    """Return the validated description in a file's metadata.
+
+    Raises:
+        FormatError: a field is missing or out of range.
+    """
+    try:
+        info = ModelInfo.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"{path} does not describe a qtdog model: {where}: {first['msg']}") from error
+    if not len(info.preprocessing.mean) == len(info.preprocessing.std) == info.preprocessing.channels:
+        raise FormatError(f"{path}: mean and std must have {info.preprocessing.channels} entries, one per channel")
+    return info
