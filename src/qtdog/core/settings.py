@@ -127,6 +127,17 @@ def _fields(path: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
+def option_rows() -> list[list[str]]:
+    """Return one row `section.key`, description with default, for every value of the configuration."""
+    rows = []
+    for section, outer in Config.model_fields.items():
+        kind = cast(type[BaseModel], outer.annotation)
+        for key, field in kind.model_fields.items():
+            about = f"{field.description or ''} [{field.default}]".strip()
+            rows.append([f"{section}.{key}", about])
+    return rows
+
+
 def to_yaml(config: Config) -> str:
     """Return the effective configuration as YAML, every value spelled out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -55,8 +55,8 @@ def serialised_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, s
     """Return how many bytes the safetensors library writes for these tensors: length, padded header and data.
 
     Example:
-        >>> serialised_bytes({}, {})
-        24
+        >>> serialised_bytes({"bias": TensorInfo("F32", (2,))}, {})
+        96
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
     ordered = sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0]))

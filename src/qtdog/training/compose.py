@@ -18,6 +18,7 @@ from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.objectives import erm as _erm  # noqa: F401  (enters its name)
 from qtdog.objectives.objective import OBJECTIVES
+from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.parts import Parts, Trainable
@@ -53,7 +54,7 @@ def compose(
     with accelerator.main_process_first():
         cache = open_cache(dataset, config.data.image_size, progress=progress)
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
-    mean, std = preprocessing(config.model.backbone)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     return Parts(
         config=config,
         accelerator=accelerator,
@@ -117,7 +118,7 @@ def make_optimizer(config: OptimizerConfig, network: Network, quantizer: Attache
 def _batches(
     config: Config, dataset: DomainDataset, problem: Problem, cache: DecodedCache, accelerator: Accelerator
 ) -> TrainBatches:
-    mean, std = preprocessing(config.model.backbone)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     return TrainBatches(
         cache,
         dataset.class_index,

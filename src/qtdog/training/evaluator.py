@@ -50,10 +50,10 @@ class Evaluator:
     def _test_scores(self, check: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Score]]:
         splits, target = self.problem.splits, self.problem.target
         if self.test_mode == "in-domain":
-            return {domain: self.score(splits.test[domain], check) for domain in self.problem.sources}, {}
+            return {domain: self.score(splits[domain].test, check) for domain in self.problem.sources}, {}
         if target is None:
             return {}, {}
-        parts = [self.score(part[target], check) for part in (splits.train, splits.heldout)]
+        parts = [self.score(part, check) for part in (splits[target].train, splits[target].heldout)]
         return {target: merge_scores(parts)}, {target: parts[0]}
 
     def score(self, indices: np.ndarray, check: Callable[[], None] = lambda: None) -> Score:

@@ -29,11 +29,11 @@ class Problem:
 
     def selection_sets(self) -> dict[str, np.ndarray]:
         """Return the held-out images of each source: all that selection may look at."""
-        return {domain: self.splits.heldout[domain] for domain in self.sources}
+        return {domain: self.splits[domain].heldout for domain in self.sources}
 
     def train_pools(self) -> dict[str, np.ndarray]:
         """Return the training images of each source."""
-        return {domain: self.splits.train[domain] for domain in self.sources}
+        return {domain: self.splits[domain].train for domain in self.sources}
 
 
 def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -> Config:
@@ -44,7 +44,7 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -
         DataError: the data is not what the configuration was made for, or cannot be trained on.
     """
     data = config.data
-    content = content_sha256(dataset, progress)
+    content = content_sha256(dataset, progress=progress)
     if data.content not in ("", content):
         text = f"the images of {data.source} changed since this configuration was made"
         raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). Start a new run.")
@@ -62,9 +62,7 @@ def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
     """
     if len(dataset.domains) < 2 and data.target != "none":
         raise DataError(f"{data.source} has one domain ('{dataset.domains[0]}'): nothing is left to train on.")
-    counts = np.zeros((len(dataset.domains), len(dataset.classes)), dtype=np.int64)
-    np.add.at(counts, (dataset.domain_index, dataset.class_index), 1)
-    missing = [f"'{dataset.classes[c]}' in domain '{dataset.domains[d]}'" for d, c in np.argwhere(counts == 0)]
+    missing = [f"'{name}' in domain '{domain}'" for domain, name in dataset.missing_classes()]
     if missing and not data.allow_missing_classes:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         hint = "Add images, or accept it with --set data.allow_missing_classes=true"

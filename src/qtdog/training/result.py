@@ -19,7 +19,7 @@ from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.backbones import preprocessing
-from qtdog.packing.packed_file import file_sizes
+from qtdog.packing.sizes import file_sizes
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem
 from qtdog.training.records import Record
@@ -57,7 +57,7 @@ def finish(parts: Parts, state: RunState, problem: Problem, dataset: DomainDatas
 
 def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
     config = parts.config
-    mean, std = preprocessing(config.model.backbone)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     how = {"image_size": config.data.image_size, "channels": dataset.sheet.channels, "mean": mean, "std": std}
     return {
         "backbone": config.model.backbone,
@@ -78,7 +78,7 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
 def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
     """Check that the file on disk gives the training-time logits on source images (never on the target)."""
     device = parts.accelerator.device
-    images = parts.batches.sample(problem.sources[0]).to(device)
+    images = parts.batches.batch(0).images.to(device)
     shipped = load(folder.model_file, device=device)
     with torch.no_grad():
         ours, theirs = parts.network(images), shipped(images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qtdog.conversion.ship import load_into
 from qtdog.core.errors import FormatError
-from qtdog.data.loader import normalise
+from qtdog.data.normalise import normalise
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 from qtdog.packing.packed_file import load_packed

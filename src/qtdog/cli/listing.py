@@ -1,0 +1,78 @@
+"""`qtdog list`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    BACKBONES = "backbones"
+    OBJECTIVES = "objectives"
+    STEP_RULES = "step-rules"
+    AVERAGERS = "averagers"
+    QUANTIZERS = "quantizers"
+    PRESETS = "presets"
+    DATASETS = "datasets"
+    OPTIONS = "options"
+
+
+def listing(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="Only names that contain this text.")] = "",
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the names that options take, or ('options') every value that --set can change.
+
+    Examples:
+
+      qtdog list backbones resnet
+
+      qtdog list presets
+
+      qtdog list options quantizer
+    """
+    from qtdog.cli.console import print_json, print_table
+
+    rows = [row for row in _rows(kind) if pattern.lower() in row[0].lower()]
+    if as_json:
+        print_json([{"name": name, "about": about} for name, about in rows])
+    else:
+        print_table([kind.value, "about"], rows)
+
+
+def _rows(kind: Kind) -> list[list[str]]:
+    from qtdog.core.settings import option_rows, preset_description, preset_names
+
+    if kind is Kind.PRESETS:
+        return [[name, preset_description(name)] for name in preset_names()]
+    if kind is Kind.OPTIONS:
+        return option_rows()
+    if kind is Kind.DATASETS:
+        from qtdog.data.cards import CARDS
+
+        return [[name, CARDS[name].title] for name in CARDS]
+    if kind is Kind.BACKBONES:
+        from qtdog.models.backbones import backbone_names
+
+        return [[name, ""] for name in backbone_names()]
+    return _axis(kind)
+
+
+def _axis(kind: Kind) -> list[list[str]]:
+    """Return the members of an axis of the configuration, with the first line of what each says of itself."""
+    from qtdog.training import compose
+
+    registry = {
+        Kind.OBJECTIVES: compose.OBJECTIVES,
+        Kind.STEP_RULES: compose.STEP_RULES,
+        Kind.AVERAGERS: compose.AVERAGERS,
+        Kind.QUANTIZERS: compose.QUANTIZERS,
+    }[kind]
+    extra = [["none", "Leave the weights in float."]] if kind is Kind.QUANTIZERS else []
+    return extra + [[name, (registry[name].__doc__ or "").split("\n")[0]] for name in registry]

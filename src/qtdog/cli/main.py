@@ -1,0 +1,59 @@
+"""The program `qtdog`: commands, errors and exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from qtdog.cli.console import fail
+from qtdog.cli.data import data_app
+from qtdog.cli.demo import demo
+from qtdog.cli.evaluate import evaluate
+from qtdog.cli.listing import listing
+from qtdog.cli.predict import predict
+from qtdog.cli.train import train
+from qtdog.core.errors import QtdogError
+
+EPILOG = "First steps: 'qtdog demo' (a minute), then 'qtdog train --data ROOT --target DOMAIN'. Every command has --help."
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+    epilog=EPILOG,
+    help="Train, keep and ship one small model that holds up on domains it never saw.",
+)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Show the version and leave.", is_eager=True),
+) -> None:
+    if version:
+        import qtdog
+
+        typer.echo(qtdog.__version__)
+        raise typer.Exit
+
+
+app.command()(train)
+app.command(name="eval")(evaluate)
+app.command()(predict)
+app.command()(demo)
+app.command(name="list")(listing)
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Run the program; a QtdogError becomes one readable message and its exit code."""
+    try:
+        app()
+    except QtdogError as error:
+        fail(str(error))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

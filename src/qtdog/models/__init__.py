@@ -1,0 +1,1 @@
+"""Backbones as a featurizer and a linear head, and where their weights come from."""

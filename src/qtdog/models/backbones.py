@@ -1,0 +1,114 @@
+"""Networks by name: any timm backbone or a small network for digits, with a linear head."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+
+from qtdog.core.errors import ModelError, unknown
+from qtdog.core.random import derive
+from qtdog.models.digits_cnn import WIDTHS
+from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
+from qtdog.models.network import Network
+from qtdog.models.weights import load_weights_
+
+
+def backbone_names() -> list[str]:
+    """Return the names of all backbones, sorted: timm's, `digits_cnn` and `mnist_cnn`.
+
+    Example:
+        >>> {"resnet50", "digits_cnn"} <= set(backbone_names())
+        True
+    """
+    return sorted([*timm.list_models(), *WIDTHS])
+
+
+def create_network(
+    backbone: str, *, n_classes: int, channels: int, image_size: int, weights: str, freeze_bn: bool, seed: int
+) -> Network:
+    """Return a featurizer with a linear head, in training mode.
+
+    Args:
+        backbone: a name in `backbone_names()`; a timm name may carry the tag of its weights (`resnet50.tv_in1k`).
+        n_classes: outputs of the head.
+        channels: of the images.
+        image_size: height and width of the images, pixels.
+        weights: "none", "imagenet" or a file; see `load_weights_`.
+        freeze_bn: leave the statistics of batch norm as they are loaded.
+        seed: decides the random start of featurizer and head; the global random state is left alone.
+
+    Raises:
+        ModelError: the backbone is unknown or cannot take such images, or its weights cannot be had or do not fit.
+
+    Example:
+        >>> network = create_network(
+        ...     "digits_cnn", n_classes=10, channels=1, image_size=28, weights="none", freeze_bn=True, seed=0
+        ... )
+        >>> network(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    _check_name(backbone)
+    spec = FeaturizerSpec(backbone, channels, image_size)
+    with torch.random.fork_rng(devices=[]):
+        # the CPU generator alone: torch.manual_seed would also reseed accelerators, which fork_rng does not restore
+        torch.default_generator.manual_seed(derive(seed, "init", "featurizer"))
+        featurizer = build_featurizer(spec)
+        pretraining = load_weights_(featurizer, spec, weights)
+        torch.default_generator.manual_seed(derive(seed, "init", "classifier"))
+        classifier = nn.Linear(_feature_dim(featurizer, spec), n_classes)
+    return Network(featurizer, classifier, freeze_bn=freeze_bn, pretraining=pretraining)
+
+
+def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation, per channel, that normalise images in [0, 1] for a backbone.
+
+    Args:
+        backbone: a name in `backbone_names()`.
+        channels: of the images; default 3, or 1 for the networks for digits. If it is not 3, timm's three values are
+            averaged.
+
+    Raises:
+        ModelError: the backbone is unknown.
+
+    Example:
+        >>> preprocessing("tf_efficientnet_lite0")
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> preprocessing("digits_cnn")
+        ((0.0,), (1.0,))
+    """
+    _check_name(backbone)
+    if backbone in WIDTHS:
+        n_channels = channels or 1
+        return (0.0,) * n_channels, (1.0,) * n_channels
+    cfg = pretrained_cfg(backbone)
+    return _per_channel(cfg.mean, channels or 3), _per_channel(cfg.std, channels or 3)
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    values = tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _check_name(backbone: str) -> None:
+    base, _, tag = backbone.partition(".")
+    if base not in backbone_names():
+        raise ModelError(unknown("backbone", backbone, backbone_names()))
+    tagged = timm.list_models(base, include_tags=True)
+    if tag and backbone not in tagged:
+        raise ModelError(unknown("backbone", backbone, tagged))
+
+
+def _feature_dim(featurizer: nn.Module, spec: FeaturizerSpec) -> int:
+    """Return how many features come out, by trying: timm's attributes disagree with the output for some backbones."""
+    featurizer.eval()
+    device = next(featurizer.parameters()).device
+    with torch.no_grad():
+        try:
+            features = featurizer(torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise wrong_size(spec, error) from error
+    if features.ndim != 2:
+        shape = tuple(features.shape)
+        raise ModelError(f"backbone '{spec.backbone}' gives features of shape {shape}, not (n, d): choose another.")
+    return features.shape[1]

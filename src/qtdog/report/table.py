@@ -1,0 +1,77 @@
+"""Results as rows, and rows as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def percent(value: float | None) -> str:
+    """Return an accuracy in percent with one decimal, or a dash.
+
+    Example:
+        >>> percent(0.8765), percent(None)
+        ('87.7', '–')
+    """
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def size_text(size: Mapping[str, float]) -> str:
+    """Return bytes and ratio to float32 for people.
+
+    Example:
+        >>> size_text({"bytes": 3_345_000, "ratio": 4.06})
+        '3.35 MB (4.06x smaller)'
+    """
+    text = f"{size['bytes'] / 1e6:.3g} MB"
+    return f"{text} ({size['ratio']:.2f}x smaller)" if size["ratio"] > 1.005 else text
+
+
+def method_name(config: Mapping[str, Any]) -> str:
+    """Return a short name of what a configuration trains, like `erm + lsq 7 bit`.
+
+    Example:
+        >>> method_name({"objective": {"name": "erm"}, "quantizer": {"name": "lsq", "bits": 7}})
+        'erm + lsq 7 bit'
+    """
+    quantizer = config["quantizer"]
+    grid = "float" if quantizer["name"] == "none" else f"{quantizer['name']} {quantizer['bits']} bit"
+    return f"{config['objective']['name']} + {grid}"
+
+
+def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: a row per method, a column per unseen domain, then averages and size.
+
+    Args:
+        results: for each method its results (`result.json`), one or more per target; several for one target (members)
+            are averaged.
+    """
+    targets = sorted({str(result["target_domain"]) for runs in results.values() for result in runs})
+    headers = ["method", *targets, "average", "source", "file"]
+    rows = []
+    for method, runs in results.items():
+        per_target = [_mean(run["test_accuracy"] for run in runs if str(run["target_domain"]) == t) for t in targets]
+        source = _mean(run["source_accuracy"] for run in runs)
+        rows.append(
+            [method, *map(percent, per_target), percent(_mean(per_target)), percent(source), size_text(runs[0]["size"])]
+        )
+    return headers, rows
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; a cell cannot break out of it.
+
+    Example:
+        >>> print(markdown(["a"], [["x|y"]]))
+        | a |
+        | --- |
+        | x\\|y |
+    """
+    lines = [headers, ["---"] * len(headers), *rows]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
