@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at data sets: what is known, what is in a folder, what is broken.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Look at data sets: what is known, what is in a folder, what is broken."
+)
 DATA = typer.Argument(help="Data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl manifest.", metavar="DATA")
 AS_JSON = typer.Option("--json", help="Print JSON.")
 
@@ -17,7 +19,6 @@ def list_cards(*, as_json: Annotated[bool, AS_JSON] = False) -> None:
     """List the data sets that are known by name. Any folder ROOT/DOMAIN/CLASS/image works as well.
 
     Example:
-
       qtdog data list
     """
     from qtdog.cli.console import print_json, print_table
@@ -38,7 +39,6 @@ def card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fals
     """Show a data set's datasheet and its images per domain and class.
 
     Examples:
-
       qtdog data card rotated-digits
 
       qtdog data card photos/
@@ -50,7 +50,10 @@ def card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fals
     dataset = open_dataset(data, min_domains=1)
     counts, differences = dataset.counts(), check_counts(dataset)
     if as_json:
-        table = {d: dict(zip(dataset.classes, row.tolist(), strict=True)) for d, row in zip(dataset.domains, counts, strict=True)}
+        table = {
+            d: dict(zip(dataset.classes, row.tolist(), strict=True))
+            for d, row in zip(dataset.domains, counts, strict=True)
+        }
         print_json(asdict(dataset.sheet) | {"counts": table, "differences": differences})
         return
     sheet = dataset.sheet
@@ -71,7 +74,6 @@ def verify(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fa
     differences from the datasheet.
 
     Example:
-
       qtdog data verify photos/
     """
     from qtdog.cli.console import out, print_json

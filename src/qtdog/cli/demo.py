@@ -20,11 +20,10 @@ def demo(
 ) -> None:
     """Compare float ERM with 7-bit QT-DoG on digits rotated by angles that neither saw in training.
 
-    Two unseen angles (0° and 75°), two methods, one seed: a look at the program, not a measurement of the method. What is
-    finished in the output folder is not trained again.
+    Two unseen angles (0° and 75°), two methods, one seed: a look at the program, not a measurement of the method. What
+    is finished in the output folder is not trained again.
 
     Example:
-
       qtdog demo
     """
     from qtdog.cli.console import err, print_json, print_table
@@ -72,8 +71,8 @@ def write_report(out: Path, results: Sequence[dict[str, Any]]) -> Path:
     where = results[0]["environment"]
     text = [
         "# Rotated digits: float ERM and 7-bit QT-DoG",
-        "Accuracy (%) on all digits at an angle that was never trained on. One seed, so differences of a point or two are"
-        " chance. Checkpoints are chosen by source validation; file sizes are read from disk.",
+        "Accuracy (%) on all digits at an angle that was never trained on. One seed, so differences of a point or two "
+        "are chance. Checkpoints are chosen by source validation; file sizes are read from disk.",
         markdown(*target_table(by_method(results))),
         "![accuracy over steps](accuracy.png)",
         f"Made by `qtdog demo` on {where['date']}: {where['cpu']}, {where['n_cores']} cores, torch {where['torch']}.",

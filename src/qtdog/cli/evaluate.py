@@ -23,7 +23,6 @@ def evaluate(
     """Score a model on every domain of a data set (all images; classes are matched by name).
 
     Examples:
-
       qtdog eval runs/photos-c/model.safetensors photos/
 
       qtdog eval model.safetensors new-site/ --json
@@ -74,9 +73,7 @@ def score_domains(shipped: ShippedModel, dataset: DomainDataset) -> dict[str, di
     network = shipped.network.to(accelerator.device)
     scores = {}
     for domain in dataset.domains:
-        batches = eval_batches(
-            cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std
-        )
+        batches = eval_batches(cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
         scores[domain] = asdict(measure(network, batches, accelerator))
     return scores
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from qtdog.core.registry import Registry
 
 
 class Kind(StrEnum):
@@ -30,7 +32,6 @@ def listing(
     """List the names that options take, or ('options') every value that --set can change.
 
     Examples:
-
       qtdog list backbones resnet
 
       qtdog list presets
@@ -66,13 +67,16 @@ def _rows(kind: Kind) -> list[list[str]]:
 
 def _axis(kind: Kind) -> list[list[str]]:
     """Return the members of an axis of the configuration, with the first line of what each says of itself."""
-    from qtdog.training import compose
+    # `compose` has imported every member, so that each has entered its name.
+    from qtdog.quantizers.registry import QUANTIZERS
+    from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
 
-    registry = {
-        Kind.OBJECTIVES: compose.OBJECTIVES,
-        Kind.STEP_RULES: compose.STEP_RULES,
-        Kind.AVERAGERS: compose.AVERAGERS,
-        Kind.QUANTIZERS: compose.QUANTIZERS,
-    }[kind]
+    registries: dict[Kind, Registry[Any]] = {
+        Kind.OBJECTIVES: OBJECTIVES,
+        Kind.STEP_RULES: STEP_RULES,
+        Kind.AVERAGERS: AVERAGERS,
+        Kind.QUANTIZERS: QUANTIZERS,
+    }
+    registry = registries[kind]
     extra = [["none", "Leave the weights in float."]] if kind is Kind.QUANTIZERS else []
     return extra + [[name, (registry[name].__doc__ or "").split("\n")[0]] for name in registry]

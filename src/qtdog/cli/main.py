@@ -15,7 +15,9 @@ from qtdog.cli.predict import predict
 from qtdog.cli.train import train
 from qtdog.core.errors import QtdogError
 
-EPILOG = "First steps: 'qtdog demo' (a minute), then 'qtdog train --data ROOT --target DOMAIN'. Every command has --help."
+EPILOG = (
+    "First steps: 'qtdog demo' (a minute), then 'qtdog train --data ROOT --target DOMAIN'. Every command has --help."
+)
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -38,7 +38,6 @@ def predict(
     An unreadable image is named on standard error, the others are still predicted, and the exit code is 1.
 
     Examples:
-
       qtdog predict model.safetensors photo.jpg
 
       qtdog predict model.safetensors new-site/ --format csv --out predictions.csv
@@ -65,12 +64,13 @@ def predict(
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the image files among and below `paths`, in order (DataError if a path is missing or holds none)."""
     from qtdog.core.errors import DataError
-    from qtdog.data.files import is_image, require_path
+    from qtdog.data.files import require_path
+    from qtdog.data.folder import images_below
 
     found: list[Path] = []
     for path in paths:
         require_path(path, "the image or folder")
-        inside = sorted(file for file in path.rglob("*") if is_image(file)) if path.is_dir() else [path]
+        inside = images_below(path) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"there is no image in {path} (jpg, png, webp, bmp, tif, gif or ppm)")
         found += inside

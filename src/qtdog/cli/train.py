@@ -21,23 +21,47 @@ def train(
     *,
     data: Annotated[str | None, typer.Option(help=DATA, rich_help_panel="Problem")] = None,
     target: Annotated[str | None, typer.Option(help=TARGET, rich_help_panel="Problem")] = None,
-    trial: Annotated[int | None, typer.Option(help="Which random 20 % of each domain is held out.", rich_help_panel="Problem")] = None,
+    trial: Annotated[
+        int | None, typer.Option(help="Which random 20 % of each domain is held out.", rich_help_panel="Problem")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel="Problem")] = None,
     preset: Annotated[list[str] | None, typer.Option(help=PRESET, rich_help_panel="Configuration")] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration value.", rich_help_panel="Configuration")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Any timm model, digits_cnn or mnist_cnn.", rich_help_panel="Method")] = None,
-    weights: Annotated[str | None, typer.Option(help="'imagenet', 'none', or a .safetensors/.pth file.", rich_help_panel="Method")] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Any configuration value.", rich_help_panel="Configuration"
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Any timm model, digits_cnn or mnist_cnn.", rich_help_panel="Method")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="'imagenet', 'none', or a .safetensors/.pth file.", rich_help_panel="Method")
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="The loss.", rich_help_panel="Method")] = None,
-    step_rule: Annotated[str | None, typer.Option(help="How the loss becomes an update.", rich_help_panel="Method")] = None,
+    step_rule: Annotated[
+        str | None, typer.Option(help="How the loss becomes an update.", rich_help_panel="Method")
+    ] = None,
     averager: Annotated[str | None, typer.Option(help="Which weights are kept.", rich_help_panel="Method")] = None,
-    quantizer: Annotated[str | None, typer.Option(help="'lsq', or 'none' for a float model.", rich_help_panel="Method")] = None,
+    quantizer: Annotated[
+        str | None, typer.Option(help="'lsq', or 'none' for a float model.", rich_help_panel="Method")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8.", rich_help_panel="Method")] = None,
-    start_step: Annotated[int | None, typer.Option(help="First quantized step. Default: 40 % of the steps.", rich_help_panel="Method")] = None,
+    start_step: Annotated[
+        int | None, typer.Option(help="First quantized step. Default: 40 % of the steps.", rich_help_panel="Method")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of updates.", rich_help_panel="Training")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per source domain per step.", rich_help_panel="Training")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per source domain per step.", rich_help_panel="Training")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel="Training")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initialisation, batches and augmentation.", rich_help_panel="Training")] = None,
-    members: Annotated[int, typer.Option(min=1, max=100, help="Train this many models, seeds SEED, SEED+1, …", rich_help_panel="Training")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Of initialisation, batches and augmentation.", rich_help_panel="Training")
+    ] = None,
+    members: Annotated[
+        int,
+        typer.Option(min=1, max=100, help="Train this many models, seeds SEED, SEED+1, …", rich_help_panel="Training"),
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help=OUT, rich_help_panel="Run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME, rich_help_panel="Run")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel="Run")] = False,
@@ -45,7 +69,6 @@ def train(
     """Train, select and ship one small model; measure it on a domain that it never saw.
 
     Examples:
-
       qtdog train                                                     (embedded digits, trains on all domains)
 
       qtdog train --data photos/ --target hospital_c --preset pacs-lite --bits 7

@@ -28,27 +28,33 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, which domain is unseen, how they are split and batched."""
 
-    source: str = Field("rotated-digits", description="data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl")
-    content: str = Field("", description="sha256 of the data set's content; filled in by the run")
-    target: str = Field("none", description="the unseen domain; 'none' trains on every domain")
-    trial: int = Field(0, ge=0, description="which random 20 % of each domain is held out")
-    holdout_frac: float = Field(0.2, gt=0, lt=0.5, description="share of each source domain held out for selection")
-    test_mode: Literal["target", "in-domain"] = Field(
-        "target", description="'in-domain' splits the sources 60/20/20 and reports on the last 20 %"
+    source: str = Field(
+        default="rotated-digits", description="data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl"
     )
-    image_size: int = Field(224, ge=8, le=1024, description="pixels; images are resized, never cropped, to a square")
-    augment: Literal["domainbed", "none"] = Field("domainbed", description="training augmentation")
-    batch_size: int = Field(32, ge=1, le=4096, description="images per source domain per step")
-    allow_missing_classes: bool = Field(False, description="accept a domain that lacks a class")
-    workers: int = Field(1, ge=0, le=64, description="threads that prepare the next batches")
+    content: str = Field(default="", description="sha256 of the data set's content; filled in by the run")
+    target: str = Field(default="none", description="the unseen domain; 'none' trains on every domain")
+    trial: int = Field(default=0, ge=0, description="which random 20 % of each domain is held out")
+    holdout_frac: float = Field(
+        default=0.2, gt=0, lt=0.5, description="share of each source domain held out for selection"
+    )
+    test_mode: Literal["target", "in-domain"] = Field(
+        default="target", description="'in-domain' splits the sources 60/20/20 and reports on the last 20 %"
+    )
+    image_size: int = Field(
+        default=224, ge=8, le=1024, description="pixels; images are resized, never cropped, to a square"
+    )
+    augment: Literal["domainbed", "none"] = Field(default="domainbed", description="training augmentation")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
+    allow_missing_classes: bool = Field(default=False, description="accept a domain that lacks a class")
+    workers: int = Field(default=1, ge=0, le=64, description="threads that prepare the next batches")
 
 
 class ModelConfig(Section):
     """The backbone and where its weights come from."""
 
-    backbone: str = Field("resnet50", description="any timm model, or digits_cnn / mnist_cnn")
-    weights: str = Field("imagenet", description="'imagenet', 'none', or a .safetensors/.pth file")
-    freeze_bn: bool = Field(True, description="keep batch-norm statistics as they were pretrained")
+    backbone: str = Field(default="resnet50", description="any timm model, or digits_cnn / mnist_cnn")
+    weights: str = Field(default="imagenet", description="'imagenet', 'none', or a .safetensors/.pth file")
+    freeze_bn: bool = Field(default=True, description="keep batch-norm statistics as they were pretrained")
 
 
 class ObjectiveConfig(Section):
@@ -72,34 +78,41 @@ class AveragerConfig(Section):
 class QuantizerConfig(Section):
     """The grid the weights live on, and from which step."""
 
-    name: str = Field("lsq", description="'lsq', or 'none' for a float model")
-    bits: int = Field(7, ge=MIN_BITS, le=MAX_BITS, description="bits per weight")
-    start_step: int | None = Field(None, ge=0, description="first quantized step; default 40 % of the steps")
-    granularity: Literal["channel", "layer"] = Field("channel", description="one step size per output channel or layer")
-    step_mode: Literal["log", "raw"] = Field("log", description="how the step size is learned: log scale, or raw LSQ")
-    include: tuple[str, ...] = Field((), description="glob patterns of layer names; empty means every layer")
-    exclude: tuple[str, ...] = Field(("classifier",), description="glob patterns of layer names left in float")
+    name: str = Field(default="lsq", description="'lsq', or 'none' for a float model")
+    bits: int = Field(default=7, ge=MIN_BITS, le=MAX_BITS, description="bits per weight")
+    start_step: int | None = Field(default=None, ge=0, description="first quantized step; default 40 % of the steps")
+    granularity: Literal["channel", "layer"] = Field(
+        default="channel", description="one step size per output channel or layer"
+    )
+    step_mode: Literal["log", "raw"] = Field(
+        default="log", description="how the step size is learned: log scale, or raw LSQ"
+    )
+    include: tuple[str, ...] = Field(default=(), description="glob patterns of layer names; empty means every layer")
+    exclude: tuple[str, ...] = Field(default=("classifier",), description="glob patterns of layer names left in float")
 
 
 class OptimizerConfig(Section):
     """The optimizer; the published protocol is plain Adam without decay or schedule."""
 
     name: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(5e-5, gt=0, lt=10)
-    weight_decay: float = Field(0.0, ge=0, description="of the weights; step sizes never decay")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    step_size_lr: float = Field(1.0, gt=0, description="learning rate of the step sizes, as a multiple of lr")
+    lr: float = Field(default=5e-5, gt=0, lt=10)
+    weight_decay: float = Field(default=0.0, ge=0, description="of the weights; step sizes never decay")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
+    step_size_lr: float = Field(default=1.0, gt=0, description="learning rate of the step sizes, as a multiple of lr")
 
 
 class TrainConfig(Section):
     """Length, validation, seeds and precision."""
 
-    steps: int = Field(5000, ge=1)
-    eval_every: int = Field(300, ge=1, description="steps between evaluations")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; default eval_every")
-    seed: int = Field(0, ge=0)
+    steps: int = Field(default=5000, ge=1)
+    eval_every: int = Field(default=300, ge=1, description="steps between evaluations")
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; default eval_every"
+    )
+    seed: int = Field(default=0, ge=0)
     selection: Literal["source", "last", "oracle"] = Field(
-        "source", description="which checkpoint is shipped: best source validation, the last, or best on the target"
+        default="source",
+        description="which checkpoint is shipped: best source validation, the last, or best on the target",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
 

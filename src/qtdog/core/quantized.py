@@ -37,6 +37,7 @@ class QuantSpec:
     axis: int | None = 0
 
     def __post_init__(self) -> None:
+        """Check the bits."""
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +110,7 @@ class TrainBatches:
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
         return augment(images, parameters.take(rows), mean=self.mean, std=self.std)
 
-    def stream(self, start_step: int, end_step: int) -> Iterator[Batch]:
+    def stream(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
         """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.
 
         Close the iterator (or let it be collected) to stop the threads. An error in a thread is raised here.

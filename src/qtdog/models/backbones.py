@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from qtdog.core.errors import ModelError, unknown
+from qtdog.core.errors import ModelError, nearest, unknown
 from qtdog.core.random import derive
 from qtdog.models.digits_cnn import WIDTHS
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
@@ -93,7 +93,9 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def _check_name(backbone: str) -> None:
     base, _, tag = backbone.partition(".")
     if base not in backbone_names():
-        raise ModelError(unknown("backbone", backbone, backbone_names()))
+        close = nearest(base, backbone_names())
+        hint = f"; did you mean '{close}'?" if close else "."
+        raise ModelError(f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join(WIDTHS)}")
     tagged = timm.list_models(base, include_tags=True)
     if tag and backbone not in tagged:
         raise ModelError(unknown("backbone", backbone, tagged))

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def freeze_batch_norm_(module: nn.Module) -> None:
     """Put every batch-norm layer inside `module` into evaluation mode, in place.
 
-    In that mode a layer computes y = γ · (x - μ) / √(σ² + ε) + β with the stored statistics μ and σ² and does not update
-    them; γ and β stay trainable. Small batches from several domains would spoil the pretrained statistics
+    In that mode a layer computes y = γ · (x - μ) / √(σ² + ε) + β with the stored statistics μ and σ² and does not
+    update them; γ and β stay trainable. Small batches from several domains would spoil the pretrained statistics
     (protocol: DomainBed's `ResNet` featurizer).
 
     Example:

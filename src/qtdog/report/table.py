@@ -46,16 +46,21 @@ def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[li
         results: for each method its results (`result.json`), one or more per target; several for one target (members)
             are averaged.
     """
-    targets = sorted({str(result["target_domain"]) for runs in results.values() for result in runs})
+    targets = sorted({_unseen(result) for runs in results.values() for result in runs})
     headers = ["method", *targets, "average", "source", "file"]
     rows = []
     for method, runs in results.items():
-        per_target = [_mean(run["test_accuracy"] for run in runs if str(run["target_domain"]) == t) for t in targets]
+        per_target = [_mean(run["test_accuracy"] for run in runs if _unseen(run) == t) for t in targets]
         source = _mean(run["source_accuracy"] for run in runs)
         rows.append(
             [method, *map(percent, per_target), percent(_mean(per_target)), percent(source), size_text(runs[0]["size"])]
         )
     return headers, rows
+
+
+def _unseen(result: Mapping[str, Any]) -> str:
+    in_domain = result["test_mode"] == "in-domain"
+    return "last 20 % of sources" if in_domain else str(result["target_domain"] or "no unseen domain")
 
 
 def _mean(values: Any) -> float | None:
@@ -64,13 +69,13 @@ def _mean(values: Any) -> float | None:
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; a cell cannot break out of it.
+    r"""Return a Markdown table; a cell cannot break out of it.
 
     Example:
         >>> print(markdown(["a"], [["x|y"]]))
         | a |
         | --- |
-        | x\\|y |
+        | x\|y |
     """
     lines = [headers, ["---"] * len(headers), *rows]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]

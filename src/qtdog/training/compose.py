@@ -16,9 +16,9 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
+from qtdog.models.placement import place_
 from qtdog.objectives import erm as _erm  # noqa: F401  (enters its name)
 from qtdog.objectives.objective import OBJECTIVES
-from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.parts import Parts, Trainable
@@ -48,7 +48,8 @@ def compose(
     """
     objective, step_rule = OBJECTIVES[config.objective.name](), STEP_RULES[config.step_rule.name]
     averager = AVERAGERS[config.averager.name]()
-    network = _network(config, dataset).to(device=accelerator.device, memory_format=torch.channels_last)
+    # The device first: the optimizer must hold the parameters that train.
+    network = place_(_network(config, dataset), accelerator.device)
     quantizer = _quantizer(config, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer)
     with accelerator.main_process_first():
@@ -66,9 +67,7 @@ def compose(
         objective=objective,
         step_rule=step_rule,
         averager=averager,
-        evaluate=Evaluator(
-            network, accelerator, cache, dataset.class_index, problem, config.data.test_mode, mean, std
-        ),
+        evaluate=Evaluator(network, accelerator, cache, dataset.class_index, problem, config.data.test_mode, mean, std),
     )
 
 
@@ -105,9 +104,7 @@ def make_optimizer(config: OptimizerConfig, network: Network, quantizer: Attache
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": parameters, "lr": config.lr, "weight_decay": config.weight_decay}]
     else:
-        groups = quantizer.param_groups(
-            config.lr, weight_decay=config.weight_decay, step_size_lr=config.step_size_lr
-        )
+        groups = quantizer.param_groups(config.lr, weight_decay=config.weight_decay, step_size_lr=config.step_size_lr)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.momentum:

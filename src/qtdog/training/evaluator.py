@@ -62,9 +62,7 @@ class Evaluator:
         if len(indices) < accelerator.num_processes:
             raise ConfigError(f"{len(indices)} images cannot be shared among {accelerator.num_processes} processes")
         mine = indices[accelerator.process_index :: accelerator.num_processes]
-        batches = eval_batches(
-            self.cache, mine, self.class_index, batch_size=EVAL_BATCH, mean=self.mean, std=self.std
-        )
+        batches = eval_batches(self.cache, mine, self.class_index, batch_size=EVAL_BATCH, mean=self.mean, std=self.std)
         # A signal reaches the processes at different batches; among several, only the loop asks, between two steps.
         alone = accelerator.num_processes == 1
         return evaluate(self.network, batches, accelerator, check=check if alone else lambda: None)

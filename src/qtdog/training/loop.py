@@ -1,7 +1,7 @@
 """The training loop, on one page.
 
-Order of one turn: evaluate if due, checkpoint if due, quantize if it is the step, update. An interruption anywhere leaves
-through the same door: a checkpoint of the state between two updates.
+Order of one turn: evaluate if due, checkpoint if due, quantize if it is the step, update. An interruption anywhere
+leaves through the same door: a checkpoint of the state between two updates.
 """
 
 from __future__ import annotations

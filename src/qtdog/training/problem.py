@@ -61,7 +61,7 @@ def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
         DataError: too few domains, or a class is missing from a domain (unless that is allowed).
     """
     if len(dataset.domains) < 2 and data.target != "none":
-        raise DataError(f"{data.source} has one domain ('{dataset.domains[0]}'): nothing is left to train on.")
+        raise DataError(f"{data.source} has one domain ({', '.join(dataset.domains)}): nothing is left to train on.")
     missing = [f"'{name}' in domain '{domain}'" for domain, name in dataset.missing_classes()]
     if missing and not data.allow_missing_classes:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

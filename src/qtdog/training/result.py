@@ -29,7 +29,9 @@ from qtdog.training.shipped import load
 from qtdog.training.state import RunState
 
 
-def finish(parts: Parts, state: RunState, problem: Problem, dataset: DomainDataset, folder: RunFolder) -> dict[str, Any]:
+def finish(
+    parts: Parts, state: RunState, problem: Problem, dataset: DomainDataset, folder: RunFolder
+) -> dict[str, Any]:
     """Write `model.safetensors` and `result.json` and return the result.
 
     Raises:
@@ -38,7 +40,8 @@ def finish(parts: Parts, state: RunState, problem: Problem, dataset: DomainDatas
     config = parts.config
     records = {record.seen.step: record for record in state.records}
     step = select(config.train.selection, list(records.values()))
-    assert step is not None and state.selected is not None  # the last step is always evaluated, and selectable
+    assert step is not None  # the last step is always evaluated, and selectable
+    assert state.selected is not None
     chosen = records[step]
     parts.network.load_state_dict(state.selected)
     parts.network.eval()

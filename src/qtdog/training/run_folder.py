@@ -18,7 +18,10 @@ from qtdog.training.records import Record
 
 
 class RunFolder:
-    """Paths and small files of a run: `config.yaml`, `metrics.jsonl`, `result.json`, `checkpoint/`, `model.safetensors`."""
+    """Paths and small files of a run.
+
+    `config.yaml`, `metrics.jsonl`, `result.json`, `checkpoint/` and `model.safetensors`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,8 +69,8 @@ class RunFolder:
         """Make the folder this configuration's, or check that it is.
 
         Raises:
-            RunError: it holds a run of another configuration (each difference is listed), an unfinished run and `resume`
-                was not asked for, or files that are no run.
+            RunError: it holds a run of another configuration (each difference is listed), an unfinished run and
+                `resume` was not asked for, or files that are no run.
         """
         saved = self.read_config()
         if saved is None:

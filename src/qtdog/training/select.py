@@ -13,7 +13,7 @@ from qtdog.training.records import Record, SourceRecord
 
 
 def select_source(records: Sequence[SourceRecord]) -> int | None:
-    """Return the step with the highest mean source-validation accuracy, ties to the earlier; None if none may be shipped.
+    """Return the step with the highest mean source-validation accuracy, ties to the earlier; None if there is none.
 
     Source: training-domain validation, Gulrajani and Lopez-Paz, ICLR 2021, section 3.
     """

@@ -14,6 +14,7 @@ from qtdog.core.errors import FormatError
 from qtdog.data.normalise import normalise
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
+from qtdog.models.placement import place_
 from qtdog.packing.packed_file import load_packed
 
 
@@ -113,8 +114,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedMode
         seed=0,
     )
     load_into(path, network)
-    network.to(device=torch.device(device), memory_format=torch.channels_last)  # as in training: same kernels, same bits
-    return ShippedModel(network, info).eval()
+    return ShippedModel(place_(network, torch.device(device)), info).eval()
 
 
 def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:

@@ -1,0 +1,54 @@
+"""What all tests share: a cache of their own, a small tree of images, short runs on the embedded digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qtdog.core.config import Config
+from qtdog.core.settings import build_config, load_preset
+
+SHORT = {
+    "data": {"target": "75", "batch_size": 8, "image_size": 12},
+    "train": {"steps": 6, "eval_every": 2},
+    "quantizer": {"name": "lsq", "bits": 7, "start_step": 2},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Decoded images go to a temporary folder, never to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QTDOG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def short_config() -> Callable[..., Config]:
+    """Return a function that makes the configuration of a run of six small steps, with sections changed."""
+
+    def make(**changes: dict[str, Any]) -> Config:
+        return build_config([load_preset("digits"), SHORT, changes])
+
+    return make
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path) -> Path:
+    """Make three domains of three classes of six images, 20 × 24 pixels, with a colour per class."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "photos"
+    for d, domain in enumerate(("indoor", "night", "outdoor")):
+        for c, name in enumerate(("bird", "cat", "dog")):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                pixels = rng.integers(0, 80, (20, 24, 3)) + 40 * d
+                pixels[..., c] += 90
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root

@@ -1,0 +1,73 @@
+import errno
+import resource
+import signal
+
+import pytest
+
+from qtdog.core.errors import RunError
+from qtdog.core.files import atomic_folder, sha256_file, write_atomic
+
+
+def test_write_replaces_whole_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_atomic(path, "one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.fixture
+def file_limit():
+    """Let the system refuse to write files beyond 1 kB, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("file_limit")
+def test_refused_write_keeps_the_old_file_and_says_what_to_do(tmp_path):
+    path = tmp_path / "file.bin"
+    write_atomic(path, b"old")
+    with pytest.raises(RunError, match=r"file\.bin.*What was there before is unchanged.*--resume"):
+        write_atomic(path, b"x" * 5000)
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_full_disk_in_a_folder_leaves_nothing(tmp_path):
+    def fill():
+        with atomic_folder(tmp_path / "step") as temporary:
+            (temporary / "a").write_text("a")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match="the disk is full"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_appears_whole_and_the_faster_process_wins(tmp_path):
+    target = tmp_path / "cache"
+    with atomic_folder(target) as temporary:
+        (temporary / "a").write_text("ours")
+        assert not target.exists()
+        target.mkdir()
+        (target / "a").write_text("theirs")
+    assert (target / "a").read_text() == "theirs"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
+
+
+def test_other_errors_pass_through(tmp_path):
+    def fail():
+        with atomic_folder(tmp_path / "x"):
+            raise OSError(errno.EIO, "input/output error")
+
+    with pytest.raises(OSError, match="input/output"):
+        fail()
+
+
+def test_sha256_of_known_content(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
