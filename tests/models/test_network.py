@@ -48,12 +48,12 @@ def test_statistics_move_when_they_are_not_frozen():
 def test_train_and_eval_switch_everything_but_frozen_batch_norm():
     network = small(freeze_bn=True)
     assert network.training
-    assert network.featurizer[0].training
-    assert not network.featurizer[1].training
+    assert network.get_submodule("featurizer.0").training
+    assert not network.get_submodule("featurizer.1").training
     assert not any(module.training for module in network.eval().modules())
     assert network.train() is network
     assert network.classifier.training
-    assert not network.featurizer[1].training
+    assert not network.get_submodule("featurizer.1").training
 
 
 def test_every_kind_of_batch_norm_is_frozen_and_nothing_else():

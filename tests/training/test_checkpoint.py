@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+
+from qtdog.core.errors import FormatError
+from qtdog.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    latest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+
+def sample(step: int) -> Checkpoint:
+    tensors = {"network": {"w": torch.arange(6.0).reshape(2, 3) + step}, "optimizer": {"0.step": torch.tensor(step)}}
+    return Checkpoint(step, tensors, {"lines": [{"step": step}], "loss_sum": 0.1})
+
+
+def test_round_trip_is_exact(tmp_path):
+    back = read_checkpoint(write_checkpoint(tmp_path, sample(7)))
+    assert (back.step, back.state) == (7, sample(7).state)
+    assert torch.equal(back.tensors["network"]["w"], sample(7).tensors["network"]["w"])
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        write_checkpoint(tmp_path, sample(step))
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-00000003", "step-00000010"]
+
+
+def test_same_step_again_replaces(tmp_path):
+    write_checkpoint(tmp_path, sample(1))
+    again = Checkpoint(1, {}, {"other": True})
+    write_checkpoint(tmp_path, again)
+    found = latest_checkpoint(tmp_path, print)
+    assert found is not None
+    assert found.state == {"other": True}
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_broken_one_is_named_and_the_one_before_is_used(tmp_path, name, damage):
+    write_checkpoint(tmp_path, sample(1))
+    file = write_checkpoint(tmp_path, sample(2)) / name
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[-3] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    warnings: list[str] = []
+    found = latest_checkpoint(tmp_path, warnings.append)
+    assert found is not None
+    assert found.step == 1
+    assert "step-00000002 is broken" in warnings[0]
+
+
+def test_no_whole_checkpoint_is_none(tmp_path):
+    assert latest_checkpoint(tmp_path, print) is None
+    (write_checkpoint(tmp_path, sample(1)) / "checkpoint.json").write_text("[]")
+    warnings: list[str] = []
+    assert latest_checkpoint(tmp_path, warnings.append) is None
+    assert len(warnings) == 1
+
+
+def test_altered_numbers_in_the_json_are_noticed(tmp_path):
+    file = write_checkpoint(tmp_path, sample(4)) / "checkpoint.json"
+    document = json.loads(file.read_text())
+    document["body"]["step"] = 5
+    file.write_text(json.dumps(document))
+    with pytest.raises(FormatError, match="checksum"):
+        read_checkpoint(file.parent)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    folder = write_checkpoint(tmp_path, sample(1))
+    assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}

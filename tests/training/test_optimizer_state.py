@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch import nn
+
+from qtdog.training.optimizer_state import flatten_optimizer, restore_optimizer_
+
+MAKERS = {
+    "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+}
+
+
+def make(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    model[0].weight.data = model[0].weight.data.contiguous(memory_format=torch.channels_last)
+    groups = [{"params": model[0].parameters(), "lr": 0.05}, {"params": model[2].parameters(), "weight_decay": 0.1}]
+    return model, MAKERS[name](groups)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(4, 3, 3, 3)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_restored_optimizer_goes_on_bit_for_bit(name):
+    model, optimizer = make(name)
+    for _ in range(3):
+        step(model, optimizer)
+    tensors, groups = flatten_optimizer(optimizer)
+    saved = {key: value.clone() for key, value in tensors.items()}
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    step(model, optimizer)
+
+    other, fresh = make(name)
+    other.load_state_dict(weights)
+    restore_optimizer_(fresh, saved, groups)
+    step(other, fresh)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_moments_get_the_memory_format_of_their_parameter():
+    model, optimizer = make("adam")
+    step(model, optimizer)
+    tensors, groups = flatten_optimizer(optimizer)
+    restore_optimizer_(optimizer, {key: value.contiguous() for key, value in tensors.items()}, groups)
+    weight = model[0].weight
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+
+
+def test_other_groups_are_refused():
+    _, optimizer = make("adam")
+    with pytest.raises(ValueError, match="expected 2 parameter groups, found 1"):
+        restore_optimizer_(optimizer, {}, [{}])

@@ -1,0 +1,318 @@
+"""Whole runs on the embedded digits: what they leave behind, and that stopping them changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qtdog.conversion.attach import attached
+from qtdog.core.config import config_hash
+from qtdog.core.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, RunError
+from qtdog.data.digits import RotatedDigits
+from qtdog.training import loop as loop_module
+from qtdog.training import run as run_module
+from qtdog.training.checkpoint import latest_checkpoint
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.loop import Doors, train
+from qtdog.training.problem import make_problem, resolve
+from qtdog.training.run import Silent, Voice, run
+from qtdog.training.run_folder import RunFolder
+from qtdog.training.shipped import load
+from qtdog.training.state import RunState
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return RotatedDigits()
+
+
+def file_hash(folder: RunFolder) -> str:
+    return hashlib.sha256(folder.model_file.read_bytes()).hexdigest()
+
+
+def test_a_run_leaves_a_whole_folder(tmp_path, short_config, digits):
+    config = resolve(short_config(), digits)
+    folder = RunFolder(tmp_path / "run")
+    result = run(config, digits, folder)
+
+    names = {entry.name for entry in folder.path.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "result.json", "checkpoint", "model.safetensors", ".lock"}
+    assert folder.read_config() == config
+    assert result["config_hash"] == config_hash(config)
+    records = folder.read_metrics()
+    assert [record.seen.step for record in records] == [2, 4, 6]
+    assert [record.seen.selectable for record in records] == [False, True, True]
+    for record in records:
+        assert set(record.seen.source) == {"0", "15", "30", "45", "60"}
+        assert record.test["75"].n == int((digits.domain_index == 5).sum())
+        assert record.test_in["75"].n == record.test["75"].n - int(record.test["75"].n * 0.2)
+    assert result["selected_step"] in (4, 6)
+    assert result["size"]["bytes"] == folder.model_file.stat().st_size
+    assert set(result["by_selection"]) == {"source", "last", "oracle"}
+    assert {layer["bits"] for layer in result["layers"]} == {7}
+
+
+def test_a_finished_run_is_not_made_again(tmp_path, short_config, digits):
+    config = resolve(short_config(), digits)
+    folder = RunFolder(tmp_path)
+    first = run(config, digits, folder)
+    stamp = folder.model_file.stat().st_mtime_ns
+    assert run(config, digits, folder, resume=True) == first
+    assert folder.model_file.stat().st_mtime_ns == stamp
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_does_not(tmp_path, short_config, digits):
+    hashes = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = RunFolder(tmp_path / name)
+        run(resolve(short_config(train={"steps": 6, "eval_every": 2, "seed": seed}), digits), digits, folder)
+        hashes.append(file_hash(folder))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+@pytest.mark.parametrize("quantizer", [{"name": "lsq", "start_step": 2}, {"name": "none"}])
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, short_config, digits, stop_at, quantizer, monkeypatch):
+    config = resolve(short_config(quantizer=quantizer), digits)
+    whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
+    run(config, digits, whole)
+
+    with monkeypatch.context() as patch:
+        real, calls = loop_module.update, []
+
+        def stopping(*args):
+            if len(calls) == stop_at:
+                raise Interrupted("stopped by SIGTERM")
+            calls.append(1)
+            return real(*args)
+
+        patch.setattr(loop_module, "update", stopping)
+        with pytest.raises(Interrupted):
+            run(config, digits, broken)
+    checkpoint = latest_checkpoint(broken.checkpoints, print)
+    assert checkpoint is not None
+    assert checkpoint.step == stop_at
+    run(config, digits, broken, resume=True)
+
+    assert file_hash(whole) == file_hash(broken)
+    one, other = (latest_checkpoint(folder.checkpoints, print) for folder in (whole, broken))
+    assert one is not None
+    assert other is not None
+    for part in ("network", "optimizer", "selected"):
+        assert one.tensors[part].keys() == other.tensors[part].keys()
+        assert all(torch.equal(value, other.tensors[part][key]) for key, value in one.tensors[part].items())
+    assert whole.read_metrics() == broken.read_metrics()
+
+
+def test_lost_newest_checkpoint_falls_back_and_ends_the_same(tmp_path, short_config, digits):
+    config = resolve(short_config(), digits)
+    whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
+    for folder in (whole, broken):
+        run(config, digits, folder)
+    newest = sorted(broken.checkpoints.iterdir())[-1]
+    (newest / "network.safetensors").write_bytes(b"torn")
+    broken.result_file.unlink()
+    broken.model_file.unlink()
+    warnings: list[str] = []
+    run(config, digits, broken, resume=True, voice=Voice(warn=warnings.append))
+    assert "broken" in warnings[0]
+    assert file_hash(whole) == file_hash(broken)
+
+
+def test_weights_and_step_sizes_move_and_optimizer_state_survives(short_config, digits):
+    """The trap of the released research code: after the start its optimizer still held the old parameters."""
+    config = resolve(short_config(), digits)
+    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    assert parts.quantizer is not None
+    params = dict(parts.network.named_parameters())
+    batches = {step: parts.batches.batch(step) for step in range(4)}
+    for step in (0, 1):
+        loop_module.update(parts, batches[step], step)
+    moments = {name: parts.optimizer.state[p]["exp_avg"] for name, p in params.items() if "scale" not in name}
+    values = {name: moment.clone() for name, moment in moments.items()}
+    parts.quantizer.enable()
+    for name, moment in moments.items():
+        assert parts.optimizer.state[params[name]]["exp_avg"] is moment, name
+        assert torch.equal(moment, values[name]), name
+    before = {name: p.detach().clone() for name, p in params.items()}
+    loop_module.update(parts, batches[2], 2)
+    loop_module.update(parts, batches[3], 3)
+    for name, p in params.items():
+        assert not torch.equal(p, before[name]), f"{name} did not move"
+    step_sizes = [name for name in params if "scale" in name]
+    assert len(step_sizes) == len(attached(parts.network).layers)
+
+
+def test_float_and_quantized_run_are_the_same_until_the_start(tmp_path, short_config, digits):
+    folders = []
+    for quantizer in ({"name": "none"}, {"name": "lsq", "start_step": 4}):
+        folder = RunFolder(tmp_path / quantizer["name"])
+        run(resolve(short_config(quantizer=quantizer), digits), digits, folder)
+        folders.append(folder)
+    ours, theirs = (folder.read_metrics() for folder in folders)
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        assert (one.seen.source, one.test, one.train_loss) == (other.seen.source, other.test, other.train_loss)
+    assert ours[2].seen.source != theirs[2].seen.source
+
+
+def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_config, digits, monkeypatch):
+    config = resolve(short_config(), digits)
+    folder = RunFolder(tmp_path)
+    real = run_module.compose
+
+    def poisoned(*args):
+        parts = real(*args)
+        calls: list[int] = []
+
+        def objective(domains):
+            calls.append(1)
+            loss = parts.objective(domains)
+            return loss * float("nan") if len(calls) == 4 else loss
+
+        return replace(parts, objective=objective)
+
+    monkeypatch.setattr(run_module, "compose", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 4.*--lr 0\.0002"):
+        run(config, digits, folder)
+    checkpoint = latest_checkpoint(folder.checkpoints, print)
+    assert checkpoint is not None
+    assert checkpoint.step == 3
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.tensors["network"].values())
+
+
+def test_nan_weights_are_never_written(short_config, digits):
+    config = resolve(short_config(), digits)
+    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    next(parts.network.parameters()).data.fill_(float("nan"))
+    saved: list[int] = []
+    doors = Doors(lambda state: saved.append(state.step), lambda line: None, lambda: None, Silent())
+    with pytest.raises(NonFiniteLossError):
+        train(parts, RunState(), doors)
+    assert saved == []
+
+
+def test_a_folder_in_use_is_refused(tmp_path, short_config, digits):
+    folder = RunFolder(tmp_path)
+    with folder.lock(), pytest.raises(RunError, match=r"in use by process \d+"):
+        run(resolve(short_config(), digits), digits, RunFolder(tmp_path))
+
+
+def test_another_configuration_in_the_folder_is_refused(tmp_path, short_config, digits):
+    folder = RunFolder(tmp_path)
+    folder.claim(resolve(short_config(), digits), resume=False)
+    with pytest.raises(RunError, match="quantizer.bits: 7 → 5"):
+        run(resolve(short_config(quantizer={"bits": 5, "start_step": 2}), digits), digits, folder, resume=True)
+
+
+def test_an_unfinished_run_needs_resume_and_foreign_files_are_left_alone(tmp_path, short_config, digits):
+    config = resolve(short_config(), digits)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.claim(config, resume=False)
+    with pytest.raises(RunError, match="--resume"):
+        run(config, digits, folder)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match=r"holds no run \(found thesis\.tex\)"):
+        run(config, digits, RunFolder(tmp_path / "thesis"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="is a file"):
+        run(config, digits, RunFolder(tmp_path / "file"))
+
+
+def test_full_disk_while_saving_names_the_place_and_keeps_what_was_there(tmp_path, short_config, digits, monkeypatch):
+    config = resolve(short_config(), digits)
+    folder = RunFolder(tmp_path)
+    from qtdog.training import checkpoint as checkpoint_module
+
+    real, calls = checkpoint_module.save_file, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        real(*args)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(RunError, match=r"step-00000004.*the disk is full.*--resume"):
+        run(config, digits, folder)
+    kept = latest_checkpoint(folder.checkpoints, print)
+    assert kept is not None
+    assert kept.step == 2
+    monkeypatch.undo()
+    run(config, digits, folder, resume=True)
+    assert folder.model_file.is_file()
+
+
+def test_in_domain_mode_reports_the_third_part_of_the_sources(tmp_path, short_config, digits):
+    config = resolve(short_config(data={"target": "75", "test_mode": "in-domain", "batch_size": 8}), digits)
+    result = run(config, digits, RunFolder(tmp_path))
+    record = RunFolder(tmp_path).read_metrics()[-1]
+    assert set(record.test) == {"0", "15", "30", "45", "60"}
+    assert {score.n for score in record.test.values()} == {int(0.2 * 300), int(0.2 * 299)}
+    assert result["test_accuracy"] == pytest.approx(sum(s.accuracy for s in record.test.values()) / 5, abs=0.5)
+
+
+def test_without_a_target_everything_is_trained_on(tmp_path, short_config, digits):
+    config = resolve(short_config(data={"target": "none", "batch_size": 8}), digits)
+    result = run(config, digits, RunFolder(tmp_path))
+    assert result["source_domains"] == list(digits.domains)
+    assert result["test_accuracy"] is None
+    assert load(tmp_path / "model.safetensors").info.target_domain is None
+
+
+def test_selection_last_ships_the_last_checkpoint(tmp_path, short_config, digits):
+    plan = {"steps": 6, "eval_every": 2, "selection": "last"}
+    result = run(resolve(short_config(train=plan), digits), digits, RunFolder(tmp_path))
+    assert result["selected_step"] == 6
+
+
+def test_bf16_trains_and_what_is_measured_is_what_ships(tmp_path, short_config, digits):
+    plan = {"steps": 4, "eval_every": 2, "precision": "bf16"}
+    config = resolve(short_config(train=plan, quantizer={"start_step": 2}), digits)
+    folder = RunFolder(tmp_path)
+    run(config, digits, folder)  # raises if the file's float32 logits differ from the network's
+    assert json.loads(folder.result_file.read_text())["selected_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": {"target": "57"}}, ConfigError, r"unknown target domain '57'; did you mean '75'"),
+        ({"data": {"content": "0" * 64}}, DataError, "changed since this configuration was made"),
+    ],
+)
+def test_resolve_refuses_what_does_not_fit_the_data(short_config, digits, changes, error, message):
+    with pytest.raises(error, match=message):
+        resolve(short_config(**changes), digits)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"objective": {"name": "emr"}}, "unknown objective 'emr'; did you mean 'erm'"),
+        ({"step_rule": {"name": "plane"}}, "unknown step rule 'plane'; did you mean 'plain'"),
+        ({"averager": {"name": "non"}}, "unknown averager 'non'; did you mean 'none'"),
+        ({"quantizer": {"name": "lqs", "start_step": 2}}, "unknown quantizer 'lqs'; did you mean 'lsq'"),
+        ({"quantizer": {"exclude": ["clasifier"], "start_step": 2}}, "classifier"),
+        ({"optimizer": {"momentum": 0.9}}, "is for sgd"),
+    ],
+)
+def test_unknown_names_on_an_axis(short_config, digits, section, message):
+    config = resolve(short_config(**section), digits)
+    with pytest.raises(ConfigError, match=message):
+        compose(config, digits, make_problem(config, digits), make_accelerator(config))
+
+
+def test_raw_step_sizes_train_with_sgd(tmp_path, short_config, digits):
+    changes = {"optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9}}
+    config = resolve(short_config(quantizer={"step_mode": "raw", "start_step": 2}, **changes), digits)
+    folder = RunFolder(tmp_path)
+    run(config, digits, folder)
+    names = latest_checkpoint(folder.checkpoints, print)
+    assert names is not None
+    assert any(name.endswith(".scale") for name in names.tensors["network"])
