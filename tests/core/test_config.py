@@ -17,7 +17,7 @@ from qtdog.core.settings import (
 
 def test_defaults_are_the_published_protocol():
     config = Config()
-    assert (config.model.backbone, config.optimizer.name, config.optimizer.lr) == ("resnet50", "adam", 5e-5)
+    assert (config.model.backbone, config.optimizer.name, config.optimizer.lr) == ("resnet50.tv_in1k", "adam", 5e-5)
     assert (config.train.steps, config.train.eval_every, config.data.batch_size) == (5000, 300, 32)
     assert (config.quantizer.bits, config.start_step, config.data.holdout_frac) == (7, 2000, 0.2)
     assert config.optimizer.weight_decay == 0
@@ -33,7 +33,10 @@ def test_configuration_is_frozen():
     [
         ({"trian": {"steps": 1}}, r"unknown section 'trian'; did you mean 'train'\?"),
         ({"train": {"step": 1}}, r"unknown option in 'train' 'step'; did you mean 'steps'\?"),
-        ({"optimizer": {"name": "addam"}}, r"optimizer.name cannot be 'addam'; did you mean 'adam'\? Choices: adam, sgd"),
+        (
+            {"optimizer": {"name": "addam"}},
+            r"optimizer.name cannot be 'addam'; did you mean 'adam'\? Choices: adam, sgd",
+        ),
         ({"quantizer": {"bits": 1}}, r"quantizer.bits: .*greater than or equal to 2 \(got 1\)"),
         ({"quantizer": {"bits": 9}}, r"quantizer.bits: .*less than or equal to 8 \(got 9\)"),
         ({"train": {"steps": "many"}}, r"train.steps: .*integer.*'many'"),
@@ -64,7 +67,9 @@ def test_malformed_assignments_are_refused(text):
 
 def test_hash_ignores_defaults_and_where_the_data_lies_but_no_result():
     plain = config_hash(Config())
-    assert plain == config_hash(build_config([{"train": {"steps": 5000}, "data": {"source": "/elsewhere", "workers": 3}}]))
+    assert plain == config_hash(
+        build_config([{"train": {"steps": 5000}, "data": {"source": "/elsewhere", "workers": 3}}])
+    )
     assert len(plain) == 12
     changes = [
         {"train": {"seed": 1}},

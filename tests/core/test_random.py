@@ -9,7 +9,12 @@ from qtdog.core.random import derive, numpy_stream, torch_stream
 @given(st.integers(0, 2**40), st.integers(0, 10**6))
 def test_streams_depend_on_seed_name_and_position_only(seed, step):
     assert derive(seed, "a", step) == derive(seed, "a", step)
-    assert len({derive(seed, "a", step), derive(seed, "b", step), derive(seed, "a", step + 1), derive(seed + 1, "a", step)}) == 4
+    assert (
+        len(
+            {derive(seed, "a", step), derive(seed, "b", step), derive(seed, "a", step + 1), derive(seed + 1, "a", step)}
+        )
+        == 4
+    )
     assert 0 <= derive(seed, "a", step) < 2**63
 
 

@@ -99,7 +99,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_hub")
 def test_without_a_hub_the_message_says_what_to_do():
     spec = FeaturizerSpec("test_resnet", channels=3, image_size=64)
-    with pytest.raises(ModelError, match="'test_resnet' could not be had.*--weights FILE.*--weights none") as info:
+    with pytest.raises(ModelError, match=r"'test_resnet' could not be had.*--weights FILE.*--weights none") as info:
         load_weights_(build_featurizer(spec), spec, "imagenet")
     assert "lite0" not in str(info.value)
 
@@ -114,5 +114,5 @@ def test_without_hub_and_package_the_message_names_the_extra(monkeypatch: pytest
 
 def test_a_backbone_that_nobody_pretrained():
     spec = FeaturizerSpec("efficientnet_lite1", channels=3, image_size=64)
-    with pytest.raises(ModelError, match="No pretrained weights exist for efficientnet_lite1.*--weights none"):
+    with pytest.raises(ModelError, match=r"No pretrained weights exist for efficientnet_lite1.*--weights none"):
         load_weights_(build_featurizer(spec), spec, "imagenet")

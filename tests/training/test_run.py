@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from qtdog.conversion.attach import attached
 from qtdog.core.config import config_hash
-from qtdog.core.errors import ConfigError, DataError, Interrupted, NonFiniteLossError, RunError
+from qtdog.core.errors import Interrupted, NonFiniteLossError, RunError
 from qtdog.data.digits import RotatedDigits
 from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
@@ -21,7 +20,6 @@ from qtdog.training.loop import Doors, train
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.run import Silent, Voice, run
 from qtdog.training.run_folder import RunFolder
-from qtdog.training.shipped import load
 from qtdog.training.state import RunState
 
 
@@ -246,73 +244,3 @@ def test_full_disk_while_saving_names_the_place_and_keeps_what_was_there(tmp_pat
     monkeypatch.undo()
     run(config, digits, folder, resume=True)
     assert folder.model_file.is_file()
-
-
-def test_in_domain_mode_reports_the_third_part_of_the_sources(tmp_path, short_config, digits):
-    config = resolve(short_config(data={"target": "75", "test_mode": "in-domain", "batch_size": 8}), digits)
-    result = run(config, digits, RunFolder(tmp_path))
-    record = RunFolder(tmp_path).read_metrics()[-1]
-    assert set(record.test) == {"0", "15", "30", "45", "60"}
-    assert {score.n for score in record.test.values()} == {int(0.2 * 300), int(0.2 * 299)}
-    assert result["test_accuracy"] == pytest.approx(sum(s.accuracy for s in record.test.values()) / 5, abs=0.5)
-
-
-def test_without_a_target_everything_is_trained_on(tmp_path, short_config, digits):
-    config = resolve(short_config(data={"target": "none", "batch_size": 8}), digits)
-    result = run(config, digits, RunFolder(tmp_path))
-    assert result["source_domains"] == list(digits.domains)
-    assert result["test_accuracy"] is None
-    assert load(tmp_path / "model.safetensors").info.target_domain is None
-
-
-def test_selection_last_ships_the_last_checkpoint(tmp_path, short_config, digits):
-    plan = {"steps": 6, "eval_every": 2, "selection": "last"}
-    result = run(resolve(short_config(train=plan), digits), digits, RunFolder(tmp_path))
-    assert result["selected_step"] == 6
-
-
-def test_bf16_trains_and_what_is_measured_is_what_ships(tmp_path, short_config, digits):
-    plan = {"steps": 4, "eval_every": 2, "precision": "bf16"}
-    config = resolve(short_config(train=plan, quantizer={"start_step": 2}), digits)
-    folder = RunFolder(tmp_path)
-    run(config, digits, folder)  # raises if the file's float32 logits differ from the network's
-    assert json.loads(folder.result_file.read_text())["selected_step"] == 4
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"data": {"target": "57"}}, ConfigError, r"unknown target domain '57'; did you mean '75'"),
-        ({"data": {"content": "0" * 64}}, DataError, "changed since this configuration was made"),
-    ],
-)
-def test_resolve_refuses_what_does_not_fit_the_data(short_config, digits, changes, error, message):
-    with pytest.raises(error, match=message):
-        resolve(short_config(**changes), digits)
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"objective": {"name": "emr"}}, "unknown objective 'emr'; did you mean 'erm'"),
-        ({"step_rule": {"name": "plane"}}, "unknown step rule 'plane'; did you mean 'plain'"),
-        ({"averager": {"name": "non"}}, "unknown averager 'non'; did you mean 'none'"),
-        ({"quantizer": {"name": "lqs", "start_step": 2}}, "unknown quantizer 'lqs'; did you mean 'lsq'"),
-        ({"quantizer": {"exclude": ["clasifier"], "start_step": 2}}, "classifier"),
-        ({"optimizer": {"momentum": 0.9}}, "is for sgd"),
-    ],
-)
-def test_unknown_names_on_an_axis(short_config, digits, section, message):
-    config = resolve(short_config(**section), digits)
-    with pytest.raises(ConfigError, match=message):
-        compose(config, digits, make_problem(config, digits), make_accelerator(config))
-
-
-def test_raw_step_sizes_train_with_sgd(tmp_path, short_config, digits):
-    changes = {"optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9}}
-    config = resolve(short_config(quantizer={"step_mode": "raw", "start_step": 2}, **changes), digits)
-    folder = RunFolder(tmp_path)
-    run(config, digits, folder)
-    names = latest_checkpoint(folder.checkpoints, print)
-    assert names is not None
-    assert any(name.endswith(".scale") for name in names.tensors["network"])

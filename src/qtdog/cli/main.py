@@ -34,9 +34,9 @@ def _root(
     version: bool = typer.Option(False, "--version", help="Show the version and leave.", is_eager=True),
 ) -> None:
     if version:
-        import qtdog
+        from qtdog import __version__
 
-        typer.echo(qtdog.__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -118,7 +118,8 @@ def _saved(request: Request) -> list[Tree]:
     if not request.resume or request.out is None:
         return []
     saved = RunFolder(request.out).read_config()
-    if saved is None and not request.out.exists() and request.flags.get("data") is None:
+    described = [*request.presets, *request.assignments, *(v for v in request.flags.values() if v is not None)]
+    if saved is None and not described:
         raise ConfigError(f"--resume: there is no run in {request.out}; check --out, or give the flags to start one")
     return [] if saved is None else [saved.model_dump()]
 

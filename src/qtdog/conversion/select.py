@@ -106,5 +106,5 @@ def select(layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequen
 
 def _names(layers: Sequence[Layer]) -> list[str]:
     """Return the names of the layers and of every module above one: what a pattern can mean."""
-    names = {".".join(parts[: n + 1]) for layer in layers for parts in [layer.name.split(".")] for n in range(len(parts))}
-    return sorted(names)
+    parts = [layer.name.split(".") for layer in layers]
+    return sorted({".".join(name[: depth + 1]) for name in parts for depth in range(len(name))})

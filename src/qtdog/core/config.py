@@ -52,7 +52,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The backbone and where its weights come from."""
 
-    backbone: str = Field(default="resnet50", description="any timm model, or digits_cnn / mnist_cnn")
+    backbone: str = Field(default="resnet50.tv_in1k", description="any timm model, or digits_cnn / mnist_cnn")
     weights: str = Field(default="imagenet", description="'imagenet', 'none', or a .safetensors/.pth file")
     freeze_bn: bool = Field(default=True, description="keep batch-norm statistics as they were pretrained")
 

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
+from torch.nn.functional import interpolate
 
 from qtdog.data.augment_parameters import AugmentParameters
-from qtdog.data.colour import JITTER, grey
+from qtdog.data.buffers import BufferPool
+from qtdog.data.colour import JITTER, N_SPARE, WHITE, grey
 
-CHUNK_PIXELS = 20_000
+CHUNK_PIXELS = 1 << 16
 
 
 def augment(
-    images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    images: Tensor,
+    parameters: AugmentParameters,
+    *,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    pool: BufferPool | None = None,
 ) -> Tensor:
     """Return augmented images, (x - mean) / std, float32 (n, C, H, W) in channels-last memory.
 
@@ -29,18 +36,29 @@ def augment(
         parameters: one row per image (`draw_parameters`).
         mean: per channel, or one for all; with the default mean and std the result is in [0, 1].
         std: likewise.
+        pool: where the memory comes from; default: fresh memory.
+
+    Example:
+        >>> from qtdog.data.augment_parameters import draw_parameters
+        >>> images = torch.zeros((2, 32, 32, 3), dtype=torch.uint8)
+        >>> augment(images, draw_parameters(torch.Generator(), 2, 32)).shape
+        torch.Size([2, 3, 32, 32])
     """
+    pool = pool or BufferPool()
     n, height, width, channels = images.shape
-    result = torch.empty((n, height, width, channels))
-    shift = torch.tensor(mean).expand(channels)
-    scale = torch.tensor(std).expand(channels)
-    for rows in _groups(parameters.order, max(1, CHUNK_PIXELS // (height * width))):
+    pixels = height * width
+    n_together = max(1, CHUNK_PIXELS // pixels)
+    n_planes = channels + N_SPARE
+    workspace = pool.take((n_planes * n_together * pixels,), torch.float32)
+    result = pool.take((n, pixels, channels), torch.float32)
+    for rows in _groups(parameters.order, n_together):
+        used = workspace[: n_planes * len(rows) * pixels].view(n_planes, len(rows), pixels)
+        planes, spare = used.split((channels, N_SPARE))
         group = parameters.take(rows)
-        planes = _crop(images, rows, group)
-        _jitter_(planes, group)
-        for c in range(channels):
-            result[rows, :, :, c] = planes[c].sub_(shift[c]).div_(scale[c]).unflatten(1, (height, width))
-    return result.permute(0, 3, 1, 2)
+        _crop(images, rows, group, planes)
+        _jitter_(planes, group, spare)
+        _write_normalised(planes, result, rows, mean, std)
+    return result.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _groups(order: Tensor, most: int) -> list[Tensor]:
@@ -49,20 +67,32 @@ def _groups(order: Tensor, most: int) -> list[Tensor]:
     return [part for value in code.unique() for part in torch.nonzero(code == value)[:, 0].split(most)]
 
 
-def _crop(images: Tensor, rows: Tensor, group: AugmentParameters) -> Tensor:
-    """Crop, resize back and flip on uint8; then planes, float32 (C, n, P) in [0, 1]."""
-    size = list(images.shape[1:3])
-    done = []
-    for row, (top, left, height, width), flip in zip(
-        rows.tolist(), group.crop.tolist(), group.flip.tolist(), strict=True
-    ):
-        image = functional.resized_crop(images[row].permute(2, 0, 1), top, left, height, width, size)
-        done.append(image.flip(2) if flip else image)
-    return torch.stack(done, dim=1).flatten(2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def _crop(images: Tensor, rows: Tensor, group: AugmentParameters, planes: Tensor) -> None:
+    """Crop, resize back (in uint8, as the original does on PIL images) and flip; write planes in [0, WHITE]."""
+    size = images.shape[1:3]
+    by_image = planes.numpy().reshape(len(planes), len(rows), *size)
+    draws = zip(rows.tolist(), group.crop.tolist(), group.flip.tolist(), strict=True)
+    for place, (row, (top, left, height, width), flip) in enumerate(draws):
+        crop = images[row : row + 1, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        resized = interpolate(crop, size=size, mode="bilinear", antialias=True)[0].numpy()
+        # NumPy converts, separates the colours and flips (a negative stride) in one pass; torch would need two.
+        np.copyto(by_image[:, place], resized[:, :, ::-1] if flip else resized)
 
 
-def _jitter_(planes: Tensor, group: AugmentParameters) -> None:
+def _jitter_(planes: Tensor, group: AugmentParameters, spare: Tensor) -> None:
     for operation in group.order[0].tolist():
-        JITTER[operation](planes, group.factors[:, operation, None])
-    if group.grey.any():
-        planes[:, group.grey] = grey(planes[:, group.grey])
+        JITTER[operation](planes, group.factors[:, operation, None], spare)
+    if len(planes) == 3:
+        for place in torch.nonzero(group.grey)[:, 0].tolist():
+            planes[:, place] = grey(planes[:, place], spare[0, place])
+
+
+def _write_normalised(
+    planes: Tensor, result: Tensor, rows: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    channels = len(planes)
+    shift = -torch.tensor(mean).div(torch.tensor(std)).expand(channels)
+    scale = (1 / (WHITE * torch.tensor(std))).expand(channels).tolist()
+    for place, row in enumerate(rows.tolist()):
+        for c in range(channels):
+            torch.add(shift[c], planes[c, place], alpha=scale[c], out=result[row, :, c])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, write_atomic
+from qtdog.data.buffers import BufferPool
 from qtdog.data.dataset import N_THREADS, DomainDataset, Progress
 from qtdog.data.decode import DECODE_VERSION
 
@@ -52,14 +53,19 @@ class DecodedCache:
         """Return the number of images."""
         return self.shape[0]
 
-    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int]) -> Tensor:
+    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int], pool: BufferPool | None = None) -> Tensor:
         """Return the images at `indices`, uint8 (b, size, size, channels). Safe to call from several threads.
+
+        Args:
+            indices: positions, each in [0, n).
+            pool: where the memory comes from; default: fresh memory.
 
         Raises:
             IndexError: an index is out of range.
             DataError: the file was cut short meanwhile.
         """
-        images = torch.empty((len(indices), *self.shape[1:]), dtype=torch.uint8)
+        shape = (len(indices), *self.shape[1:])
+        images = pool.take(shape, torch.uint8) if pool else torch.empty(shape, dtype=torch.uint8)
         rows = images.numpy().reshape(len(indices), self._row_bytes)
         for row, index in zip(rows, np.asarray(indices).tolist(), strict=True):
             if not 0 <= index < len(self):

@@ -17,6 +17,7 @@ from qtdog.core.errors import ConfigError, DataError
 from qtdog.core.random import torch_stream
 from qtdog.data.augment import augment
 from qtdog.data.augment_parameters import draw_parameters
+from qtdog.data.buffers import BufferPool
 from qtdog.data.cache import DecodedCache
 from qtdog.data.normalise import normalise
 from qtdog.data.sampler import draw
@@ -93,13 +94,14 @@ class TrainBatches:
         self.workers = workers
         self.rank = rank
         self.world = world
+        self._buffers = BufferPool()
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step (this process's share of it)."""
         drawn = [draw(self.seed, step, domain, pool, self.batch_size) for domain, pool in self.pools.items()]
         rows = np.arange(len(drawn) * self.batch_size).reshape(len(drawn), -1)[:, self.rank :: self.world].reshape(-1)
         indices = np.concatenate(drawn)[rows]
-        images = self._prepare(self.cache.gather(indices), step, torch.from_numpy(rows))
+        images = self._prepare(self.cache.gather(indices, self._buffers), step, torch.from_numpy(rows))
         sizes = (self.batch_size // self.world,) * len(drawn)
         return Batch(images, torch.from_numpy(self.class_index[indices]), tuple(self.pools), sizes)
 
@@ -108,7 +110,7 @@ class TrainBatches:
             return normalise(images, self.mean, self.std)
         n_global = len(self.pools) * self.batch_size  # drawn for all processes, so that they see one global batch
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
-        return augment(images, parameters.take(rows), mean=self.mean, std=self.std)
+        return augment(images, parameters.take(rows), mean=self.mean, std=self.std, pool=self._buffers)
 
     def stream(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
         """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.

@@ -95,7 +95,9 @@ def _check_name(backbone: str) -> None:
     if base not in backbone_names():
         close = nearest(base, backbone_names())
         hint = f"; did you mean '{close}'?" if close else "."
-        raise ModelError(f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join(WIDTHS)}")
+        raise ModelError(
+            f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join(WIDTHS)} (qtdog list backbones)."
+        )
     tagged = timm.list_models(base, include_tags=True)
     if tag and backbone not in tagged:
         raise ModelError(unknown("backbone", backbone, tagged))

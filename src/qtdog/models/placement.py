@@ -10,8 +10,8 @@ from qtdog.models.network import Network
 def place_(network: Network, device: torch.device) -> Network:
     """Move a network to `device` in channels-last memory, in place, and return it.
 
-    Training and loading both go through here: with another memory format a convolution takes other kernels, and the last
-    bits of the logits differ.
+    Training and loading both go through here: with another memory format a convolution takes other kernels, and the
+    last bits of the logits differ.
 
     Example:
         >>> from torch import nn

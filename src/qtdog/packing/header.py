@@ -42,8 +42,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Return the header of a safetensors file whose structure is sound.
 
-    Sound means: the header's length fits the file and is at most 16 MiB; it is strict JSON; every tensor has a known type,
-    at most 16 dimensions and 2^40 values; the data of the tensors fill the rest of the file without gap or overlap.
+    Sound means: the header's length fits the file and is at most 16 MiB; it is strict JSON; every tensor has a known
+    type, at most 16 dimensions and 2^40 values; the tensors' data fill the rest of the file without gap or overlap.
 
     Raises:
         FormatError: anything else, with the path, what was expected and what was found.
@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
 def _length_problem(size: int, length: int) -> str:
     if size < 8:
         return f"a safetensors file has at least 8 bytes, this one {size}"
-    return f"the header claims {length} bytes; the file has {size - 8} after the length, the limit is {MAX_HEADER_BYTES}"
+    return f"the header claims {length} bytes; the file has {size - 8} left, and the limit is {MAX_HEADER_BYTES}"
 
 
 def _require(path: Path, condition: bool, problem: str) -> None:

@@ -146,4 +146,5 @@ def _check_aliases(path: Path, layout: Layout, tensors: Mapping[str, TensorInfo]
     stored = {*rest_names(layout, tensors), *layout.quantized}
     for alias, name in layout.aliases.items():
         if not isinstance(name, str) or name not in stored or alias in stored:
-            raise FormatError(f"{path}: '{alias}' should be a further name of a stored tensor, found {str(name)[:80]!r}")
+            found = str(name)[:80]
+            raise FormatError(f"{path}: '{alias}' should be a further name of a stored tensor, found '{found}'")

@@ -89,8 +89,8 @@ def _packed(path: Path, quantized: Mapping[str, QuantizedTensor]) -> dict[str, T
 def load_packed(path: Path | str) -> PackedModel:
     """Return the content of a packed model file.
 
-    Everything that the header states is checked, against itself and against the size of the file, before memory is taken;
-    what is taken is at most 4 bytes per byte of the file.
+    Everything that the header states is checked, against itself and against the size of the file, before memory is
+    taken for the tensors; codes then take one byte each, at most 4 per byte of the file.
 
     Raises:
         FormatError: the file cannot be read, is truncated or damaged, is of another kind or version, or holds something

@@ -14,38 +14,15 @@ from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
 from qtdog.quantizers.base import Quantizer
 from qtdog.quantizers.grid import encode
+from qtdog.quantizers.lsq_function import lsq_quantize
 
 STEP_MODES = ("log", "raw")
-# A filter whose start step is below this share of its layer's mean is dead: on a grid that fine its weights would all be
-# clipped, get no gradient, and stay dead.
+# A filter whose start is below this share of its layer's mean is dead: as soon as training moved its weights, a grid
+# that fine would clip them all, and without a gradient they would stay where they are.
 DEAD_FRAC = 2.0**-20
-# The start step of a layer that is all zeros: of the size that trained layers have.
+# The start of a layer that is all zeros; trained layers have steps of this size.
 DEAD_LAYER_SCALE = 2.0**-10
 MIN_RAW_SCALE = 1e-8
-
-
-class _Quantize(Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.limits = qmin, qmax
-        return (weight / scale).round_().clamp_(qmin, qmax).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, scale = ctx.saved_tensors
-        qmin, qmax = ctx.limits
-        ratio = weight / scale
-        mask = torch.ops.aten.hardtanh_backward
-        grad_weight = mask(grad, ratio, qmin, qmax)
-        error = ratio.round().clamp_(qmin, qmax).sub_(mask(ratio, ratio, qmin, qmax))
-        return grad_weight, error.mul_(grad).sum_to_size(scale.shape), None, None
-
-
-def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Return scale · clamp(round(weight / scale), qmin, qmax) with LSQ's gradients."""
-    return _Quantize.apply(weight, scale, qmin, qmax)
 
 
 class _RawScale(Function):
@@ -58,18 +35,30 @@ class _RawScale(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.grad_scale, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.grad_scale, None
 
 
 def initial_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Return LSQ's start, 2 · mean|w| / sqrt(Qp) over the weights that share a step size (Esser et al., section 2.1)."""
+    """Return LSQ's start, s0 = 2 · mean|w| / sqrt(Qp), over the weights that share a step size.
+
+    Source: Esser et al. (ICLR 2020), section 2.1. A dead filter (s0 zero, or next to nothing beside its layer's) gets
+    the mean s0 of the living ones; a layer without living filters gets `DEAD_LAYER_SCALE`.
+
+    Args:
+        weight: any shape.
+        spec: bits and axis.
+
+    Returns:
+        Positive float32 step sizes, shape (weight.shape[spec.axis],), or (1,) if spec.axis is None.
+
+    Example:
+        >>> initial_scale(torch.tensor([[2.0, -2.0], [0.0, 0.0], [4.0, 4.0]]), QuantSpec(2)).tolist()
+        [4.0, 6.0, 8.0]
+    """
     magnitude = weight.detach().to(torch.float32).abs()
-    if spec.axis is None:
-        means = magnitude.mean().reshape(1)
-    else:
-        means = magnitude.movedim(spec.axis, 0).flatten(1).mean(dim=1)
-    scale = means * (2 / math.sqrt(spec.qmax))
+    rows = magnitude.reshape(1, -1) if spec.axis is None else magnitude.movedim(spec.axis, 0).flatten(1)
+    scale = rows.mean(dim=1) * (2 / math.sqrt(spec.qmax))
     alive = scale > scale.mean() * DEAD_FRAC
     if not alive.any():
         return torch.full_like(scale, DEAD_LAYER_SCALE)
@@ -77,7 +66,32 @@ def initial_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 class LSQ(Quantizer):
-    """LSQ as a weight parametrization."""
+    """LSQ as a weight parametrization: w_q = s · round(clip(w / s, -Qn, Qp)), the step size s learned.
+
+    In "log" mode the parameter is log s, and d/dlog s = s · d/ds: a step of an adaptive optimizer changes s by a share
+    of itself. In "raw" mode it is s, with LSQ's gradient scale 1 / sqrt(N · Qp), N the number of weights that share it;
+    where an update takes s below 1e-8 the forward pass uses 1e-8, and the gradient, passed on as if it had not, can
+    bring it back. Raw is for SGD: an adaptive optimizer cancels the gradient scale and moves s too fast.
+
+    The parameter is float32, shape (n,), with n as in `initial_scale`; it has no meaning before `enable_`.
+
+    Args:
+        weight: the weight to quantize; only its shape and device count.
+        spec: bits and axis.
+        step_mode: "log" or "raw".
+
+    Raises:
+        ConfigError: an unknown step mode.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -1.0, 4.0]])
+        >>> lsq = LSQ(weight, QuantSpec(2))
+        >>> lsq(weight) is weight
+        True
+        >>> lsq.enable_(weight)
+        >>> lsq(weight).tolist()
+        [[0.0, 0.0, 4.0]]
+    """
 
     def __init__(self, weight: Tensor, spec: QuantSpec, step_mode: str = "log") -> None:
         super().__init__(spec)
@@ -86,14 +100,14 @@ class LSQ(Quantizer):
         self.step_mode = step_mode
         n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
         self.grad_scale = 1 / math.sqrt(weight.numel() / n_scales * spec.qmax)
-        start = torch.full((n_scales,), DEAD_LAYER_SCALE, device=weight.device)
+        start = torch.full((n_scales,), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
         if step_mode == "log":
             self.log_scale = nn.Parameter(start.log_())
         else:
             self.scale = nn.Parameter(start)
 
     def step_sizes(self) -> Tensor:
-        """Return the step sizes, float32, shape (n,), connected to the parameter."""
+        """Return the step sizes in use, float32, shape (n,), differentiable with respect to the parameter."""
         if self.step_mode == "log":
             return self.log_scale.float().exp()
         return _RawScale.apply(self.scale.float(), self.grad_scale)
@@ -109,7 +123,10 @@ class LSQ(Quantizer):
         self.enabled = True
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the quantized weight in the shape, dtype and memory format of `weight`."""
+        """Return the weight on its grid: same shape, type and memory format; before `enable_`, the weight itself.
+
+        Computed in float32, also for weights of a lower precision.
+        """
         if not self.enabled:
             return weight
         scale = self.step_sizes().reshape(scale_shape(weight.ndim, self.spec.axis))
@@ -117,5 +134,5 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:
-        """Return the codes and step sizes of `weight`."""
+        """Return the codes and step sizes of `weight`; their product is what `forward` returns when enabled."""
         return encode(weight, self.step_sizes(), self.spec)

@@ -10,8 +10,8 @@ def percent(value: float | None) -> str:
     """Return an accuracy in percent with one decimal, or a dash.
 
     Example:
-        >>> percent(0.8765), percent(None)
-        ('87.7', '–')
+        >>> percent(0.876), percent(None)
+        ('87.6', '–')
     """
     return "–" if value is None else f"{100 * value:.1f}"
 

@@ -51,6 +51,7 @@ class StopRequest:
 
 def interruption(number: int) -> Interrupted:
     """Return the error for a signal, with the exit code that shells expect (128 + number)."""
-    error = Interrupted(f"stopped by {signal.Signals(number).name}")
+    name = signal.Signals(number).name
+    error = Interrupted(f"stopped by {name}; the state was saved, and --resume goes on from it")
     error.exit_code = 128 + number
     return error

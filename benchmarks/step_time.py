@@ -1,0 +1,145 @@
+"""Step time of quantization-aware training as a multiple of float training.
+
+    python benchmarks/step_time.py [--repeats N] [--threads N] [--json]
+
+Every variant of a model lives in one process; a round runs one optimizer step of each, in rotating order, and the ratio
+to the float step of the same round is what counts. Reported: the median of these paired ratios, with its quartiles.
+
+Variants: `lsq` is qtdog's; `fused` is torch's learnable fake-quantize kernel (whose gradients differ up to half a step
+outside the clip range); `textbook` is LSQ's formula in elementwise operations with the detach trick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from qtdog.conversion.attach import attach
+from qtdog.conversion.select import find_layers
+from qtdog.core.quantized import QuantSpec, scale_shape
+from qtdog.quantizers.lsq import initial_scale
+
+CASES = {"resnet50 at 224": ("resnet50", 224, 8), "tf_efficientnet_lite0 at 96": ("tf_efficientnet_lite0", 96, 48)}
+SPEC = QuantSpec(7)
+CLASSIFIERS = {"fc", "classifier"}
+
+
+class Textbook(nn.Module):
+    """LSQ's formula as written, by plain autograd: divide, clamp, round, straight-through, multiply."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(initial_scale(weight, SPEC).reshape(scale_shape(weight.ndim, 0)))
+        self.grad_scale = 1 / math.sqrt(weight[0].numel() * SPEC.qmax)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantized weight."""
+        scaled = self.scale * self.grad_scale
+        scale = (self.scale - scaled).detach() + scaled
+        ratio = torch.clamp(weight / scale, SPEC.qmin, SPEC.qmax)
+        return ((ratio.round() - ratio).detach() + ratio) * scale
+
+
+class Fused(nn.Module):
+    """Torch's own kernel."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(initial_scale(weight, SPEC))
+        self.zero = torch.zeros_like(self.scale.detach())
+        self.grad_scale = 1 / math.sqrt(weight[0].numel() * SPEC.qmax)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantized weight."""
+        return torch.ops.aten._fake_quantize_learnable_per_channel_affine(
+            weight, self.scale, self.zero, 0, SPEC.qmin, SPEC.qmax, self.grad_scale
+        )
+
+
+def quantize(model: nn.Module, variant: str) -> nn.Module:
+    """Return `model` with all its layers but the classifier quantized the given way, in place."""
+    layers = find_layers(model)
+    if variant == "lsq":
+        attach(model, exclude=[layer.name for layer in layers if layer.name in CLASSIFIERS]).enable()
+    elif variant != "float":
+        make = {"textbook": Textbook, "fused": Fused}[variant]
+        for layer in layers:
+            if layer.name not in CLASSIFIERS:
+                register_parametrization(layer.module, layer.tensor_name, make(layer.weight))
+    return model
+
+
+def step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Return a function that runs one training step of plain Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(backbone: str, size: int, batch: int, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of every step of every variant, round by round; the first two rounds are dropped."""
+    torch.manual_seed(0)
+    base = timm.create_model(backbone, num_classes=7).train().to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.randint(7, (batch,))
+    variants = ("float", "lsq", "fused", "textbook")
+    steps = {name: step_of(quantize(copy.deepcopy(base), name), images, labels) for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(repeats + 2):
+        shift = index % len(variants)
+        for name in variants[shift:] + variants[:shift]:
+            start = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: values[2:] for name, values in times.items()}
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return, per variant, the median step time in seconds and the quartiles of its paired ratio to float."""
+    result = {}
+    for name, values in times.items():
+        ratios = [value / reference for value, reference in zip(values, times["float"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        row = {"step_s": statistics.median(values), "ratio": middle, "ratio_q1": low, "ratio_q3": high}
+        result[name] = {key: round(value, 4) for key, value in row.items()}
+    return result
+
+
+def main() -> None:
+    """Measure, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=21, help="measured rounds per model (at least 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = {}
+    for title, (backbone, size, batch) in CASES.items():
+        results[f"{title}, batch {batch}"] = summary(measure(backbone, size, batch, arguments.repeats))
+    if arguments.json:
+        print(json.dumps({"threads": arguments.threads, "repeats": arguments.repeats, "results": results}, indent=1))
+        return
+    for title, rows in results.items():
+        print(f"{title}, {arguments.threads} threads, {arguments.repeats} rounds")
+        for name, row in rows.items():
+            spread = f"{row['ratio_q1']:.3f} … {row['ratio_q3']:.3f}"
+            print(f"  {name:9s} {row['step_s'] * 1e3:8.1f} ms   {row['ratio']:.3f} × float   (quartiles {spread})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The commands as a user has them, end to end on small data."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qtdog.data.cache import open_cache
+from qtdog.data.open import open_dataset
+from qtdog.training.shipped import load
+
+SHORT = ("--steps", 4, "--batch-size", 4, "--image-size", 16, "--set", "train.eval_every=2")
+NET = ("--backbone", "digits_cnn", "--weights", "none", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Train one small model on a tree of images through the command line."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for domain in ("day", "night", "x"):
+        for c, name in enumerate(("cat", "dog")):
+            (root / domain / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = rng.integers(0, 90, (20, 24, 3))
+                pixels[..., c] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(root / domain / name / f"{i}.png")
+    out = root.parent / "run"
+    command = [sys.executable, "-m", "qtdog", "train", "--data", root, "--target", "x", *NET, "--out", out, "--json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return root, out, json.loads(done.stdout)
+
+
+def test_train_prints_json_and_fills_the_run_folder(model):
+    root, out, result = model
+    assert result["target_domain"] == "x"
+    assert (out / "model.safetensors").stat().st_size == result["size"]["bytes"]
+    assert result["folder"] == str(out)
+    assert root.name == result["dataset"]
+
+
+def test_eval_gives_the_accuracy_that_training_gave(qtdog, model):
+    root, out, result = model
+    outcome = qtdog("eval", out / "model.safetensors", root, "--json")
+    assert outcome.code == 0
+    domains = json.loads(outcome.out)["domains"]
+    assert domains["x"]["accuracy"] == result["test_accuracy"]
+    assert domains["x"]["n"] == 12
+    table = qtdog("eval", out / "model.safetensors", root)
+    assert "day (trained on)" in table.out
+
+
+def test_predict_in_a_fresh_process_gives_the_loaded_models_numbers(model):
+    root, out, _ = model
+    command = [sys.executable, "-m", "qtdog", "predict", str(out / "model.safetensors"), str(root / "x"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    shipped = load(out / "model.safetensors")
+    dataset = open_dataset(str(root))
+    images = open_cache(dataset, 16).gather(dataset.indices("x"))
+    best = shipped.probabilities(images).max(1)
+    assert [row["probability"] for row in rows] == best.values.tolist()
+    assert [row["class"] for row in rows] == [shipped.info.classes[i] for i in best.indices.tolist()]
+
+
+def test_predict_formats(qtdog, model, tmp_path):
+    root, out, _ = model
+    model_file, images = out / "model.safetensors", root / "x" / "cat"
+    rows = list(csv.DictReader(io.StringIO(qtdog("predict", model_file, images, "--format", "csv").out)))
+    assert len(rows) == 6
+    assert set(rows[0]) == {"image", "class", "probability"}
+    assert "probability" in qtdog("predict", model_file, images).out
+    for style in ("csv", "json", "table"):
+        assert qtdog("predict", model_file, images, "--format", style, "--out", tmp_path / style).code == 0
+    assert len(json.loads((tmp_path / "json").read_text())) == 6
+    assert (tmp_path / "table").read_text().startswith("| image | class | probability |")
+
+
+def test_loaded_logits_equal_the_training_time_logits(model):
+    """The network rebuilt from the last checkpoint, quantizers attached, against the file."""
+    from qtdog.conversion.attach import attach
+    from qtdog.models.backbones import create_network
+    from qtdog.models.placement import place_
+    from qtdog.training.checkpoint import latest_checkpoint
+    from qtdog.training.run_folder import RunFolder
+
+    root, out, result = model
+    checkpoint = latest_checkpoint(RunFolder(out).checkpoints, print)
+    assert checkpoint is not None
+    network = create_network(
+        "digits_cnn", n_classes=2, channels=3, image_size=16, weights="none", freeze_bn=True, seed=9
+    )
+    place_(network, torch.device("cpu"))
+    attach(network, bits=7, exclude=("classifier",)).set_enabled(True)
+    network.load_state_dict(checkpoint.tensors["selected"])
+    shipped = load(out / "model.safetensors")
+    images = shipped.prepare(open_cache(open_dataset(str(root)), 16).gather(range(36)))
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), shipped(images))
+
+
+def test_all_targets_give_one_table_and_can_be_resumed(qtdog, model, tmp_path):
+    root, _, _ = model
+    args = ("train", "--data", root, "--target", "all", *NET, "--quantizer", "none", "--out", tmp_path / "all")
+    outcome = qtdog(*args)
+    assert outcome.code == 0
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [
+        "day",
+        "night",
+        "results.json",
+        "results.md",
+        "x",
+    ]
+    table = (tmp_path / "all" / "results.md").read_text()
+    assert "| day | night | x | average |" in table
+    assert "erm + float" in outcome.out
+    (tmp_path / "all" / "night" / "result.json").unlink()
+    again = qtdog(*args, "--resume")
+    assert again.code == 0
+    assert (tmp_path / "all" / "results.md").read_text() == table
+
+
+def test_members_differ_by_their_seed(qtdog, tmp_path):
+    outcome = qtdog("train", "--target", "75", *SHORT, "--members", 2, "--seed", 5, "--out", tmp_path / "m", "--json")
+    assert outcome.code == 0
+    results = json.loads(outcome.out)
+    assert [result["folder"].rsplit("-", 1)[1] for result in results] == ["seed5", "seed6"]
+    assert results[0]["model_sha256"] != results[1]["model_sha256"]
+
+
+def test_resume_with_out_alone_uses_the_saved_configuration(qtdog, tmp_path):
+    assert qtdog("train", "--target", "75", *SHORT, "--bits", 5, "--out", tmp_path / "run").code == 0
+    (tmp_path / "run" / "result.json").unlink()
+    outcome = qtdog("train", "--resume", "--out", tmp_path / "run", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["layers"][0]["bits"] == 5
+    changed = qtdog("train", "--resume", "--out", tmp_path / "run", "--bits", 6)
+    assert changed.code == 1
+    assert "quantizer.bits: 5 → 6" in changed.err
+
+
+def test_run_folder_is_named_by_the_hash(qtdog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = qtdog("train", "--target", "75", *SHORT, "--json")
+    result = json.loads(outcome.out)
+    assert result["folder"] == f"runs/{result['config_hash']}"
+    assert (tmp_path / result["folder"] / "model.safetensors").is_file()
+
+
+def test_demo_writes_report_and_picture(qtdog, tmp_path):
+    outcome = qtdog("demo", "--steps", 10, "--out", tmp_path)
+    assert outcome.code == 0
+    assert str(tmp_path / "report.md") in outcome.err
+    report = (tmp_path / "report.md").read_text()
+    assert "erm + float" in report
+    assert "erm + lsq 7 bit" in report
+    from PIL import Image
+
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert picture.width > 600
+
+
+@pytest.mark.parametrize(
+    "kind", ["backbones", "objectives", "step-rules", "averagers", "quantizers", "presets", "datasets", "options"]
+)
+def test_list(qtdog, kind):
+    outcome = qtdog("list", kind, "--json")
+    assert outcome.code == 0
+    rows = json.loads(outcome.out)
+    assert rows
+    expected = {"backbones": "tf_efficientnet_lite0", "objectives": "erm", "quantizers": "lsq", "presets": "pacs-lite"}
+    assert expected.get(kind, rows[0]["name"]) in {row["name"] for row in rows}
+
+
+def test_list_filters(qtdog):
+    rows = json.loads(qtdog("list", "options", "quantizer", "--json").out)
+    assert rows
+    assert all(row["name"].startswith("quantizer.") for row in rows)
+
+
+def test_data_commands(qtdog, model):
+    root, _, _ = model
+    names = {card["name"] for card in json.loads(qtdog("data", "list", "--json").out)}
+    assert {"pacs", "rotated-digits"} <= names
+    card = json.loads(qtdog("data", "card", root, "--json").out)
+    assert card["counts"]["night"] == {"cat": 6, "dog": 6}
+    assert "trained" not in qtdog("data", "card", "rotated-digits").out
+    assert qtdog("data", "verify", root).code == 0
+
+
+def test_verify_finds_what_is_wrong(qtdog, image_tree):
+    import shutil
+
+    (image_tree / "night" / "cat" / "0.png").write_bytes(b"broken")
+    shutil.copy(image_tree / "indoor" / "dog" / "1.png", image_tree / "outdoor" / "dog" / "copy.png")
+    shutil.rmtree(image_tree / "outdoor" / "bird")
+    outcome = qtdog("data", "verify", image_tree)
+    assert outcome.code == 1
+    assert "night/cat/0.png" in outcome.out
+    assert "copy.png" in outcome.out
+    assert "bird" in outcome.out
+    assert qtdog("data", "verify", image_tree, "--json").code == 1
+
+
+def test_help_teaches_with_examples(qtdog):
+    for command in ("train", "eval", "predict", "demo", "list"):
+        outcome = qtdog(command, "--help")
+        assert outcome.code == 0
+        assert f"qtdog {command}" in outcome.out
+
+
+def test_help_is_fast_because_it_does_not_import_torch():
+    code = "import sys; from qtdog.cli.main import app; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
