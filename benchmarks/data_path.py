@@ -2,10 +2,11 @@
 
     python benchmarks/data_path.py [--data PATH] [--json FILE]
 
-Both run with two workers on the same JPEG files: ours reads the decoded cache and augments whole batches in two threads;
-the other opens each file in a `DataLoader` with two worker processes and applies torchvision's transforms to the PIL
-image (random resized crop, flip, colour jitter, grey, to tensor, normalise), as DomainBed does. The two are measured in
-turn, round after round, so that a busy machine slows both. Building the cache is timed apart: it happens once.
+Both run with two workers on the same JPEG files: ours reads the decoded cache and augments whole batches in two
+threads; the other opens each file in a `DataLoader` with two worker processes and applies torchvision's transforms to
+the PIL image (random resized crop, flip, colour jitter, grey, to tensor, normalise), as DomainBed does. The two are
+measured in turn, round after round, so that a busy machine slows both. Building the cache is timed apart: it happens
+once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ BATCH_PER_DOMAIN, WORKERS = 32, 2
 
 def photo_like(rng: np.random.Generator) -> Image.Image:
     """Return a 227 x 227 image with smooth areas, edges and fine noise, so that it compresses like a photo."""
-    smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    smooth = coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(smooth)
     for _ in range(12):
         corners = np.sort(rng.integers(0, SIDE, (2, 2)), axis=0).ravel().tolist()
@@ -81,7 +83,7 @@ class PilImages(Dataset[Any]):
         """Return the number of images."""
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> torch.Tensor:
+    def __getitem__(self, i: int) -> Any:
         """Return one augmented image."""
         with Image.open(self.paths[i]) as image:
             return self.transform(image.convert("RGB"))
@@ -103,7 +105,7 @@ def rate_of_ours(train: TrainBatches, n_batches: int) -> float:
     try:
         return rate(stream, n_batches, BATCH_PER_DOMAIN * len(train.pools))
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 def rate_of_pil(dataset: FileDataset, size: int, n_batches: int, batch_size: int) -> float:
@@ -175,7 +177,9 @@ def main() -> None:
         results = [measure(dataset, size, options.rounds, Path(temporary) / "cache") for size in options.sizes]
     report(results)
     machine = {"cpu": platform.processor() or platform.machine(), "n_cpus": os.cpu_count(), "torch": torch.__version__}
-    text = json.dumps({"machine": machine, "data": "synthetic" if options.data is None else "given", "results": results})
+    text = json.dumps(
+        {"machine": machine, "data": "synthetic" if options.data is None else "given", "results": results}
+    )
     print(text)
     if options.json:
         options.json.write_text(text + "\n")

@@ -7,6 +7,7 @@ to an image does not depend on the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from qtdog.data.augment_parameters import AugmentParameters
 from qtdog.data.buffers import BufferPool
 from qtdog.data.colour import JITTER, N_SPARE, WHITE, grey
 
-CHUNK_PIXELS = 1 << 16
+CHUNK_PIXELS = 1 << 18
 
 
 def augment(
@@ -46,19 +47,17 @@ def augment(
     """
     pool = pool or BufferPool()
     n, height, width, channels = images.shape
-    pixels = height * width
-    n_together = max(1, CHUNK_PIXELS // pixels)
-    n_planes = channels + N_SPARE
-    workspace = pool.take((n_planes * n_together * pixels,), torch.float32)
-    result = pool.take((n, pixels, channels), torch.float32)
+    n_together = max(1, CHUNK_PIXELS // (height * width))
+    workspace = pool.take(((channels + N_SPARE) * n_together * height * width,), torch.float32)
+    result = pool.take((n, height, width, channels), torch.float32)
     for rows in _groups(parameters.order, n_together):
-        used = workspace[: n_planes * len(rows) * pixels].view(n_planes, len(rows), pixels)
-        planes, spare = used.split((channels, N_SPARE))
+        shape = (channels + N_SPARE, len(rows), height, width)
+        planes, spare = workspace[: math.prod(shape)].view(shape).split((channels, N_SPARE))
         group = parameters.take(rows)
         _crop(images, rows, group, planes)
         _jitter_(planes, group, spare)
         _write_normalised(planes, result, rows, mean, std)
-    return result.view(n, height, width, channels).permute(0, 3, 1, 2)
+    return result.permute(0, 3, 1, 2)
 
 
 def _groups(order: Tensor, most: int) -> list[Tensor]:
@@ -70,7 +69,7 @@ def _groups(order: Tensor, most: int) -> list[Tensor]:
 def _crop(images: Tensor, rows: Tensor, group: AugmentParameters, planes: Tensor) -> None:
     """Crop, resize back (in uint8, as the original does on PIL images) and flip; write planes in [0, WHITE]."""
     size = images.shape[1:3]
-    by_image = planes.numpy().reshape(len(planes), len(rows), *size)
+    by_image = planes.numpy()
     draws = zip(rows.tolist(), group.crop.tolist(), group.flip.tolist(), strict=True)
     for place, (row, (top, left, height, width), flip) in enumerate(draws):
         crop = images[row : row + 1, top : top + height, left : left + width].permute(0, 3, 1, 2)
@@ -81,7 +80,7 @@ def _crop(images: Tensor, rows: Tensor, group: AugmentParameters, planes: Tensor
 
 def _jitter_(planes: Tensor, group: AugmentParameters, spare: Tensor) -> None:
     for operation in group.order[0].tolist():
-        JITTER[operation](planes, group.factors[:, operation, None], spare)
+        JITTER[operation](planes, group.factors[:, operation, None, None], spare)
     if len(planes) == 3:
         for place in torch.nonzero(group.grey)[:, 0].tolist():
             planes[:, place] = grey(planes[:, place], spare[0, place])
@@ -95,4 +94,4 @@ def _write_normalised(
     scale = (1 / (WHITE * torch.tensor(std))).expand(channels).tolist()
     for place, row in enumerate(rows.tolist()):
         for c in range(channels):
-            torch.add(shift[c], planes[c, place], alpha=scale[c], out=result[row, :, c])
+            torch.add(shift[c], planes[c, place], alpha=scale[c], out=result[row, :, :, c])

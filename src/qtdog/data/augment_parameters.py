@@ -22,7 +22,7 @@ class AugmentParameters:
     Attributes:
         crop: int64 (n, 4), top, left, height, width in pixels.
         flip: bool (n,).
-        factors: float32 (n, 4): brightness, contrast and saturation factors, and the turn of the hue (share of a circle).
+        factors: float32 (n, 4): factors of brightness, contrast and saturation; turn of the hue (share of a circle).
         order: int64 (n, 4), the order in which the four are applied.
         grey: bool (n,), whether the image loses its colours at the end.
     """
@@ -47,8 +47,9 @@ class AugmentParameters:
 def draw_parameters(generator: torch.Generator, n: int, size: int) -> AugmentParameters:
     """Return DomainBed's random augmentation for n images of `size` x `size` pixels.
 
-    Random resized crop (area 0.7 to 1, aspect 3/4 to 4/3), flip with probability 1/2, jitter of brightness, contrast and
-    saturation by factors U(0.7, 1.3) and of the hue by U(-0.3, 0.3), in random order, and grey with probability 0.1.
+    Random resized crop (area 0.7 to 1, aspect 3/4 to 4/3), flip with probability 1/2, jitter of brightness, contrast
+    and saturation by factors U(0.7, 1.3) and of the hue by U(-0.3, 0.3), in random order, and grey with probability
+    0.1.
 
     Example:
         >>> draw_parameters(torch.Generator().manual_seed(0), 5, 32).crop.shape

@@ -70,7 +70,7 @@ class DecodedCache:
         for row, index in zip(rows, np.asarray(indices).tolist(), strict=True):
             if not 0 <= index < len(self):
                 raise IndexError(f"image {index} of {len(self)}")
-            if os.preadv(self._handle, [row], index * self._row_bytes) != self._row_bytes:
+            if os.preadv(self._handle, [row.data], index * self._row_bytes) != self._row_bytes:
                 raise DataError(f"the image cache {self.path} was cut short; start again and it is rebuilt")
         return images
 
@@ -134,7 +134,7 @@ def _require_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise DataError(
-            f"the image cache needs {n_bytes / 1e6:,.1f} MB in {folder}, but only {free / 1e6:,.1f} MB are free there: "
+            f"the image cache needs {n_bytes / 1e6:,.2f} MB in {folder}, but only {free / 1e6:,.2f} MB are free there: "
             "free some space, use a smaller --image-size, or set QTDOG_CACHE to a folder on another disk"
         )
 

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ Progress = Callable[[int, int], None] | None
 """Called as progress(done, total) while something takes long."""
 
 N_THREADS = 4
+T = TypeVar("T")
 
 
 class DomainDataset(ABC):
@@ -98,14 +100,14 @@ class DomainDataset(ABC):
         return map_samples(self.sample_sha256, len(self), progress)
 
 
-def map_samples(function: Callable[[int], str], n: int, progress: Progress = None) -> list[str]:
+def map_samples(function: Callable[[int], T], n: int, progress: Progress = None) -> list[T]:
     """Return [function(0), …, function(n-1)], computed in a few threads; the first error ends it.
 
     Example:
         >>> map_samples(str, 3)
         ['0', '1', '2']
     """
-    results: list[str] = []
+    results: list[T] = []
     with ThreadPoolExecutor(N_THREADS) as pool:
         for start in range(0, n, 1024):  # in portions, so that an error or Ctrl-C does not wait for all the rest
             results.extend(pool.map(function, range(start, min(n, start + 1024))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class RotatedDigits(DomainDataset):
     def __init__(self) -> None:
         from sklearn.datasets import load_digits  # takes a second to import; only this data set needs it
 
-        bunch = load_digits()
+        bunch: Any = load_digits()
         labels = np.asarray(bunch["target"])
         angles = assign_domains(labels)
         self.sheet = ROTATED_DIGITS

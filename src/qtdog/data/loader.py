@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -120,11 +121,10 @@ class TrainBatches:
         if self.workers == 0:
             yield from map(self.batch, range(start_step, end_step))
             return
-        steps = iter(range(start_step, end_step))
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="batches")
+        pool = single_threaded_pool(self.workers)
         try:
             waiting: deque[Future[Batch]] = deque()
-            for step in steps:
+            for step in range(start_step, end_step):
                 waiting.append(pool.submit(self.batch, step))
                 if len(waiting) > self.workers:
                     yield waiting.popleft().result()
@@ -132,6 +132,26 @@ class TrainBatches:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    """Return a pool of threads in each of which torch uses that one thread only.
+
+    Otherwise each of them would split its operations over as many threads as there are cores, and they would fight with
+    each other and with the training.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    barrier = threading.Barrier(workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        barrier.wait()
+
+    for _ in range(workers):
+        pool.submit(start)  # each waits for the others, so that each is a thread of its own
+    barrier.wait()
+    torch.set_num_threads(torch.get_num_threads())  # threads started later would inherit the last value set anywhere
+    return pool
 
 
 def eval_batches(

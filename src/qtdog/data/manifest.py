@@ -83,7 +83,7 @@ def _require_columns(names: list[str], where: str) -> None:
         if any(name in names for name in accepted):
             continue
         close = nearest(column, [name for name in names if name not in COLUMNS])
-        hint = f"; rename '{close}'?" if close else ""
+        hint = f"; rename '{close}'?" if close else "."
         raise DataError(f"{where}: the column '{column}' is missing{hint} Found: {', '.join(names) or 'none'}")
 
 

@@ -21,7 +21,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         tensor([1.])
     """
     n, height, width, channels = images.shape
-    # One row of W · C constants, so that the innermost loop is long: about ten times faster than broadcasting C of them.
+    # One row of W · C constants makes the innermost loop long: ten times faster than broadcasting C of them.
     scale = torch.tensor(std, dtype=torch.float32).mul_(255).reciprocal_().expand(channels).repeat(width)
     offset = (torch.tensor(mean, dtype=torch.float32) / torch.tensor(std)).expand(channels).repeat(width)
     flat = images.reshape(n * height, width * channels).to(torch.float32)

@@ -1,0 +1,97 @@
+"""Reads every image of a data set and lists what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from qtdog.core.errors import DataError
+from qtdog.data.cards import check_counts
+from qtdog.data.dataset import DomainDataset, Progress, map_samples
+
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found; all lists are empty for a sound data set.
+
+    Attributes:
+        n_images: number of images.
+        unreadable: (key, reason) of images that cannot be read.
+        empty_classes: classes without any image.
+        missing_classes: (domain, class) without an image, of classes that have some elsewhere.
+        duplicates: groups of keys with exactly the same content, in at least two domains.
+        differences: sentences on where the data set differs from its datasheet.
+    """
+
+    n_images: int
+    unreadable: list[tuple[str, str]]
+    empty_classes: list[str]
+    missing_classes: list[tuple[str, str]]
+    duplicates: list[list[str]]
+    differences: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not any((self.unreadable, self.empty_classes, self.missing_classes, self.duplicates, self.differences))
+
+    def text(self) -> str:
+        """Return the findings for people, at most 20 lines of a kind."""
+        sections = [
+            ("unreadable images", [reason for _, reason in self.unreadable]),
+            ("classes without any image", self.empty_classes),
+            ("classes missing from a domain", [f"{name} in {domain}" for domain, name in self.missing_classes]),
+            ("exact duplicates across domains", [" = ".join(group) for group in self.duplicates]),
+            ("differences from the datasheet", self.differences),
+        ]
+        head = f"{self.n_images:,} images: " + ("nothing wrong" if self.ok else "problems found")
+        return "\n".join([head, *(_section(title, lines) for title, lines in sections if lines)])
+
+
+def _section(title: str, lines: list[str]) -> str:
+    more = [f"… and {len(lines) - MAX_LISTED:,} more"] if len(lines) > MAX_LISTED else []
+    return "\n  ".join([f"{title}: {len(lines):,}", *lines[:MAX_LISTED], *more])
+
+
+def verify(dataset: DomainDataset, progress: Progress = None) -> Report:
+    """Return what is wrong with a data set, after reading every image once.
+
+    Example:
+        >>> from qtdog.data.digits import RotatedDigits
+        >>> verify(RotatedDigits()).ok
+        True
+    """
+    found = map_samples(lambda i: _examine(dataset, i), len(dataset), progress)
+    empty = {dataset.classes[c] for c in np.flatnonzero(dataset.counts().sum(axis=0) == 0)}
+    return Report(
+        n_images=len(dataset),
+        unreadable=[(dataset.keys[i], reason) for i, (_, reason) in enumerate(found) if reason],
+        empty_classes=sorted(empty),
+        missing_classes=[(domain, name) for domain, name in dataset.missing_classes() if name not in empty],
+        duplicates=_across_domains(dataset, [content for content, _ in found]),
+        differences=check_counts(dataset),
+    )
+
+
+def _examine(dataset: DomainDataset, i: int) -> tuple[str, str]:
+    """Content hash ("" if there is none) and the reason why the image cannot be read ("" if it can)."""
+    content = ""
+    try:
+        content = dataset.sample_sha256(i)
+        dataset.read(i)
+    except DataError as error:
+        return content, str(error)
+    return content, ""
+
+
+def _across_domains(dataset: DomainDataset, contents: list[str]) -> list[list[str]]:
+    same: dict[str, list[int]] = defaultdict(list)
+    for i, content in enumerate(contents):
+        if content:
+            same[content].append(i)
+    groups = [group for group in same.values() if len({int(dataset.domain_index[i]) for i in group}) > 1]
+    return [[dataset.keys[i] for i in group] for group in groups]

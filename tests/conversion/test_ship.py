@@ -1,0 +1,42 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from qtdog.conversion.attach import attach
+from qtdog.conversion.ship import load_into, save
+from qtdog.core.errors import ModelError
+from qtdog.packing.sizes import file_sizes
+
+
+def test_lite0_at_seven_bits_is_four_times_smaller_and_answers_the_same(tmp_path):
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=7)
+    attach(model, bits=7, exclude=["classifier"]).enable()
+    save(model, tmp_path / "m", metadata={"classes": ["x"] * 7})
+    assert file_sizes(tmp_path / "m").ratio >= 4.0
+    x = torch.randn(2, 3, 64, 64)
+    fresh = load_into(tmp_path / "m", timm.create_model("tf_efficientnet_lite0", num_classes=7))
+    assert not fresh.training
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model.eval()(x))
+
+
+def test_wrong_models_are_told_what_differs_and_left_alone(tmp_path):
+    save(nn.Linear(3, 2), tmp_path / "m")
+    other = nn.Linear(3, 4)
+    before = other.weight.detach().clone()
+    with pytest.raises(ModelError, match=r"'weight' should have shape \(4, 3\), the file has \(2, 3\)"):
+        load_into(tmp_path / "m", other)
+    assert torch.equal(other.weight, before)
+    with pytest.raises(ModelError, match="'bias' is not in the model"):
+        load_into(tmp_path / "m", nn.Linear(3, 2, bias=False))
+
+
+def test_diverged_weights_are_not_shipped(tmp_path):
+    model = nn.Linear(3, 2)
+    attach(model).enable()
+    with torch.no_grad():
+        model.get_parameter("parametrizations.weight.original").fill_(float("inf"))
+    with pytest.raises(ModelError, match="diverged"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

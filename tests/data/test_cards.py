@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from qtdog.core.errors import ConfigError
+from qtdog.data.cards import CARDS, PACS, check_counts, match_card
+from qtdog.data.folder import open_folder
+
+
+def test_cards_are_complete() -> None:
+    for name in CARDS:
+        sheet = CARDS[name]
+        assert sheet.name == name
+        assert list(sheet.domains or ()) == sorted(sheet.domains or ()) == sorted(sheet.expected_counts or ())
+        assert list(sheet.classes or ()) == sorted(sheet.classes or ())
+        assert sheet.licence != "unknown"
+        assert sheet.paper
+
+
+def test_pacs_has_its_published_size() -> None:
+    assert sum((PACS.expected_counts or {}).values()) == 9991
+
+
+def test_an_unknown_card_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'pacs'"):
+        CARDS["pcas"]
+
+
+def test_a_card_needs_all_domains_and_classes() -> None:
+    assert match_card(PACS.domains or (), PACS.classes or ()) == PACS
+    assert match_card((PACS.domains or ())[1:], PACS.classes or ()) is None
+
+
+def test_differences_are_sentences(image_tree: Path) -> None:
+    dataset = open_folder(image_tree)
+    assert check_counts(dataset) == []
+    dataset.sheet = PACS
+    differences = check_counts(dataset)
+    assert "domain sketch is missing" in differences
+    assert "domain night is not in the datasheet" in differences
+    assert "class bird is not in the datasheet" in differences
+    assert len(differences) == 4 + 3 + 6 + 2

@@ -1,0 +1,130 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from qtdog.core.errors import DataError
+from qtdog.data.folder import open_folder
+from qtdog.data.manifest import open_manifest
+
+TABLE = [
+    ("indoor/cat/0.png", "cat", "indoor"),
+    ("night/cat/1.png", "cat", "night"),
+    ("night/bird/0.png", "bird", "night"),
+]
+
+
+def as_csv(root: Path, header: str = "path,class,domain", rows: list[tuple[str, ...]] | None = None) -> Path:
+    lines = [header, *(",".join(row) for row in (TABLE if rows is None else rows))]
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return root / "list.csv"
+
+
+def as_jsonl(root: Path, rows: list[object]) -> Path:
+    (root / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return root / "list.jsonl"
+
+
+def test_csv(image_tree: Path) -> None:
+    dataset = open_manifest(as_csv(image_tree))
+    assert dataset.keys == ["indoor/cat/0.png", "night/bird/0.png", "night/cat/1.png"]
+    assert (dataset.domains, dataset.classes) == (("indoor", "night"), ("bird", "cat"))
+    assert (dataset.domain_index.tolist(), dataset.class_index.tolist()) == ([0, 1, 1], [1, 0, 1])
+    assert dataset.read(0).shape == (20, 24, 3)
+
+
+def test_jsonl_gives_the_same_as_csv(image_tree: Path) -> None:
+    rows: list[object] = [{"path": path, "label": label, "domain": domain} for path, label, domain in TABLE]
+    first, second = open_manifest(as_csv(image_tree)), open_manifest(as_jsonl(image_tree, rows))
+    assert first.content_sha256() == second.content_sha256()
+
+
+def test_a_manifest_of_everything_equals_the_folder(image_tree: Path) -> None:
+    folder = open_folder(image_tree)
+    rows = [(key, key.split("/")[1], key.split("/")[0]) for key in reversed(folder.keys)]
+    manifest = open_manifest(as_csv(image_tree, rows=rows))
+    assert manifest.keys == folder.keys
+    assert manifest.content_sha256() == folder.content_sha256()
+
+
+def test_spreadsheet_habits_are_accepted(image_tree: Path) -> None:
+    text = "\ufeffPath, Label ,Domain,note\nindoor/cat/0.png, 7 ,indoor,x\n./night/cat/1.png,7,night,y\n"
+    (image_tree / "list.csv").write_text(text, encoding="utf-8")
+    dataset = open_manifest(image_tree / "list.csv")
+    assert dataset.classes == ("7",)
+    assert dataset.keys == ["indoor/cat/0.png", "night/cat/1.png"]
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/hosts", "indoor/../../x.png", "C:\\x.png"])
+def test_a_path_that_leaves_the_folder_is_refused(image_tree: Path, path: str) -> None:
+    with pytest.raises(DataError, match=r"line 2: path .* leaves the manifest's folder"):
+        open_manifest(as_csv(image_tree, rows=[(path, "cat", "indoor"), *TABLE]))
+
+
+def test_a_misspelt_column_is_named(image_tree: Path) -> None:
+    with pytest.raises(DataError, match=r"list\.csv, line 1: the column 'domain' is missing; rename 'domian'\?"):
+        open_manifest(as_csv(image_tree, header="path,class,domian"))
+
+
+def test_a_missing_column_is_named(image_tree: Path) -> None:
+    with pytest.raises(DataError, match=r"line 2: the column 'class' is missing\. Found: path"):
+        open_manifest(as_jsonl(image_tree, [{"path": TABLE[0][0], "class": "x", "domain": "a"}, {"path": "b"}]))
+
+
+def test_a_missing_file_is_named_with_its_line(image_tree: Path) -> None:
+    with pytest.raises(DataError, match=r"list\.csv, line 5: .*gone\.png does not exist \(paths are relative to"):
+        open_manifest(as_csv(image_tree, rows=[*TABLE, ("gone.png", "cat", "night")]))
+
+
+def test_an_empty_cell_is_named_with_its_line(image_tree: Path) -> None:
+    with pytest.raises(DataError, match="line 3: 'class' is empty"):
+        open_manifest(as_csv(image_tree, rows=[TABLE[0], (TABLE[1][0], " ", "night")]))
+
+
+def test_a_short_line_is_named(image_tree: Path) -> None:
+    with pytest.raises(DataError, match="line 3: 'domain' is empty"):
+        open_manifest(as_csv(image_tree, rows=[TABLE[0], TABLE[1][:2]]))
+
+
+def test_an_image_listed_twice_is_refused(image_tree: Path) -> None:
+    with pytest.raises(DataError, match=r"line 5: indoor/cat/0\.png is listed twice"):
+        open_manifest(as_csv(image_tree, rows=[*TABLE, ("./indoor/cat/0.png", "cat", "night")]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"path": 1', "line 1 is not JSON"),
+        ("[1, 2]", "line 1 must be an object"),
+        ("", "lists no images"),
+    ],
+)
+def test_a_malformed_jsonl_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_manifest(tmp_path / "list.jsonl")
+
+
+def test_an_empty_csv_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("")
+    with pytest.raises(DataError, match=r"column 'path' is missing\. Found: none"):
+        open_manifest(tmp_path / "list.csv")
+
+
+def test_a_binary_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        open_manifest(tmp_path / "list.csv")
+
+
+def test_a_missing_manifest_names_its_neighbour(image_tree: Path) -> None:
+    as_csv(image_tree)
+    with pytest.raises(DataError, match=r"did you mean .*list\.csv\?"):
+        open_manifest(image_tree / "lists.csv")
+
+
+def test_one_domain_only(image_tree: Path) -> None:
+    path = as_csv(image_tree, rows=TABLE[1:])
+    with pytest.raises(DataError, match=r"list\.csv has 1 domain \(night\)"):
+        open_manifest(path)
+    assert len(open_manifest(path, min_domains=1)) == 2

@@ -1,0 +1,70 @@
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+
+from qtdog.data.cards import PACS
+from qtdog.data.folder import open_folder
+from qtdog.data.verify import verify
+
+
+def test_a_sound_data_set(image_tree: Path) -> None:
+    report = verify(open_folder(image_tree))
+    assert report.ok
+    assert report.text() == "54 images: nothing wrong"
+
+
+def test_unreadable_images_are_listed_with_the_reason(image_tree: Path) -> None:
+    os.truncate(image_tree / "night" / "cat" / "3.png", 70)
+    (image_tree / "night" / "dog" / "0.png").write_text("<html>")
+    (image_tree / "indoor" / "dog" / "link.png").symlink_to(image_tree / "gone.png")
+    report = verify(open_folder(image_tree))
+    assert [key for key, _ in report.unreadable] == ["indoor/dog/link.png", "night/cat/3.png", "night/dog/0.png"]
+    assert all(key in reason for key, reason in report.unreadable)
+    assert not report.ok
+    assert "unreadable images: 3" in report.text()
+
+
+def test_classes_that_are_empty_or_missing_are_told_apart(image_tree: Path) -> None:
+    (image_tree / "night" / "yak").mkdir()
+    shutil.rmtree(image_tree / "outdoor" / "dog")
+    report = verify(open_folder(image_tree))
+    assert report.empty_classes == ["yak"]
+    assert report.missing_classes == [("outdoor", "dog")]
+    assert "dog in outdoor" in report.text()
+
+
+def test_duplicates_across_domains_only(image_tree: Path) -> None:
+    source = image_tree / "night" / "cat" / "2.png"
+    shutil.copy(source, image_tree / "night" / "cat" / "again.png")  # within the domain: no leak
+    assert verify(open_folder(image_tree)).ok
+    shutil.copy(source, image_tree / "indoor" / "dog" / "copy.png")
+    report = verify(open_folder(image_tree))
+    assert report.duplicates == [["indoor/dog/copy.png", "night/cat/2.png", "night/cat/again.png"]]
+
+
+def test_counts_are_compared_with_the_card(tmp_path: Path) -> None:
+    for d, domain in enumerate(PACS.domains or ()):
+        for c, name in enumerate(PACS.classes or ()):
+            (tmp_path / domain / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4), (d * 40, c * 30, 0)).save(tmp_path / domain / name / "a.png")
+    report = verify(open_folder(tmp_path))
+    assert "domain sketch has 7 images, the datasheet says 3,929" in report.differences
+    assert len(report.differences) == 4
+
+
+def test_long_lists_are_cut_in_the_text_only(image_tree: Path) -> None:
+    for path in image_tree.glob("*/*/*.png"):
+        path.write_bytes(b"")
+    report = verify(open_folder(image_tree))
+    assert len(report.unreadable) == 54
+    assert "… and 34 more" in report.text()
+    assert len(asdict(report)["unreadable"]) == 54
+
+
+def test_progress_is_reported(image_tree: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    verify(open_folder(image_tree), progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (54, 54)

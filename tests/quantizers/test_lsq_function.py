@@ -1,0 +1,112 @@
+"""LSQ's forward and both gradients: against the formula in float64, and against torch's fused kernel."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtdog.quantizers import lsq_function
+from qtdog.quantizers.lsq_function import lsq_quantize
+
+SHAPES = {"conv": (12, 5, 3, 3), "linear": (9, 31), "conv1d": (4, 3, 5), "conv3d": (3, 2, 3, 3, 3)}
+
+
+def formula(weight, scale, grad, qmin, qmax):
+    """Esser et al., Eq. 1, 3 and 5, in float64."""
+    w, s, g = weight.double(), scale.double(), grad.double()
+    u = w / s
+    inside = (u > qmin) & (u < qmax)
+    codes = u.round().clamp(qmin, qmax)
+    d_scale = torch.where(inside, u.round() - u, codes)
+    return codes * s, g * inside, (g * d_scale).sum_to_size(scale.shape)
+
+
+def draw(shape, bits, seed, *, per_channel=True, width=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    scale_shape = (shape[0] if per_channel else 1, *[1] * (len(shape) - 1))
+    scale = width * (0.5 + torch.rand(scale_shape, generator=generator)) / 2**bits
+    return weight, scale, torch.randn(shape, generator=generator)
+
+
+@given(
+    st.sampled_from(list(SHAPES)),
+    st.integers(2, 8),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.sampled_from([1.0, 3.0, 20.0]),
+)
+def test_forward_and_gradients_are_the_formula(shape, bits, seed, per_channel, width):
+    weight, scale, grad = draw(SHAPES[shape], bits, seed, per_channel=per_channel, width=width)
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight.requires_grad_()
+    scale.requires_grad_()
+    result = lsq_quantize(weight, scale, qmin, qmax)
+    result.backward(grad)
+    expected, d_weight, d_scale = formula(weight.detach(), scale.detach(), grad, qmin, qmax)
+    assert weight.grad is not None
+    assert scale.grad is not None
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weight.grad.double(), d_weight, rtol=0, atol=0)
+    torch.testing.assert_close(scale.grad.double(), d_scale, rtol=1e-4, atol=1e-3)
+
+
+def test_gradient_of_the_scale_in_float64_is_the_formula_to_the_last_digits():
+    weight, scale, grad = (tensor.double() for tensor in draw((6, 40), 4, 0))
+    weight.requires_grad_()
+    scale.requires_grad_()
+    lsq_quantize(weight, scale, -8, 7).backward(grad)
+    _, _, d_scale = formula(weight.detach(), scale.detach(), grad, -8, 7)
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, d_scale, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+def test_equals_the_fused_kernel_but_within_half_a_step_beyond_the_range(bits):
+    weight, scale, grad = draw((16, 200), bits, bits)
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
+    scales = [scale.clone().requires_grad_(), scale.flatten().clone().requires_grad_()]
+    one = lsq_quantize(ours, scales[0], qmin, qmax)
+    zero = torch.zeros_like(scales[1])
+    two = torch._fake_quantize_learnable_per_channel_affine(theirs, scales[1], zero, 0, qmin, qmax, 1.0)
+    one.backward(grad)
+    two.backward(grad)
+    u = weight / scale
+    # the kernel multiplies by 1 / scale, so a value within rounding of a tie may fall to the other side
+    no_tie = ((u - u.floor()) - 0.5).abs() > 1e-4
+    torch.testing.assert_close(one[no_tie], two[no_tie], rtol=1e-6, atol=1e-7)
+    assert no_tie.float().mean() > 0.99
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    beyond = ((u <= qmin) & (u > qmin - 0.5 - 1e-3)) | ((u >= qmax) & (u < qmax + 0.5 + 1e-3))
+    assert torch.equal(ours.grad[~beyond], theirs.grad[~beyond])
+    just = ((u < qmin) & (u > qmin - 0.49)) | ((u > qmax) & (u < qmax + 0.49))
+    assert just.any()
+    assert (ours.grad[just] == 0).all()
+    assert (theirs.grad[just] != 0).all()
+
+
+def test_blocks_change_nothing(monkeypatch):
+    weight, scale, grad = draw((64, 33, 3, 3), 4, 5)
+    results = []
+    for block in (2**30, 1000):
+        monkeypatch.setattr(lsq_function, "BLOCK", block)
+        w, s = weight.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = lsq_quantize(w, s, -8, 7)
+        out.backward(grad)
+        results.append((out.detach(), w.grad, s.grad))
+    for one, other in zip(*results, strict=True):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_channels_last_is_kept():
+    weight, scale, grad = draw((8, 4, 3, 3), 4, 1)
+    weight = weight.to(memory_format=torch.channels_last).requires_grad_()
+    out = lsq_quantize(weight, scale, -8, 7)
+    out.backward(grad.to(memory_format=torch.channels_last))
+    assert weight.grad is not None
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert weight.grad.is_contiguous(memory_format=torch.channels_last)
