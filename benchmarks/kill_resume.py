@@ -2,9 +2,9 @@
 
     python benchmarks/kill_resume.py --kills 20
 
-The run is a short one on the embedded digits with a checkpoint every 10 steps. Moments are uniform between shortly before
-the run folder is first written and a few seconds later; when a run ends before its kill, a new one begins. Exit code 1 if
-any final file differs.
+The run is a short one on the embedded digits with a checkpoint every 10 steps. Moments are uniform between shortly
+before the run folder is first written and a few seconds later; when a run ends before its kill, a new one begins. The
+exit code is 1 if any final file differs.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_loaded_logits_equal_the_training_time_logits(model):
     from qtdog.training.checkpoint import latest_checkpoint
     from qtdog.training.run_folder import RunFolder
 
-    root, out, result = model
+    root, out, _ = model
     checkpoint = latest_checkpoint(RunFolder(out).checkpoints, print)
     assert checkpoint is not None
     network = create_network(

@@ -32,5 +32,6 @@ def test_known_value_stays():  # a changed derivation would silently change ever
     assert derive(0, "augment", 3) == GOLDEN
 
 
-# python -c "import hashlib; print(int.from_bytes(hashlib.blake2b(b'0\x1fstr:augment\x1fint:3', digest_size=8).digest(), 'little') >> 1)"
+# made by: h = hashlib.blake2b(b"0\x1fstr:augment\x1fint:3", digest_size=8).digest()
+#          int.from_bytes(h, "little") >> 1
 GOLDEN = 87771504664392471

@@ -151,7 +151,7 @@ HOSTILE = {
     "metadata no object": (lambda h, d: d.update(metadata=[1]), "should be an object"),
     "tensor of unknown type": (lambda h, d: h["conv.bias"].update(dtype="F8"), "known are"),
     "tensor with huge shape": (lambda h, d: h["conv.bias"].update(shape=[2**50]), "impossible shape"),
-    "tensor beyond the file": (lambda h, d: h["conv.bias"].update(data_offsets=[0, 2**40], shape=[2**38]), "should begin"),
+    "beyond the file": (lambda h, d: h["conv.bias"].update(data_offsets=[0, 2**40], shape=[2**38]), "should begin"),
     "overlapping tensors": (lambda h, d: h["conv.bias"].update(data_offsets=[0, 64]), "begin|take"),
     "scale of another type": (lambda h, d: h["conv.weight.scale"].update(dtype="I32"), "expected 'conv.weight.scale'"),
 }  # fmt: skip

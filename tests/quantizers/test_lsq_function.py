@@ -69,7 +69,8 @@ def test_equals_the_fused_kernel_but_within_half_a_step_beyond_the_range(bits):
     scales = [scale.clone().requires_grad_(), scale.flatten().clone().requires_grad_()]
     one = lsq_quantize(ours, scales[0], qmin, qmax)
     zero = torch.zeros_like(scales[1])
-    two = torch._fake_quantize_learnable_per_channel_affine(theirs, scales[1], zero, 0, qmin, qmax, 1.0)
+    fused = torch.ops.aten._fake_quantize_learnable_per_channel_affine
+    two = fused(theirs, scales[1], zero, 0, qmin, qmax, 1.0)
     one.backward(grad)
     two.backward(grad)
     u = weight / scale

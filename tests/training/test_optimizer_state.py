@@ -10,10 +10,11 @@ MAKERS = {
 }
 
 
-def make(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def make(name: str) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
-    model[0].weight.data = model[0].weight.data.contiguous(memory_format=torch.channels_last)
+    weight = model[0].get_parameter("weight")
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     groups = [{"params": model[0].parameters(), "lr": 0.05}, {"params": model[2].parameters(), "weight_decay": 0.1}]
     return model, MAKERS[name](groups)
 
@@ -47,7 +48,7 @@ def test_moments_get_the_memory_format_of_their_parameter():
     step(model, optimizer)
     tensors, groups = flatten_optimizer(optimizer)
     restore_optimizer_(optimizer, {key: value.contiguous() for key, value in tensors.items()}, groups)
-    weight = model[0].weight
+    weight = model[0].get_parameter("weight")
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
 
 

@@ -202,7 +202,7 @@ def test_a_folder_in_use_is_refused(tmp_path, short_config, digits):
 def test_another_configuration_in_the_folder_is_refused(tmp_path, short_config, digits):
     folder = RunFolder(tmp_path)
     folder.claim(resolve(short_config(), digits), resume=False)
-    with pytest.raises(RunError, match="quantizer.bits: 7 → 5"):
+    with pytest.raises(RunError, match=r"quantizer\.bits: 7 → 5"):
         run(resolve(short_config(quantizer={"bits": 5, "start_step": 2}), digits), digits, folder, resume=True)
 
 

@@ -34,8 +34,10 @@ class _RawScale(Function):
         return scale.clamp(min=MIN_RAW_SCALE)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable  # its type makes ctx positional-only
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
         return grad_outputs[0] * ctx.grad_scale, None
 
 

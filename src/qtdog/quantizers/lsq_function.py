@@ -69,8 +69,10 @@ class _Quantize(Function):
         return result
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @once_differentiable  # its type makes ctx positional-only
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grad_outputs
         weight, scale, result = ctx.saved_tensors
         # If nothing is clipped the gradient passes as it is: no second tensor of the weight's size is touched.
