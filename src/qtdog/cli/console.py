@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-out = Console()
-err = Console(stderr=True)
+# Of several processes (`accelerate launch`) only the first one speaks.
+SPEAKS = os.environ.get("RANK", "0") == "0"
+
+out = Console(quiet=not SPEAKS)
+err = Console(stderr=True, quiet=not SPEAKS)
 
 
 def warn(text: str) -> None:
@@ -28,7 +32,8 @@ def fail(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document, for programs."""
-    typer.echo(json.dumps(value, indent=1))
+    if SPEAKS:
+        typer.echo(json.dumps(value, indent=1))
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

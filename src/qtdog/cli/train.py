@@ -147,4 +147,6 @@ def _show(results: Sequence[dict[str, Any]]) -> None:
     if first["test_accuracy"] is None:
         out.print("No domain was held out, so nothing says how well it transfers; --target all measures that.")
     for result in results:
-        out.print(f"model  {escape(result['folder'])}/model.safetensors", highlight=False, soft_wrap=True)
+        folder = escape(result["folder"])
+        out.print(f"model  {folder}/model.safetensors", highlight=False, soft_wrap=True)
+        out.print(f"report {folder}/result.json (accuracies, sizes, each layer)", highlight=False, soft_wrap=True)
