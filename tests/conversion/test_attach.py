@@ -98,11 +98,13 @@ def test_weights_and_step_sizes_move_and_adam_state_survives_the_start(mode):
     assert optimizer.state[weight]["exp_avg"] is moment
     assert list(model.state_dict()) == keys
     start_weight = weight.detach().clone()
-    start_steps = handle.layers["conv"].step_sizes().detach().clone()  # pyright: ignore[reportCallIssue]
+    start_steps = handle.layers["conv"].step_sizes()
+    assert start_steps is not None
+    start_steps = start_steps.detach().clone()
     for _ in range(3):
         step()
     assert (weight != start_weight).float().mean() > 0.9
-    steps = handle.layers["conv"].step_sizes()  # pyright: ignore[reportCallIssue]
+    steps = handle.layers["conv"].step_sizes()
     assert (steps != start_steps).all()
     assert optimizer.state[weight]["step"] == 4
 

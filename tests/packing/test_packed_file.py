@@ -133,7 +133,7 @@ def entry(description):
 
 HOSTILE = {
     "no description": (lambda h, d: h.pop("__metadata__"), "no packed model"),
-    "other version": (lambda h, d: d.update(format_version=2), "format version 2; this qtdog reads version 1"),
+    "other version": (lambda h, d: d.update(format_version=3), "format version 3; this qtdog reads up to 2"),
     "no version": (lambda h, d: d.pop("format_version"), "format_version"),
     "extra field": (lambda h, d: d.update(code="x"), "found"),
     "nine bits": (lambda h, d: entry(d).update(bits=9), "2 to 8 bits, found 9"),

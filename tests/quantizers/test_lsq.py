@@ -9,11 +9,12 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.grid import encode
 from qtdog.quantizers.lsq import DEAD_LAYER_SCALE, LSQ, MIN_RAW_SCALE, initial_scale
+from qtdog.quantizers.options import QuantizerOptions
 from qtdog.quantizers.registry import QUANTIZERS
 
 
 def enabled(weight, spec, mode="log"):
-    lsq = LSQ(weight, spec, mode)
+    lsq = LSQ(weight, spec, QuantizerOptions(step_mode=mode))
     lsq.enable_(weight)
     return lsq
 
@@ -32,7 +33,7 @@ def test_forward_is_the_dequantized_codes_bit_for_bit(bits, axis, mode, seed):
 def test_every_quantizer_forward_is_its_codes_times_its_scale(name):
     """The row that a new quantizer adds is its name in the registry."""
     weight = torch.randn(6, 4, 3, 3)
-    quantizer = QUANTIZERS[name](weight, QuantSpec(5), "log")
+    quantizer = QUANTIZERS[name].make(weight, QuantSpec(5), QuantizerOptions())
     assert quantizer(weight) is weight
     quantizer.enable_(weight)
     assert torch.equal(quantizer(weight), quantizer.quantized(weight).dequantize())
@@ -60,8 +61,12 @@ def test_a_dead_filter_and_a_dead_layer_get_a_usable_step():
 
 def test_raw_gradient_scale_counts_the_weights_of_one_channel():
     weight = torch.randn(16, 8, 3, 3)
-    assert LSQ(weight, QuantSpec(7), "raw").grad_scale == pytest.approx(1 / math.sqrt(8 * 9 * 63))
-    assert LSQ(weight, QuantSpec(7, None), "raw").grad_scale == pytest.approx(1 / math.sqrt(16 * 8 * 9 * 63))
+    assert LSQ(weight, QuantSpec(7), QuantizerOptions(step_mode="raw")).grad_scale == pytest.approx(
+        1 / math.sqrt(8 * 9 * 63)
+    )
+    assert LSQ(weight, QuantSpec(7, None), QuantizerOptions(step_mode="raw")).grad_scale == pytest.approx(
+        1 / math.sqrt(16 * 8 * 9 * 63)
+    )
 
 
 def test_gradients_of_the_two_step_modes_are_related_by_the_chain_rule():
@@ -120,4 +125,4 @@ def test_low_precision_weights_are_computed_in_float32():
 
 def test_unknown_step_mode():
     with pytest.raises(ConfigError, match="did you mean 'log'"):
-        LSQ(torch.ones(2, 2), QuantSpec(4), "logg")
+        LSQ(torch.ones(2, 2), QuantSpec(4), QuantizerOptions(step_mode="logg"))

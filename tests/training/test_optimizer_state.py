@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.training.optimizer_state import flatten_optimizer, restore_optimizer_
+from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
 
 MAKERS = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2),
@@ -30,14 +30,14 @@ def test_restored_optimizer_goes_on_bit_for_bit(name):
     model, optimizer = make(name)
     for _ in range(3):
         step(model, optimizer)
-    tensors, groups = flatten_optimizer(optimizer)
+    tensors, groups = flatten_optimizer(optimizer, plain_names(model))
     saved = {key: value.clone() for key, value in tensors.items()}
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     step(model, optimizer)
 
     other, fresh = make(name)
     other.load_state_dict(weights)
-    restore_optimizer_(fresh, saved, groups)
+    restore_optimizer_(fresh, plain_names(other), saved, groups)
     step(other, fresh)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
@@ -46,13 +46,15 @@ def test_restored_optimizer_goes_on_bit_for_bit(name):
 def test_moments_get_the_memory_format_of_their_parameter():
     model, optimizer = make("adam")
     step(model, optimizer)
-    tensors, groups = flatten_optimizer(optimizer)
-    restore_optimizer_(optimizer, {key: value.contiguous() for key, value in tensors.items()}, groups)
+    tensors, groups = flatten_optimizer(optimizer, plain_names(model))
+    restore_optimizer_(
+        optimizer, plain_names(model), {key: value.contiguous() for key, value in tensors.items()}, groups
+    )
     weight = model[0].get_parameter("weight")
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
 
 
 def test_other_groups_are_refused():
-    _, optimizer = make("adam")
+    model, optimizer = make("adam")
     with pytest.raises(ValueError, match="expected 2 parameter groups, found 1"):
-        restore_optimizer_(optimizer, {}, [{}])
+        restore_optimizer_(optimizer, plain_names(model), {}, [{}])

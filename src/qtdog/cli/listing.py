@@ -71,12 +71,17 @@ def _axis(kind: Kind) -> list[list[str]]:
     from qtdog.quantizers.registry import QUANTIZERS
     from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
 
+    if kind is Kind.QUANTIZERS:
+        return [["none", "Leave the weights in float."], *([name, QUANTIZERS[name].about] for name in QUANTIZERS)]
     registries: dict[Kind, Registry[Any]] = {
         Kind.OBJECTIVES: OBJECTIVES,
         Kind.STEP_RULES: STEP_RULES,
         Kind.AVERAGERS: AVERAGERS,
-        Kind.QUANTIZERS: QUANTIZERS,
     }
-    registry = registries[kind]
-    extra = [["none", "Leave the weights in float."]] if kind is Kind.QUANTIZERS else []
-    return extra + [[name, (registry[name].__doc__ or "").split("\n")[0]] for name in registry]
+    return [[name, _about(registries[kind][name])] for name in registries[kind]]
+
+
+def _about(member: Any) -> str:
+    """Return the first line of a member's docstring, and its hyper-parameters with their defaults."""
+    values = ", ".join(f"{name}={how.default}" for name, how in member.HYPERPARAMETERS.items())
+    return (member.__doc__ or "").split("\n")[0] + (f" [params: {values}]" if values else "")

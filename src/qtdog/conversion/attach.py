@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from qtdog.conversion.select import WEIGHT_NAMES, Layer, find_layers, layer_name, select
+from qtdog.conversion.select import WEIGHT_NAMES, Layer, check_pattern, find_layers, layer_name, matches, select
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.quantized import MAX_BITS, MIN_BITS, QuantSpec
+from qtdog.core.random import derive
 from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.quantizers.options import OPTION_NAMES, QuantizerOptions
+from qtdog.quantizers.registry import QUANTIZERS, check_options
 
 GRANULARITIES = ("channel", "layer")
 
@@ -70,11 +72,32 @@ class Attached:
         """Whether every quantizer is enabled."""
         return all(quantizer.enabled for quantizer in self.layers.values())
 
+    @property
+    def shippable(self) -> bool:
+        """Whether a checkpoint taken now may be selected: enabled, and INQ has frozen its last weight."""
+        return all(quantizer.shippable for quantizer in self.layers.values())
+
     def enable(self) -> None:
         """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing."""
         for site in sites(self.model):
             if not site.quantizer.enabled:
                 site.quantizer.enable_(site.weight)
+
+    def begin_step(self, seed: int, progress: float) -> None:
+        """Prepare the enabled quantizers for one update.
+
+        Noise and stochastic rounding draw from `seed`, INQ follows `progress`; the others ignore both. A loop of one's
+        own that uses one of these calls this before every forward pass of training.
+
+        Args:
+            seed: of this step; each layer derives its own from it.
+            progress: share of the quantized steps that are done, 0 at the first and below 1 at the last.
+        """
+        seen: set[int] = set()
+        for site in sites(self.model):
+            if site.quantizer.enabled and id(site.quantizer) not in seen:
+                seen.add(id(site.quantizer))
+                site.quantizer.begin_step_(site.weight, derive(seed, site.name), progress)
 
     def set_enabled(self, enabled: bool) -> None:
         """Say whether weights are quantized, leaving the step sizes as they are: for restoring a checkpoint."""
@@ -101,11 +124,12 @@ def attach(
     model: nn.Module,
     *,
     bits: int = 7,
+    layer_bits: Mapping[str, int] | None = None,
     granularity: str = "channel",
-    step_mode: str = "log",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     quantizer: str = "lsq",
+    **options: Any,
 ) -> Attached:
     """Attach a quantizer to every selected layer; weights pass through untouched until `Attached.enable()`.
 
@@ -114,11 +138,13 @@ def attach(
     Args:
         model: the model, changed in place.
         bits: bits per weight, 2 to 8.
+        layer_bits: bits of the layers that a glob pattern means, like `{"blocks.0": 8}`; of several patterns that mean
+            a layer the last one counts.
         granularity: one step size per output "channel" or per "layer".
-        step_mode: how the step size is learned: "log" (any optimizer) or "raw" (LSQ's own, for SGD).
         include: glob patterns of layer names; empty means every layer.
         exclude: glob patterns of layer names left in float; a module's name covers everything below it.
         quantizer: a name of `qtdog.quantizers.registry.QUANTIZERS`.
+        options: fields of `qtdog.quantizers.options.QuantizerOptions`, such as `step_mode="raw"`.
 
     Raises:
         ConfigError: an unknown name or value, a pattern that means no layer, a weight shared by a selected and an
@@ -133,17 +159,20 @@ def attach(
         >>> model[0].weight.unique().numel() <= 8 * 16
         True
     """
-    spec_bits, per_channel = _checked_bits(bits), _checked_granularity(granularity) == "channel"
+    per_channel = _checked_granularity(granularity) == "channel"
+    checked = _checked_options(quantizer, options)
     if next(sites(model), None) is not None:
         raise ConfigError("the model carries quantizers already; find them with attached(model)")
-    make = QUANTIZERS[quantizer]
+    make = QUANTIZERS[quantizer].make
     chosen = select(find_layers(model), include, exclude)
     _refuse_half_tied(model, chosen)
+    bits_of = bits_per_layer(chosen, _checked_bits(bits), layer_bits or {})
     made: dict[int, Quantizer] = {}
     for layer in chosen:
         weight = layer.weight
         if id(weight) not in made:
-            made[id(weight)] = make(weight, QuantSpec(spec_bits, layer.axis if per_channel else None), step_mode)
+            spec = QuantSpec(bits_of[layer.name], layer.axis if per_channel else None)
+            made[id(weight)] = make(weight, spec, checked)
         register_parametrization(layer.module, layer.tensor_name, made[id(weight)])
     return Attached(model)
 
@@ -163,6 +192,36 @@ def _checked_bits(bits: int) -> int:
     if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits}")
     return bits
+
+
+def bits_per_layer(layers: Sequence[Layer], bits: int, layer_bits: Mapping[str, int]) -> dict[str, int]:
+    """Return the bits of each layer by name: `bits`, or those of the last pattern that means it.
+
+    Raises:
+        ConfigError: a pattern that means no layer (with the nearest name), bits out of range, or a weight that two
+            layers share and that would have two bit-widths.
+    """
+    for pattern, given in layer_bits.items():
+        check_pattern(pattern, layers)
+        _checked_bits(given)
+    table = {layer.name: bits for layer in layers}
+    for pattern, given in layer_bits.items():
+        table |= {layer.name: given for layer in layers if matches(layer.name, pattern)}
+    first: dict[int, Layer] = {}
+    for layer in layers:
+        other = first.setdefault(id(layer.weight), layer)
+        if table[other.name] != table[layer.name]:
+            raise ConfigError(f"'{other.name}' and '{layer.name}' share one weight and need the same bits")
+    return table
+
+
+def _checked_options(quantizer: str, options: Mapping[str, Any]) -> QuantizerOptions:
+    for name in options:
+        if name not in OPTION_NAMES:
+            raise ConfigError(unknown("quantizer option", name, OPTION_NAMES))
+    made = QuantizerOptions(**options)
+    check_options(quantizer, made)
+    return made
 
 
 def _checked_granularity(granularity: str) -> str:

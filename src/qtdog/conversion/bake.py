@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qtdog.conversion.attach import Site, sites
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor
+from qtdog.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Baked:
 def bake(model: nn.Module) -> Baked:
     """Return what `model` has learned, without touching it.
 
-    Before the quantizers are enabled (or without any) everything is in `rest`.
+    What has no codes is in `rest`: everything before the quantizers are enabled, and the weights of a member without a
+    grid, as they are in evaluation mode.
 
     Raises:
         ModelError: a quantized weight that is not finite, or a state dict with something that is no tensor.
@@ -41,19 +43,32 @@ def bake(model: nn.Module) -> Baked:
     made: dict[int, QuantizedTensor] = {}
     covered: list[str] = []
     renamed: dict[str, str] = {}
+    floats: dict[str, Tensor] = {}
     for site in sites(model):
         covered.append(site.prefix)
-        if site.quantizer.enabled:
+        if site.quantizer.packs:
             key = id(site.quantizer)
             made[key] = made[key] if key in made else _quantized(site)
             quantized[site.plain_name] = made[key]
         else:
             renamed[f"{site.prefix}original"] = site.plain_name
+            floats[f"{site.prefix}original"] = shipped_weight(site.quantizer, site.weight)
     copies: dict[tuple[object, ...], Tensor] = {}
     for name, value in model.state_dict().items():
         if name in renamed or not name.startswith(tuple(covered)):
-            rest[renamed.get(name, name)] = _copied(name, value, copies)
+            rest[renamed.get(name, name)] = _copied(name, floats.get(name, value), copies)
     return Baked(quantized, rest)
+
+
+@torch.no_grad()
+def shipped_weight(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    """Return the weight that evaluation uses, whatever mode the quantizer is in."""
+    was_training = quantizer.training
+    quantizer.eval()
+    try:
+        return quantizer(weight)
+    finally:
+        quantizer.train(was_training)
 
 
 def plain_state_dict(baked: Baked) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class LayerReport:
 
 @torch.no_grad()
 def layer_report(model: nn.Module) -> list[LayerReport]:
-    """Return one report per enabled layer, in the order of the model; none before the quantizers are enabled.
+    """Return one report per layer that has codes, in the order of the model; none before the quantizers are enabled.
 
     Example:
         >>> from qtdog.conversion.attach import attach
@@ -47,14 +47,15 @@ def layer_report(model: nn.Module) -> list[LayerReport]:
         >>> layer_report(model)[0].step_size_mean
         1.0
     """
-    return [_report(site.name, site.quantizer, site.weight) for site in sites(model) if site.quantizer.enabled]
+    return [_report(site.name, site.quantizer, site.weight) for site in sites(model) if site.quantizer.packs]
 
 
 def _report(name: str, quantizer: Quantizer, weight: Tensor) -> LayerReport:
     value = quantizer.quantized(weight)
     spec = value.spec
     ratio = weight.float() / value.scale.reshape(scale_shape(weight.ndim, spec.axis))
-    clipped = (ratio <= spec.qmin) | (ratio >= spec.qmax)
+    low, high = spec.points()[[0, -1]].tolist()
+    clipped = (ratio <= low) | (ratio >= high)
     return LayerReport(
         name=name,
         shape=tuple(weight.shape),

@@ -82,6 +82,16 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
+def check_pattern(pattern: str, layers: Sequence[Layer]) -> None:
+    """Refuse a pattern that means no layer.
+
+    Raises:
+        ConfigError: naming the nearest layer or module.
+    """
+    if not any(matches(layer.name, pattern) for layer in layers):
+        raise ConfigError(unknown("layer pattern", pattern, _names(layers)))
+
+
 def select(layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
     """Return the layers that some `include` pattern means (all if there is none) and no `exclude` pattern means.
 
@@ -89,8 +99,7 @@ def select(layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequen
         ConfigError: a pattern that means no layer (with the nearest name), or no layer is left.
     """
     for pattern in (*include, *exclude):
-        if not any(matches(layer.name, pattern) for layer in layers):
-            raise ConfigError(unknown("layer pattern", pattern, _names(layers)))
+        check_pattern(pattern, layers)
     chosen = [
         layer
         for layer in layers

@@ -15,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from qtdog.core.quantized import MAX_BITS, MIN_BITS
 
 HASH_VERSION = 1
+# Quantizers that work after training, on the chosen float checkpoint: such a run trains in float to the end.
+AFTER_TRAINING = ("gptq", "obc", "rtn")
+START_FRAC = 0.4  # of the steps, before quantization starts (paper: 2,000 of 5,000)
+Params = dict[str, bool | int | float | str]
 # Where the data lies and how many threads read it change no result: runs on two machines have one name.
 NOT_HASHED = {"data": {"source", "workers"}}
 
@@ -60,32 +64,57 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     """The loss of one step."""
 
-    name: str = "erm"
+    name: str = Field(default="erm", description="a name of 'qtdog list objectives'")
+    params: Params = Field(default={}, description="hyper-parameters of the objective, like {weight: 1.0}")
 
 
 class StepRuleConfig(Section):
     """How the loss becomes an update."""
 
-    name: str = "plain"
+    name: str = Field(default="plain", description="a name of 'qtdog list step-rules'")
+    params: Params = Field(default={}, description="hyper-parameters of the step rule, like {rho: 0.05}")
 
 
 class AveragerConfig(Section):
     """Which weights are kept."""
 
-    name: str = "none"
+    name: str = Field(default="none", description="a name of 'qtdog list averagers'")
+    params: Params = Field(default={}, description="hyper-parameters of the averager, like {start: 100}")
 
 
 class QuantizerConfig(Section):
     """The grid the weights live on, and from which step."""
 
-    name: str = Field(default="lsq", description="'lsq', or 'none' for a float model")
+    name: str = Field(default="lsq", description="a name of 'qtdog list quantizers'; 'none' for a float model")
     bits: int = Field(default=7, ge=MIN_BITS, le=MAX_BITS, description="bits per weight")
+    layer_bits: dict[str, int] = Field(
+        default={}, description="bits of the layers that a glob pattern means, like {'*.blocks.0': 8}; later ones win"
+    )
     start_step: int | None = Field(default=None, ge=0, description="first quantized step; default 40 % of the steps")
     granularity: Literal["channel", "layer"] = Field(
         default="channel", description="one step size per output channel or layer"
     )
-    step_mode: Literal["log", "raw"] = Field(
-        default="log", description="how the step size is learned: log scale, or raw LSQ"
+    range: Literal["asymmetric", "symmetric"] = Field(
+        default="asymmetric", description="codes -2^(b-1) … 2^(b-1)-1 as the paper has them, or without the lowest one"
+    )
+    init: Literal["lsq", "lsq_plus", "minmax", "mse"] = Field(
+        default="lsq", description="where the step sizes start, and with that how strong the rounding is"
+    )
+    step_mode: Literal["log", "raw", "frozen"] = Field(
+        default="log", description="how the step size is learned: on a log scale, as it is (raw LSQ), or not at all"
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest", description="of training; what is measured and shipped is always rounded to nearest"
+    )
+    amplitude: float = Field(default=5e-5, gt=0, description="a of the noise U(-a, a) that noise-* adds to a weight")
+    stages: tuple[float, ...] = Field(
+        default=(0.5, 0.75, 0.875, 1.0), description="share of the weights that inq has frozen after each stage"
+    )
+    calibration_images: int = Field(
+        default=1000, ge=1, description="training images of the sources from which obc and gptq learn"
+    )
+    damping: float = Field(
+        default=0.01, gt=0, description="added to the Hessians of obc and gptq, as a share of the mean diagonal"
     )
     include: tuple[str, ...] = Field(default=(), description="glob patterns of layer names; empty means every layer")
     exclude: tuple[str, ...] = Field(default=("classifier",), description="glob patterns of layer names left in float")
@@ -99,6 +128,14 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="of the weights; step sizes never decay")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
     step_size_lr: float = Field(default=1.0, gt=0, description="learning rate of the step sizes, as a multiple of lr")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="how lr falls to zero at the end of the run; the protocol's is constant"
+    )
+    decay_from: int | None = Field(
+        default=None,
+        ge=0,
+        description="first step of the fall; default: where quantization starts, or 40 %",
+    )
 
 
 class TrainConfig(Section):
@@ -146,11 +183,18 @@ class Config(Section):
 
     @property
     def start_step(self) -> int | None:
-        """The first quantized step (paper: 2,000 of 5,000), or None for a float run."""
-        if self.quantizer.name == "none":
+        """The first quantized step (paper: 2,000 of 5,000), or None for a run that trains in float to the end."""
+        if self.quantizer.name in ("none", *AFTER_TRAINING):
             return None
         given = self.quantizer.start_step
-        return int(0.4 * self.train.steps) if given is None else given
+        return int(START_FRAC * self.train.steps) if given is None else given
+
+    @property
+    def decay_from(self) -> int:
+        """The first step at which the learning rate falls: given, or the start step, or where that would be."""
+        if self.optimizer.decay_from is not None:
+            return self.optimizer.decay_from
+        return int(START_FRAC * self.train.steps) if self.start_step is None else self.start_step
 
 
 def config_hash(config: Config) -> str:

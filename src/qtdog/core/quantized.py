@@ -9,6 +9,7 @@ from torch import Tensor
 
 MIN_BITS = 2
 MAX_BITS = 8
+LEVELS = ("uniform", "symmetric", "half", "power_of_two")
 
 
 def scale_shape(ndim: int, axis: int | None) -> tuple[int, ...]:
@@ -23,33 +24,61 @@ def scale_shape(ndim: int, axis: int | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """The grid that a weight lives on: signed `bits`-bit integers times a step size.
+    """The grid that a weight lives on: points of a unit grid, one per integer code, times a step size.
+
+    With b bits, the codes and the points that they stand for are:
+
+    | levels | codes c | point of c |
+    | --- | --- | --- |
+    | uniform | -2^(b-1) … 2^(b-1) - 1 (paper Eq. 1) | c |
+    | symmetric | -(2^(b-1) - 1) … 2^(b-1) - 1 | c |
+    | half | -2^(b-1) … 2^(b-1) - 1 | c + 1/2: no zero (DoReFa) |
+    | power_of_two | -K … K, K = 2^(b-2) | sign(c) · 2^(abs(c) - K), 0 for c = 0 (INQ) |
 
     Attributes:
         bits: 2 to 8.
         axis: the dimension that has one step size per index (0 for an output channel), or None for one per tensor.
+        levels: the kind of grid, a name of `LEVELS`.
 
     Raises:
-        ValueError: bits outside 2 … 8.
+        ValueError: bits outside 2 … 8, or unknown levels.
+
+    Example:
+        >>> QuantSpec(3).points().tolist()
+        [-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+        >>> QuantSpec(3, levels="power_of_two").points().tolist()
+        [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
 
     bits: int
     axis: int | None = 0
+    levels: str = "uniform"
 
     def __post_init__(self) -> None:
-        """Check the bits."""
+        """Check the bits and the levels."""
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
+        if self.levels not in LEVELS:
+            raise ValueError(f"levels must be one of {', '.join(LEVELS)}, not '{self.levels}'")
 
     @property
     def qmin(self) -> int:
-        """Smallest code, -2^(bits-1) (paper Eq. 1: -Q_N)."""
-        return -(2 ** (self.bits - 1))
+        """Smallest code."""
+        return -(2 ** (self.bits - 1)) if self.levels in ("uniform", "half") else -self.qmax
 
     @property
     def qmax(self) -> int:
-        """Largest code, 2^(bits-1) - 1 (paper Eq. 1: Q_P)."""
-        return 2 ** (self.bits - 1) - 1
+        """Largest code."""
+        return 2 ** (self.bits - 2) if self.levels == "power_of_two" else 2 ** (self.bits - 1) - 1
+
+    def points(self) -> Tensor:
+        """Return the points of the unit grid, float32, in the order of their codes from `qmin` to `qmax`."""
+        codes = torch.arange(self.qmin, self.qmax + 1, dtype=torch.float32)
+        if self.levels == "half":
+            return codes + 0.5
+        if self.levels == "power_of_two":
+            return codes.sign() * torch.exp2(codes.abs() - self.qmax)
+        return codes
 
 
 @dataclass(frozen=True)
@@ -72,6 +101,12 @@ class QuantizedTensor:
     spec: QuantSpec
 
     def dequantize(self) -> Tensor:
-        """Return codes · scale as float32, the very weights that the forward pass of training used."""
+        """Return point · scale as float32, the very weights that the forward pass of training used."""
         shape = scale_shape(self.codes.ndim, self.spec.axis)
-        return self.codes.to(torch.float32) * self.scale.reshape(shape)
+        if self.spec.levels in ("uniform", "symmetric"):
+            points = self.codes.to(torch.float32)
+        else:
+            table = self.spec.points().to(self.codes.device)
+            points = torch.empty_like(self.codes, dtype=torch.float32)  # keeps the memory format, as `to` does
+            points.copy_(table[self.codes.long() - self.spec.qmin])
+        return points * self.scale.reshape(shape)

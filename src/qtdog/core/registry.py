@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -45,3 +47,9 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, sorted."""
         return iter(sorted(self._members))
+
+
+def import_members(package: str) -> None:
+    """Import every module of a package, so that each member of an axis enters its name: a new one is just a file."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")

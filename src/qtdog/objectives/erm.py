@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtdog.objectives.objective import OBJECTIVES, DomainOutputs, Objective
+from qtdog.objectives.objective import OBJECTIVES, Objective
+from qtdog.objectives.view import DomainOutputs
 
 
 def erm_loss(domains: Sequence[DomainOutputs]) -> Tensor:
@@ -34,5 +35,9 @@ def erm_loss(domains: Sequence[DomainOutputs]) -> Tensor:
 
 
 @OBJECTIVES.register("erm")
-def _erm() -> Objective:
-    return erm_loss
+class ERM(Objective):
+    """Mean cross-entropy over all images (Vapnik, 1998)."""
+
+    def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
+        """Return `erm_loss`."""
+        return erm_loss(domains)

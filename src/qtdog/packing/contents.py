@@ -27,6 +27,20 @@ def check_scale(path: Path, name: str, scale: Tensor) -> None:
         raise FormatError(f"{path}: the step sizes of '{name}' should be positive and finite, found {found}")
 
 
+def check_codes(path: Path, name: str, value: QuantizedTensor) -> None:
+    """Refuse codes that are not on their grid.
+
+    Raises:
+        FormatError: naming the file, the weight, the range and what was found.
+    """
+    spec = value.spec
+    low, high = (int(bound) for bound in value.codes.aminmax())
+    if low < spec.qmin or high > spec.qmax:
+        raise FormatError(
+            f"{path}: the codes of '{name}' should lie in {spec.qmin} … {spec.qmax}, found {low} … {high}"
+        )
+
+
 def check_quantized(path: Path, name: str, value: QuantizedTensor) -> None:
     """Refuse a quantized weight that the format cannot hold.
 
@@ -41,11 +55,7 @@ def check_quantized(path: Path, name: str, value: QuantizedTensor) -> None:
     if scale.dtype != torch.float32 or scale.shape != (n_scales,):
         found = f"{scale.dtype} {tuple(scale.shape)}"
         raise FormatError(f"{path}: the step sizes of '{name}' should be float32 ({n_scales},), found {found}")
-    low, high = (int(bound) for bound in codes.aminmax())
-    if low < spec.qmin or high > spec.qmax:
-        raise FormatError(
-            f"{path}: the codes of '{name}' should lie in {spec.qmin} … {spec.qmax}, found {low} … {high}"
-        )
+    check_codes(path, name, value)
     check_scale(path, name, scale)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import FormatError
-from qtdog.core.quantized import MAX_BITS, MIN_BITS, QuantSpec
+from qtdog.core.quantized import LEVELS, MAX_BITS, MIN_BITS, QuantSpec
 from qtdog.packing import strict_json
 from qtdog.packing.bits import packed_bytes
 from qtdog.packing.header import Header, TensorInfo, is_count, is_shape
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 had no levels: all its grids are uniform
 KEY = "qtdog"
 FIELDS = {"format_version", "quantized", "aliases", "metadata"}
 
@@ -68,7 +69,12 @@ def to_text(layout: Layout) -> str:
         FormatError: metadata that JSON cannot hold.
     """
     quantized = {
-        name: {"axis": entry.spec.axis, "bits": entry.spec.bits, "shape": list(entry.shape)}
+        name: {
+            "axis": entry.spec.axis,
+            "bits": entry.spec.bits,
+            "levels": entry.spec.levels,
+            "shape": list(entry.shape),
+        }
         for name, entry in layout.quantized.items()
     }
     tree = {"format_version": FORMAT_VERSION, "quantized": quantized}
@@ -92,7 +98,7 @@ def parse_layout(path: Path, header: Header) -> Layout:
         raise FormatError(f"{path}: the metadata '{KEY}' are not valid JSON: {error}") from error
     _check_fields(path, tree)
     layout = Layout(
-        {name: _entry(path, name, entry) for name, entry in tree["quantized"].items()},
+        {name: _entry(path, name, entry, tree["format_version"]) for name, entry in tree["quantized"].items()},
         tree["aliases"],
         tree["metadata"],
     )
@@ -111,8 +117,8 @@ def _check_fields(path: Path, tree: Any) -> None:
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if not is_count(version):
         raise FormatError(f"{path}: the metadata '{KEY}' should state a format_version, found {str(version)[:40]!r}")
-    if version != FORMAT_VERSION:
-        raise FormatError(f"{path}: format version {version}; this qtdog reads version {FORMAT_VERSION}: update qtdog")
+    if version not in READABLE:
+        raise FormatError(f"{path}: format version {version}; this qtdog reads up to {FORMAT_VERSION}: update qtdog")
     if set(tree) != FIELDS:
         raise FormatError(f"{path}: the metadata should have {sorted(FIELDS)}, found {str(sorted(tree))[:200]}")
     for field in FIELDS - {"format_version"}:
@@ -120,17 +126,20 @@ def _check_fields(path: Path, tree: Any) -> None:
             raise FormatError(f"{path}: '{field}' should be an object, found {type(tree[field]).__name__}")
 
 
-def _entry(path: Path, name: str, entry: Any) -> Entry:
-    if not isinstance(entry, dict) or set(entry) != {"axis", "bits", "shape"}:
-        raise FormatError(f"{path}: weight '{name}' should state axis, bits and shape, found {str(entry)[:80]}")
-    axis, bits, shape = entry["axis"], entry["bits"], entry["shape"]
+def _entry(path: Path, name: str, entry: Any, version: int) -> Entry:
+    fields = {"axis", "bits", "shape"} | ({"levels"} if version > 1 else set())
+    if not isinstance(entry, dict) or set(entry) != fields:
+        raise FormatError(f"{path}: weight '{name}' should state {', '.join(sorted(fields))}, found {str(entry)[:80]}")
+    axis, bits, shape, levels = entry["axis"], entry["bits"], entry["shape"], entry.get("levels", "uniform")
+    if levels not in LEVELS:
+        raise FormatError(f"{path}: weight '{name}' should have levels {' or '.join(LEVELS)}, found {str(levels)[:40]}")
     if not is_count(bits) or not MIN_BITS <= bits <= MAX_BITS:
         raise FormatError(f"{path}: weight '{name}' should have {MIN_BITS} to {MAX_BITS} bits, found {str(bits)[:40]}")
     if not is_shape(shape) or 0 in shape:
         raise FormatError(f"{path}: weight '{name}' has the impossible shape {str(shape)[:80]}")
     if axis is not None and not (is_count(axis) and axis < len(shape)):
         raise FormatError(f"{path}: weight '{name}' of shape {shape} cannot have step sizes along {str(axis)[:40]}")
-    return Entry(QuantSpec(bits, axis), tuple(shape))
+    return Entry(QuantSpec(bits, axis, levels), tuple(shape))
 
 
 def _check_tensors(path: Path, layout: Layout, tensors: Mapping[str, TensorInfo]) -> None:

@@ -16,7 +16,7 @@ from qtdog.core.errors import FormatError
 from qtdog.core.files import write_atomic
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.bits import pack_codes, unpack_codes
-from qtdog.packing.contents import check_quantized, check_rest, check_scale
+from qtdog.packing.contents import check_codes, check_quantized, check_rest, check_scale
 from qtdog.packing.header import MAX_HEADER_BYTES, read_header
 from qtdog.packing.layout import KEY, Entry, Layout, parse_layout, rest_names, stored_names, to_text
 from qtdog.packing.ties import find_aliases
@@ -127,4 +127,6 @@ def _unpacked(path: Path, name: str, entry: Entry, tensors: Mapping[str, Tensor]
         codes = unpack_codes(tensors[codes_name], entry.spec.bits, entry.n_codes)
     except ValueError as error:
         raise FormatError(f"{path}: '{codes_name}' is no stream of codes: {error}") from error
-    return QuantizedTensor(codes.reshape(entry.shape), tensors[scale_name], entry.spec)
+    value = QuantizedTensor(codes.reshape(entry.shape), tensors[scale_name], entry.spec)
+    check_codes(path, name, value)
+    return value

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
 from qtdog.quantizers.base import Quantizer
 from qtdog.quantizers.grid import encode
 from qtdog.quantizers.lsq_function import lsq_quantize
+from qtdog.quantizers.options import QuantizerOptions
 
-STEP_MODES = ("log", "raw")
 # A filter whose start is below this share of its layer's mean is dead: as soon as training moved its weights, a grid
 # that fine would clip them all, and without a gradient they would stay where they are.
 DEAD_FRAC = 2.0**-20
@@ -80,10 +79,7 @@ class LSQ(Quantizer):
     Args:
         weight: the weight to quantize; only its shape and device count.
         spec: bits and axis.
-        step_mode: "log" or "raw".
-
-    Raises:
-        ConfigError: an unknown step mode.
+        options: how the step size starts and is learned, the range of the codes, the rounding.
 
     Example:
         >>> weight = torch.tensor([[1.0, -1.0, 4.0]])
@@ -95,15 +91,13 @@ class LSQ(Quantizer):
         [[0.0, 0.0, 4.0]]
     """
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, step_mode: str = "log") -> None:
+    def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
         super().__init__(spec)
-        if step_mode not in STEP_MODES:
-            raise ConfigError(unknown("step mode", step_mode, STEP_MODES))
-        self.step_mode = step_mode
+        self.step_mode = (options or QuantizerOptions()).step_mode
         n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
         self.grad_scale = 1 / math.sqrt(weight.numel() / n_scales * spec.qmax)
         start = torch.full((n_scales,), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
-        if step_mode == "log":
+        if self.step_mode == "log":
             self.log_scale = nn.Parameter(start.log_())
         else:
             self.scale = nn.Parameter(start)

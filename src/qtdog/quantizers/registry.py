@@ -3,16 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from qtdog.core.config import AFTER_TRAINING
+from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
 from qtdog.core.registry import Registry
 from qtdog.quantizers.base import Quantizer
 from qtdog.quantizers.lsq import LSQ
+from qtdog.quantizers.options import QuantizerOptions
 
-QuantizerFactory = Callable[[Tensor, QuantSpec, str], Quantizer]
-"""(weight, spec, step_mode) to a quantizer for that weight, on its device, not yet enabled."""
+QuantizerFactory = Callable[[Tensor, QuantSpec, QuantizerOptions], Quantizer]
+"""(weight, spec, options) to a quantizer for that weight, on its device, not yet enabled."""
 
-QUANTIZERS: Registry[QuantizerFactory] = Registry("quantizer")
-QUANTIZERS.add("lsq", LSQ)
+
+@dataclass(frozen=True)
+class QuantizerKind:
+    """One member of the axis.
+
+    Attributes:
+        make: builds the quantizer of one weight.
+        about: one line for people.
+        reads: names of the `QuantizerOptions` that it reads; another one that is set is refused.
+    """
+
+    make: QuantizerFactory
+    about: str
+    reads: frozenset[str] = frozenset()
+
+
+QUANTIZERS: Registry[QuantizerKind] = Registry("quantizer")
+
+
+def add(name: str, make: QuantizerFactory, about: str, reads: str = "") -> None:
+    """Enter a quantizer under `name`; `reads` lists its options, separated by spaces."""
+    QUANTIZERS.add(name, QuantizerKind(make, about, frozenset(reads.split())))
+
+
+def check_options(name: str, options: QuantizerOptions) -> None:
+    """Refuse options that the quantizer called `name` would not read.
+
+    Raises:
+        ConfigError: unknown name, or an option at another than its default that it does not read.
+    """
+    reads = QUANTIZERS[name].reads
+    for option in options.changed:
+        if option not in reads:
+            readers = ", ".join(other for other in QUANTIZERS if option in QUANTIZERS[other].reads)
+            known = ", ".join(sorted(reads)) or "none"
+            raise ConfigError(f"quantizer '{name}' does not read '{option}' (it is for {readers}); it reads: {known}")
+
+
+def works_after_training(name: str) -> bool:
+    """Return whether the quantizer called `name` works on the finished float model, not during training."""
+    return name in AFTER_TRAINING
+
+
+add("lsq", LSQ, "Learned step sizes (Esser et al., 2020): the paper's main quantizer.", "step_mode init range rounding")

@@ -11,19 +11,22 @@ from accelerate.state import AcceleratorState
 from qtdog.conversion.attach import Attached, attach
 from qtdog.core.config import Config, OptimizerConfig
 from qtdog.core.errors import ConfigError
+from qtdog.core.registry import import_members
 from qtdog.data.cache import DecodedCache, Progress, open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
-from qtdog.objectives import erm as _erm  # noqa: F401  (enters its name)
-from qtdog.objectives.objective import OBJECTIVES
+from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
+from qtdog.quantizers.options import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.parts import Parts, Trainable
 from qtdog.training.problem import Problem
 from qtdog.training.step_rules import STEP_RULES
+
+import_members("qtdog.objectives")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -46,12 +49,14 @@ def compose(
         ModelError: an unknown backbone, or weights that cannot be had or do not fit.
         DataError: an image cannot be decoded.
     """
-    objective, step_rule = OBJECTIVES[config.objective.name](), STEP_RULES[config.step_rule.name]
-    averager = AVERAGERS[config.averager.name]()
+    make_objective, make_step_rule = OBJECTIVES[config.objective.name], STEP_RULES[config.step_rule.name]
+    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    step_rule = make_step_rule(config.step_rule.params)
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
+    objective = make_objective(_setting(config, problem, network), config.objective.params).to(accelerator.device)
     quantizer = _quantizer(config, network)
-    optimizer = make_optimizer(config.optimizer, network, quantizer)
+    optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
         cache = open_cache(dataset, config.data.image_size, progress=progress)
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
@@ -67,6 +72,7 @@ def compose(
         objective=objective,
         step_rule=step_rule,
         averager=averager,
+        base_lrs=tuple(group["lr"] for group in optimizer.param_groups),
         evaluate=Evaluator(network, accelerator, cache, dataset.class_index, problem, config.data.test_mode, mean, std),
     )
 
@@ -83,6 +89,16 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
     )
 
 
+def _setting(config: Config, problem: Problem, network: Network) -> Setting:
+    return Setting(
+        n_domains=len(problem.sources),
+        n_classes=network.classifier.out_features,
+        n_features=network.classifier.in_features,
+        batch_size=config.data.batch_size,
+        network=network,
+    )
+
+
 def _quantizer(config: Config, network: Network) -> Attached | None:
     how = config.quantizer
     if how.name == "none":
@@ -91,20 +107,26 @@ def _quantizer(config: Config, network: Network) -> Attached | None:
         network,
         quantizer=how.name,
         bits=how.bits,
+        layer_bits=how.layer_bits,
         granularity=how.granularity,
-        step_mode=how.step_mode,
         include=how.include,
         exclude=how.exclude,
+        **{name: getattr(how, name) for name in OPTION_NAMES},
     )
 
 
-def make_optimizer(config: OptimizerConfig, network: Network, quantizer: Attached | None) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, network: Network, quantizer: Attached | None, objective: Objective
+) -> torch.optim.Optimizer:
     """Return the optimizer over all parameters; step sizes are a group of their own, without decay."""
     if quantizer is None:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": parameters, "lr": config.lr, "weight_decay": config.weight_decay}]
     else:
         groups = quantizer.param_groups(config.lr, weight_decay=config.weight_decay, step_size_lr=config.step_size_lr)
+    own = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if own:
+        groups.append({"params": own, "lr": config.lr * objective.lr_factor, "weight_decay": config.weight_decay})
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.momentum:

@@ -18,11 +18,14 @@ from torch import Tensor
 from qtdog.core.errors import Interrupted, NonFiniteLossError
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch
-from qtdog.objectives.objective import DomainOutputs
+from qtdog.objectives.view import DomainBatch
+from qtdog.training.averagers import snapshot, swapped
 from qtdog.training.parts import Parts
 from qtdog.training.records import Record
+from qtdog.training.schedules import lr_factor
 from qtdog.training.select import select
 from qtdog.training.state import RunState
+from qtdog.training.step_rules import Update
 
 
 class Watcher(Protocol):
@@ -85,16 +88,32 @@ def _train(parts: Parts, state: RunState, doors: Doors) -> None:
                 doors.save(state)
             if at_end:
                 return
-            if parts.quantizer is not None and state.step == parts.config.start_step:
-                parts.quantizer.enable()
             started = time.perf_counter()
             batch = next(batches)
+            begin_step(parts, state.step)
             loss = update(parts, batch, state.step)
             state.trained_s += time.perf_counter() - started
             state.step += 1
+            parts.averager.after_step(state.step, parts.network)
             state.add_loss(loss)
             doors.watcher.on_step(state.step, loss, len(batch.labels) * parts.accelerator.num_processes)
             doors.check()
+
+
+def begin_step(parts: Parts, step: int) -> None:
+    """Set the learning rates of one step, start quantization if it is the step, prepare its quantizers."""
+    config = parts.config
+    factor = lr_factor(config.optimizer.schedule, step, decay_from=config.decay_from, steps=config.train.steps)
+    for group, lr in zip(parts.optimizer.param_groups, parts.base_lrs, strict=True):
+        group["lr"] = lr * factor
+    start = config.start_step
+    if parts.quantizer is None or start is None or step < start:
+        return
+    if step == start:
+        parts.quantizer.enable()
+    # the same on all processes, so that they perturb the weights alike
+    seed = derive(config.train.seed, "weights", step)
+    parts.quantizer.begin_step(seed, (step - start) / (config.train.steps - start))
 
 
 def update(parts: Parts, batch: Batch, step: int) -> float:
@@ -104,14 +123,15 @@ def update(parts: Parts, batch: Batch, step: int) -> float:
         NonFiniteLossError: before anything moved.
     """
     accelerator = parts.accelerator
-    # Dropout and its kin draw from the stream of this step, so that a resumed run draws the same.
-    torch.manual_seed(derive(parts.config.train.seed, "model", step, accelerator.process_index))
+    seed = derive(parts.config.train.seed, "model", step, accelerator.process_index)
     images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+    moved = DomainBatch(images, labels, batch.sizes, step)
 
     def backward() -> Tensor:
-        features, logits = parts.model(images)
-        split = zip(*(tensor.split(batch.sizes) for tensor in (features, logits, labels)), strict=True)
-        loss = parts.objective([DomainOutputs(*domain) for domain in split])
+        # Dropout, Mixup and their kin draw from the stream of this step: a resumed run draws the same, and so does a
+        # step rule that passes over the batch twice.
+        torch.manual_seed(seed)
+        loss = parts.objective(parts.view, moved)
         shown = accelerator.reduce(loss.detach(), reduction="mean")
         assert isinstance(shown, Tensor)
         if not torch.isfinite(shown):
@@ -119,7 +139,7 @@ def update(parts: Parts, batch: Batch, step: int) -> float:
         accelerator.backward(loss)
         return shown
 
-    return parts.step_rule(backward, parts.optimizer).item()
+    return parts.step_rule(Update(backward, parts.optimizer, parts.network)).item()
 
 
 def _advice(parts: Parts, step: int, loss: float) -> str:
@@ -129,10 +149,12 @@ def _advice(parts: Parts, step: int, loss: float) -> str:
 
 
 def _evaluate(parts: Parts, state: RunState, doors: Doors) -> None:
-    record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
-    line = record.to_json() | {"trained_s": round(state.trained_s, 3)}
-    state.add_line(line)
-    if select(parts.config.train.selection, state.records) == state.step:
-        state.selected = parts.averager.weights(parts.network)
+    with swapped(parts.network, parts.averager.evaluated()):
+        record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
+        line = record.to_json() | {"trained_s": round(state.trained_s, 3)}
+        state.add_line(line)
+        if select(parts.config.train.selection, state.records) == state.step:
+            state.selected = snapshot(parts.network)
+    parts.averager.after_evaluation(state.step, record.seen.source_loss)
     doors.keep_line(line)
     doors.watcher.on_record(record)

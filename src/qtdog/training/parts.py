@@ -14,6 +14,7 @@ from qtdog.core.config import Config
 from qtdog.data.loader import TrainBatches
 from qtdog.models.network import Network
 from qtdog.objectives.objective import Objective
+from qtdog.objectives.view import ModelView
 from qtdog.training.averagers import Averager
 from qtdog.training.records import Record
 from qtdog.training.step_rules import StepRule
@@ -45,6 +46,7 @@ class Parts:
         quantizer: the attached quantizers, or None for a float run.
         batches: batch of a step, a pure function of the step.
         objective, step_rule, averager: the axes.
+        base_lrs: learning rate of each group of the optimizer, before any schedule.
         evaluate: (step, selectable, train_loss, check) → record.
     """
 
@@ -58,9 +60,15 @@ class Parts:
     objective: Objective
     step_rule: StepRule
     averager: Averager
+    base_lrs: tuple[float, ...]
     evaluate: Callable[[int, bool, float | None, Callable[[], None]], Record]
 
     @property
     def selectable(self) -> bool:
         """Whether a checkpoint taken now may be shipped: a quantized run ships only quantized ones."""
-        return self.quantizer is None or self.quantizer.enabled
+        return self.config.start_step is None or self.quantizer is None or self.quantizer.shippable
+
+    @property
+    def view(self) -> ModelView:
+        """The model as an objective sees it."""
+        return ModelView(self.model, self.network)

@@ -34,6 +34,11 @@ class SourceRecord:
         """Mean over the source domains, each counting once whatever its size (DomainBed)."""
         return sum(score.accuracy for score in self.source.values()) / len(self.source)
 
+    @property
+    def source_loss(self) -> float:
+        """Mean cross-entropy over the source domains, each counting once."""
+        return sum(score.loss for score in self.source.values()) / len(self.source)
+
 
 @dataclass(frozen=True)
 class Record:

@@ -16,7 +16,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import Doors, Watcher, train
-from qtdog.training.optimizer_state import flatten_optimizer, restore_optimizer_
+from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
 from qtdog.training.parts import Parts
 from qtdog.training.problem import make_problem
 from qtdog.training.records import Record
@@ -121,12 +121,14 @@ def save_state(parts: Parts, folder: RunFolder, state: RunState) -> None:
     state.saved_step = state.step
     if not parts.accelerator.is_main_process:
         return
-    moments, groups = flatten_optimizer(parts.optimizer)
+    moments, groups = flatten_optimizer(parts.optimizer, plain_names(parts.network, parts.objective))
+    averaged, averager = parts.averager.state()
     tensors = {"network": parts.network.state_dict(), "optimizer": moments}
+    tensors |= {"objective": parts.objective.state_dict(), "averager": averaged}
     if state.selected is not None:
         tensors["selected"] = state.selected
     enabled = parts.quantizer is not None and parts.quantizer.enabled
-    extra = {"optimizer_groups": groups, "quantizer_enabled": enabled}
+    extra = {"optimizer_groups": groups, "quantizer_enabled": enabled, "averager": averager}
     write_checkpoint(folder.checkpoints, Checkpoint(state.step, tensors, state.to_json() | extra))
 
 
@@ -141,7 +143,11 @@ def restore(parts: Parts, folder: RunFolder, warn: Callable[[str], None]) -> Run
         return RunState()
     try:
         parts.network.load_state_dict(checkpoint.tensors["network"])
-        restore_optimizer_(parts.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer_groups"])
+        parts.objective.load_state_dict(checkpoint.tensors["objective"])
+        parts.averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
+        names = plain_names(parts.network, parts.objective)
+        moments, groups = checkpoint.tensors["optimizer"], checkpoint.state["optimizer_groups"]
+        restore_optimizer_(parts.optimizer, names, moments, groups)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise RunError(f"the checkpoint in {folder.checkpoints} does not fit this run: {error}") from error
     if parts.quantizer is not None:

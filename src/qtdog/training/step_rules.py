@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from qtdog.core.hyperparameters import HyperParameters, Value, fill
 from qtdog.core.registry import Registry
-
-Backward = Callable[[], Tensor]
 
 
 class Optimizer(Protocol):
     """The part of an optimizer that a step rule uses (torch's, or accelerate's wrapper of it)."""
+
+    param_groups: list[dict[str, Any]]
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -24,30 +27,53 @@ class Optimizer(Protocol):
         ...
 
 
-class StepRule(Protocol):
-    """One update from a function that computes the loss of this step's batch and its gradients."""
+@dataclass(frozen=True)
+class Update:
+    """What a step rule works on.
 
-    def __call__(self, backward: Backward, optimizer: Optimizer) -> Tensor:
-        """Make the update and return the loss before it."""
-        ...
+    Attributes:
+        backward: computes the loss of this step's batch, adds its gradients to the parameters, returns the loss. Called
+            again it sees the same batch and draws the same noise. It may raise, and then the rule must leave the
+            parameters as they were.
+        optimizer: holds the parameters.
+        network: the plain network, quantizers attached.
+    """
+
+    backward: Callable[[], Tensor]
+    optimizer: Optimizer
+    network: nn.Module
 
 
-STEP_RULES: Registry[StepRule] = Registry("step rule")
+class StepRule(ABC):
+    """One update; abstract.
+
+    Attributes:
+        HYPERPARAMETERS: name → default, search range, meaning.
+        N_PASSES: forward and backward passes per update, for the accounting of cost.
+        params: the values of the hyper-parameters.
+    """
+
+    HYPERPARAMETERS: ClassVar[HyperParameters] = {}
+    N_PASSES: ClassVar[int] = 1
+
+    def __init__(self, params: Mapping[str, Value]) -> None:
+        self.params = fill(f"step rule '{type(self).__name__}'", self.HYPERPARAMETERS, params)
+
+    @abstractmethod
+    def __call__(self, update: Update) -> Tensor:
+        """Make the update and return the loss before it, a scalar."""
+
+
+STEP_RULES: Registry[type[StepRule]] = Registry("step rule")
 
 
 @STEP_RULES.register("plain")
-def plain_step(backward: Backward, optimizer: Optimizer) -> Tensor:
-    """Make one optimizer step on the gradient of the loss.
+class Plain(StepRule):
+    """One optimizer step on the gradient of the loss."""
 
-    Args:
-        backward: computes the loss, adds its gradients to the parameters, returns the loss. It may raise, and then
-            nothing has moved.
-        optimizer: holds the parameters.
-
-    Returns:
-        The loss, a scalar.
-    """
-    optimizer.zero_grad()
-    loss = backward()
-    optimizer.step()
-    return loss
+    def __call__(self, update: Update) -> Tensor:
+        """Make the update and return the loss before it."""
+        update.optimizer.zero_grad()
+        loss = update.backward()
+        update.optimizer.step()
+        return loss
