@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "report", "training", "conversion", "data", "models", "quantizers", "objectives", "packing", "core")
+ROOMS = ("cli", "report", "ensemble", "analysis", "training", "conversion")
+ROOMS += ("data", "models", "quantizers", "objectives", "packing", "core")
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,1 @@
+"""Several trained members as one model: building, prediction, doubt, size and cost."""
