@@ -20,6 +20,7 @@ from qtdog.core.files import sha256_file, write_atomic
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.backbones import preprocessing
 from qtdog.packing.sizes import file_sizes
+from qtdog.training.final import Final
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem
 from qtdog.training.records import Record
@@ -30,32 +31,32 @@ from qtdog.training.state import RunState
 
 
 def finish(
-    parts: Parts, state: RunState, problem: Problem, dataset: DomainDataset, folder: RunFolder
+    parts: Parts, state: RunState, final: Final, setting: tuple[Problem, DomainDataset], folder: RunFolder
 ) -> dict[str, Any]:
     """Write `model.safetensors` and `result.json` and return the result.
+
+    Args:
+        parts: with the network that ships (`training.final.final_network_`).
+        state: the end of training.
+        final: what the network measures.
+        setting: problem and data set.
+        folder: where to.
 
     Raises:
         RunError: the shipped file does not give the logits of the training-time model.
     """
-    config = parts.config
-    records = {record.seen.step: record for record in state.records}
-    step = select(config.train.selection, list(records.values()))
-    assert step is not None  # the last step is always evaluated, and selectable
-    assert state.selected is not None
-    chosen = records[step]
-    parts.network.load_state_dict(state.selected)
-    parts.network.eval()
-    save(parts.network, folder.model_file, metadata=_metadata(parts, problem, dataset, chosen))
+    problem, dataset = setting
+    save(parts.network, folder.model_file, metadata=_metadata(parts, problem, dataset, final.record))
     _prove(parts, problem, folder)
-    result = _result(parts, state, problem, chosen) | {
+    result = _result(parts, state, problem, final.record) | {
         "dataset": dataset.sheet.name,
         "size": asdict(file_sizes(folder.model_file)),
         "model_sha256": sha256_file(folder.model_file),
         "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],
         "environment": environment(),
     }
-    write_atomic(folder.result_file, json.dumps(result, indent=1))
-    return result
+    write_atomic(folder.result_file, json.dumps(result | final.extra, indent=1))
+    return result | final.extra
 
 
 def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:

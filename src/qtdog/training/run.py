@@ -15,6 +15,7 @@ from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.final import final_network_
 from qtdog.training.loop import Doors, Watcher, train
 from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
 from qtdog.training.parts import Parts
@@ -88,8 +89,9 @@ def run(
         watching = voice.watcher(config, state.step) if voice.watcher else contextlib.nullcontext(Silent())
         with StopRequest() as stop, watching as watcher:
             train(parts, state, _doors(parts, folder, stop, watcher))
+        final = final_network_(parts, state)
         if main:
-            finish(parts, state, problem, dataset, folder)
+            finish(parts, state, final, (problem, dataset), folder)
         accelerator.wait_for_everyone()
     result = folder.read_result()
     assert result is not None
