@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.conversion.attach import sites
-from qtdog.core.quantized import scale_shape
+from qtdog.conversion.health import clipped_frac
 from qtdog.quantizers.base import Quantizer
 
 
@@ -53,15 +53,12 @@ def layer_report(model: nn.Module) -> list[LayerReport]:
 def _report(name: str, quantizer: Quantizer, weight: Tensor) -> LayerReport:
     value = quantizer.quantized(weight)
     spec = value.spec
-    ratio = weight.float() / value.scale.reshape(scale_shape(weight.ndim, spec.axis))
-    low, high = spec.points()[[0, -1]].tolist()
-    clipped = (ratio <= low) | (ratio >= high)
     return LayerReport(
         name=name,
         shape=tuple(weight.shape),
         bits=spec.bits,
         n_weights=weight.numel(),
         step_size_mean=value.scale.mean().item(),
-        clipped_frac=clipped.float().mean().item(),
+        clipped_frac=clipped_frac(weight, value),
         codes_used=value.codes.unique().numel(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class QtdogError(Exception):
@@ -39,6 +40,18 @@ class RunError(QtdogError):
 
 class NonFiniteLossError(RunError):
     """The training loss became NaN or infinite; the last good state was kept."""
+
+
+class CollapseError(RunError):
+    """A quantized run fell to chance and was stopped; the state was kept.
+
+    Attributes:
+        report: what was measured, for `diagnosis.json`.
+    """
+
+    def __init__(self, text: str, report: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.report = report
 
 
 class Interrupted(QtdogError):

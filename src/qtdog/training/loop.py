@@ -15,13 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qtdog.core.errors import Interrupted, NonFiniteLossError
+from qtdog.conversion.health import LayerHealth, layer_health, worst
+from qtdog.core.errors import CollapseError, Interrupted, NonFiniteLossError
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch
 from qtdog.objectives.view import DomainBatch
 from qtdog.training.averagers import snapshot, swapped
 from qtdog.training.parts import Parts
-from qtdog.training.records import Record
+from qtdog.training.records import Record, SourceRecord
 from qtdog.training.schedules import lr_factor
 from qtdog.training.select import select
 from qtdog.training.state import RunState
@@ -49,12 +50,14 @@ class Doors:
         keep_line: write one line of metrics.
         check: raise Interrupted if the run is asked to stop.
         watcher: is told of steps and evaluations.
+        health: looks at the grids at each evaluation; may raise CollapseError.
     """
 
     save: Callable[[RunState], None]
     keep_line: Callable[[dict], None]
     check: Callable[[], None]
     watcher: Watcher
+    health: Callable[[list[LayerHealth], list[SourceRecord]], None] = lambda layers, records: None
 
 
 def train(parts: Parts, state: RunState, doors: Doors) -> None:
@@ -63,10 +66,11 @@ def train(parts: Parts, state: RunState, doors: Doors) -> None:
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was written first.
         NonFiniteLossError: the loss is NaN or infinite; the last good state was kept.
+        CollapseError: a quantized network fell to chance; the state was kept.
     """
     try:
         _train(parts, state, doors)
-    except Interrupted:
+    except (Interrupted, CollapseError):
         doors.save(state)
         raise
     except NonFiniteLossError:
@@ -151,10 +155,12 @@ def _advice(parts: Parts, step: int, loss: float) -> str:
 def _evaluate(parts: Parts, state: RunState, doors: Doors) -> None:
     with swapped(parts.network, parts.averager.evaluated()):
         record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
-        line = record.to_json() | {"trained_s": round(state.trained_s, 3)}
+        layers = layer_health(parts.network)
+        line = record.to_json() | {"trained_s": round(state.trained_s, 3), "health": worst(layers)}
         state.add_line(line)
         if select(parts.config.train.selection, state.records) == state.step:
             state.selected = snapshot(parts.network)
     parts.averager.after_evaluation(state.step, record.seen.source_loss)
     doors.keep_line(line)
+    doors.health(layers, [record.seen for record in state.records])
     doors.watcher.on_record(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.final import final_network_
+from qtdog.training.health import HealthWatch, chance_accuracy
 from qtdog.training.loop import Doors, Watcher, train
 from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
 from qtdog.training.parts import Parts
-from qtdog.training.problem import make_problem
+from qtdog.training.problem import Problem, make_problem
 from qtdog.training.records import Record
 from qtdog.training.result import finish
 from qtdog.training.run_folder import RunFolder
@@ -70,6 +71,7 @@ def run(
         RunError: the folder is in use, or holds another or an unfinished run; or the disk is full.
         Interrupted: a signal asked to stop; the state was saved.
         NonFiniteLossError: the loss became NaN; the last good state was saved.
+        CollapseError: a quantized network fell to chance; the state was saved, and `diagnosis.json` says more.
         ConfigError, DataError, ModelError: as in `training.compose.compose`.
     """
     voice = voice or Voice()
@@ -88,7 +90,9 @@ def run(
             folder.rewrite_metrics(state.lines)
         watching = voice.watcher(config, state.step) if voice.watcher else contextlib.nullcontext(Silent())
         with StopRequest() as stop, watching as watcher:
-            train(parts, state, _doors(parts, folder, stop, watcher))
+            doors = replace(_doors(parts, folder, stop, watcher), health=_health(parts, problem, voice.warn))
+            with folder.diagnosis():
+                train(parts, state, doors)
         final = final_network_(parts, state)
         if main:
             finish(parts, state, final, (problem, dataset), folder)
@@ -106,6 +110,12 @@ def _doors(parts: Parts, folder: RunFolder, stop: StopRequest, watcher: Watcher)
         check=stop.check if parts.accelerator.num_processes == 1 else lambda: _check_together(parts, stop),
         watcher=watcher,
     )
+
+
+def _health(parts: Parts, problem: Problem, warn: Callable[[str], None]) -> HealthWatch:
+    sets = list(problem.selection_sets().values())
+    chance = chance_accuracy(parts.batches.class_index, sets, parts.network.classifier.out_features)
+    return HealthWatch(parts.config, chance, warn)
 
 
 def _check_together(parts: Parts, stop: StopRequest) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.errors import RunError
+from qtdog.core.errors import CollapseError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.core.settings import build_config, differences, load_preset, to_yaml
 from qtdog.training.records import Record
@@ -20,7 +20,8 @@ from qtdog.training.records import Record
 class RunFolder:
     """Paths and small files of a run.
 
-    `config.yaml`, `metrics.jsonl`, `result.json`, `checkpoint/` and `model.safetensors`.
+    `config.yaml`, `metrics.jsonl`, `result.json`, `checkpoint/` and `model.safetensors`; after a collapse also
+    `diagnosis.json`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +31,7 @@ class RunFolder:
         self.result_file = path / "result.json"
         self.checkpoints = path / "checkpoint"
         self.model_file = path / "model.safetensors"
+        self.diagnosis_file = path / "diagnosis.json"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -96,6 +98,15 @@ class RunFolder:
             return json.loads(self.result_file.read_text())
         except ValueError as error:
             raise RunError(f"{self.result_file} is not valid JSON ({error}); delete it and --resume") from error
+
+    @contextlib.contextmanager
+    def diagnosis(self) -> Iterator[None]:
+        """Write `diagnosis.json` if the block ends in a CollapseError, which goes on."""
+        try:
+            yield
+        except CollapseError as error:
+            write_atomic(self.diagnosis_file, json.dumps({"text": str(error)} | error.report, indent=1))
+            raise
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`, durably."""

@@ -1,0 +1,115 @@
+"""Is the quantizer destroying the network? What each layer's grid looks like while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qtdog.conversion.attach import Site, sites
+from qtdog.core.quantized import QuantizedTensor, scale_shape
+
+# A layer beyond one of these is worth a warning. At 2 bits LSQ's start clips about 6 % of Gaussian weights, and good
+# runs move their step sizes by some percent: these are far outside of both.
+MAX_CLIPPED_FRAC = 0.3
+MAX_DEAD_FRAC = 0.1
+MAX_STEP_CHANGE = 3.0
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """One layer's grid at one moment.
+
+    Attributes:
+        name: of the layer.
+        clipped_frac: share of the weights on or beyond the ends of the grid; they get no gradient.
+        dead_frac: share of the channels whose codes are all zero although their weights are not.
+        step_change: median over the channels of step size / step size at the start; None if steps do not move.
+    """
+
+    name: str
+    clipped_frac: float
+    dead_frac: float
+    step_change: float | None
+
+    @property
+    def problems(self) -> list[str]:
+        """What is worth a warning, in words; empty for a healthy layer."""
+        found = []
+        if self.clipped_frac > MAX_CLIPPED_FRAC:
+            found.append(f"{self.clipped_frac:.0%} of its weights are clipped")
+        if self.dead_frac > MAX_DEAD_FRAC:
+            found.append(f"{self.dead_frac:.0%} of its channels round to zero")
+        if self.step_change is not None and not 1 / MAX_STEP_CHANGE <= self.step_change <= MAX_STEP_CHANGE:
+            found.append(f"its step sizes are {self.step_change:.3g} times what they started from (median)")
+        return found
+
+
+@torch.no_grad()
+def layer_health(model: nn.Module) -> list[LayerHealth]:
+    """Return the health of each layer that lies on a grid, in the order of the model.
+
+    Example:
+        >>> from qtdog.conversion.attach import attach
+        >>> model = nn.Linear(4, 2, bias=False)
+        >>> attach(model, bits=7).enable()
+        >>> [(layer.dead_frac, layer.step_change, layer.problems) for layer in layer_health(model)]
+        [(0.0, 1.0, [])]
+    """
+    return [_health(site) for site in sites(model) if site.quantizer.packs]
+
+
+def _health(site: Site) -> LayerHealth:
+    value = site.quantizer.quantized(site.weight)
+    change = site.quantizer.step_change()
+    return LayerHealth(
+        name=site.name,
+        clipped_frac=clipped_frac(site.weight, value),
+        dead_frac=_dead_frac(site.weight, value),
+        step_change=None if change is None else change.median().item(),
+    )
+
+
+def clipped_frac(weight: Tensor, value: QuantizedTensor) -> float:
+    """Return the share of the weights on or beyond the ends of the grid.
+
+    Example:
+        >>> from qtdog.core.quantized import QuantSpec
+        >>> from qtdog.quantizers.grid import encode
+        >>> weight = torch.tensor([[0.1, -0.1, 9.0, 0.2]])
+        >>> clipped_frac(weight, encode(weight, torch.tensor([0.1]), QuantSpec(4)))
+        0.25
+    """
+    spec = value.spec
+    ratio = weight.float() / value.scale.reshape(scale_shape(weight.ndim, spec.axis))
+    low, high = spec.points()[[0, -1]].tolist()
+    return ((ratio <= low) | (ratio >= high)).float().mean().item()
+
+
+def _dead_frac(weight: Tensor, value: QuantizedTensor) -> float:
+    axis = value.spec.axis
+    codes, weights = (
+        tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).flatten(1)
+        for tensor in (value.codes, weight)
+    )
+    dead = (codes == 0).all(1) & (weights != 0).any(1)
+    return dead.float().mean().item()
+
+
+def worst(layers: Sequence[LayerHealth]) -> dict[str, float]:
+    """Return the worst value of each kind over all layers, for a line of metrics; empty without layers.
+
+    Example:
+        >>> worst([LayerHealth("a", 0.1, 0.0, 0.5), LayerHealth("b", 0.2, 0.0, 1.5)])
+        {'clipped_frac': 0.2, 'dead_frac': 0.0, 'step_change_min': 0.5, 'step_change_max': 1.5}
+    """
+    if not layers:
+        return {}
+    changes = [layer.step_change for layer in layers if layer.step_change is not None]
+    table = {
+        "clipped_frac": max(layer.clipped_frac for layer in layers),
+        "dead_frac": max(layer.dead_frac for layer in layers),
+    }
+    return table | ({"step_change_min": min(changes), "step_change_max": max(changes)} if changes else {})
