@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,8 +22,9 @@ class Setting:
         n_domains: source domains.
         n_classes: classes.
         n_features: d, the width of the penultimate features.
-        batch_size: images per source domain and step.
+        batch_size: images per source domain and step, over all processes.
         network: the network as it starts, before quantizers are attached: `featurizer` and `classifier`.
+        n_processes: processes that share the batch.
     """
 
     n_domains: int
@@ -32,19 +32,27 @@ class Setting:
     n_features: int
     batch_size: int
     network: nn.Module
+    n_processes: int = 1
 
 
-class Objective(nn.Module, ABC):
+class Objective(nn.Module):
     """The loss of one step; abstract.
 
-    Most members are pure: they define `loss` over the outputs of each domain. One that must see images or run the model
-    itself overrides `forward`. State goes into buffers (it is saved in checkpoints and never shipped), further networks
-    into submodules: their parameters train with the run's optimizer, at `lr_factor` times the learning rate.
+    Most members are pure: they define `loss` over the outputs of each domain. One that must see images or the step, or
+    run the model itself, overrides `forward` instead. State goes into buffers (it is saved in checkpoints and never
+    shipped), further networks into submodules: their parameters train with the run's optimizer, at `lr_factor` times
+    the learning rate.
+
+    Raises:
+        ConfigError: an unknown hyper-parameter or value, too few source domains, too small a batch, or several
+            processes where one is needed.
 
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.
         MIN_DOMAINS: fewest source domains that make sense.
-        MIN_BATCH: fewest images per domain and step.
+        MIN_BATCH: fewest images per domain, step and process.
+        ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
+            nobody gathers, or has state that depends on the whole batch.
         lr_factor: of the objective's own parameters.
         params: the values of the hyper-parameters.
     """
@@ -52,26 +60,45 @@ class Objective(nn.Module, ABC):
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
     MIN_DOMAINS: ClassVar[int] = 1
     MIN_BATCH: ClassVar[int] = 1
+    ONE_PROCESS: ClassVar[bool] = False
     lr_factor: float = 1.0
 
     def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
         super().__init__()
-        name = type(self).__name__
+        name = next((name for name in OBJECTIVES if OBJECTIVES[name] is type(self)), type(self).__name__)
         self.params = fill(f"objective '{name}'", self.HYPERPARAMETERS, params)
+        self._seen_step: int | None = None
         if setting.n_domains < self.MIN_DOMAINS:
             text = f"objective '{name}' compares domains and needs at least {self.MIN_DOMAINS} source domains"
             raise ConfigError(f"{text}, found {setting.n_domains}. Add one, or use another objective, such as erm.")
-        if setting.batch_size < self.MIN_BATCH:
-            text = f"objective '{name}' needs at least {self.MIN_BATCH} images per domain and step"
-            raise ConfigError(f"{text}, data.batch_size is {setting.batch_size}: use --batch-size {self.MIN_BATCH}.")
+        if self.ONE_PROCESS and setting.n_processes > 1:
+            text = f"objective '{name}' works in one process only, and there are {setting.n_processes}"
+            raise ConfigError(f"{text}. Start it without `accelerate launch`, or with --num_processes 1.")
+        if setting.batch_size < self.MIN_BATCH * setting.n_processes:
+            text = f"objective '{name}' needs at least {self.MIN_BATCH} images per domain, step and process"
+            fewest = self.MIN_BATCH * setting.n_processes
+            raise ConfigError(f"{text}, data.batch_size is {setting.batch_size}: use --batch-size {fewest}.")
 
     def number(self, name: str) -> float:
         """Return the value of a numeric hyper-parameter."""
         return float(self.params[name])
 
-    @abstractmethod
+    def new_step(self, batch: DomainBatch) -> bool:
+        """Return whether this is the first pass over the batch of a step.
+
+        A step rule may make several (SAM makes two); what an objective remembers moves once per step.
+        """
+        is_new = batch.step != self._seen_step
+        self._seen_step = batch.step
+        return is_new
+
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
-        """Return the scalar loss of the outputs of all source domains."""
+        """Return the scalar loss of the outputs of all source domains.
+
+        Raises:
+            NotImplementedError: the member overrides `forward` instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is a loss of more than outputs: call it as a module")
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the scalar loss of one step."""

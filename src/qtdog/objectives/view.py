@@ -85,15 +85,12 @@ class ModelView:
 
 
 def gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of `loss` for each parameter, detached; zero where it does not reach.
+    """Return the gradient of `loss` for each parameter that it reaches, detached.
 
     Example:
-        >>> w = torch.tensor(3.0, requires_grad=True)
-        >>> gradients(w**2, {"w": w})
+        >>> w, unused = torch.tensor([3.0, 1.0], requires_grad=True).unbind()
+        >>> gradients(w**2, {"w": w, "unused": unused})
         {'w': tensor(6.)}
     """
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(parameters[name]) if grad is None else grad
-        for name, grad in zip(parameters, found, strict=True)
-    }
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}

@@ -54,7 +54,8 @@ def compose(
     step_rule = make_step_rule(config.step_rule.params)
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
-    objective = make_objective(_setting(config, problem, network), config.objective.params).to(accelerator.device)
+    setting = _setting(config, problem, network, accelerator.num_processes)
+    objective = make_objective(setting, config.objective.params).to(accelerator.device)
     quantizer = _quantizer(config, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
@@ -89,13 +90,14 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
     )
 
 
-def _setting(config: Config, problem: Problem, network: Network) -> Setting:
+def _setting(config: Config, problem: Problem, network: Network, n_processes: int) -> Setting:
     return Setting(
         n_domains=len(problem.sources),
         n_classes=network.classifier.out_features,
         n_features=network.classifier.in_features,
         batch_size=config.data.batch_size,
         network=network,
+        n_processes=n_processes,
     )
 
 
