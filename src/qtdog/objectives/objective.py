@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ConfigError
@@ -91,6 +92,11 @@ class Objective(nn.Module):
         is_new = batch.step != self._seen_step
         self._seen_step = batch.step
         return is_new
+
+    @torch.no_grad()
+    def remember_(self, buffer: Tensor, value: Tensor) -> None:
+        """Copy `value` into `buffer`, unless it is not finite: the run then stops, and its last good state is kept."""
+        buffer.copy_(torch.where(value.isfinite().all(), value, buffer))
 
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
         """Return the scalar loss of the outputs of all source domains.
