@@ -181,6 +181,17 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _every_stage_has_a_step(self) -> Config:
+        start, n_stages = self.start_step, len(self.quantizer.stages)
+        if self.quantizer.name == "inq" and start is not None and self.train.steps - start < n_stages:
+            raise ValueError(
+                f"quantizer.stages has {n_stages} stages, but only {self.train.steps - start} of train.steps "
+                f"{self.train.steps} are quantized: some weights would stay in float. Train longer, start earlier, "
+                "or give fewer stages"
+            )
+        return self
+
     @property
     def start_step(self) -> int | None:
         """The first quantized step (paper: 2,000 of 5,000), or None for a run that trains in float to the end."""
