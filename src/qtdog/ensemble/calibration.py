@@ -17,8 +17,8 @@ LOG_BOUND = 3.0
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature T > 0 that minimises the cross-entropy of softmax(logits / T).
 
-    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, section 4.2. The loss is convex in 1/T, so
-    that the search between e^-3 and e^3 finds its only minimum; accuracy does not change. To be fitted on held-out
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, section 4.2. The loss is convex in 1/T,
+    so that the search between e^-3 and e^3 finds its only minimum; accuracy does not change. To be fitted on held-out
     *source* images, never on the target.
 
     Args:
