@@ -11,7 +11,7 @@ from qtdog.core.errors import FormatError
 from qtdog.core.quantized import LEVELS, MAX_BITS, MIN_BITS, QuantSpec
 from qtdog.packing import strict_json
 from qtdog.packing.bits import packed_bytes
-from qtdog.packing.header import Header, TensorInfo, is_count, is_shape
+from qtdog.packing.header import Header, TensorInfo, is_count, is_shape, read_header
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had no levels: all its grids are uniform
@@ -82,6 +82,16 @@ def to_text(layout: Layout) -> str:
         return strict_json.canonical(tree | {"aliases": layout.aliases, "metadata": layout.metadata})
     except (TypeError, ValueError) as error:
         raise FormatError(f"the metadata cannot be written as JSON: {error}") from error
+
+
+def read_layout(path: Path) -> tuple[Header, Layout]:
+    """Return the checked header and description of a file; nothing else of it is read.
+
+    Raises:
+        FormatError: as in `header.read_header` and `parse_layout`.
+    """
+    header = read_header(path)
+    return header, parse_layout(path, header)
 
 
 def parse_layout(path: Path, header: Header) -> Layout:

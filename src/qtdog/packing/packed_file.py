@@ -17,8 +17,8 @@ from qtdog.core.files import write_atomic
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.bits import pack_codes, unpack_codes
 from qtdog.packing.contents import check_codes, check_quantized, check_rest, check_scale
-from qtdog.packing.header import MAX_HEADER_BYTES, read_header
-from qtdog.packing.layout import KEY, Entry, Layout, parse_layout, rest_names, stored_names, to_text
+from qtdog.packing.header import MAX_HEADER_BYTES, Header
+from qtdog.packing.layout import KEY, Entry, Layout, read_layout, rest_names, stored_names, to_text
 from qtdog.packing.ties import find_aliases
 
 
@@ -104,8 +104,15 @@ def load_packed(path: Path | str) -> PackedModel:
         {'classes': ['cat', 'dog']}
     """
     path = Path(path)
-    header = read_header(path)
-    layout = parse_layout(path, header)
+    return read_contents(path, *read_layout(path))
+
+
+def read_contents(path: Path, header: Header, layout: Layout) -> PackedModel:
+    """Return what the tensors of a file hold, its description being checked already (`layout.read_layout`).
+
+    Raises:
+        FormatError: safetensors cannot read it, or a tensor holds something that the format does not allow.
+    """
     try:
         with safe_open(path, "pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in header.tensors}

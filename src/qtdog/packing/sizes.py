@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtdog.packing.header import DTYPE_BYTES, TensorInfo, read_header
-from qtdog.packing.layout import KEY, Layout, parse_layout, rest_names, to_text
+from qtdog.packing.header import DTYPE_BYTES, TensorInfo
+from qtdog.packing.layout import KEY, Layout, read_layout, rest_names, to_text
 
 FLOATS = {"F16", "BF16", "F32", "F64"}
 
@@ -40,8 +40,7 @@ def file_sizes(path: Path | str) -> Sizes:
         FormatError: no packed model file.
     """
     path = Path(path)
-    header = read_header(path)
-    layout = parse_layout(path, header)
+    header, layout = read_layout(path)
     plain = {name: header.tensors[name] for name in rest_names(layout, header.tensors)}
     plain |= {name: TensorInfo("F32", entry.shape) for name, entry in layout.quantized.items()}
     n_weights = sum(math.prod(info.shape) for info in plain.values() if info.dtype in FLOATS)
