@@ -1,4 +1,4 @@
-"""Several packed models of one architecture in one file; the section on ensembles in `docs/file-format.md` is its norm."""
+"""Several packed models of one architecture in one file; the ensemble section of `docs/file-format.md` is its norm."""
 
 from __future__ import annotations
 

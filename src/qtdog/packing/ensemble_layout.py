@@ -41,8 +41,8 @@ def check_members(path: Path, header: Header, layout: Layout) -> int:
     """Check that a file's description is that of an ensemble and return how many members it has.
 
     Raises:
-        FormatError: no ensemble; a name that belongs to no member; members whose tensors differ in name or shape, or one
-            that stores nothing of its own.
+        FormatError: no ensemble; a name that belongs to no member; members whose tensors differ in name or shape, or
+            one that stores nothing of its own.
     """
     n_members = _count(path, layout.metadata.get(FIELD))
     stored = {name: entry.shape for name, entry in layout.quantized.items()}
@@ -64,12 +64,13 @@ def _count(path: Path, ensemble: object) -> int:
     if ensemble is None:
         raise FormatError(f"{path}: one model, no ensemble (its metadata have no '{FIELD}')")
     members = ensemble.get("members") if isinstance(ensemble, dict) else None
-    sound = isinstance(members, list) and all(isinstance(member, dict) for member in members)
-    if not sound or not 2 <= len(members) <= MAX_MEMBERS:
-        found = f"{len(members)} entries" if isinstance(members, list) else type(members).__name__
-        text = f"'{FIELD}' in the metadata should list 2 to {MAX_MEMBERS} members as objects"
-        raise FormatError(f"{path}: {text}, found {found}")
-    return len(members)
+    if isinstance(members, list) and all(isinstance(member, dict) for member in members):
+        if 2 <= len(members) <= MAX_MEMBERS:
+            return len(members)
+        found = f"{len(members)} entries"
+    else:
+        found = str(members)[:80]
+    raise FormatError(f"{path}: '{FIELD}' should list 2 to {MAX_MEMBERS} members as objects, found {found}")
 
 
 def _split(path: Path, full: str, n_members: int) -> tuple[int, str]:
