@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtdog.conversion.bake import Baked, bake, plain_state_dict
 from qtdog.core.errors import ModelError
-from qtdog.packing.packed_file import load_packed, save_packed
+from qtdog.packing.packed_file import PackedModel, load_packed, save_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +45,20 @@ def load_into(path: Path | str, model: Model) -> Model:
         >>> torch.equal(load_into(path, nn.Linear(3, 2)).weight, model.weight)
         True
     """
-    packed = load_packed(path)
+    return fill(load_packed(path), model, path)
+
+
+def fill(packed: PackedModel, model: Model, path: Path | str) -> Model:
+    """Fill a freshly built plain model with the content of a packed file and return it, in evaluation mode.
+
+    Args:
+        packed: the content.
+        model: of the kind that was saved, without quantizers.
+        path: the file, for errors.
+
+    Raises:
+        ModelError: the file's tensors have other names or shapes than the model's; the model is unchanged.
+    """
     state = plain_state_dict(Baked(packed.quantized, packed.rest))
     problems = _differences(state, model.state_dict())
     if problems:

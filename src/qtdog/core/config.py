@@ -59,6 +59,11 @@ class ModelConfig(Section):
     backbone: str = Field(default="resnet50.tv_in1k", description="any timm model, or digits_cnn / mnist_cnn")
     weights: str = Field(default="imagenet", description="'imagenet', 'none', or a .safetensors/.pth file")
     freeze_bn: bool = Field(default=True, description="keep batch-norm statistics as they were pretrained")
+    feature_layer: str = Field(default="none", description="a name of 'qtdog list feature-layers'")
+    feature_params: Params = Field(default={}, description="hyper-parameters of the feature layer, like {p: 0.5}")
+    init_seed: int | None = Field(
+        default=None, ge=0, description="seed of the random start; default train.seed. Models to average share it"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -191,6 +196,11 @@ class Config(Section):
                 "or give fewer stages"
             )
         return self
+
+    @property
+    def init_seed(self) -> int:
+        """The seed of the random start (the classifier's, and the backbone's without pretraining)."""
+        return self.train.seed if self.model.init_seed is None else self.model.init_seed
 
     @property
     def start_step(self) -> int | None:

@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
 from qtdog.conversion.attach import Attached, attach
-from qtdog.core.config import Config, OptimizerConfig
+from qtdog.core.config import Config, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import import_members
 from qtdog.data.cache import DecodedCache, Progress, open_cache
@@ -56,7 +56,7 @@ def compose(
     network = place_(_network(config, dataset), accelerator.device)
     setting = _setting(config, problem, network, accelerator.num_processes)
     objective = make_objective(setting, config.objective.params).to(accelerator.device)
-    quantizer = _quantizer(config, network)
+    quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
         cache = open_cache(dataset, config.data.image_size, progress=progress)
@@ -86,7 +86,7 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         image_size=config.data.image_size,
         weights=config.model.weights,
         freeze_bn=config.model.freeze_bn,
-        seed=config.train.seed,
+        seed=config.init_seed,
     )
 
 
@@ -101,8 +101,12 @@ def _setting(config: Config, problem: Problem, network: Network, n_processes: in
     )
 
 
-def _quantizer(config: Config, network: Network) -> Attached | None:
-    how = config.quantizer
+def make_quantizer(how: QuantizerConfig, network: Network) -> Attached | None:
+    """Attach the quantizers that a configuration names, not yet enabled; None for a float run.
+
+    Raises:
+        ConfigError: as in `conversion.attach.attach`.
+    """
     if how.name == "none":
         return None
     return attach(

@@ -9,12 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from qtdog.conversion.ship import load_into
+from qtdog.conversion.ship import fill
 from qtdog.core.errors import FormatError
 from qtdog.data.normalise import normalise
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
+from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import load_packed
 
 
@@ -98,13 +99,26 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedMode
         device: where to put it.
 
     Raises:
-        FormatError: the file is missing, truncated, hostile, of another version, or does not fit its backbone.
-        ModelError: its backbone is not known here.
+        FormatError: the file is missing, truncated, hostile, of another version, or holds an ensemble.
+        ModelError: its backbone is not known here, or does not fit.
     """
     path = Path(path)
-    info = read_info(path, load_packed(path).metadata)
+    if is_ensemble(path):
+        raise FormatError(f"{path} holds an ensemble, not one model: read it with qtdog.load_any")
+    packed = load_packed(path)
+    info = read_info(path, packed.metadata)
+    network = fill(packed, empty_network(info), path)
+    return ShippedModel(place_(network, torch.device(device)), info).eval()
+
+
+def empty_network(info: ModelInfo) -> Network:
+    """Return a network of the kind that a file describes, on the CPU, its weights without meaning.
+
+    Raises:
+        ModelError: the backbone is not known here, or cannot take such images.
+    """
     how = info.preprocessing
-    network = create_network(
+    return create_network(
         info.backbone,
         n_classes=len(info.classes),
         channels=how.channels,
@@ -113,8 +127,6 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedMode
         freeze_bn=True,
         seed=0,
     )
-    load_into(path, network)
-    return ShippedModel(place_(network, torch.device(device)), info).eval()
 
 
 def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
