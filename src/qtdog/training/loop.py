@@ -60,8 +60,10 @@ class Doors:
     health: Callable[[list[LayerHealth], list[SourceRecord]], None] = lambda layers, records: None
 
 
-def train(parts: Parts, state: RunState, doors: Doors) -> None:
+def train(parts: Parts, state: RunState, doors: Doors, until: int | None = None) -> None:
     """Train from `state.step` to the end of the configuration; `state` and the network are changed in place.
+
+    With `until` it ends there, with a checkpoint of just the state that training on would have had at that step.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was written first.
@@ -69,7 +71,7 @@ def train(parts: Parts, state: RunState, doors: Doors) -> None:
         CollapseError: a quantized network fell to chance; the state was kept.
     """
     try:
-        _train(parts, state, doors)
+        _train(parts, state, doors, parts.config.train.steps if until is None else until)
     except (Interrupted, CollapseError):
         doors.save(state)
         raise
@@ -79,18 +81,18 @@ def train(parts: Parts, state: RunState, doors: Doors) -> None:
         raise
 
 
-def _train(parts: Parts, state: RunState, doors: Doors) -> None:
+def _train(parts: Parts, state: RunState, doors: Doors, last: int) -> None:
     plan = parts.config.train
     save_every = plan.checkpoint_every or plan.eval_every
     parts.network.train()
-    with contextlib.closing(parts.batches.stream(state.step, plan.steps)) as batches:
+    with contextlib.closing(parts.batches.stream(state.step, last)) as batches:
         while True:
             at_end = state.step == plan.steps
             if state.evaluated_step < state.step and (at_end or state.step % plan.eval_every == 0):
                 _evaluate(parts, state, doors)
-            if state.saved_step < state.step and (at_end or state.step % save_every == 0):
+            if state.saved_step < state.step and (state.step == last or state.step % save_every == 0):
                 doors.save(state)
-            if at_end:
+            if state.step == last:
                 return
             started = time.perf_counter()
             batch = next(batches)

@@ -72,5 +72,6 @@ def restore_moments_(optimizer: Optimizer, names: Mapping[int, str], tensors: di
     for name, value in tensors.items():
         owner, key = name.rsplit(SEPARATOR, 1)
         parameter = parameters[owner]
-        moment = value if value.shape != parameter.shape else torch.empty_like(parameter).copy_(value)
+        # A copy: Adam counts steps in place, and several runs may begin from one checkpoint.
+        moment = value.clone() if value.shape != parameter.shape else torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = moment.detach()

@@ -19,6 +19,7 @@ from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.backbones import preprocessing
+from qtdog.models.feature_layers import make_feature_layer
 from qtdog.packing.sizes import file_sizes
 from qtdog.training.final import Final
 from qtdog.training.parts import Parts
@@ -61,10 +62,13 @@ def finish(
 
 def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
     config = parts.config
+    layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     how = {"image_size": config.data.image_size, "channels": dataset.sheet.channels, "mean": mean, "std": std}
     return {
         "backbone": config.model.backbone,
+        "feature_layer": config.model.feature_layer if layer.SHIPS else "none",
+        "feature_params": layer.params if layer.SHIPS else {},
         "classes": list(dataset.classes),
         "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
         "dataset": dataset.sheet.name,
@@ -95,7 +99,8 @@ def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
 
 def _result(parts: Parts, state: RunState, problem: Problem, chosen: Record) -> dict[str, Any]:
     config = parts.config
-    n_images = config.train.steps * config.data.batch_size * len(problem.sources)
+    forked_from = state.forked_from or {"step": 0, "seed": config.train.seed}
+    n_images = (config.train.steps - forked_from["step"]) * config.data.batch_size * len(problem.sources)
     return {
         "config_hash": config_hash(config),
         "target_domain": problem.target,
@@ -108,7 +113,9 @@ def _result(parts: Parts, state: RunState, problem: Problem, chosen: Record) -> 
         "test_accuracy_80": {domain: score.accuracy for domain, score in chosen.test_in.items()},
         "by_selection": _by_selection(state.records),
         "pretraining": parts.network.pretraining,
-        "trained_s": round(state.trained_s, 2),
+        "forked_from_step": forked_from["step"],
+        "forked_from_seed": forked_from["seed"],
+        "trained_s": round(state.trained_s, 2),  # of this run's own steps
         "images_per_s": round(n_images / state.trained_s, 1) if state.trained_s else None,
     }
 

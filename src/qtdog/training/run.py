@@ -16,6 +16,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.final import final_network_
+from qtdog.training.fork_state import begin_fork_
 from qtdog.training.health import HealthWatch, chance_accuracy
 from qtdog.training.loop import Doors, Watcher, train
 from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
@@ -54,7 +55,13 @@ class Voice:
 
 
 def run(
-    config: Config, dataset: DomainDataset, folder: RunFolder, *, resume: bool = False, voice: Voice | None = None
+    config: Config,
+    dataset: DomainDataset,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    voice: Voice | None = None,
+    fork_from: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train, select and ship as `config` says, in `folder`; return the result.
 
@@ -66,9 +73,12 @@ def run(
         folder: where everything is written.
         resume: go on from the last whole checkpoint, if there is one.
         voice: how to speak to the user.
+        fork_from: begin from this checkpoint of a float run (`training.fork.train_prefix`) unless the folder has one of
+            its own; the outcome is the same, bit for bit, but for the time that its training took.
 
     Raises:
-        RunError: the folder is in use, or holds another or an unfinished run; or the disk is full.
+        RunError: the folder is in use, or holds another or an unfinished run; the disk is full; or `fork_from` is none
+            that this run could begin from.
         Interrupted: a signal asked to stop; the state was saved.
         NonFiniteLossError: the loss became NaN; the last good state was saved.
         CollapseError: a quantized network fell to chance; the state was saved, and `diagnosis.json` says more.
@@ -85,14 +95,8 @@ def run(
             return result
         problem = make_problem(config, dataset)
         parts = compose(config, dataset, problem, accelerator, voice.progress)
-        state = restore(parts, folder, voice.warn) if resume else RunState()
-        if main:
-            folder.rewrite_metrics(state.lines)
-        watching = voice.watcher(config, state.step) if voice.watcher else contextlib.nullcontext(Silent())
-        with StopRequest() as stop, watching as watcher:
-            doors = replace(_doors(parts, folder, stop, watcher), health=_health(parts, problem, voice.warn))
-            with folder.diagnosis():
-                train(parts, state, doors)
+        state = begin(parts, folder, voice.warn, fork_from)
+        drive(parts, state, folder, problem, voice=voice)
         final = final_network_(parts, state)
         if main:
             finish(parts, state, final, (problem, dataset), folder)
@@ -100,6 +104,40 @@ def run(
     result = folder.read_result()
     assert result is not None
     return result
+
+
+def begin(
+    parts: Parts, folder: RunFolder, warn: Callable[[str], None], fork_from: Checkpoint | None = None
+) -> RunState:
+    """Return where to go on: at the folder's last whole checkpoint, else at `fork_from`, else at the start.
+
+    Raises:
+        RunError: the checkpoint does not fit (`restore`, `training.fork_state.begin_fork_`).
+    """
+    checkpoint = latest_checkpoint(folder.checkpoints, warn)
+    if checkpoint is not None:
+        return restore(parts, checkpoint, folder)
+    return RunState() if fork_from is None else begin_fork_(parts, fork_from)
+
+
+def drive(
+    parts: Parts, state: RunState, folder: RunFolder, problem: Problem, *, voice: Voice, until: int | None = None
+) -> None:
+    """Train from where `state` stands to the end, or to step `until`, with all that belongs to a run's folder.
+
+    Raises:
+        Interrupted, NonFiniteLossError, CollapseError: as in `training.loop.train`.
+    """
+    if parts.accelerator.is_main_process:
+        folder.rewrite_metrics(state.lines)
+    shown = parts.config
+    if until is not None:
+        shown = shown.model_copy(update={"train": shown.train.model_copy(update={"steps": until})})
+    watching = voice.watcher(shown, state.step) if voice.watcher else contextlib.nullcontext(Silent())
+    with StopRequest() as stop, watching as watcher:
+        doors = replace(_doors(parts, folder, stop, watcher), health=_health(parts, problem, voice.warn))
+        with folder.diagnosis():
+            train(parts, state, doors, until)
 
 
 def _doors(parts: Parts, folder: RunFolder, stop: StopRequest, watcher: Watcher) -> Doors:
@@ -141,18 +179,16 @@ def save_state(parts: Parts, folder: RunFolder, state: RunState) -> None:
         tensors["selected"] = state.selected
     enabled = parts.quantizer is not None and parts.quantizer.enabled
     extra = {"optimizer_groups": groups, "quantizer_enabled": enabled, "averager": averager}
+    extra["config"] = parts.config.model_dump(mode="json")
     write_checkpoint(folder.checkpoints, Checkpoint(state.step, tensors, state.to_json() | extra))
 
 
-def restore(parts: Parts, folder: RunFolder, warn: Callable[[str], None]) -> RunState:
-    """Put the last whole checkpoint into the parts and return where it stood; a fresh state if there is none.
+def restore(parts: Parts, checkpoint: Checkpoint, folder: RunFolder) -> RunState:
+    """Put a checkpoint of the run in `folder` into the parts and return where it stood.
 
     Raises:
         RunError: the checkpoint does not fit the network or the optimizer.
     """
-    checkpoint = latest_checkpoint(folder.checkpoints, warn)
-    if checkpoint is None:
-        return RunState()
     try:
         parts.network.load_state_dict(checkpoint.tensors["network"])
         parts.objective.load_state_dict(checkpoint.tensors["objective"])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qtdog.training.records import Record
 
+SAVED = ("evaluated_step", "lines", "loss_sum", "loss_n", "trained_s", "forked_from")
+
 
 @dataclass
 class RunState:
@@ -20,7 +22,8 @@ class RunState:
         saved_step: the step of the last checkpoint.
         lines: every evaluation so far, as in `metrics.jsonl`.
         loss_sum: of the training losses since the last evaluation, over `loss_n` steps.
-        trained_s: wall-clock seconds of training so far, over all sittings.
+        trained_s: wall-clock seconds of training so far, over all sittings; of a fork, those since the fork.
+        forked_from: step and seed of the float run that this one began from; None if it began itself.
         selected: state of the network at the checkpoint that selection prefers so far.
     """
 
@@ -31,6 +34,7 @@ class RunState:
     loss_sum: float = 0.0
     loss_n: int = 0
     trained_s: float = 0.0
+    forked_from: dict[str, int] | None = None
     selected: dict[str, Tensor] | None = None
 
     @property
@@ -56,11 +60,9 @@ class RunState:
 
     def to_json(self) -> dict[str, Any]:
         """Return what goes into a checkpoint's JSON."""
-        names = ("evaluated_step", "lines", "loss_sum", "loss_n", "trained_s")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SAVED}
 
     @classmethod
     def from_json(cls, step: int, saved: dict[str, Any]) -> RunState:
         """Return the state that `to_json` described."""
-        names = ("evaluated_step", "lines", "loss_sum", "loss_n", "trained_s")
-        return cls(step=step, saved_step=step, **{name: saved[name] for name in names})
+        return cls(step=step, saved_step=step, **{name: saved[name] for name in SAVED if name in saved})

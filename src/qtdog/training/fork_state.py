@@ -1,0 +1,164 @@
+"""Beginning a run where a float run stands: what must agree, and how its state is taken over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from qtdog.conversion.attach import sites
+from qtdog.core.config import AFTER_TRAINING, Config
+from qtdog.core.errors import RunError
+from qtdog.core.settings import differences
+from qtdog.training.checkpoint import Checkpoint
+from qtdog.training.optimizer_state import plain_names, restore_moments_
+from qtdog.training.parts import Parts
+from qtdog.training.schedules import lr_factor
+from qtdog.training.state import RunState
+
+# What may differ between a run and the float run that it begins from, since nothing of it acts before the fork: where
+# the data lies, the quantizer and its step sizes, the averager (it must begin later), what is kept and chosen. The
+# schedule and the length are compared by the learning rates that they give.
+FREE = {
+    "averager": {"name", "params"},
+    "data": {"source", "workers", "allow_missing_classes"},
+    "optimizer": {"step_size_lr", "schedule", "decay_from"},
+    "train": {"steps", "checkpoint_every", "selection"},
+}
+
+
+def begin_fork_(parts: Parts, checkpoint: Checkpoint) -> RunState:
+    """Put a float run's checkpoint into the parts of another run and return the state to go on from.
+
+    Taken over are weights and buffers, the optimizer's moments, the objective's state, the evaluations so far and the
+    sum of the losses since the last one. What follows is then bit-identical to training from step 0. Time is counted
+    from the fork on.
+
+    Raises:
+        RunError: the checkpoint is none of a float run, lies behind the start step, or comes from a configuration that
+            differs in something that acts before the fork; each difference is listed.
+    """
+    prefix = prefix_of(checkpoint)
+    check_fork(parts, prefix, checkpoint.step)
+    try:
+        load_plain_(parts.network, checkpoint.tensors["network"])
+        parts.objective.load_state_dict(checkpoint.tensors["objective"])
+        names = plain_names(parts.network, parts.objective)
+        restore_moments_(parts.optimizer, names, checkpoint.tensors["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"the checkpoint at step {checkpoint.step} does not fit this run: {error}") from error
+    selectable = parts.selectable
+    state = RunState.from_json(checkpoint.step, checkpoint.state)
+    state.lines = [line | {"selectable": selectable} for line in state.lines]
+    state.selected = checkpoint.tensors.get("selected") if selectable else None
+    state.trained_s = 0.0
+    state.saved_step = 0  # in this run's folder nothing is saved yet
+    state.forked_from = {"step": checkpoint.step, "seed": checkpoint.state.get("first_seed", prefix.train.seed)}
+    return state
+
+
+def prefix_of(checkpoint: Checkpoint) -> Config:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Raises:
+        RunError: it was written by a version that did not keep it.
+    """
+    if "config" not in checkpoint.state:
+        raise RunError(f"the checkpoint at step {checkpoint.step} does not say what made it; train its run anew")
+    return Config.model_validate(checkpoint.state["config"])
+
+
+def reseeded(checkpoint: Checkpoint, seed: int) -> Checkpoint:
+    """Return the checkpoint as the beginning of a run with another seed: members that share a beginning.
+
+    Such a run is none that could be trained from step 0: its first steps are those of the first seed, which its result
+    gives as `forked_from_seed`.
+
+    Example:
+        >>> first = Checkpoint(2, {}, {"config": Config().model_dump(mode="json")})
+        >>> prefix_of(reseeded(first, 5)).train.seed, reseeded(first, 5).state["first_seed"]
+        (5, 0)
+    """
+    config = prefix_of(checkpoint)
+    first = checkpoint.state.get("first_seed", config.train.seed)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+    return replace(checkpoint, state=checkpoint.state | {"config": other.model_dump(mode="json"), "first_seed": first})
+
+
+def check_fork(parts: Parts, prefix: Config, step: int) -> None:
+    """Check that the run of `parts` may begin from step `step` of the run of `prefix`.
+
+    Raises:
+        RunError: as in `begin_fork_`.
+    """
+    config = parts.config
+    if prefix.start_step is not None or (prefix.quantizer.name in AFTER_TRAINING and config.start_step is not None):
+        prefix_name = prefix.quantizer.name
+        raise RunError(f"a run begins from a float run (quantizer none), not from one with '{prefix_name}'")
+    last = config.train.steps - 1 if config.start_step is None else config.start_step
+    if not 0 < step <= last:
+        raise RunError(f"this run can begin from a checkpoint at step 1 to {last}, not from step {step}")
+    if config.averager.name != "none" and parts.averager.start < step:
+        text = f"the averager '{config.averager.name}' counts weights from step {parts.averager.start} on"
+        raise RunError(f"{text}, and those before step {step} are not in the checkpoint: train from step 0")
+    changes = fork_differences(prefix, config, step)
+    if changes:
+        listed = "\n  ".join(changes)
+        raise RunError(f"the checkpoint at step {step} is of another run, they differ before that step:\n  {listed}")
+
+
+def fork_differences(prefix: Config, config: Config, step: int) -> list[str]:
+    """Return one line for each value that differs between two runs and acts before update number `step` + 1.
+
+    Example:
+        >>> from qtdog.core.settings import build_config
+        >>> one, other = build_config([{"train": {"seed": 1}}]), build_config([{"quantizer": {"bits": 3}}])
+        >>> fork_differences(one, other, 100)
+        ['train.seed: 1 → 0']
+    """
+    trees = [_acting(one) for one in (prefix, config)]
+    changes = differences(*(Config.model_validate(tree) for tree in trees))
+    if [_factor(prefix, n) for n in range(step)] != [_factor(config, n) for n in range(step)]:
+        changes.append(f"the learning rates of the first {step} steps (optimizer.schedule, decay_from, train.steps)")
+    if config.start_step is None and prefix.train.selection != config.train.selection:
+        changes.append(f"train.selection: {prefix.train.selection} → {config.train.selection}")
+    return changes
+
+
+def _acting(config: Config) -> dict[str, Any]:
+    """Return the tree of a configuration without what may differ."""
+    tree = config.model_dump(mode="json", exclude={"quantizer"})
+    return {
+        section: {key: value for key, value in values.items() if key not in FREE.get(section, ())}
+        for section, values in tree.items()
+    }
+
+
+def _factor(config: Config, step: int) -> float:
+    return lr_factor(config.optimizer.schedule, step, decay_from=config.decay_from, steps=config.train.steps)
+
+
+def load_plain_(network: nn.Module, plain: dict[str, Tensor]) -> None:
+    """Give a network, with quantizers that are not enabled, the weights of its plain form; what is theirs stays.
+
+    Raises:
+        KeyError: `plain` has other names than the network.
+
+    Example:
+        >>> import torch
+        >>> from qtdog.conversion.attach import attach
+        >>> network, source = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> _ = attach(network)
+        >>> load_plain_(network, source.state_dict())
+        >>> torch.equal(network.weight, source.weight)
+        True
+    """
+    state = network.state_dict()
+    places = {f"{site.prefix}original": site.plain_name for site in sites(network)}
+    theirs = tuple(site.prefix for site in sites(network))
+    names = {key: places.get(key, key) for key in state if key in places or not key.startswith(theirs)}
+    different = sorted(set(names.values()) ^ plain.keys())
+    if different:
+        raise KeyError(f"they have not the same weights; only one has {', '.join(different[:5])}")
+    network.load_state_dict({key: plain[name] for key, name in names.items()}, strict=False)

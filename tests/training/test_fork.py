@@ -1,0 +1,230 @@
+"""A fork is what training from step 0 would have given, bit for bit; what it could not be is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from qtdog.core.errors import ConfigError, Interrupted, RunError
+from qtdog.core.settings import build_config, load_preset
+from qtdog.data.digits import RotatedDigits
+from qtdog.quantizers.registry import QUANTIZERS, works_after_training
+from qtdog.training import health
+from qtdog.training import loop as loop_module
+from qtdog.training.averagers import AVERAGERS
+from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
+from qtdog.training.fork import prefix_config, train_prefix
+from qtdog.training.fork_state import fork_differences, reseeded
+from qtdog.training.problem import resolve
+from qtdog.training.run import Voice, run
+from qtdog.training.run_folder import RunFolder
+
+START = 3
+DURING = [name for name in QUANTIZERS if not works_after_training(name)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_alarm():
+    """Networks of a few steps wander about chance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(health, "FALL_FACTOR", float("inf"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return RotatedDigits()
+
+
+@pytest.fixture(scope="module")
+def make(digits):
+    """Return a function that makes the resolved configuration of seven steps, quantized from the third."""
+
+    def config(**changes):
+        base = {
+            "data": {"target": "75", "batch_size": 4, "image_size": 8},
+            "train": {"steps": 7, "eval_every": 2},
+            "quantizer": {"name": "lsq", "start_step": START},
+        }
+        return resolve(build_config([load_preset("digits"), base, changes]), digits)
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def prefix(make, digits, tmp_path_factory):
+    return train_prefix(make(), digits, RunFolder(tmp_path_factory.mktemp("shared") / "prefix"))
+
+
+def lines(folder: RunFolder) -> list[dict]:
+    found = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "trained_s"} for line in found]
+
+
+def assert_fork_is_the_run(config, digits, folder, checkpoint):
+    whole, fork = RunFolder(folder / "whole"), RunFolder(folder / "fork")
+    expected = run(config, digits, whole)
+    result = run(config, digits, fork, fork_from=checkpoint)
+    assert result["model_sha256"] == expected["model_sha256"]
+    assert result["selected_step"] == expected["selected_step"]
+    assert lines(fork) == lines(whole)
+    return result, expected
+
+
+@pytest.mark.parametrize("name", DURING)
+def test_fork_of_each_quantizer_is_bit_identical(name, make, prefix, digits, tmp_path):
+    assert_fork_is_the_run(make(quantizer={"name": name}), digits, tmp_path, prefix)
+
+
+@pytest.mark.parametrize("name", list(AVERAGERS))
+def test_fork_with_each_averager_is_bit_identical(name, make, prefix, digits, tmp_path):
+    assert_fork_is_the_run(make(averager={"name": name}), digits, tmp_path, prefix)
+
+
+@pytest.mark.parametrize(("start", "eval_every"), [(2, 2), (3, 4)])
+def test_evaluation_due_at_the_fork_is_made_once_and_not_selectable(start, eval_every, make, digits, tmp_path):
+    config = make(quantizer={"start_step": start}, train={"eval_every": eval_every, "steps": 5})
+    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"))
+    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    found = lines(RunFolder(tmp_path / "fork"))
+    steps = [line["step"] for line in found]
+    assert steps == sorted(set(steps))
+    assert [line["selectable"] for line in found] == [line["step"] > start for line in found]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"schedule": "cosine"}},
+        {"optimizer": {"schedule": "linear", "decay_from": 1}},
+        {"optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.01}, "quantizer": {"step_mode": "raw"}},
+        {"quantizer": {"layer_bits": {"featurizer.0": 4}, "bits": 3}},
+    ],
+)
+def test_fork_of_other_settings_is_bit_identical(changes, make, digits, tmp_path):
+    config = make(**changes)
+    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"))
+    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+
+
+def test_float_fork_keeps_what_was_selected_before(make, digits, tmp_path):
+    config = make(quantizer={"name": "none", "start_step": None})
+    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"), until=4)
+    result, _ = assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    assert result["forked_from_step"] == 4
+
+
+def test_time_of_the_prefix_is_not_counted_again(make, prefix, digits, tmp_path):
+    late = replace(prefix, state=prefix.state | {"trained_s": 1e6})
+    result, expected = assert_fork_is_the_run(make(), digits, tmp_path, late)
+    assert result["trained_s"] < 1e3
+    assert (expected["forked_from_step"], result["forked_from_step"]) == (0, START)
+
+
+def test_one_prefix_serves_configurations_that_differ_after_it(make, digits, tmp_path):
+    folder, told = RunFolder(tmp_path), []
+    first = train_prefix(make(), digits, folder)
+    again = train_prefix(make(quantizer={"bits": 3}), digits, folder, voice=Voice(warn=told.append))
+    assert again.state == first.state
+    assert len(checkpoint_folders(folder.checkpoints)) == 2
+
+
+class Stopped:
+    """Stand-in for an update that a signal interrupts after n of them."""
+
+    def __init__(self, n: int) -> None:
+        self.real, self.left = loop_module.update, n
+
+    def __call__(self, *args):
+        if not self.left:
+            raise Interrupted("stopped by SIGTERM")
+        self.left -= 1
+        return self.real(*args)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_prefix_stopped_and_resumed_is_the_same(stop_at, make, prefix, digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "update", Stopped(stop_at))
+        with pytest.raises(Interrupted):
+            train_prefix(make(), digits, RunFolder(tmp_path / "broken"))
+    checkpoint = train_prefix(make(), digits, RunFolder(tmp_path / "broken"))
+    assert_fork_is_the_run(make(), digits, tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_fork_stopped_and_resumed_is_the_same(stop_at, make, prefix, digits, tmp_path, monkeypatch):
+    whole, fork = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "fork")
+    expected = run(make(), digits, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "update", Stopped(stop_at))
+        with pytest.raises(Interrupted):
+            run(make(), digits, fork, fork_from=prefix)
+    assert read_checkpoint(checkpoint_folders(fork.checkpoints)[-1]).step == START + stop_at
+    result = run(make(), digits, fork, resume=True)  # from its own checkpoint
+    assert result["model_sha256"] == expected["model_sha256"]
+    assert result["forked_from_step"] == START
+    assert lines(fork) == lines(whole)
+
+
+def test_members_may_share_a_beginning_if_that_is_asked_for(make, prefix, digits, tmp_path):
+    config = make(train={"seed": 5})
+    with pytest.raises(RunError, match=r"train\.seed: 0 → 5"):
+        run(config, digits, RunFolder(tmp_path / "refused"), fork_from=prefix)
+    result = run(config, digits, RunFolder(tmp_path / "member"), fork_from=reseeded(prefix, 5))
+    alone = run(config, digits, RunFolder(tmp_path / "alone"))
+    assert (result["forked_from_seed"], result["forked_from_step"]) == (0, START)
+    assert result["model_sha256"] != alone["model_sha256"]
+    assert lines(RunFolder(tmp_path / "member"))[0]["source"] == prefix.state["lines"][0]["source"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizer": {"lr": 0.5}}, r"optimizer\.lr: 0\.001 → 0\.5"),
+        ({"data": {"target": "0"}}, r"data\.target: 75 → 0"),
+        ({"train": {"eval_every": 3}}, r"train\.eval_every: 2 → 3"),
+        ({"step_rule": {"name": "other"}}, r"step_rule\.name: plain → other"),
+        ({"model": {"freeze_bn": False}}, r"model\.freeze_bn"),
+    ],
+)
+def test_what_acts_before_the_fork_must_agree(changes, named, make):
+    one, other = build_config([make().model_dump()]), build_config([make().model_dump(), changes])
+    found = fork_differences(prefix_config(one), other, START)
+    assert len(found) == 1
+    assert re.search(named, found[0])
+
+
+def test_learning_rates_are_compared_by_value(make):
+    one = make(optimizer={"schedule": "linear", "decay_from": 2})
+    later = make(optimizer={"schedule": "cosine", "decay_from": 5}, train={"steps": 9})
+    assert fork_differences(prefix_config(one), later, 3) == []
+    assert "learning rates of the first 4 steps" in fork_differences(prefix_config(one), later, 4)[0]
+
+
+def test_a_quantized_checkpoint_is_no_beginning(make, digits, tmp_path):
+    run(make(), digits, RunFolder(tmp_path / "run"))
+    checkpoint = read_checkpoint(checkpoint_folders(tmp_path / "run" / "checkpoint")[0])
+    with pytest.raises(RunError, match="begins from a float run"):
+        run(make(), digits, RunFolder(tmp_path / "fork"), fork_from=checkpoint)
+
+
+def test_a_fork_behind_the_start_and_an_averager_that_began_before_are_refused(make, prefix, digits, tmp_path):
+    with pytest.raises(RunError, match="at step 1 to 2, not from step 3"):
+        run(make(quantizer={"start_step": 2}), digits, RunFolder(tmp_path / "a"), fork_from=prefix)
+    averagers = [name for name in AVERAGERS if name != "none"]
+    if averagers:
+        config = make(quantizer={"name": "none", "start_step": None}, averager={"name": averagers[0]})
+        with pytest.raises(RunError, match="counts weights from step 0 on"):
+            run(config, digits, RunFolder(tmp_path / "b"), fork_from=prefix)
+
+
+def test_no_float_step_to_share(make, digits, tmp_path):
+    with pytest.raises(ConfigError, match="has no start step"):
+        train_prefix(make(quantizer={"name": "none", "start_step": None}), digits, RunFolder(tmp_path))
+    for until in (0, START + 1):
+        with pytest.raises(ConfigError, match="takes 1 to 3"):
+            train_prefix(make(), digits, RunFolder(tmp_path), until=until)
