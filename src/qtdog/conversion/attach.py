@@ -73,6 +73,11 @@ class Attached:
         return all(quantizer.enabled for quantizer in self.layers.values())
 
     @property
+    def packs(self) -> bool:
+        """Whether some weight lies on a grid now, so that a file saved now holds codes."""
+        return any(quantizer.packs for quantizer in self.layers.values())
+
+    @property
     def shippable(self) -> bool:
         """Whether a checkpoint taken now may be selected: enabled, and INQ has frozen its last weight."""
         return all(quantizer.shippable for quantizer in self.layers.values())

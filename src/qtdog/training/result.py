@@ -76,7 +76,7 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
         "target_domain": problem.target,
         "accuracy": {"source": chosen.seen.source_accuracy, "test": chosen.test_accuracy},
         "pretraining": parts.network.pretraining,
-        "bits": config.quantizer.bits if parts.quantizer else None,
+        "bits": config.quantizer.bits if parts.quantizer and parts.quantizer.packs else None,
         "step": chosen.seen.step,
         "selection": config.train.selection,
         "config_hash": config_hash(config),
