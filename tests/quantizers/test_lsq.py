@@ -1,51 +1,21 @@
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.grid import encode
-from qtdog.quantizers.lsq import DEAD_LAYER_SCALE, LSQ, MIN_RAW_SCALE, initial_scale
+from qtdog.quantizers.lsq import LSQ, MIN_RAW_FRAC
 from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.starts import initial_scale
 
 
-def enabled(weight, spec, mode="log"):
-    lsq = LSQ(weight, spec, QuantizerOptions(step_mode=mode))
+def enabled(weight, spec, mode="log", **options) -> Any:
+    lsq = LSQ(weight, spec, QuantizerOptions(step_mode=mode, **options))
     lsq.enable_(weight)
     return lsq
-
-
-@given(st.integers(2, 8), st.sampled_from([0, 1, None]), st.sampled_from(["log", "raw"]), st.integers(0, 10**6))
-def test_forward_is_the_dequantized_codes_bit_for_bit(bits, axis, mode, seed):
-    weight = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(seed))
-    lsq = enabled(weight, QuantSpec(bits, axis), mode)
-    value = lsq.quantized(weight)
-    assert torch.equal(lsq(weight), value.dequantize())
-    assert value.codes.min() >= value.spec.qmin
-    assert value.codes.max() <= value.spec.qmax
-
-
-@pytest.mark.parametrize("bits", [2, 7, 8])
-def test_start_is_twice_the_mean_magnitude_over_the_root_of_qp(bits):
-    weight = torch.randn(3, 50)
-    expected = 2 * weight.abs().mean(1) / math.sqrt(2 ** (bits - 1) - 1)
-    torch.testing.assert_close(initial_scale(weight, QuantSpec(bits)), expected)
-    whole = initial_scale(weight, QuantSpec(bits, None))
-    torch.testing.assert_close(whole, 2 * weight.abs().mean().reshape(1) / math.sqrt(2 ** (bits - 1) - 1))
-
-
-def test_a_dead_filter_and_a_dead_layer_get_a_usable_step():
-    weight = torch.randn(4, 9)
-    weight[1] = 0
-    weight[2] *= 1e-12
-    scale = initial_scale(weight, QuantSpec(7))
-    torch.testing.assert_close(scale[1:3], scale[[0, 3]].mean().expand(2))
-    assert (initial_scale(torch.zeros(2, 3), QuantSpec(7)) == DEAD_LAYER_SCALE).all()
-    lsq = enabled(weight, QuantSpec(7))
-    assert torch.isfinite(lsq(weight)).all()
 
 
 def test_raw_gradient_scale_counts_the_weights_of_one_channel():
@@ -73,7 +43,7 @@ def test_raw_step_below_zero_is_floored_and_can_come_back():
     weight = torch.randn(2, 8)
     lsq = enabled(weight, QuantSpec(4), "raw")
     lsq.scale.data.fill_(-0.1)
-    assert lsq.step_sizes().tolist() == pytest.approx([MIN_RAW_SCALE] * 2)
+    assert torch.equal(lsq.step_sizes(), lsq.start_scale * MIN_RAW_FRAC)
     lsq(weight).sum().backward()
     assert lsq.scale.grad is not None
     assert (lsq.scale.grad != 0).any()
@@ -110,6 +80,77 @@ def test_noise_and_entropy_of_gaussian_codes_are_the_measured_ones():
 def test_low_precision_weights_are_computed_in_float32():
     weight = torch.randn(3, 8, dtype=torch.bfloat16)
     assert enabled(weight, QuantSpec(4))(weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["log", "raw"])
+def test_step_change_is_one_at_the_start_and_follows_the_step_sizes(mode):
+    weight = torch.randn(4, 20)
+    lsq = enabled(weight, QuantSpec(5), mode)
+    assert lsq.step_change().tolist() == [1.0] * 4
+    with torch.no_grad():
+        next(lsq.parameters()).copy_((lsq.start_scale * 3).log() if mode == "log" else lsq.start_scale * 3)
+    torch.testing.assert_close(lsq.step_change(), torch.full((4,), 3.0))
+
+
+def test_a_frozen_step_is_no_parameter_stays_at_its_start_and_lets_the_weight_train():
+    weight = torch.randn(4, 20)
+    weight[:, :3] *= 10
+    weight.requires_grad_()
+    learned, frozen = enabled(weight, QuantSpec(3), "log"), enabled(weight, QuantSpec(3), "frozen")
+    assert list(frozen.parameters()) == []
+    assert frozen.step_change() is None
+    assert torch.equal(frozen.step_sizes(), initial_scale(weight, QuantSpec(3)))
+    grad = torch.randn(4, 20)
+    (d_weight,) = torch.autograd.grad(frozen(weight), weight, grad)
+    (expected,) = torch.autograd.grad(learned(weight), weight, grad)
+    assert torch.equal(d_weight, expected)
+    assert 0 < (d_weight == 0).float().mean() < 0.5
+    assert torch.equal(frozen(weight), frozen.quantized(weight).dequantize())
+
+
+@pytest.mark.parametrize("init", ["lsq", "lsq_plus", "minmax", "mse"])
+@pytest.mark.parametrize("mode", ["log", "raw", "frozen"])
+def test_the_start_that_was_asked_for_is_taken(mode, init):
+    weight = torch.randn(4, 20)
+    expected = initial_scale(weight, QuantSpec(4), init)
+    torch.testing.assert_close(enabled(weight, QuantSpec(4), mode, init=init).step_sizes(), expected, rtol=1e-6, atol=0)
+    others = [initial_scale(weight, QuantSpec(4), other) for other in ("lsq", "lsq_plus", "minmax", "mse")]
+    assert sum(torch.allclose(expected, other, rtol=1e-3) for other in others) == 1
+
+
+def test_a_symmetric_range_has_no_lowest_code():
+    weight = -torch.rand(3, 50) - 1
+    full, symmetric = enabled(weight, QuantSpec(2)), enabled(weight, QuantSpec(2), range="symmetric")
+    for lsq in (full, symmetric):
+        lsq.log_scale.data.fill_(math.log(0.1))
+    assert (full.quantized(weight).codes == -2).all()
+    assert (symmetric.quantized(weight).codes == -1).all()
+    assert symmetric.quantized(weight).spec.levels == "symmetric"
+    assert torch.equal(symmetric(weight), symmetric.quantized(weight).dequantize())
+
+
+def test_the_steps_gradient_has_the_rounding_that_was_drawn():
+    weight = torch.randn(6, 40, requires_grad=True)
+    lsq = enabled(weight.detach(), QuantSpec(3), "raw", rounding="stochastic")
+    lsq.begin_step_(weight, 3, 0.0)
+    grad = torch.randn(6, 40)
+    out = lsq(weight)
+    out.backward(grad)
+    u = weight.detach() / lsq.start_scale[:, None]
+    codes = out.detach() / lsq.start_scale[:, None]
+    inside = (u > -4) & (u < 3)
+    assert ((codes - u).abs() > 0.6)[inside].any()  # the draw did decide
+    expected = (grad * torch.where(inside, codes - u, codes)).sum(1) * lsq.grad_scale
+    assert lsq.scale.grad is not None
+    torch.testing.assert_close(lsq.scale.grad, expected, rtol=1e-4, atol=1e-5)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, grad * inside)
+
+
+def test_there_are_no_codes_before_it_is_enabled():
+    weight = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="LSQ has no codes"):
+        LSQ(weight, QuantSpec(4)).quantized(weight)
 
 
 def test_unknown_step_mode():

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.lsq import DEAD_LAYER_SCALE, initial_scale
+from qtdog.quantizers.grid import encode, ranged
 from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.starts import DEAD_LAYER_SCALE, initial_scale
 
 
 class FixedStep(Quantizer):
@@ -17,14 +17,16 @@ class FixedStep(Quantizer):
 
     Args:
         weight: the weight to quantize; only its shape and device count.
-        spec: bits and axis.
+        spec: bits and axis; the levels become "uniform" or "symmetric".
         options: how the step sizes start, and the range of the codes.
     """
 
     scale: Tensor
 
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
-        super().__init__(spec)
+        chosen = options or QuantizerOptions()
+        super().__init__(ranged(spec, chosen.range))
+        self.init = chosen.init
         n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
         self.register_buffer("scale", torch.full((n_scales,), DEAD_LAYER_SCALE, device=weight.device))
 
@@ -35,7 +37,7 @@ class FixedStep(Quantizer):
     @torch.no_grad()
     def enable_(self, weight: Tensor) -> None:
         """Set the step sizes from the current `weight`, once and for all."""
-        self.scale.copy_(initial_scale(weight, self.spec))
+        self.scale.copy_(initial_scale(weight, self.spec, self.init))
         self.enabled = True
 
     @torch.no_grad()

@@ -12,58 +12,28 @@ from torch.autograd.function import once_differentiable
 
 from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
 from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.grid import encode
+from qtdog.quantizers.grid import encode, ranged
 from qtdog.quantizers.lsq_function import lsq_quantize
 from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.starts import DEAD_LAYER_SCALE, initial_scale
 
-# A filter whose start is below this share of its layer's mean is dead: as soon as training moved its weights, a grid
-# that fine would clip them all, and without a gradient they would stay where they are.
-DEAD_FRAC = 2.0**-20
-# The start of a layer that is all zeros; trained layers have steps of this size.
-DEAD_LAYER_SCALE = 2.0**-10
-MIN_RAW_SCALE = 1e-8
+MIN_RAW_FRAC = 2.0**-20  # of the start: the smallest step size of raw LSQ
 
 
 class _RawScale(Function):
     """The step size itself: floored where it left the positive numbers, its gradient scaled and passed straight on."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, grad_scale: float) -> Tensor:
+    def forward(ctx: Any, scale: Tensor, smallest: Tensor, grad_scale: float) -> Tensor:
         ctx.grad_scale = grad_scale
-        return scale.clamp(min=MIN_RAW_SCALE)
+        return torch.maximum(scale, smallest)
 
     @staticmethod
     @once_differentiable  # its type makes ctx positional-only
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, None]:
-        return grad_outputs[0] * ctx.grad_scale, None
-
-
-def initial_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Return LSQ's start, s0 = 2 · mean|w| / sqrt(Qp), over the weights that share a step size.
-
-    Source: Esser et al. (ICLR 2020), section 2.1. A dead filter (s0 zero, or next to nothing beside its layer's) gets
-    the mean s0 of the living ones; a layer without living filters gets `DEAD_LAYER_SCALE`.
-
-    Args:
-        weight: any shape.
-        spec: bits and axis.
-
-    Returns:
-        Positive float32 step sizes, shape (weight.shape[spec.axis],), or (1,) if spec.axis is None.
-
-    Example:
-        >>> initial_scale(torch.tensor([[2.0, -2.0], [0.0, 0.0], [4.0, 4.0]]), QuantSpec(2)).tolist()
-        [4.0, 6.0, 8.0]
-    """
-    magnitude = weight.detach().to(torch.float32).abs()
-    rows = magnitude.reshape(1, -1) if spec.axis is None else magnitude.movedim(spec.axis, 0).flatten(1)
-    scale = rows.mean(dim=1) * (2 / math.sqrt(spec.qmax))
-    alive = scale > scale.mean() * DEAD_FRAC
-    if not alive.any():
-        return torch.full_like(scale, DEAD_LAYER_SCALE)
-    return torch.where(alive, scale, scale[alive].mean())
+    ) -> tuple[Tensor, None, None]:
+        return grad_outputs[0] * ctx.grad_scale, None, None
 
 
 class LSQ(Quantizer):
@@ -71,14 +41,19 @@ class LSQ(Quantizer):
 
     In "log" mode the parameter is log s, and d/dlog s = s · d/ds: a step of an adaptive optimizer changes s by a share
     of itself. In "raw" mode it is s, with LSQ's gradient scale 1 / sqrt(N · Qp), N the number of weights that share it;
-    where an update takes s below 1e-8 the forward pass uses 1e-8, and the gradient, passed on as if it had not, can
-    bring it back. Raw is for SGD: an adaptive optimizer cancels the gradient scale and moves s too fast.
+    where an update takes s below 2^-20 of its start the forward pass uses that, and the gradient, passed on as if it
+    had not, can bring it back. Raw is for SGD: an adaptive optimizer cancels the gradient scale and moves s too fast.
+    In "frozen" mode s stays at its start, a buffer, and the weights train.
 
-    The parameter is float32, shape (n,), with n as in `initial_scale`; it has no meaning before `enable_`.
+    Stochastic rounding, floor(w / s + r) with r from U[0, 1), is for training mode only; all passes of one step see the
+    same r. The gradient of s then has the rounding that was drawn in place of round(w / s). Evaluation mode and
+    `quantized` round to nearest.
+
+    Parameter and buffer are float32, shape (n,), with n as in `initial_scale`; they have no meaning before `enable_`.
 
     Args:
         weight: the weight to quantize; only its shape and device count.
-        spec: bits and axis.
+        spec: bits and axis; the levels become "uniform" or "symmetric".
         options: how the step size starts and is learned, the range of the codes, the rounding.
 
     Example:
@@ -91,31 +66,42 @@ class LSQ(Quantizer):
         [[0.0, 0.0, 4.0]]
     """
 
+    start_scale: Tensor
+
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
-        super().__init__(spec)
-        self.step_mode = (options or QuantizerOptions()).step_mode
+        chosen = options or QuantizerOptions()
+        super().__init__(ranged(spec, chosen.range))
+        self.init, self.step_mode, self.rounding = chosen.init, chosen.step_mode, chosen.rounding
         n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
-        self.grad_scale = 1 / math.sqrt(weight.numel() / n_scales * spec.qmax)
+        self.grad_scale = 1 / math.sqrt(weight.numel() / n_scales * self.spec.qmax)
         start = torch.full((n_scales,), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
+        self.register_buffer("start_scale", start)
         if self.step_mode == "log":
-            self.log_scale = nn.Parameter(start.log_())
-        else:
-            self.scale = nn.Parameter(start)
+            self.log_scale = nn.Parameter(start.log())
+        elif self.step_mode == "raw":
+            self.scale = nn.Parameter(start.clone())
 
     def step_sizes(self) -> Tensor:
         """Return the step sizes in use, float32, shape (n,), differentiable with respect to the parameter."""
         if self.step_mode == "log":
             return self.log_scale.float().exp()
-        return _RawScale.apply(self.scale.float(), self.grad_scale)
+        if self.step_mode == "raw":
+            return _RawScale.apply(self.scale.float(), self.start_scale * MIN_RAW_FRAC, self.grad_scale)
+        return self.start_scale
+
+    def step_change(self) -> Tensor | None:
+        """Return each step size as a multiple of its start, float32, shape (n,); None if they are frozen."""
+        return None if self.step_mode == "frozen" else self.step_sizes().detach() / self.start_scale
 
     @torch.no_grad()
     def enable_(self, weight: Tensor) -> None:
         """Initialise the step sizes from the current `weight` and quantize from now on."""
-        start = initial_scale(weight, self.spec)
+        self.start_scale.copy_(initial_scale(weight, self.spec, self.init))
         if self.step_mode == "log":
-            self.log_scale.copy_(start.log())
-        else:
-            self.scale.copy_(start)
+            self.log_scale.copy_(self.start_scale.log())
+            self.start_scale.copy_(self.step_sizes())  # what is in use, after the rounding of log and exp
+        elif self.step_mode == "raw":
+            self.scale.copy_(self.start_scale)
         self.enabled = True
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -126,9 +112,14 @@ class LSQ(Quantizer):
         if not self.enabled:
             return weight
         scale = self.step_sizes().reshape(scale_shape(weight.ndim, self.spec.axis))
-        return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax).to(weight.dtype)
+        draws = self.uniform(weight).add_(0.5) if self.training and self.rounding == "stochastic" else None
+        return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax, draws).to(weight.dtype)
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:
-        """Return the codes and step sizes of `weight`; their product is what `forward` returns when enabled."""
-        return encode(weight, self.step_sizes(), self.spec)
+        """Return the codes, rounded to nearest, and step sizes; their product is what `forward` returns in evaluation.
+
+        Raises:
+            RuntimeError: not enabled yet.
+        """
+        return encode(weight, self.step_sizes(), self.spec) if self.enabled else super().quantized(weight)

@@ -17,8 +17,11 @@ BLOCK = 2**18
 _mask = torch.ops.aten.hardtanh_backward  # (g, u, low, high): g where low < u < high, else 0
 
 
-def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int, draws: Tensor | None = None) -> Tensor:
     """Return scale · clamp(round(weight / scale), qmin, qmax), with LSQ's straight-through gradients.
+
+    With draws r from [0, 1) rounding is stochastic, floor(u + r): inside the range its mean is u (Gupta et al., ICML
+    2015, section 3.2). The gradients are the same, with the rounding that was drawn in place of round(u).
 
     With u = weight / scale and Esser et al. (ICLR 2020), Eq. 3 and 5:
 
@@ -35,6 +38,7 @@ def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
         scale: positive step sizes, same type, a shape that broadcasts to that of `weight`.
         qmin: smallest code.
         qmax: largest code.
+        draws: r, same type, shape and memory format as `weight`; None rounds to nearest.
 
     Raises:
         RuntimeError: the shapes do not broadcast.
@@ -50,44 +54,49 @@ def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
         ([1.0, 1.0, 0.0], 3.2)
     """
     missing = weight.ndim - scale.ndim
-    return _Quantize.apply(weight, scale.reshape((1,) * missing + scale.shape) if missing else scale, qmin, qmax)
+    steps = scale.reshape((1,) * missing + scale.shape) if missing else scale
+    return _Quantize.apply(weight, steps, draws, (qmin, qmax))
 
 
 class _Quantize(Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, draws: Tensor | None, ends: tuple[int, int]) -> Tensor:
         result = torch.empty_like(weight)
-        clipped = False
-        for part, steps, out in _blocks(weight, scale, result):
+        ctx.ends, ctx.clipped = ends, False
+        others = (scale, result) if draws is None else (scale, result, draws)
+        for part, steps, out, *drawn in _blocks(weight, *others):
             torch.div(part, steps, out=out)
-            if _may_leave(out, qmin, qmax):
-                clipped = True
-                out.clamp_(qmin, qmax)
+            leaves = _may_leave(out, *ends)
+            ctx.clipped |= leaves
+            if drawn:
+                out.add_(drawn[0]).floor_()
+            if leaves or drawn:  # a sum just below an integer may become that integer
+                out.clamp_(*ends)
             out.round_().add_(0.0).mul_(steps)  # adding zero makes -0 the 0 that an integer code is
         ctx.save_for_backward(weight, scale, result)
-        ctx.qmin, ctx.qmax, ctx.clipped = qmin, qmax, clipped
         return result
 
     @staticmethod
     @once_differentiable  # its type makes ctx positional-only
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None, None]:
         (grad,) = grad_outputs
         weight, scale, result = ctx.saved_tensors
+        learned = ctx.needs_input_grad[1]
         # If nothing is clipped the gradient passes as it is: no second tensor of the weight's size is touched.
         grad_weight = torch.empty_like(weight) if ctx.clipped else grad
         grad_scale = torch.zeros_like(scale)
         for part, steps, out, given, passed, summed in _blocks(weight, scale, result, grad, grad_weight, grad_scale):
+            inside, free = part, None
             if ctx.clipped:
                 ratio = part / steps
-                _mask.grad_input(given, ratio, ctx.qmin, ctx.qmax, grad_input=passed)
-                inside = _mask.grad_input(part, ratio, ctx.qmin, ctx.qmax, grad_input=ratio)
-                error = torch.sub(out, inside, out=ratio)
-            else:
-                error = out - part
-            summed += error.mul_(given).sum_to_size(steps.shape)
-        return grad_weight, grad_scale.div_(scale), None, None
+                _mask.grad_input(given, ratio, *ctx.ends, grad_input=passed)
+                inside = free = _mask.grad_input(part, ratio, *ctx.ends, grad_input=ratio)
+            if learned:
+                error = torch.sub(out, inside, out=free)
+                summed += error.mul_(given).sum_to_size(steps.shape)
+        return grad_weight, grad_scale.div_(scale) if learned else None, None, None
 
 
 def _blocks(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

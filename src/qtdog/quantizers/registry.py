@@ -12,6 +12,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
 from qtdog.core.registry import Registry
 from qtdog.quantizers.base import Quantizer
+from qtdog.quantizers.dorefa import DoReFa
 from qtdog.quantizers.freeze import Freeze
 from qtdog.quantizers.inq import INQ
 from qtdog.quantizers.lsq import LSQ
@@ -19,6 +20,7 @@ from qtdog.quantizers.noise import AccumulatedNoise, FreshNoise, MatchedNoise
 from qtdog.quantizers.noise_then_round import NoiseThenRound
 from qtdog.quantizers.options import QuantizerOptions
 from qtdog.quantizers.released import Released
+from qtdog.quantizers.ste import STE
 
 QuantizerFactory = Callable[[Tensor, QuantSpec, QuantizerOptions], Quantizer]
 """(weight, spec, options) to a quantizer for that weight, on its device, not yet enabled."""
@@ -67,10 +69,17 @@ def works_after_training(name: str) -> bool:
 
 
 add("lsq", LSQ, "Learned step sizes (Esser et al., 2020): the paper's main quantizer.", "step_mode init range rounding")
+add("ste", STE, "Plain straight-through rounding to a min-max grid that follows the weight.", "range rounding")
+add("dorefa", DoReFa, "tanh(w) on a grid without a zero (Zhou et al., 2016).")
 add("inq", INQ, "Powers of two, frozen share by share (Zhou et al., 2017).", "stages")
 add("noise-accumulated", AccumulatedNoise, "Control: U(-a, a) added to the weights at every step.", "amplitude")
 add("noise-fresh", FreshNoise, "Control: U(-a, a) on clean weights in training.", "amplitude")
-add("noise-matched", MatchedNoise, "Control: U(-s/2, s/2) in training, s as LSQ starts.")
-add("noise-then-round", NoiseThenRound, "Control: noise as noise-matched in training, rounded afterwards.")
+add("noise-matched", MatchedNoise, "Control: U(-s/2, s/2) in training, s as LSQ starts.", "init")
+add(
+    "noise-then-round",
+    NoiseThenRound,
+    "Control: noise as noise-matched in training, rounded afterwards.",
+    "init range",
+)
 add("freeze", Freeze, "Control: the layers stop training and stay in float.")
 add("released", Released, "Control: rounded once and frozen, as the paper's released code does.")
