@@ -56,12 +56,12 @@ class DomainDataset(ABC):
         """
 
     @abstractmethod
-    def signature(self) -> str:
-        """Return a cheap fingerprint that changes whenever an image is changed, added, removed or relabelled."""
+    def sample_signature(self, i: int) -> str:
+        """Return a cheap fingerprint of image i that changes whenever it is changed (DataError if it is gone)."""
 
     @abstractmethod
-    def newest_change_ns(self) -> int:
-        """Return when the latest change of any image happened (ns since 1970), or 0 if they cannot change."""
+    def sample_change_ns(self, i: int) -> int:
+        """Return when image i was changed last (ns since 1970), or 0 if it cannot change (DataError if it is gone)."""
 
     @abstractmethod
     def sample_sha256(self, i: int) -> str:
@@ -76,6 +76,18 @@ class DomainDataset(ABC):
         if domain not in self.domains:
             raise DataError(f"'{domain}' is not a domain of {self.sheet.name}; it has {', '.join(self.domains)}")
         return np.flatnonzero(self.domain_index == self.domains.index(domain))
+
+    def signature(self) -> str:
+        """Return a cheap fingerprint that changes whenever an image is changed, added, removed or relabelled."""
+        digest = hashlib.sha256(f"{self.domains}\0{self.classes}".encode())
+        for i, key in enumerate(self.keys):
+            labels = f"{self.domain_index[i]}\0{self.class_index[i]}"
+            digest.update(f"\0{key}\0{labels}\0{self.sample_signature(i)}".encode())
+        return digest.hexdigest()
+
+    def newest_change_ns(self) -> int:
+        """Return when the latest change of any image happened (ns since 1970), or 0 if they cannot change."""
+        return max(self.sample_change_ns(i) for i in range(len(self)))
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Return how many images there are, int64 (domains, classes)."""

@@ -48,11 +48,11 @@ class RotatedDigits(DomainDataset):
         """Return image i, uint8 (28, 28, 1)."""
         return self._images[i]
 
-    def signature(self) -> str:
-        """Return the sha256 of all pixels (they are in memory: nothing cheaper is needed)."""
-        return hashlib.sha256(self._images.tobytes()).hexdigest()
+    def sample_signature(self, i: int) -> str:
+        """Return the sha256 of the pixels of image i (they are in memory: nothing cheaper is needed)."""
+        return self.sample_sha256(i)
 
-    def newest_change_ns(self) -> int:
+    def sample_change_ns(self, i: int) -> int:
         """Return 0: these images cannot change while they are in use."""
         return 0
 
