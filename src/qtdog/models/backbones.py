@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import timm
 import torch
 from torch import nn
 
 from qtdog.core.errors import ModelError, nearest, unknown
+from qtdog.core.hyperparameters import Value
 from qtdog.core.random import derive
 from qtdog.models.digits_cnn import WIDTHS
+from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
 from qtdog.models.network import Network
 from qtdog.models.weights import load_weights_
@@ -25,7 +29,16 @@ def backbone_names() -> list[str]:
 
 
 def create_network(
-    backbone: str, *, n_classes: int, channels: int, image_size: int, weights: str, freeze_bn: bool, seed: int
+    backbone: str,
+    *,
+    n_classes: int,
+    channels: int,
+    image_size: int,
+    weights: str,
+    freeze_bn: bool,
+    seed: int,
+    feature_layer: str = "none",
+    feature_params: Mapping[str, Value] | None = None,
 ) -> Network:
     """Return a featurizer with a linear head, in training mode.
 
@@ -36,10 +49,14 @@ def create_network(
         image_size: height and width of the images, pixels.
         weights: "none", "imagenet" or a file; see `load_weights_`.
         freeze_bn: leave the statistics of batch norm as they are loaded.
-        seed: decides the random start of featurizer and head; the global random state is left alone.
+        seed: decides the random start of featurizer, head and feature layer; the global random state is left alone.
+        feature_layer: a name in `feature_layers.FEATURE_LAYERS`.
+        feature_params: hyper-parameters of the feature layer.
 
     Raises:
-        ModelError: the backbone is unknown or cannot take such images, or its weights cannot be had or do not fit.
+        ConfigError: the feature layer or one of its hyper-parameters is unknown, or out of range.
+        ModelError: the backbone is unknown or cannot take such images, its weights cannot be had or do not fit, or it
+            has no place for the feature layer.
 
     Example:
         >>> network = create_network(
@@ -49,7 +66,8 @@ def create_network(
         torch.Size([2, 10])
     """
     _check_name(backbone)
-    spec = FeaturizerSpec(backbone, channels, image_size)
+    layer = make_feature_layer(feature_layer, feature_params or {})
+    spec = FeaturizerSpec(backbone, channels + layer.extra_channels, image_size)
     with torch.random.fork_rng(devices=[]):
         # the CPU generator alone: torch.manual_seed would also reseed accelerators, which fork_rng does not restore
         torch.default_generator.manual_seed(derive(seed, "init", "featurizer"))
@@ -57,7 +75,10 @@ def create_network(
         pretraining = load_weights_(featurizer, spec, weights)
         torch.default_generator.manual_seed(derive(seed, "init", "classifier"))
         classifier = nn.Linear(_feature_dim(featurizer, spec), n_classes)
-    return Network(featurizer, classifier, freeze_bn=freeze_bn, pretraining=pretraining)
+        network = Network(featurizer, classifier, freeze_bn=freeze_bn, pretraining=pretraining)
+        torch.default_generator.manual_seed(derive(seed, "init", "feature layer"))
+        layer.install_(network, (channels, image_size, image_size))
+    return network
 
 
 def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:

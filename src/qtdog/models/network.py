@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class Network(nn.Module):
     Attributes:
         featurizer: maps images (n, channels, size, size) to features (n, d).
         classifier: maps features (n, d) to logits (n, n_classes).
-        freeze_bn: whether `train()` leaves the statistics of batch norm alone.
+        context: maps images to what the featurizer takes, with the sizes of the domains that they come from; None for
+            the images themselves.
+        freeze_bn: whether `train()` leaves the statistics of the featurizer's batch norm alone.
         pretraining: where the featurizer's weights come from, in words; "none" for a random start.
 
     Example:
@@ -48,21 +51,27 @@ class Network(nn.Module):
         super().__init__()
         self.featurizer = featurizer
         self.classifier = classifier
+        self.context: nn.Module | None = None
         self.freeze_bn = freeze_bn
         self.pretraining = pretraining
         self.train()
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the features (n, d) of images (n, channels, size, size)."""
-        return self.featurizer(images)
+    def features(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Return the features (n, d) of images (n, channels, size, size).
+
+        Args:
+            images: domain after domain, if there is a context.
+            sizes: images of each domain, for the context; default: all are of one domain.
+        """
+        return self.featurizer(images if self.context is None else self.context(images, sizes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (n, n_classes) of images (n, channels, size, size)."""
         return self.classifier(self.features(images))
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode (or evaluation mode) everywhere but in frozen batch-norm layers."""
+        """Set training mode (or evaluation mode) everywhere but in frozen batch-norm layers of the featurizer."""
         super().train(mode)
         if self.freeze_bn:
-            freeze_batch_norm_(self)
+            freeze_batch_norm_(self.featurizer)
         return self

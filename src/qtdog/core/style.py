@@ -1,0 +1,46 @@
+"""The style of features: their mean and standard deviation, and how to exchange it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # added to the variance, so that a channel that is constant has a style too
+
+
+class Style(NamedTuple):
+    """Mean and standard deviation, each of a shape that broadcasts over the features."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def style(features: Tensor, dims: Sequence[int]) -> Style:
+    """Return the style over the dimensions `dims`: μ = mean(x), σ = √(mean((x - μ)²) + 1e-6).
+
+    Computed in float32 at least. The variance is the population's, so that a single position gives no NaN.
+
+    Example:
+        >>> mean, std = style(torch.tensor([[1.0, 3.0]]), [1])
+        >>> mean.item(), round(std.item(), 4)
+        (2.0, 1.0)
+    """
+    values = features.to(torch.promote_types(features.dtype, torch.float32))
+    var, mean = torch.var_mean(values, dim=list(dims), correction=0, keepdim=True)
+    return Style(mean, (var + EPS).sqrt())
+
+
+def restyle(features: Tensor, old: Style, new: Style) -> Tensor:
+    """Return the features with another style: σ' · (x - μ) / σ + μ', in the type of `features`.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 3.0]])
+        >>> old = style(features, [1])
+        >>> restyle(features, old, Style(old.mean + 10, 2 * old.std))
+        tensor([[10., 14.]])
+    """
+    gain = new.std / old.std
+    return (features * gain + (new.mean - old.mean * gain)).to(features.dtype)
