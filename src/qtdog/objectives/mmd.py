@@ -33,7 +33,7 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> mmd(x, x).item(), round(mmd(x, x + 1000).item(), 4)  # 7 and 3.2618, each twice, over 2
+        >>> mmd(x, x).item(), round(mmd(x, x + 1000).item(), 4)  # (7 + 3.2618) / 2, twice
         (0.0, 10.2618)
     """
     return _mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y)

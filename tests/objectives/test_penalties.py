@@ -1,0 +1,158 @@
+"""Losses of outputs alone, each against its formula written out in NumPy."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from qtdog.objectives.coral import coral_penalty
+from qtdog.objectives.deep_coral import deep_coral_penalty
+from qtdog.objectives.irm import irm_penalty, scale_gradient
+from qtdog.objectives.mmd import mmd
+from qtdog.objectives.pairs import mean_over_pairs, random_ring
+from qtdog.objectives.view import DomainOutputs
+from qtdog.objectives.vrex import vrex_loss
+
+CLOSE = {"rtol": 1e-9, "atol": 0}
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def cross_entropies(domains):
+    picked = [log_softmax(d.logits.numpy())[np.arange(len(d.labels)), d.labels.numpy()] for d in domains]
+    return np.array([-values.mean() for values in picked])
+
+
+def vrex_by_hand(domains, weight):
+    losses = cross_entropies(domains)
+    mean = sum(losses) / len(losses)
+    return mean + weight * sum((loss - mean) ** 2 for loss in losses) / len(losses)
+
+
+def coral_by_hand(features):
+    terms = []
+    for x, y in combinations([f.numpy() for f in features], 2):
+        means = np.mean((x.mean(0) - y.mean(0)) ** 2)
+        terms.append(means + np.mean((np.cov(x.T, ddof=1) - np.cov(y.T, ddof=1)) ** 2))
+    return np.mean(terms)
+
+
+def deep_coral_by_hand(features):
+    terms = []
+    for x, y in combinations([f.numpy() for f in features], 2):
+        # the covariances as the paper writes them: (DᵀD − (1ᵀD)ᵀ(1ᵀD)/n) / (n − 1)
+        cx, cy = ((z.T @ z - np.outer(z.sum(0), z.sum(0)) / len(z)) / (len(z) - 1) for z in (x, y))
+        terms.append(np.linalg.norm(cx - cy, "fro") ** 2 / (4 * x.shape[1] ** 2))
+    return np.mean(terms)
+
+
+def kernel(a, b):
+    return sum(np.exp(-(10.0**k) * ((a - b) ** 2).sum()) for k in range(-3, 4))
+
+
+def mmd_by_hand(features):
+    def mean_kernel(x, y):
+        return np.mean([kernel(a, b) for a in x for b in y])
+
+    terms = []
+    for x, y in combinations([f.numpy() for f in features], 2):
+        terms.append(mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    return np.mean(terms)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vrex_is_the_mean_plus_the_weighted_variance(outputs, seed):
+    np.testing.assert_allclose(vrex_loss(outputs(seed), 7.0), vrex_by_hand(outputs(seed), 7.0), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "by_hand"),
+    [
+        (coral_penalty, coral_by_hand),
+        (deep_coral_penalty, deep_coral_by_hand),
+        (lambda features: mean_over_pairs(mmd, features), mmd_by_hand),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_distance_of_features_is_its_formula(outputs, penalty, by_hand, seed):
+    features = [domain.features / 3 for domain in outputs(seed)]  # near enough for the kernels to differ
+    np.testing.assert_allclose(penalty(features), by_hand(features), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["coral", "deep-coral", "mmd"])
+def test_an_aligned_loss_is_the_mean_over_domains_plus_the_weighted_distance(outputs, objective, name):
+    domains = outputs(0)
+    by_hand = {"coral": coral_by_hand, "deep-coral": deep_coral_by_hand, "mmd": mmd_by_hand}[name]
+    expected = cross_entropies(domains).mean() + 0.3 * by_hand([domain.features for domain in domains])
+    np.testing.assert_allclose(objective(name, weight=0.3).loss(domains), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("penalty", [coral_penalty, deep_coral_penalty, lambda x: mean_over_pairs(mmd, x)])
+def test_equal_domains_are_no_distance_apart_and_give_no_gradient(outputs, penalty):
+    x = outputs(0)[0].features.requires_grad_()
+    value = penalty([x, x, x])
+    value.backward()
+    assert value.item() == 0
+    assert x.grad is not None
+    assert x.grad.abs().max().item() < 1e-12
+
+
+def test_mmd_has_the_gradient_of_its_formula(outputs):
+    x, y = (domain.features[:3, :2] / 3 for domain in outputs(0)[:2])
+    assert torch.autograd.gradcheck(mmd, (x.requires_grad_(), y.requires_grad_()))
+
+
+def irm_by_double_backward(domains):
+    """The penalty as its paper has it: a dummy scale of the logits, and gradients with respect to it."""
+    products = []
+    for domain in domains:
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        product = torch.ones((), dtype=torch.float64)
+        for k in (0, 1):
+            loss = torch.nn.functional.cross_entropy(domain.logits[k::2] * scale, domain.labels[k::2])
+            (gradient,) = torch.autograd.grad(loss, scale, create_graph=True)
+            product = product * gradient
+        products.append(product)
+    return torch.stack(products).mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_irm_has_value_and_gradient_of_the_double_backward_pass(outputs, seed):
+    domains = [DomainOutputs(d.features, d.logits.requires_grad_(), d.labels) for d in outputs(seed)]
+    ours, theirs = irm_penalty(domains), irm_by_double_backward(domains)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+    logits = [domain.logits for domain in domains]
+    for one, other in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
+
+
+def test_the_product_of_halves_estimates_the_squared_gradient_without_bias():
+    """Over all ways to draw two images, the mean product is the square of the gradient over all images."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (8,), generator=generator)
+    products = [
+        irm_penalty([DomainOutputs(logits[[i, j]], logits[[i, j]], labels[[i, j]])]) for i in range(8) for j in range(8)
+    ]
+    torch.testing.assert_close(torch.stack(products).mean(), scale_gradient(logits, labels) ** 2)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_ring_joins_all_domains_in_random_order(n):
+    rings = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        pairs = random_ring(n)
+        rings.add(tuple(pairs))
+        assert len(pairs) == n
+        step = dict(pairs)
+        seen = [0]
+        while step[seen[-1]] != 0:
+            seen.append(step[seen[-1]])
+        assert sorted(seen) == list(range(n))
+    assert len(rings) > 1
