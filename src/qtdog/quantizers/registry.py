@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from qtdog.core.quantized import QuantSpec
 from qtdog.core.registry import Registry
 from qtdog.quantizers.base import Quantizer
 from qtdog.quantizers.dorefa import DoReFa
+from qtdog.quantizers.fixed import Fixed
 from qtdog.quantizers.freeze import Freeze
 from qtdog.quantizers.inq import INQ
 from qtdog.quantizers.lsq import LSQ
@@ -83,3 +85,16 @@ add(
 )
 add("freeze", Freeze, "Control: the layers stop training and stay in float.")
 add("released", Released, "Control: rounded once and frozen, as the paper's released code does.")
+add("rtn", Fixed, "After training: rounded to nearest, the control for gptq and obc.", "init range")
+add(
+    "gptq",
+    partial(Fixed, needs_images=True),
+    "After training: column by column (Frantar et al., ICLR 2023).",
+    "init range calibration_images damping",
+)
+add(
+    "obc",
+    partial(Fixed, needs_images=True),
+    "After training: weight by weight (Frantar et al., NeurIPS 2022): the paper's comparison.",
+    "init range calibration_images damping",
+)
