@@ -1,0 +1,168 @@
+"""From finished runs to one file and what it measures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtdog.conversion.ship import save
+from qtdog.core.errors import RunError
+from qtdog.core.files import sha256_file, write_atomic
+from qtdog.core.random import torch_stream
+from qtdog.ensemble.cost import Cost, cost
+from qtdog.ensemble.exam import Answers, Exam
+from qtdog.ensemble.kinds import KINDS, check_kind
+from qtdog.ensemble.load import build_model, load_any
+from qtdog.ensemble.measured import Measured, describe
+from qtdog.ensemble.member import Member, check_alike
+from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
+from qtdog.ensemble.one_model import Recipe, check_recipe, join
+from qtdog.models.network import Network
+from qtdog.models.placement import place_
+from qtdog.packing.ensemble_file import save_ensemble
+from qtdog.packing.ensemble_sizes import ensemble_sizes
+from qtdog.packing.sizes import file_sizes
+from qtdog.training.result import environment
+
+N_PROOF = 16  # images that are asked of the model in memory and of its file
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made.
+
+    Attributes:
+        kind: a name of `ensemble.kinds.KINDS`.
+        file: the model file to write; `result.json` goes beside it.
+        recipe: for the kinds that end in one network.
+    """
+
+    kind: str
+    file: Path
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def result_file(self) -> Path:
+        """Where the result is written."""
+        return self.file.with_name("result.json")
+
+
+def assemble(
+    members: Sequence[Member], order: Order, exam: Exam | None = None, *, warn: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Make the model that `order` asks for, measure it, write file and result, and return the result.
+
+    Args:
+        members: finished runs.
+        order: kind, place and recipe.
+        exam: the images to measure it on; None to measure nothing.
+        warn: is told what went wrong without stopping.
+
+    Raises:
+        ConfigError: members that do not go together, are not what the kind is made of, or a recipe that does not apply.
+        RunError: the folder holds something else, a member's checkpoints are gone, or the file does not give the logits
+            of the model in memory.
+        FormatError, ModelError: a member's file cannot be used.
+    """
+    check_alike(members)
+    check_kind(order.kind, members)
+    check_recipe(order.kind, order.recipe)
+    check_place(order)
+    if KINDS[order.kind].one_model:
+        measured, price, details = _one_model(members, order, exam, warn)
+    else:
+        measured, price, details = _all_members(members, order, exam)
+    told = {"kind": order.kind} | describe(members, measured, order.file.parent)
+    result = told | asdict(price) | details | {"environment": environment()}
+    write_atomic(order.result_file, json.dumps(result, indent=1))
+    return result
+
+
+def check_place(order: Order) -> None:
+    """Refuse to write into the folder of a run, or over a result that is no ensemble's.
+
+    Raises:
+        RunError: naming the folder.
+    """
+    folder = order.file.parent
+    foreign = (folder / "config.yaml").exists()
+    if order.result_file.is_file():
+        foreign = foreign or "members" not in json.loads(order.result_file.read_text())
+    if foreign:
+        raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --out")
+
+
+def members_hash(members: Sequence[Member], kind: str) -> str:
+    """Return 12 hex digits that name an ensemble: its kind and its members' files, in any order."""
+    parts = [kind, *sorted(member.result["model_sha256"] for member in members)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+
+
+Outcome = tuple[Measured, Cost, dict[str, Any]]
+
+
+def _all_members(members: Sequence[Member], order: Order, exam: Exam | None) -> Outcome:
+    price = cost(members, one_model=False)
+    infos = tuple(member.info for member in members)
+    none: dict[str, float | None] = {"source": None, "test": None}
+    info = EnsembleInfo(order.kind, infos, none, price.training_steps, price.training_runs)
+    device = "cpu" if exam is None else exam.device
+    model = build_model(order.file, [member.packed for member in members], info, device=device)
+    measured = _measure(exam, lambda images: _with_mean(model.member_logits(images)))
+    about = {"kind": order.kind, "accuracy": measured.accuracy}
+    about |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
+    save_ensemble(order.file, [member.packed for member in members], about)
+    _prove(model, members[0], order.file)
+    return measured, price, {"size": asdict(ensemble_sizes(order.file)), "model_sha256": sha256_file(order.file)}
+
+
+def _one_model(members: Sequence[Member], order: Order, exam: Exam | None, warn: Callable[[str], None]) -> Outcome:
+    recipe = order.recipe
+    joined = join(members, order.kind, recipe, exam, warn)
+    network = place_(joined.network, torch.device("cpu") if exam is None else exam.device)
+    measured = _measure(exam, lambda images: network(images)[None])
+    price = cost(members, one_model=True, extra_steps=recipe.tune_steps)
+    told = {"kind": order.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in joined.used]}
+    told |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
+    changes = {
+        "accuracy": measured.accuracy,
+        "bits": members[0].info.bits if order.kind == "soup" else None,
+        "step": max(member.info.step for member in members),
+        "config_hash": members_hash(members, order.kind),
+        "joined": told,
+    }
+    save(network, order.file, metadata=members[0].packed.metadata | changes)
+    _prove(network, members[0], order.file)
+    size = asdict(file_sizes(order.file))
+    recipe_told = asdict(recipe) | {"used": list(joined.used)}
+    return measured, price, {"size": size, "model_sha256": sha256_file(order.file), "recipe": recipe_told}
+
+
+def _with_mean(logits: torch.Tensor) -> torch.Tensor:
+    return torch.cat([logits.mean(0, keepdim=True), logits])
+
+
+def _measure(exam: Exam | None, answers: Answers) -> Measured:
+    if exam is None:
+        return Measured({}, {}, {})
+    return Measured(exam.source(answers), *exam.test(answers))
+
+
+@torch.no_grad()
+def _prove(model: EnsembleModel | Network, member: Member, file: Path) -> None:
+    """Check that the file on disk gives the logits of the model in memory."""
+    how = member.info.preprocessing
+    device = next(model.parameters()).device
+    shape = (N_PROOF, how.channels, how.image_size, how.image_size)
+    images = torch.randn(shape, generator=torch_stream(0, "proof")).contiguous(memory_format=torch.channels_last)
+    ours, theirs = model(images.to(device)), load_any(file, device=device)(images.to(device))
+    same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
+    if not same:
+        worst = (ours - theirs).abs().max().item()
+        raise RunError(f"{file} does not give the logits of the model in memory (largest difference {worst:g})")

@@ -1,0 +1,129 @@
+"""Scoring models on the held-out images of the sources and on the test images, with the rules of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtdog.core.config import Config
+from qtdog.data.cache import DecodedCache, Progress, open_cache
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.loader import eval_batches
+from qtdog.models.backbones import preprocessing
+from qtdog.training.compose import make_accelerator
+from qtdog.training.evaluator import EVAL_BATCH
+from qtdog.training.problem import Problem, make_problem, resolve
+from qtdog.training.records import Score, merge_scores
+
+Answers = Callable[[Tensor], Tensor]
+"""Images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""
+Scores = dict[str, list[Score]]
+"""By domain, a score for each of the k models."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The images of a problem, and what may be asked of them.
+
+    Attributes:
+        config: of a member; it names the target and the splits.
+        dataset: the data it names.
+        cache: its decoded images.
+        problem: the roles of the images.
+        same_splits: whether all members held out the same images; if not, the sources say nothing.
+        device: where to compute.
+    """
+
+    config: Config
+    dataset: DomainDataset
+    cache: DecodedCache
+    problem: Problem
+    same_splits: bool
+    device: torch.device
+
+    def source(self, answers: Answers) -> Scores:
+        """Return the scores on the held-out part of each source; empty if the members held out different images."""
+        if not self.same_splits:
+            return {}
+        return {domain: self._score(answers, part) for domain, part in self.problem.selection_sets().items()}
+
+    def test(self, answers: Answers) -> tuple[Scores, Scores]:
+        """Return the scores on the test images, and on the 80 % of the target that DomainBed's tables report.
+
+        The test images are the whole target, or the third part of each source in the in-domain mode; both are empty
+        where there are none, and the second where the members' splits differ.
+        """
+        splits, target = self.problem.splits, self.problem.target
+        if self.config.data.test_mode == "in-domain":
+            domains = self.problem.sources if self.same_splits else ()
+            return {domain: self._score(answers, splits[domain].test) for domain in domains}, {}
+        if target is None:
+            return {}, {}
+        parts = [self._score(answers, part) for part in (splits[target].train, splits[target].heldout)]
+        whole = [merge_scores([first, second]) for first, second in zip(*parts, strict=True)]
+        return {target: whole}, {target: parts[0]} if self.same_splits else {}
+
+    def _score(self, answers: Answers, indices: np.ndarray) -> list[Score]:
+        mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.sheet.channels)
+        labels = self.dataset.class_index
+        batches = eval_batches(self.cache, indices, labels, batch_size=EVAL_BATCH, mean=mean, std=std)
+        return score(answers, batches, self.device)
+
+
+def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, progress: Progress = None) -> Exam:
+    """Return the exam that the configuration of a finished run asks for.
+
+    Raises:
+        DataError: the images are not those that the run was trained on, or cannot be read.
+    """
+    config = resolve(config, dataset, progress)
+    cache = open_cache(dataset, config.data.image_size, progress=progress)
+    device = make_accelerator(config).device
+    return Exam(config, dataset, cache, make_problem(config, dataset), same_splits, device)
+
+
+@torch.no_grad()
+def score(answers: Answers, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[Score]:
+    """Return accuracy and mean cross-entropy of each of k models over the same batches, read once.
+
+    Args:
+        answers: images to logits (k, n, n_classes).
+        batches: images (n, C, H, W) and labels (n,).
+        device: where to compute.
+
+    Example:
+        >>> images, labels = torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([1, 1])
+        >>> found = score(lambda x: torch.stack([x, -x]), [(images, labels)], torch.device("cpu"))
+        >>> [one.accuracy for one in found], found[0].n
+        ([0.5, 0.5], 2)
+    """
+    totals: Tensor | None = None
+    n = 0
+    for images, labels in batches:
+        logits = answers(images.to(device)).float()
+        part = _totals(logits, labels.to(device))
+        totals = part if totals is None else totals + part
+        n += len(labels)
+    assert totals is not None  # make_splits leaves no part of a domain empty
+    return [Score(correct / n, loss / n, n) for correct, loss in totals.tolist()]
+
+
+def _totals(logits: Tensor, labels: Tensor) -> Tensor:
+    correct = (logits.argmax(2) == labels).sum(1)
+    losses = [functional.cross_entropy(one, labels, reduction="sum") for one in logits]
+    return torch.stack([correct.double().cpu(), torch.stack(losses).double().cpu()], 1)
+
+
+def mean_accuracy(scores: Scores, index: int) -> float | None:
+    """Return the accuracy of model `index`, each domain counting once; None without a domain.
+
+    Example:
+        >>> mean_accuracy({"a": [Score(0.5, 1.0, 2)], "b": [Score(1.0, 0.0, 8)]}, 0)
+        0.75
+    """
+    return sum(part[index].accuracy for part in scores.values()) / len(scores) if scores else None
