@@ -11,8 +11,8 @@ from qtdog.conversion.bake import bake
 from qtdog.conversion.ship import load_into, save
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.grid import encode
-from qtdog.quantizers.lsq import initial_scale
 from qtdog.quantizers.released import Released
+from qtdog.quantizers.starts import initial_scale
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

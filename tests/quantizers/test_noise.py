@@ -11,10 +11,10 @@ from qtdog.conversion.bake import bake
 from qtdog.conversion.ship import load_into, save
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.lsq import initial_scale
 from qtdog.quantizers.noise import AccumulatedNoise, FreshNoise, MatchedNoise
 from qtdog.quantizers.noise_then_round import NoiseThenRound
 from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.starts import initial_scale
 
 N = 40_000
 A = 0.03
@@ -139,6 +139,23 @@ def test_noise_then_round_evaluates_the_nearest_point_of_the_grid_of_the_start(b
         assert (weight / scale < low - 1).any()
         assert (weight / scale > high + 1).any()
         assert value.codes.unique().tolist() == [-2, -1, 0, 1]
+
+
+@pytest.mark.parametrize("init", ["lsq", "lsq_plus", "minmax", "mse"])
+@pytest.mark.parametrize("kind", [MatchedNoise, NoiseThenRound])
+def test_the_start_decides_how_strong_the_noise_is(kind: type[MatchedNoise | NoiseThenRound], init: str) -> None:
+    weight = draw(4, 100)
+    quantizer = kind(weight, QuantSpec(5), QuantizerOptions(init=init))
+    quantizer.enable_(weight)
+    assert torch.equal(quantizer.step_sizes(), initial_scale(weight, QuantSpec(5), init))
+
+
+def test_noise_then_round_leaves_out_the_lowest_code_of_a_symmetric_range() -> None:
+    weight = torch.tensor([[-9.0, 1.0, 0.5, -0.5]])
+    quantizer = NoiseThenRound(weight, QuantSpec(2), QuantizerOptions(range="symmetric"))
+    quantizer.enable_(torch.tensor([[0.5, 0.5, 0.5, -0.5]]))  # a step of 1
+    assert quantizer.eval()(weight).tolist() == [[-1.0, 1.0, 0.0, 0.0]]
+    assert quantizer.quantized(weight).codes.tolist() == [[-1, 1, 0, 0]]
 
 
 NAMES = ["noise-accumulated", "noise-fresh", "noise-matched", "noise-then-round"]

@@ -26,7 +26,7 @@ from qtdog.training.shipped import load
 SETTINGS = ("digits", "domainbed", "pacs-lite")
 CONTROLS = [name for name in preset_names() if set(load_preset(name)) <= {"quantizer", "optimizer"}]
 FLOAT = {"float", "float-decay", "freeze", "noise-accumulated", "noise-fresh", "noise-matched"}
-TINY = {"data": {"target": "75", "batch_size": 4, "image_size": 8}, "train": {"steps": 6, "eval_every": 3}}
+TINY = {"data": {"target": "75", "batch_size": 4, "image_size": 8}, "train": {"steps": 6, "eval_every": 2}}
 START, STOP_AT = 2, 4  # in the middle of the quantized steps
 N_LAYERS = 4  # that digits_cnn has besides its classifier
 
@@ -67,11 +67,11 @@ def tiny(short_config: Callable[..., Config], digits: RotatedDigits) -> Callable
     def make(name: str) -> Config:
         tree = load_preset(name)
         quantizer = tree["quantizer"] | {"start_step": START}
-        if quantizer["name"] not in ["none", *QUANTIZERS]:
-            pytest.skip(f"quantizer '{quantizer['name']}' does not exist yet")
         if quantizer["name"] in ("obc", "gptq"):
             quantizer |= {"calibration_images": 16}
-        return resolve(short_config(**TINY | tree | {"quantizer": quantizer}), digits)
+        # Six steps at the preset's rate may begin well and fall to chance by accident, which the health watch stops.
+        optimizer = {"lr": 1e-4} | tree.get("optimizer", {})
+        return resolve(short_config(**TINY, quantizer=quantizer, optimizer=optimizer), digits)
 
     return make
 
@@ -101,7 +101,7 @@ def network_at(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:
 
 def test_every_quantizer_has_a_preset_and_every_preset_is_a_setting_or_a_control() -> None:
     assert set(preset_names()) == {*SETTINGS, *CONTROLS}
-    assert set(QUANTIZERS) <= {load_preset(name)["quantizer"]["name"] for name in CONTROLS}
+    assert {"none", *QUANTIZERS} == {load_preset(name)["quantizer"]["name"] for name in CONTROLS}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -153,14 +153,22 @@ def test_a_control_that_was_stopped_ends_the_same(
 
 @pytest.mark.parametrize("name", ["float", "lsq", "noise-fresh", "inq"])
 def test_selection_waits_until_the_member_has_done_its_work(whole: Callable[[str], RunFolder], name: str) -> None:
-    """INQ's last stage begins with the last of the four quantized steps, after the evaluation at step 3."""
+    """INQ's last stage begins with the last of the four quantized steps."""
     selectable = {record.seen.step: record.seen.selectable for record in whole(name).read_metrics()}
-    assert selectable == {3: name != "inq", 6: True}
+    assert selectable == {2: name == "float", 4: name != "inq", 6: True}
+
+
+def test_all_controls_are_one_run_until_the_start_step(whole: Callable[[str], RunFolder]) -> None:
+    names = ("float", "float-decay", "lsq-decay", "inq", "noise-accumulated")
+    firsts = [whole(name).read_metrics()[0] for name in names]
+    assert {first.seen.step for first in firsts} == {START}
+    measured = [(first.seen.source, first.test, first.train_loss) for first in firsts]
+    assert measured == [measured[0]] * len(names)
 
 
 @pytest.mark.parametrize("name", ["freeze", "released", "lsq"])
 def test_a_freezing_control_trains_only_what_it_does_not_freeze(whole: Callable[[str], RunFolder], name: str) -> None:
-    before, after = (network_at(whole(name), step) for step in (3, 6))
+    before, after = (network_at(whole(name), step) for step in (4, 6))
     still = {key for key, value in before.items() if torch.equal(value, after[key])}
     layers = {key for key in before if key.endswith("original")}
     assert len(layers) == N_LAYERS

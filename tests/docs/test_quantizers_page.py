@@ -1,0 +1,77 @@
+"""The page on quantizers says of each member what the registry says, and its numbers are those that one measures."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtdog.core.config import AFTER_TRAINING
+from qtdog.core.quantized import QuantSpec
+from qtdog.core.settings import preset_names
+from qtdog.quantizers.grid import encode
+from qtdog.quantizers.inq import INQ
+from qtdog.quantizers.options import OPTION_NAMES, QuantizerOptions
+from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.quantizers.starts import STARTS, initial_scale
+
+PAGE = (Path(__file__).parents[2] / "docs/tasks/quantizers.md").read_text()
+
+
+def section(heading: str) -> str:
+    return PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([\w-]+)`", cell)
+
+
+def test_the_table_of_members_is_the_registry():
+    table = {names(cells[0])[0]: cells for cells in rows(section("All members"))}
+    assert {"none", *QUANTIZERS} <= set(table) <= {"none", *QUANTIZERS, *AFTER_TRAINING}
+    for name in QUANTIZERS:
+        assert set(names(table[name][3])) == QUANTIZERS[name].reads, name
+
+
+def test_the_table_of_controls_names_presets_and_leaves_none_out():
+    mentioned = [name for cells in rows(section("What each control separates")) for name in names(" ".join(cells[1:]))]
+    assert set(mentioned) - set(OPTION_NAMES) == set(preset_names()) - {"digits", "domainbed", "pacs-lite"}
+
+
+@pytest.fixture(scope="module")
+def gaussian() -> torch.Tensor:
+    return torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_strengths_of_the_starts_are_measured(gaussian: torch.Tensor):
+    heading = "Where step sizes start: the strength of the regularisation"
+    table = {names(cells[0])[0]: cells[1:6] for cells in rows(section(heading))}
+    assert set(table) == set(STARTS)
+    for init, given in table.items():
+        for bits, number in zip((8, 7, 6, 5, 4), given, strict=True):
+            spec = QuantSpec(bits)
+            value = encode(gaussian, initial_scale(gaussian, spec, init), spec)
+            assert (value.dequantize() - gaussian).std().item() == pytest.approx(float(number), abs=0.001), (init, bits)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_the_strength_of_inq_is_measured(gaussian: torch.Tensor, bits: int):
+    inq = INQ(gaussian, QuantSpec(bits), QuantizerOptions(stages=(1.0,)))
+    inq.enable_(gaussian)
+    error = inq(gaussian) - gaussian
+    assert error.std().item() == pytest.approx(0.19, abs=0.005)
+    if bits > 5:
+        assert (error / gaussian).square().mean().sqrt().item() == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_program_of_the_page_runs():
+    (program,) = re.findall(r"```python\n(.*?)```", section("In your own loop"), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(compile(program, "quantizers.md", "exec"), found)
+    assert {quantizer.spec.bits for quantizer in found["quantizers"].layers.values()} == {5, 8}
