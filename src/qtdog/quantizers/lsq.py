@@ -45,9 +45,9 @@ class LSQ(Quantizer):
     had not, can bring it back. Raw is for SGD: an adaptive optimizer cancels the gradient scale and moves s too fast.
     In "frozen" mode s stays at its start, a buffer, and the weights train.
 
-    Stochastic rounding, floor(w / s + r) with r from U[0, 1), is for training mode only; all passes of one step see the
-    same r. The gradient of s then has the rounding that was drawn in place of round(w / s). Evaluation mode and
-    `quantized` round to nearest.
+    Stochastic rounding (up with the probability of the remainder, so that its mean is w / s inside the range) is for
+    training mode only; all passes of one step see the same draws. The gradient of s then has the rounding that was
+    drawn in place of round(w / s). Evaluation mode and `quantized` round to nearest.
 
     Parameter and buffer are float32, shape (n,), with n as in `initial_scale`; they have no meaning before `enable_`.
 

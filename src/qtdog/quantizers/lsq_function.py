@@ -20,8 +20,9 @@ _mask = torch.ops.aten.hardtanh_backward  # (g, u, low, high): g where low < u <
 def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int, draws: Tensor | None = None) -> Tensor:
     """Return scale · clamp(round(weight / scale), qmin, qmax), with LSQ's straight-through gradients.
 
-    With draws r from [0, 1) rounding is stochastic, floor(u + r): inside the range its mean is u (Gupta et al., ICML
-    2015, section 3.2). The gradients are the same, with the rounding that was drawn in place of round(u).
+    With draws r from U[0, 1) rounding is stochastic: floor(u), or one more where r < u - floor(u), so that its mean is
+    u inside the range (Gupta et al., ICML 2015, section 2.2). That is floor(u + r) with 1 - r for r, but free of the
+    rounding of a sum. The gradients are the same, with the rounding that was drawn in place of round(u).
 
     With u = weight / scale and Esser et al. (ICLR 2020), Eq. 3 and 5:
 
@@ -69,8 +70,9 @@ class _Quantize(Function):
             leaves = _may_leave(out, *ends)
             ctx.clipped |= leaves
             if drawn:
-                out.add_(drawn[0]).floor_()
-            if leaves or drawn:  # a sum just below an integer may become that integer
+                below = out.floor()
+                out.copy_(below + (drawn[0] < out - below))
+            if leaves:
                 out.clamp_(*ends)
             out.round_().add_(0.0).mul_(steps)  # adding zero makes -0 the 0 that an integer code is
         ctx.save_for_backward(weight, scale, result)

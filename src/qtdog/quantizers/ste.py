@@ -15,12 +15,12 @@ from qtdog.quantizers.straight_through import straight_through
 
 
 class STE(Quantizer):
-    """w_q = s · round(w / s) with s = max(max w / Qp, max -w / Qn), computed anew from the weight in every forward pass.
+    """w_q = s · round(w / s) with s = max(max w / Qp, max -w / Qn), computed anew from the weight in every pass.
 
     Nothing is learned but the weight, and nothing is clipped; the gradient passes to the weight as if there were no
     rounding (Bengio et al., 2013; with a min-max grid as in Jacob et al., CVPR 2018), none passes through s.
 
-    With stochastic rounding training uses floor(w / s + r), r from U[0, 1); evaluation and `quantized` round to nearest.
+    Stochastic rounding is for training mode only; evaluation mode and `quantized` round to nearest.
 
     Args:
         weight: the weight to quantize; not looked at yet.
