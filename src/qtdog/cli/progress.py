@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import time
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ class CountingBar:
             self._progress = Progress(*columns, console=err, transient=True)
             self._task = self._progress.add_task(self._title)
             self._progress.start()
+            atexit.register(self._progress.stop)  # an error on the way must not leave the terminal without a cursor
         self._progress.update(self._task, completed=done, total=total)
         if done >= total:
             self._progress.stop()

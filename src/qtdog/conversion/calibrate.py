@@ -1,0 +1,245 @@
+"""Quantize a finished model: each layer's codes from what the layer sees on calibration images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qtdog.conversion.attach import Attached, Site, sites
+from qtdog.conversion.layer_inputs import HessianRecorder
+from qtdog.core.errors import ConfigError, ModelError, unknown
+from qtdog.core.quantized import QuantizedTensor
+from qtdog.quantizers.fixed import Fixed
+from qtdog.quantizers.gptq import gptq
+from qtdog.quantizers.hessian_math import relative_error, row_errors
+from qtdog.quantizers.obc import obc
+
+METHODS = {"gptq": gptq, "obc": obc}
+HESSIAN_BYTES = 2**30  # for the Hessians that are added up in one pass over the images
+OBC_COLUMNS = 2048  # beyond this many weights per row, obc's cost (rows · columns³) is out of proportion
+
+
+class Batches(Protocol):
+    """Inputs of a model, like a list of tensors: counted, and gone through as often as it takes."""
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield one batch after another, on the model's device."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """How one layer came to its codes.
+
+    Attributes:
+        name: of the layer.
+        method: that found its codes.
+        why: why it is another method than the one asked for; empty if it is not.
+        rounding_error: tr(D H Dᵀ) / tr(W H Wᵀ) with rounding to nearest on the same step sizes: the error of the
+            layer's outputs as a share of their energy; None where the inputs were not seen.
+        error: the same with the codes found.
+        rounded_frac: share of the rows that kept rounding to nearest because it was better.
+        seconds: that it took to find them.
+    """
+
+    name: str
+    method: str
+    why: str
+    rounding_error: float | None
+    error: float | None
+    rounded_frac: float
+    seconds: float
+
+
+Outcome = tuple[QuantizedTensor, LayerCalibration]
+
+
+@dataclass
+class _Progress:
+    """Counts work, lets the caller show it, and asks whether to go on."""
+
+    total: int
+    show: Callable[[int, int], None] | None
+    check: Callable[[], None]
+    done: int = 0
+
+    def step(self) -> None:
+        self.done += 1
+        if self.show is not None:
+            self.show(self.done, self.total)
+        self.check()
+
+
+@torch.no_grad()
+def calibrate_(
+    model: nn.Module,
+    method: str,
+    batches: Batches = (),
+    *,
+    damping: float = 0.01,
+    check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LayerCalibration]:
+    """Give every quantizer of a float model its codes, and return how each layer came to them.
+
+    `rtn` rounds to nearest and needs no images. `gptq` and `obc` run the float model over `batches` in evaluation mode,
+    every layer with the inputs that it has there, so that the order of the layers does not matter. A row of weights
+    that rounding to nearest serves better keeps that. Layers whose inputs cannot be seen are rounded.
+
+    Codes that the model has already are forgotten first, and none is set before all are found.
+
+    Args:
+        model: carries `Fixed` quantizers (`attach(model, quantizer="obc")`).
+        method: `rtn`, `gptq` or `obc`.
+        batches: inputs of the model, on its device; gone through several times if the Hessians of all layers together
+            need more than `HESSIAN_BYTES`.
+        damping: added to the diagonal of each Hessian, as a share of its mean.
+        check: called often; may raise to break off.
+        progress: told (done, total) as the work goes on.
+
+    Raises:
+        ConfigError: an unknown method, no images for a method that learns from them, quantizers of another kind, or too
+            small a damping.
+        ModelError: a weight or an input of a layer is not finite.
+
+    Example:
+        >>> from qtdog.conversion.attach import attach
+        >>> model = nn.Linear(4, 2)
+        >>> _ = attach(model, quantizer="obc", bits=3)
+        >>> layer = calibrate_(model, "obc", [torch.randn(50, 4)])[0]
+        >>> layer.method, layer.error <= layer.rounding_error
+        ('obc', True)
+    """
+    found = _checked_sites(model, method, batches)
+    Attached(model).set_enabled(False)
+    passes = [] if method == "rtn" else plan_passes(model, found)
+    count = _Progress(len(passes) * len(batches) + len(found), progress, check)
+    outcomes: dict[str, Outcome] = {}
+    for group in passes:
+        hessians = _record(model, group, batches, count)
+        for site in group:
+            outcomes[site.name] = _solve(site, method, hessians.pop(site.name, None), damping, check)
+            count.step()
+    for site in found:
+        if site.name not in outcomes:
+            why = "" if method == "rtn" else f"its Hessian would take {_hessian_bytes(model, site) / 1e9:.1f} GB"
+            outcomes[site.name] = _rounded(site, why)
+            count.step()
+    for site in found:
+        _fixed(site).set_(outcomes[site.name][0])
+    return [outcomes[site.name][1] for site in found]
+
+
+def _checked_sites(model: nn.Module, method: str, batches: Batches) -> list[Site]:
+    """Return one site per weight, if all is as it should be."""
+    if method not in ("rtn", *METHODS):
+        raise ConfigError(unknown("method after training", method, ("rtn", *METHODS)))
+    if method != "rtn" and len(batches) == 0:
+        raise ConfigError(f"{method} learns from images: give it some batches")
+    first: dict[int, Site] = {}
+    for site in sites(model):
+        if not isinstance(site.quantizer, Fixed):
+            kind = type(site.quantizer).__name__
+            raise ConfigError(f"layer '{site.name}' carries {kind}: attach the model with quantizer='{method}'")
+        if not torch.isfinite(site.weight).all():
+            raise ModelError(f"the weight of layer '{site.name}' is not finite, so it has no codes")
+        first.setdefault(id(site.quantizer), site)
+    if not first:
+        raise ConfigError(f"the model carries no quantizers: attach(model, quantizer='{method}') first")
+    return list(first.values())
+
+
+def plan_passes(model: nn.Module, layers: Iterable[Site], most_bytes: int = HESSIAN_BYTES) -> list[list[Site]]:
+    """Return the layers in groups whose Hessians fit into `most_bytes`, without those that alone do not.
+
+    Example:
+        >>> from qtdog.conversion.attach import attach
+        >>> model = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(9, 1), nn.Linear(5, 1))
+        >>> _ = attach(model, quantizer="obc")
+        >>> [[site.name for site in group] for group in plan_passes(model, list(sites(model)), 8 * 8 * 8)]
+        [['0'], ['1', '3']]
+    """
+    passes: list[list[Site]] = []
+    used = most_bytes
+    for site in layers:
+        size = _hessian_bytes(model, site)
+        if size > most_bytes:
+            continue
+        if used + size > most_bytes:
+            passes.append([])
+            used = 0
+        passes[-1].append(site)
+        used += size
+    return passes
+
+
+def _hessian_bytes(model: nn.Module, site: Site) -> int:
+    owner = model.get_submodule(site.plain_name.rpartition(".")[0])
+    groups: Any = getattr(owner, "groups", 1)
+    return 8 * groups * site.weight[0].numel() ** 2
+
+
+def _record(model: nn.Module, group: list[Site], batches: Batches, count: _Progress) -> dict[str, Tensor]:
+    was_training = model.training
+    model.eval()
+    try:
+        with HessianRecorder(model, group) as recorder, parametrize.cached():
+            for images in batches:
+                model(images)
+                count.step()
+    finally:
+        model.train(was_training)
+    return recorder.hessians
+
+
+def _solve(site: Site, method: str, hessian: Tensor | None, damping: float, check: Callable[[], None]) -> Outcome:
+    """Return codes and report of a layer with this Hessian."""
+    if hessian is None:
+        return _rounded(site, "its inputs were not seen")
+    if not torch.isfinite(hessian).all():
+        raise ModelError(f"the inputs of layer '{site.name}' are not finite: the float model is broken")
+    started = time.perf_counter()
+    rounded = _fixed(site).rounded(site.weight)
+    rows = site.weight.detach().flatten(1)
+    scale, codes = rounded.scale.expand(len(rows)), rounded.codes.flatten(1)
+    used, why = method, ""
+    if method == "obc" and rows.shape[1] > OBC_COLUMNS:
+        used, why = "gptq", f"{rows.shape[1]:,} weights per row; beyond {OBC_COLUMNS:,} obc takes gptq's order"
+    try:
+        better = METHODS[used](rows, hessian, scale, rounded.spec, damping=damping, check=check)
+    except ConfigError as error:
+        raise ConfigError(f"layer '{site.name}': {error}") from error
+    before, after = (codes * scale[:, None] - rows for codes in (codes, better))
+    worse = row_errors(after, hessian) > row_errors(before, hessian)
+    chosen = torch.where(worse[:, None], codes, better)
+    report = LayerCalibration(
+        name=site.name,
+        method=used,
+        why=why,
+        rounding_error=relative_error(before, rows, hessian),
+        error=relative_error(chosen * scale[:, None] - rows, rows, hessian),
+        rounded_frac=worse.double().mean().item(),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    shaped = rounded.codes.copy_(chosen.reshape(rounded.codes.shape))  # keeps the memory format
+    return QuantizedTensor(shaped, rounded.scale, rounded.spec), report
+
+
+def _rounded(site: Site, why: str) -> Outcome:
+    """Return codes and report of a layer that is rounded to nearest."""
+    return _fixed(site).rounded(site.weight), LayerCalibration(site.name, "rtn", why, None, None, 1.0, 0.0)
+
+
+def _fixed(site: Site) -> Fixed:
+    assert isinstance(site.quantizer, Fixed)
+    return site.quantizer
