@@ -41,6 +41,9 @@ class DataConfig(Section):
     holdout_frac: float = Field(
         default=0.2, gt=0, lt=0.5, description="share of each source domain held out for selection"
     )
+    train_on_heldout: bool = Field(
+        default=False, description="train on the held-out source images too, for a run whose length is settled"
+    )
     test_mode: Literal["target", "in-domain"] = Field(
         default="target", description="'in-domain' splits the sources 60/20/20 and reports on the last 20 %"
     )
@@ -157,6 +160,7 @@ class TrainConfig(Section):
         description="which checkpoint is shipped: best source validation, the last, or best on the target",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
+    probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")
 
 
 class Config(Section):
@@ -194,6 +198,15 @@ class Config(Section):
                 f"quantizer.stages has {n_stages} stages, but only {self.train.steps - start} of train.steps "
                 f"{self.train.steps} are quantized: some weights would stay in float. Train longer, start earlier, "
                 "or give fewer stages"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_has_images(self) -> Config:
+        if self.data.train_on_heldout and self.train.selection == "source":
+            raise ValueError(
+                "data.train_on_heldout leaves no images to choose a checkpoint by: set train.selection=last, and "
+                "train.steps to the step that a run without it chose"
             )
         return self
 

@@ -19,16 +19,20 @@ class Averager(ABC):
     """Watches the weights and says which ones are evaluated and kept; abstract.
 
     Everything is over the network's state dict: latent weights, step sizes and buffers. The average is of the floating
-    point entries; others (INQ's masks, batch counters) are those of the last update.
+    point entries; others (INQ's masks, batch counters) are not in it, so that they stay those of the last update. Step
+    sizes learned on a log scale are averaged as they are: it is their geometric mean. Only weights that could ship
+    count (`Parts.selectable`): none before the start step, with INQ none before the last stage.
 
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.
+        READS_HELDOUT: whether it follows the loss on the held-out source images.
         params: their values.
         start: the first number of updates after which weights may count: 0, or the start step of a quantized run, since
             step sizes mean nothing before it.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
+    READS_HELDOUT: ClassVar[bool] = False
 
     def __init__(self, params: Mapping[str, Value], start: int) -> None:
         self.params = fill(f"averager '{type(self).__name__}'", self.HYPERPARAMETERS, params)
@@ -36,7 +40,7 @@ class Averager(ABC):
 
     @abstractmethod
     def after_step(self, step: int, network: nn.Module) -> None:
-        """Take note of the weights after update number `step` (1 is the first)."""
+        """Take note of the weights after update number `step` (1 is the first), which could ship."""
 
     def after_evaluation(self, step: int, source_loss: float) -> None:  # noqa: B027  (most members do nothing)
         """Take note of the mean loss on the held-out source images at `step`."""
@@ -48,6 +52,10 @@ class Averager(ABC):
     def final(self) -> State | None:
         """Return what ships at the end whatever selection says; None to ship the selected checkpoint."""
         return None
+
+    def kept(self, step: int) -> str:
+        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        return f"weights after update {step}"
 
     def state(self) -> tuple[State, dict[str, Any]]:
         """Return the averager's own state for a checkpoint: tensors, and what JSON can hold."""
@@ -79,12 +87,15 @@ def snapshot(network: nn.Module) -> State:
 
 @contextlib.contextmanager
 def swapped(network: nn.Module, state: State | None) -> Iterator[None]:
-    """Let the network have other weights inside the block, and its own again after it; None changes nothing."""
+    """Let the network have other weights inside the block, and its own again after it; None changes nothing.
+
+    Entries that `state` lacks stay as they are.
+    """
     if state is None:
         yield
         return
     own = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=False)
     try:
         yield
     finally:

@@ -21,7 +21,9 @@ from qtdog.core.random import derive
 from qtdog.data.loader import Batch
 from qtdog.objectives.view import DomainBatch
 from qtdog.training.averagers import snapshot, swapped
+from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.parts import Parts
+from qtdog.training.probe import keep_classifier_gradients_
 from qtdog.training.records import Record, SourceRecord
 from qtdog.training.schedules import lr_factor
 from qtdog.training.select import select
@@ -100,7 +102,8 @@ def _train(parts: Parts, state: RunState, doors: Doors, last: int) -> None:
             loss = update(parts, batch, state.step)
             state.trained_s += time.perf_counter() - started
             state.step += 1
-            parts.averager.after_step(state.step, parts.network)
+            if parts.selectable:
+                parts.averager.after_step(state.step, parts.network)
             state.add_loss(loss)
             doors.watcher.on_step(state.step, loss, len(batch.labels) * parts.accelerator.num_processes)
             doors.check()
@@ -143,6 +146,8 @@ def update(parts: Parts, batch: Batch, step: int) -> float:
         if not torch.isfinite(shown):
             raise NonFiniteLossError(_advice(parts, step, shown.item()))
         accelerator.backward(loss)
+        if step < parts.config.train.probe_steps:
+            keep_classifier_gradients_(parts.network, parts.objective)
         return shown
 
     return parts.step_rule(Update(backward, parts.optimizer, parts.network)).item()
@@ -155,7 +160,10 @@ def _advice(parts: Parts, step: int, loss: float) -> str:
 
 
 def _evaluate(parts: Parts, state: RunState, doors: Doors) -> None:
-    with swapped(parts.network, parts.averager.evaluated()):
+    averaged = parts.averager.evaluated()
+    with swapped(parts.network, averaged):
+        if averaged is not None:
+            fit_batch_norm_(parts)
         record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
         layers = layer_health(parts.network)
         line = record.to_json() | {"trained_s": round(state.trained_s, 3), "health": worst(layers)}

@@ -21,11 +21,13 @@ class Problem:
         sources: names of the source domains, sorted.
         target: the unseen domain, or None.
         splits: dataset indices by domain and part.
+        train_on_heldout: whether the held-out images are trained on too; selection then has no say.
     """
 
     sources: tuple[str, ...]
     target: str | None
     splits: DomainSplits
+    train_on_heldout: bool = False
 
     def selection_sets(self) -> dict[str, np.ndarray]:
         """Return the held-out images of each source: all that selection may look at."""
@@ -33,7 +35,10 @@ class Problem:
 
     def train_pools(self) -> dict[str, np.ndarray]:
         """Return the training images of each source."""
-        return {domain: self.splits[domain].train for domain in self.sources}
+        splits = {domain: self.splits[domain] for domain in self.sources}
+        if self.train_on_heldout:
+            return {domain: np.concatenate([split.train, split.heldout]) for domain, split in splits.items()}
+        return {domain: split.train for domain, split in splits.items()}
 
 
 def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -> Config:
@@ -75,4 +80,4 @@ def make_problem(config: Config, dataset: DomainDataset) -> Problem:
     target = None if data.target == "none" else data.target
     sources = tuple(domain for domain in dataset.domains if domain != target)
     splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
-    return Problem(sources, target, splits)
+    return Problem(sources, target, splits, data.train_on_heldout)

@@ -1,0 +1,76 @@
+"""Statistics of batch norm that fit averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from qtdog.training.parts import Parts
+
+N_BATCHES = 50
+
+
+def fit_batch_norm_(parts: Parts) -> None:
+    """Re-estimate the running statistics for the weights that the network now has, unless they are frozen.
+
+    Statistics gathered while the weights moved do not fit their average (Izmailov et al., UAI 2018, section 3.2). They
+    are measured on the first 50 training batches of the sources (`TrainBatches.batch` of steps 0 to 49, augmented as in
+    training), so that they depend on the weights alone. The processes share the batches and take the mean.
+    """
+    layers = _layers(parts.network)
+    if parts.network.freeze_bn or not layers:
+        return
+    accelerator = parts.accelerator
+    estimate_statistics_(
+        parts.network, (parts.batches.batch(step).images.to(accelerator.device) for step in range(N_BATCHES))
+    )
+    if accelerator.num_processes > 1:
+        for layer in layers:
+            for buffer in (layer.running_mean, layer.running_var):
+                assert buffer is not None
+                shared = accelerator.reduce(buffer, reduction="mean")
+                assert isinstance(shared, Tensor)
+                buffer.copy_(shared)
+
+
+@torch.no_grad()
+def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of every batch-norm layer to the mean of what they are on each batch.
+
+    All else is in evaluation mode: the weights are those that ship, nothing is dropped. The mode is put back.
+
+    Args:
+        network: changed in place.
+        batches: images (n, C, H, W) on the network's device; of the same n, so that each counts the same.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1)
+        >>> estimate_statistics_(layer, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [8.0]])])
+        >>> layer.running_mean.tolist(), layer.running_var.tolist()  # variances 2 and 8
+        ([3.5], [5.0])
+    """
+    layers = _layers(network)
+    momenta = [layer.momentum for layer in layers]
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # PyTorch's name for the mean of all batches
+        layer.train()
+    try:
+        with parametrize.cached():
+            for images in batches:
+                network(images)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _layers(network: nn.Module) -> list[_BatchNorm]:
+    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
