@@ -170,7 +170,11 @@ def test_demo_writes_report_and_picture(qtdog, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["backbones", "objectives", "step-rules", "averagers", "quantizers", "presets", "datasets", "options"]
+    "kind",
+    [
+        *("backbones", "objectives", "feature-layers", "step-rules", "averagers", "quantizers"),
+        *("presets", "datasets", "options"),
+    ],
 )
 def test_list(qtdog, kind):
     outcome = qtdog("list", kind, "--json")

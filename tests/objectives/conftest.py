@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 
 from qtdog.core.registry import import_members
+from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
+from qtdog.models.stages import find_stages
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
 from qtdog.training.parts import Trainable
@@ -77,3 +81,43 @@ def case() -> Case:
     images = torch.randn(N_DOMAINS * N, 1, 2, 3, dtype=torch.float64)
     labels = torch.randint(N_CLASSES, (N_DOMAINS * N,))
     return Case(network, ModelView(Trainable(network), network), DomainBatch(images, labels, (N,) * N_DOMAINS))
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A network with stages in float64, what an objective is told of it, and one batch of 3 × 6 images for it."""
+
+    network: Network
+    setting: Setting
+    view: ModelView
+    batch: DomainBatch
+
+    def objective(self, name: str, **params: float | str) -> Objective:
+        return OBJECTIVES[name](self.setting, params).double()
+
+    def loss(self, objective: Objective, seed: int = 0) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return objective(self.view, self.batch)
+
+    def stage_maps(self, network: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps behind each group norm of digits_cnn, layer by layer."""
+        maps = []
+        for layer in network.get_submodule("featurizer").children():
+            images = layer(images)
+            if isinstance(layer, nn.GroupNorm):
+                maps.append(images)
+        return maps
+
+
+@pytest.fixture
+def staged() -> Staged:
+    """Make the network for digits and a batch of three domains."""
+    options = {"n_classes": N_CLASSES, "channels": 1, "image_size": 8, "weights": "none", "freeze_bn": True}
+    network = create_network("digits_cnn", seed=0, **options).double()
+    stages = partial(find_stages, network, (1, 8, 8))
+    setting = Setting(N_DOMAINS, N_CLASSES, network.classifier.in_features, N, network, seed=3, stages=stages)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(N_DOMAINS * N, 1, 8, 8, dtype=torch.float64, generator=generator)
+    labels = torch.randint(N_CLASSES, (N_DOMAINS * N,), generator=generator)
+    batch = DomainBatch(images, labels, (N,) * N_DOMAINS)
+    return Staged(network, setting, ModelView(Trainable(network), network), batch)

@@ -42,7 +42,9 @@ def everything(parts: Parts) -> dict[str, torch.Tensor]:
 def test_it_trains_quantized_and_resumes_bit_by_bit(tmp_path, short_config, digits, name):
     params = {"anneal_steps": 1} if "anneal_steps" in OBJECTIVES[name].HYPERPARAMETERS else {}
     quantizer = {"bits": 7, "start_step": 0}
-    config = resolve(short_config(objective={"name": name, "params": params}, quantizer=quantizer), digits)
+    model = {"feature_layer": "context", "feature_params": {"width": 8}} if name == "arm" else {}
+    changes = {"objective": {"name": name, "params": params}, "quantizer": quantizer, "model": model}
+    config = resolve(short_config(**changes), digits)
     problem = make_problem(config, digits)
 
     def parts() -> Parts:

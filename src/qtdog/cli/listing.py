@@ -15,6 +15,7 @@ class Kind(StrEnum):
 
     BACKBONES = "backbones"
     OBJECTIVES = "objectives"
+    FEATURE_LAYERS = "feature-layers"
     STEP_RULES = "step-rules"
     AVERAGERS = "averagers"
     QUANTIZERS = "quantizers"
@@ -68,6 +69,7 @@ def _rows(kind: Kind) -> list[list[str]]:
 def _axis(kind: Kind) -> list[list[str]]:
     """Return the members of an axis of the configuration, with the first line of what each says of itself."""
     # `compose` has imported every member, so that each has entered its name.
+    from qtdog.models.feature_layers import FEATURE_LAYERS
     from qtdog.quantizers.registry import QUANTIZERS
     from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
 
@@ -75,6 +77,7 @@ def _axis(kind: Kind) -> list[list[str]]:
         return [["none", "Leave the weights in float."], *([name, QUANTIZERS[name].about] for name in QUANTIZERS)]
     registries: dict[Kind, Registry[Any]] = {
         Kind.OBJECTIVES: OBJECTIVES,
+        Kind.FEATURE_LAYERS: FEATURE_LAYERS,
         Kind.STEP_RULES: STEP_RULES,
         Kind.AVERAGERS: AVERAGERS,
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from qtdog.core.errors import ConfigError, unknown
 
 T = TypeVar("T")
+Member = TypeVar("Member")
 
 
 class Registry(Generic[T]):
@@ -34,9 +35,14 @@ class Registry(Generic[T]):
         self._members[name] = member
         return member
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters its function or class under `name`."""
-        return lambda member: self.add(name, member)
+    def register(self, name: str) -> Callable[[Member], Member]:
+        """Return a decorator that enters its function or class, a T, under `name`."""
+
+        def enter(member: Member) -> Member:  # of its own type, not T: a class keeps its attributes for type checkers
+            self.add(name, cast(T, member))
+            return member
+
+        return enter
 
     def __getitem__(self, name: str) -> T:
         """Return the member called `name`; ConfigError with the nearest match if there is none."""

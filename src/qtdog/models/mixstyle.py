@@ -25,8 +25,7 @@ def mix_styles(features: Tensor, stage: Stage, weight: Tensor, partner: Tensor) 
 
         σ' = λ σ(x) + (1 - λ) σ(x̃),   μ' = λ μ(x) + (1 - λ) μ(x̃),   x' = σ' (x - μ(x)) / σ(x) + μ'
 
-    The gradient does not pass through μ and σ. Source: Zhou et al., *Domain Generalization with MixStyle* (ICLR 2021),
-    equations 3 to 5.
+    The gradient does not pass through μ and σ. Source: Zhou et al., *Domain Generalization with MixStyle* (ICLR 2021).
 
     Args:
         features: a feature map of n images, laid out as `stage` says.
@@ -71,7 +70,7 @@ class MixStyle(FeatureLayer):
 
     After each of the first stages, with probability p per batch, every image gets the style that `mix_styles` mixes
     with weight λ ~ Beta(α, α) from its own and that of a random image of the batch (the paper's variant without domain
-    labels). Never after the last stage: there the style says what the image shows (paper, section 3.3).
+    labels). Never after the last stage: there the style says what the image shows.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {

@@ -114,12 +114,12 @@ def _maps(network: Network, names: Sequence[str], image_shape: tuple[int, int, i
 
         return hook
 
-    device = next(network.parameters()).device
+    like = next(network.parameters())
     handles = [network.featurizer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     was_training = network.training
     network.eval()
     try:
-        network.features(torch.zeros(1, *image_shape, device=device))
+        network.features(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
     finally:
         network.train(was_training)
         for handle in handles:

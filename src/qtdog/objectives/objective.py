@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qtdog.core.errors import ConfigError
 from qtdog.core.hyperparameters import HyperParameters, Value, fill
 from qtdog.core.registry import Registry
+from qtdog.core.stage import Stage
 from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
 
 
@@ -26,6 +27,8 @@ class Setting:
         batch_size: images per source domain and step, over all processes.
         network: the network as it starts, before quantizers are attached: `featurizer` and `classifier`.
         n_processes: processes that share the batch.
+        seed: of the random start of an objective's own networks.
+        stages: finds the stages of the network, first to last; raises ModelError where it has none.
     """
 
     n_domains: int
@@ -34,6 +37,8 @@ class Setting:
     batch_size: int
     network: nn.Module
     n_processes: int = 1
+    seed: int = 0
+    stages: Callable[[], Sequence[Stage]] = tuple
 
 
 class Objective(nn.Module):

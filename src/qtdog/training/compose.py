@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,17 +18,21 @@ from qtdog.data.cache import DecodedCache, Progress, open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.models.backbones import create_network, preprocessing
+from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
+from qtdog.models.stages import find_stages
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.quantizers.options import OPTION_NAMES
-from qtdog.training.averagers import AVERAGERS
+from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.parts import Parts, Trainable
 from qtdog.training.problem import Problem
 from qtdog.training.step_rules import STEP_RULES
 
 import_members("qtdog.objectives")
+for _module in ("sagm", "sam", "sma", "swa", "swad"):  # each enters its name
+    import_module(f"qtdog.training.{_module}")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -45,16 +51,18 @@ def compose(
     """Return the objects that `config` names, on the device, ready for `training.loop.train`.
 
     Raises:
-        ConfigError: an unknown name on one of the axes, with the nearest match.
-        ModelError: an unknown backbone, or weights that cannot be had or do not fit.
+        ConfigError: an unknown name on one of the axes, with the nearest match, or names that do not go together.
+        ModelError: an unknown backbone, one without the stages that a method needs, or weights that cannot be had or do
+            not fit.
         DataError: an image cannot be decoded.
     """
     make_objective, make_step_rule = OBJECTIVES[config.objective.name], STEP_RULES[config.step_rule.name]
-    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    averager = _averager(config)
     step_rule = make_step_rule(config.step_rule.params)
+    _check_feature_layer(config)
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
-    setting = _setting(config, problem, network, accelerator.num_processes)
+    setting = _setting(config, problem, network, accelerator.num_processes, dataset.sheet.channels)
     objective = make_objective(setting, config.objective.params).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
@@ -87,10 +95,27 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         weights=config.model.weights,
         freeze_bn=config.model.freeze_bn,
         seed=config.init_seed,
+        feature_layer=config.model.feature_layer,
+        feature_params=config.model.feature_params,
     )
 
 
-def _setting(config: Config, problem: Problem, network: Network, n_processes: int) -> Setting:
+def _averager(config: Config) -> Averager:
+    name = config.averager.name
+    if AVERAGERS[name].READS_HELDOUT and config.data.train_on_heldout:
+        raise ConfigError(f"averager '{name}' follows the held-out images' loss; data.train_on_heldout leaves none")
+    return AVERAGERS[name](config.averager.params, config.start_step or 0)
+
+
+def _check_feature_layer(config: Config) -> None:
+    name, objective = config.model.feature_layer, config.objective.name
+    fitting = FEATURE_LAYERS[name].OBJECTIVES
+    if fitting and objective not in fitting:
+        text = f"feature layer '{name}' makes no sense with objective '{objective}': it is for {', '.join(fitting)}"
+        raise ConfigError(f"{text}. Add --objective {fitting[0]}, or take another feature layer.")
+
+
+def _setting(config: Config, problem: Problem, network: Network, n_processes: int, channels: int) -> Setting:
     return Setting(
         n_domains=len(problem.sources),
         n_classes=network.classifier.out_features,
@@ -98,6 +123,8 @@ def _setting(config: Config, problem: Problem, network: Network, n_processes: in
         batch_size=config.data.batch_size,
         network=network,
         n_processes=n_processes,
+        seed=config.init_seed,
+        stages=partial(find_stages, network, (channels, config.data.image_size, config.data.image_size)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -27,9 +27,9 @@ class Trainable(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W)."""
-        features = self.network.features(images)
+    def forward(self, images: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W); see `Network.features`."""
+        features = self.network.features(images, sizes)
         return features, self.network.classifier(features)
 
 

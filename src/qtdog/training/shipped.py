@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from qtdog.conversion.ship import fill
-from qtdog.core.errors import FormatError
+from qtdog.core.errors import ConfigError, FormatError
 from qtdog.data.normalise import normalise
 from qtdog.models.backbones import create_network
+from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
 from qtdog.packing.ensemble_file import is_ensemble
@@ -48,6 +49,8 @@ class ModelInfo(_Untrusted):
         bits: per quantized weight, or None for a float model.
         step: updates behind the shipped weights.
         config_hash: of the run's configuration.
+        feature_layer: what the network has besides its backbone, a name of `models.feature_layers.FEATURE_LAYERS`.
+        feature_params: its hyper-parameters.
     """
 
     backbone: str
@@ -60,6 +63,8 @@ class ModelInfo(_Untrusted):
     bits: int | None
     step: int
     config_hash: str
+    feature_layer: str = "none"
+    feature_params: dict[str, bool | int | float | str] = {}
 
 
 class ShippedModel(nn.Module):
@@ -116,6 +121,7 @@ def empty_network(info: ModelInfo) -> Network:
 
     Raises:
         ModelError: the backbone is not known here, or cannot take such images.
+        ConfigError: so with the feature layer; `read_info` refuses a file that says such.
     """
     how = info.preprocessing
     return create_network(
@@ -126,6 +132,8 @@ def empty_network(info: ModelInfo) -> Network:
         weights="none",
         freeze_bn=True,
         seed=0,
+        feature_layer=info.feature_layer,
+        feature_params=info.feature_params,
     )
 
 
@@ -133,7 +141,7 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
     """Return the validated description in a file's metadata.
 
     Raises:
-        FormatError: a field is missing or out of range.
+        FormatError: a field is missing or out of range, or the feature layer is not known here.
     """
     try:
         info = ModelInfo.model_validate(metadata)
@@ -143,4 +151,8 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
         raise FormatError(f"{path} does not describe a qtdog model: {where}: {first['msg']}") from error
     if not len(info.preprocessing.mean) == len(info.preprocessing.std) == info.preprocessing.channels:
         raise FormatError(f"{path}: mean and std must have {info.preprocessing.channels} entries, one per channel")
+    try:
+        make_feature_layer(info.feature_layer, info.feature_params)
+    except ConfigError as error:
+        raise FormatError(f"{path} has a feature layer that is not known here: {error}") from error
     return info

@@ -1,0 +1,98 @@
+"""MIRO: stay close, in the sense of mutual information, to the pretrained features (Cha et al., ECCV 2022)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
+from qtdog.objectives.at_stages import kept_at_stages
+from qtdog.objectives.erm import erm_loss
+from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
+from qtdog.objectives.view import DomainBatch, ModelView
+
+START_VARIANCE = 0.1
+MIN_VARIANCE = 1e-5
+
+
+def miro_penalty(features: Sequence[Tensor], pretrained: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
+    """Return how far the features are from what the pretrained network says, by stage and channel.
+
+    Formula, over the stages l, the mean over images, positions and channels:
+
+        Σ_l ½ · mean(log σ²_l + (f_l - f⁰_l)² / σ²_l)
+
+    Source: Cha et al., *Domain Generalization by Mutual-Information Regularization with Pre-trained Models* (ECCV
+    2022), with the identity as mean encoder and a diagonal, constant variance: an upper bound, up to a constant, of the
+    entropy of f⁰ given f.
+
+    Args:
+        features: f_l of each stage.
+        pretrained: f⁰_l of each stage, of the same shapes.
+        variances: σ²_l of each stage, of shapes that broadcast over the features.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> features, pretrained = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> miro_penalty([features], [pretrained], [torch.ones(1, 2)]).item()
+        0.25
+    """
+    terms = [
+        (variance.log() + (ours - theirs) ** 2 / variance).mean() / 2
+        for ours, theirs, variance in zip(features, pretrained, variances, strict=True)
+    ]
+    return torch.stack(terms).sum()
+
+
+@OBJECTIVES.register("miro")
+class MIRO(Objective):
+    """Cross-entropy + weight · closeness to the pretrained features at every stage (Cha et al., ECCV 2022).
+
+    The variance encoder of a stage is softplus(b) + 1e-5, one b per channel, and starts at 0.1; it learns at ten times
+    the learning rate. f⁰ comes from a copy of the network as it starts, in evaluation mode: it never trains, is in no
+    checkpoint, and is made anew from the pretrained weights when a run goes on. The stages are those of
+    `models.stages.find_stages`; the authors' code adds the stem.
+
+    The paper's weights: 0.01 for PACS and VLCS, 0.1 for OfficeHome, TerraIncognita and DomainNet. Without pretrained
+    weights (`--weights none`) the method holds the network at a random start, which makes no sense.
+    """
+
+    HYPERPARAMETERS: ClassVar[HyperParameters] = {
+        "weight": HyperParameter(0.1, "of the regularisation (λ, ld)", low=0, search=(1e-3, 1), log=True),
+    }
+    ONE_PROCESS = True
+    lr_factor = 10.0
+
+    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+        super().__init__(setting, params)
+        self.stages = tuple(setting.stages())
+        start = math.log(math.expm1(START_VARIANCE - MIN_VARIANCE))  # the inverse of softplus
+        self.raw_variances = nn.ParameterList([torch.full((stage.n_channels,), start) for stage in self.stages])
+        # In a tuple it is no submodule: neither optimizer nor checkpoint nor train() shall find it.
+        self._pretrained = (copy.deepcopy(setting.network).eval().requires_grad_(False),)
+
+    @property
+    def pretrained(self) -> nn.Module:
+        """The frozen copy of the network as it started."""
+        return self._pretrained[0]
+
+    def variances(self) -> list[Tensor]:
+        """Return the variance of each stage, of a shape that broadcasts over its feature map."""
+        pairs = zip(self.stages, self.raw_variances, strict=True)
+        return [stage.spread(softplus(raw) + MIN_VARIANCE) for stage, raw in pairs]
+
+    def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
+        """Return the scalar loss of one step."""
+        with kept_at_stages(view.network, self.stages) as features:
+            outputs = view.outputs(batch)
+        with torch.no_grad(), kept_at_stages(self.pretrained, self.stages) as pretrained:
+            self.pretrained(batch.images)
+        return erm_loss(outputs) + self.number("weight") * miro_penalty(features, pretrained, self.variances())
