@@ -67,10 +67,10 @@ class Mixup(Objective):
         images, labels = zip(*batch.split(), strict=True)
         pairs = random_ring(len(images))
         shares = draw_shares(self.number("alpha"), len(pairs))
-        mixtures = [
-            share * images[one] + (1 - share) * images[other] for (one, other), share in zip(pairs, shares, strict=True)
-        ]
-        _, logits = view(torch.cat(mixtures))
+        mixed = torch.empty_like(batch.images)  # of its memory format too: `cat` loses that of grey images
+        for (one, other), share, part in zip(pairs, shares, mixed.split(batch.sizes), strict=True):
+            torch.lerp(images[other], images[one], share, out=part)
+        _, logits = view(mixed)
         chosen = [(labels[one], labels[other]) for one, other in pairs]
         return _mean_loss(logits.split(batch.sizes), chosen, shares)
 
