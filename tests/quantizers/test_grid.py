@@ -1,11 +1,12 @@
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.grid import encode
 
 
+@settings(deadline=None)
 @given(bits=st.integers(2, 8), axis=st.sampled_from([0, 1, None]), seed=st.integers(0, 2**31))
 def test_codes_are_the_nearest_points_of_the_grid(bits: int, axis: int | None, seed: int) -> None:
     weight = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(seed))

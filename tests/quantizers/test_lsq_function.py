@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtdog.quantizers import lsq_function
@@ -29,6 +29,7 @@ def draw(shape, bits, seed, *, per_channel=True, width=3.0):
     return weight, scale, torch.randn(shape, generator=generator)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(SHAPES)),
     st.integers(2, 8),
