@@ -21,7 +21,7 @@ from qtdog.training.run import Voice, run
 from qtdog.training.run_folder import RunFolder
 
 HEALTHY = LayerHealth("conv", 0.01, 0.0, 1.02)
-ILL = LayerHealth("conv", 0.9, 0.5, 0.05)
+ILL = LayerHealth("conv", 0.9, 0.6, 0.05)
 
 
 def record(step: int, accuracy: float) -> SourceRecord:
@@ -68,7 +68,7 @@ def test_each_layer_is_warned_of_once(short_config):
     look([ILL], [record(2, 0.9), record(4, 0.8)])
     look([ILL], [record(2, 0.9), record(4, 0.8), record(6, 0.8)])
     assert len(warnings) == 1
-    assert "'conv': 90% of its weights are clipped; 50% of its channels round to zero" in warnings[0]
+    assert "'conv': 90% of its weights are clipped; 60% of its channels round to zero" in warnings[0]
 
 
 def test_a_fall_to_chance_stops_with_a_diagnosis(short_config):
