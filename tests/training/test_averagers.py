@@ -1,0 +1,171 @@
+"""The running mean, SWA and SMA against a few lines that do the same, and their place in a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qtdog.conversion.attach import attach, sites
+from qtdog.core.errors import ConfigError
+from qtdog.quantizers.lsq import LSQ
+from qtdog.training.average import Average
+from qtdog.training.averagers import Averager, swapped
+from qtdog.training.compose import AVERAGERS
+from qtdog.training.sma import SMA
+from qtdog.training.swa import SWA
+
+N_STEPS = 12
+
+
+class Walker(nn.Module):
+    """A network whose state is another after every update: weights, a constant, a mask and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+        self.register_buffer("constant", torch.rand(50, generator=torch.Generator().manual_seed(7)))
+        self.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("count", torch.tensor(0))
+
+    def walk_(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        self.weight.data.copy_(torch.randn(3, 4, generator=generator))
+        self.get_buffer("mask").fill_(step % 2 == 0)
+        self.get_buffer("count").fill_(step)
+        return self.weight.detach().clone()
+
+
+def follow(averager: Averager, network: Walker, first: int, last: int) -> dict[int, Tensor]:
+    walked = {}
+    for step in range(first, last + 1):
+        walked[step] = network.walk_(step)
+        averager.after_step(step, network)
+        averager.after_evaluation(step, 1.0)
+    return walked
+
+
+@pytest.mark.parametrize(("t0", "start"), [(0, 0), (4, 0), (2, 5), (12, 0)])
+def test_sma_is_the_papers_recursion(t0, start):
+    sma, network = SMA({"start": t0}, start), Walker()
+    begin, expected = max(t0, start + 1), None
+    for step, weight in follow(sma, network, 1, N_STEPS).items():
+        if step >= begin:
+            mean = weight if expected is None else expected
+            expected = ((step - begin) * mean + weight) / (step - begin + 1)
+    found = sma.evaluated()
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found["weight"], expected, rtol=0, atol=1e-6)
+    assert sma.final() is None  # selection chooses among the averages
+    assert sma.kept(N_STEPS) == f"average of updates {begin} to {N_STEPS}"
+
+
+@pytest.mark.parametrize(("begin", "every", "start"), [(1, 1, 0), (3, 4, 0), (3, 4, 6), (12, 5, 0)])
+def test_swa_is_the_mean_of_every_nth_update(begin, every, start):
+    swa, network = SWA({"start": begin, "every": every}, start), Walker()
+    walked = follow(swa, network, 1, N_STEPS)
+    counted = [walked[step] for step in range(max(begin, start + 1), N_STEPS + 1, every)]
+    found = swa.final()
+    assert found is not None
+    torch.testing.assert_close(found["weight"], torch.stack(counted).mean(0), rtol=0, atol=1e-6)
+    assert swa.evaluated() is None
+
+
+@pytest.mark.parametrize("make", [SMA, SWA])
+def test_before_its_first_update_an_averager_keeps_nothing(make):
+    averager = make({"start": 100}, 0)
+    follow(averager, Walker(), 1, N_STEPS)
+    assert averager.evaluated() is None
+    assert averager.final() is None
+    assert averager.kept(6).startswith("weights after update 6 (")
+
+
+@pytest.mark.parametrize("name", [name for name in AVERAGERS if name != "none"])
+def test_only_floats_are_averaged_and_what_never_changes_stays(name):
+    averager, network = AVERAGERS[name]({"start": 1, "every": 1} if name == "swa" else {}, 0), Walker()
+    if name == "sma":
+        averager = SMA({"start": 1}, 0)
+    follow(averager, network, 1, N_STEPS)
+    state = averager.final() or averager.evaluated()
+    assert state is not None
+    assert set(state) == {"weight", "constant"}
+    assert torch.equal(state["constant"], network.get_buffer("constant"))
+    with swapped(network, state):
+        assert network.get_buffer("count").item() == N_STEPS  # of the last update
+        assert torch.equal(network.weight, state["weight"])
+    assert torch.equal(network.weight, Walker().walk_(N_STEPS))
+
+
+@pytest.mark.parametrize("name", list(AVERAGERS))
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_an_averager_goes_on_bit_for_bit_from_its_saved_state(name, stop):
+    params = {"sma": {"start": 2}, "swa": {"start": 2, "every": 3}}.get(name, {})
+    whole, first, second = (AVERAGERS[name](params, 1) for _ in range(3))
+    follow(whole, Walker(), 1, N_STEPS)
+    follow(first, Walker(), 1, stop)
+    tensors, extra = first.state()
+    second.restore({key: value.clone() for key, value in tensors.items()}, extra)
+    follow(second, Walker(), stop + 1, N_STEPS)
+    assert second.kept(N_STEPS) == whole.kept(N_STEPS)
+    for ours, theirs in ((second.evaluated(), whole.evaluated()), (second.final(), whole.final())):
+        assert (ours is None) == (theirs is None)
+        assert all(torch.equal(value, (theirs or {})[key]) for key, value in (ours or {}).items())
+    for key, value in whole.state()[0].items():
+        assert torch.equal(value, second.state()[0][key]), key
+
+
+def test_the_order_of_memory_changes_no_bit():
+    """A checkpoint brings tensors back contiguous, whatever they were."""
+    torch.manual_seed(0)
+    states = [torch.randn(3, 5, 7, 2) for _ in range(9)]
+    one, other = Average(), Average()
+    for step, state in enumerate(states, 1):
+        one.add_(step, {"w": state})
+        other.add_(step, {"w": state.to(memory_format=torch.channels_last)})
+    assert torch.equal(one.mean["w"], other.mean["w"])
+
+
+def test_merged_averages_are_the_average_of_all():
+    torch.manual_seed(0)
+    states = [torch.randn(40, dtype=torch.float32) for _ in range(10)]
+    parts = [Average(), Average(), Average()]
+    for step, state in enumerate(states, 1):
+        parts[0 if step < 3 else 2].add_(step, {"w": state})
+    first = parts[0].mean["w"].clone()
+    total = Average()
+    for part in parts:
+        total.merge_(part)
+    torch.testing.assert_close(total.mean["w"], torch.stack(states).mean(0), rtol=0, atol=1e-6)
+    assert (total.n, total.first, total.last) == (10, 1, 10)
+    assert torch.equal(parts[0].mean["w"], first)  # merging leaves the parts alone
+
+
+def test_step_sizes_are_averaged_geometrically():
+    network = nn.Linear(3, 1, bias=False)
+    attach(network, bits=4).enable()
+    (site,) = sites(network)
+    assert isinstance(site.quantizer, LSQ)
+    quantizer = site.quantizer
+    sma = SMA({"start": 1}, 0)
+    for step, size in enumerate((0.01, 0.04), 1):
+        quantizer.log_scale.data.fill_(math.log(size))
+        sma.after_step(step, network)
+    with swapped(network, sma.evaluated()):
+        assert quantizer.step_sizes().item() == pytest.approx(0.02)
+    assert quantizer.step_sizes().item() == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("make", "params", "message"),
+    [
+        (SWA, {"every": 0}, "every of averager 'SWA' must lie in 1"),
+        (SMA, {"begin": 3}, "unknown hyper-parameter of averager 'SMA' 'begin'"),
+        (SMA, {"start": 2.5}, "must be int"),
+    ],
+)
+def test_wrong_hyper_parameters_are_refused(make, params, message):
+    with pytest.raises(ConfigError, match=message):
+        make(params, 0)

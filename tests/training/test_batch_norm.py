@@ -1,0 +1,142 @@
+"""Statistics of batch norm for averaged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qtdog.core.config import Config
+from qtdog.core.errors import Interrupted
+from qtdog.data.digits import RotatedDigits
+from qtdog.training import batch_norm as module
+from qtdog.training import loop as loop_module
+from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
+from qtdog.training.checkpoint import latest_checkpoint
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.problem import make_problem, resolve
+from qtdog.training.run import run
+from qtdog.training.run_folder import RunFolder
+from qtdog.training.shipped import load
+
+N_BATCHES = 3
+
+
+@pytest.fixture(scope="module")
+def digits() -> RotatedDigits:
+    return RotatedDigits()
+
+
+@pytest.fixture(autouse=True)
+def _few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "N_BATCHES", N_BATCHES)
+
+
+@pytest.fixture
+def config(short_config, digits) -> Config:
+    model = {"backbone": "test_resnet", "weights": "none", "freeze_bn": False}
+    train = {"steps": 4, "eval_every": 2}
+    data = {"target": "75", "batch_size": 4, "image_size": 32}
+    averager = {"name": "sma", "params": {"start": 1}}
+    quantizer = {"name": "lsq", "start_step": 1}
+    return resolve(short_config(model=model, train=train, data=data, averager=averager, quantizer=quantizer), digits)
+
+
+def by_hand(network: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """The mean over batches of what each batch-norm layer's input has for mean and unbiased variance."""
+    found: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> None:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            dims = [dim for dim in range(inputs[0].ndim) if dim != 1]
+            found.setdefault(f"{name}.running_mean", []).append(inputs[0].double().mean(dims))
+            found.setdefault(f"{name}.running_var", []).append(inputs[0].double().var(dims))
+
+        handles.append(network.get_submodule(name).register_forward_pre_hook(note))
+
+    handles: list = []
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    for name in layers:
+        hook(name)
+    network.eval()
+    for name in layers:
+        network.get_submodule(name).train()  # each layer passes on what it normalises with the batch
+    with torch.no_grad():
+        for images in batches:
+            network(images)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+
+
+def test_statistics_are_those_of_a_manual_pass():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.5), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+    )
+    network[1].eval()
+    batches = [torch.randn(6, 1, 8, 8) * (index + 1) for index in range(4)]
+    estimate_statistics_(network, iter(batches))
+    assert [layer.training for layer in network] == [True, False, True, True, True]
+    assert (network[1].momentum, network[4].momentum) == (0.3, 0.1)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    for name, value in by_hand(network, batches).items():
+        torch.testing.assert_close(state[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_there_before_does_not_count(config, digits):
+    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    results = []
+    for start in (0.0, 5.0):
+        for name, buffer in parts.network.named_buffers():
+            if "running" in name:
+                buffer.fill_(start)
+        fit_batch_norm_(parts)
+        results.append({name: buffer.clone() for name, buffer in parts.network.named_buffers()})
+    assert any("running_mean" in name for name in results[0])
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert parts.network.training
+
+
+def test_frozen_statistics_stay(config, digits):
+    frozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze_bn": True})})
+    parts = compose(frozen, digits, make_problem(frozen, digits), make_accelerator(frozen))
+    before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
+    fit_batch_norm_(parts)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in parts.network.named_buffers())
+
+
+def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digits, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    result = run(config, digits, folder)
+    assert result["kept"] == f"average of updates 2 to {result['selected_step']}"
+    network = load(folder.model_file).network
+    shipped = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    for name, value in by_hand(network, [parts.batches.batch(step).images for step in range(N_BATCHES)]).items():
+        torch.testing.assert_close(shipped[name].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, digits, tmp_path, monkeypatch):
+    whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
+    run(config, digits, whole)
+    real, calls = loop_module.update, []
+
+    def stopping(*args):
+        if len(calls) == 3:
+            raise Interrupted("stopped by SIGTERM")
+        calls.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "update", stopping)
+        with pytest.raises(Interrupted):
+            run(config, digits, broken)
+    run(config, digits, broken, resume=True)
+    assert whole.model_file.read_bytes() == broken.model_file.read_bytes()
+
+    bare = config.model_copy(update={"averager": config.averager.model_copy(update={"name": "none", "params": {}})})
+    run(bare, digits, RunFolder(tmp_path / "bare"))
+    ends = [latest_checkpoint(RunFolder(tmp_path / name).checkpoints, print) for name in ("whole", "bare")]
+    networks = [end.tensors["network"] for end in ends if end is not None]
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
