@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qtdog.conversion.ship import save as save
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
+    from qtdog.ensemble.load import load_any as load_any
     from qtdog.training.shipped import load as load
 
 _HOMES = {
@@ -26,9 +27,10 @@ _HOMES = {
     "QuantizedTensor": "qtdog.core.quantized",
     "QuantSpec": "qtdog.core.quantized",
     "load": "qtdog.training.shipped",
+    "load_any": "qtdog.ensemble.load",
 }
 
-__all__ = ["QuantSpec", "QuantizedTensor", "__version__", "attach", "attached", "load", "load_into", "save"]
+__all__ = ["QuantSpec", "QuantizedTensor", "__version__", "attach", "attached", "load", "load_any", "load_into", "save"]
 
 try:
     __version__ = metadata.version("qtdog")

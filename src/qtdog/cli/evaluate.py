@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qtdog.data.dataset import DomainDataset
+    from qtdog.ensemble.model import EnsembleModel
     from qtdog.training.shipped import ShippedModel
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model.safetensors that 'qtdog train' wrote.", metavar="MODEL")],
+    model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
     data: Annotated[str, typer.Argument(help="Data set name, folder DOMAIN/CLASS/image, or manifest.", metavar="DATA")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -25,19 +26,22 @@ def evaluate(
     Examples:
       qtdog eval runs/photos-c/model.safetensors photos/
 
+      qtdog eval runs/five/c-eoq/model.safetensors photos/        (an ensemble: its cost is shown too)
+
       qtdog eval model.safetensors new-site/ --json
     """
     from qtdog.cli.console import print_json, print_table
     from qtdog.data.open import open_dataset
+    from qtdog.ensemble.load import load_any
     from qtdog.report.table import percent
-    from qtdog.training.shipped import load
 
-    shipped = load(model)
+    shipped = load_any(model)
     dataset = open_dataset(data, min_domains=1)
     scores = score_domains(shipped, dataset)
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
     if as_json:
-        print_json({"model": str(model), "data": data, "domains": scores, "average": average})
+        told = {"model": str(model), "data": data, "domains": scores, "average": average}
+        print_json(told | ensemble_cost(model, shipped))
         return
     sources = shipped.info.source_domains
     rows = [
@@ -45,9 +49,36 @@ def evaluate(
         for domain, score in scores.items()
     ]
     print_table(["domain", "accuracy (%)", "images"], [*rows, ["average of domains", percent(average), ""]])
+    say_cost(model, shipped)
 
 
-def score_domains(shipped: ShippedModel, dataset: DomainDataset) -> dict[str, dict[str, Any]]:
+def ensemble_cost(path: Path, model: ShippedModel | EnsembleModel) -> dict[str, Any]:
+    """Return what an ensemble is and costs (`size`, `training_steps`, `training_runs`, `inference_passes`), else {}."""
+    from dataclasses import asdict
+
+    from qtdog.ensemble.model import EnsembleModel
+    from qtdog.packing.ensemble_sizes import ensemble_sizes
+
+    if not isinstance(model, EnsembleModel):
+        return {}
+    info, n_members = model.info, len(model.members)
+    told = {"kind": info.kind, "n_members": n_members, "size": asdict(ensemble_sizes(path))}
+    steps = {"training_steps": info.training_steps, "training_runs": info.training_runs}
+    return told | steps | {"inference_passes": n_members}
+
+
+def say_cost(path: Path, model: ShippedModel | EnsembleModel) -> None:
+    """Print what an ensemble costs beside one model to standard error; nothing for one model."""
+    from qtdog.cli.console import err
+    from qtdog.report.cost_table import cost_line
+
+    told = ensemble_cost(path, model)
+    if told:
+        text = f"{told['kind']} of {told['n_members']} members: {cost_line(told['size'], told)}"
+        err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def score_domains(shipped: ShippedModel | EnsembleModel, dataset: DomainDataset) -> dict[str, dict[str, Any]]:
     """Return accuracy, loss and number of images for each domain of the data set.
 
     Raises:
@@ -70,7 +101,7 @@ def score_domains(shipped: ShippedModel, dataset: DomainDataset) -> dict[str, di
     labels = model_labels(shipped.info.classes, dataset)
     cache = open_cache(dataset, how.image_size, progress=CountingBar("decoding images"))
     accelerator = Accelerator()
-    network = shipped.network.to(accelerator.device)
+    network = shipped.to(accelerator.device)
     scores = {}
     for domain in dataset.domains:
         batches = eval_batches(cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)

@@ -6,9 +6,11 @@ import sys
 
 import typer
 
+from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
+from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
 from qtdog.cli.listing import listing
 from qtdog.cli.predict import predict
@@ -43,6 +45,8 @@ def _root(
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(predict)
+app.command()(ensemble)
+app.command()(bits)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(data_app, name="data")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qtdog.cli.crew import Beginning, Crew, read_plan
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError
 from qtdog.core.settings import Tree, build_config, load_preset, parse_assignment
@@ -39,10 +40,17 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """One run to make: its effective configuration and its folder."""
+    """One run to make.
+
+    Attributes:
+        config: effective.
+        folder: where.
+        beginning: the float steps that it shares with other runs; None to train from its own start.
+    """
 
     config: Config
     folder: RunFolder
+    beginning: Beginning | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Request:
         flags: values of the flags that name a configuration value; None where not given.
         presets: names or files, later ones on top.
         assignments: the texts of `--set`.
-        members: how many runs that differ in their seed.
+        crew: how many runs that differ in their seed, and what they share.
         out: the run folder, or the folder of run folders if there are several; None for `runs/`.
         resume: go on with what is there.
     """
@@ -61,19 +69,19 @@ class Request:
     flags: Mapping[str, Any]
     presets: Sequence[str] = ()
     assignments: Sequence[str] = ()
-    members: int = 1
+    crew: Crew = field(default_factory=Crew)
     out: Path | None = None
     resume: bool = False
 
 
-def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDataset, list[Planned]]:
-    """Return the data set and the runs that `request` asks for.
+def configure(request: Request) -> tuple[DomainDataset, Config]:
+    """Return the data set, of which no image is read, and the configuration that `request` describes.
 
     Layers, later ones win: defaults, the data set's own preset (or the saved configuration of a run to resume),
     `--preset`s, flags, `--set`s.
 
     Raises:
-        ConfigError, DataError: as in `build_config`, `open_dataset` and `resolve`.
+        ConfigError, DataError: as in `build_config` and `open_dataset`.
     """
     flags = _flag_tree(request.flags)
     own = [load_preset(name) for name in request.presets]
@@ -82,17 +90,61 @@ def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDatase
     source = build_config([*saved, *own, flags, *assigned]).data.source
     dataset = open_dataset(source, min_domains=1)
     base = saved or [_dataset_layer(dataset, with_preset=not own)]
-    config = build_config([*base, *own, flags, *assigned])
+    return dataset, build_config([*base, *own, flags, *assigned])
+
+
+def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDataset, list[Planned]]:
+    """Return the data set and the runs that `request` asks for: one for each target and member.
+
+    Raises:
+        ConfigError, DataError: as in `configure`, `resolve` and `Crew.check`.
+    """
+    request.crew.check()
+    dataset, config = configure(request)
     targets = dataset.domains if config.data.target == "all" else (config.data.target,)
-    seeds = [config.train.seed + member for member in range(request.members)]
-    several = len(targets) * len(seeds) > 1
-    plan = []
+    plan: list[Planned] = []
     for target in targets:
-        for seed in seeds:
-            one = build_config([config.model_dump(), {"data": {"target": target}, "train": {"seed": seed}}])
-            one = resolve(one, dataset, progress)
-            plan.append(Planned(one, RunFolder(_place(request.out, one, several=several, members=request.members))))
+        configs = [resolve(one, dataset, progress) for one in _members(config, target, request.crew)]
+        plan += _crew_plan(request, configs, several=len(targets) > 1)
     return dataset, plan
+
+
+def _members(config: Config, target: str, crew: Crew) -> list[Config]:
+    """Return the configurations of the members for one target: they differ in seed, and in trial if that is asked."""
+    configs = []
+    for member in range(crew.members):
+        data: Tree = {"target": target}
+        if crew.splits == "different":
+            data["trial"] = config.data.trial + member
+        configs.append(
+            build_config([config.model_dump(), {"data": data, "train": {"seed": config.train.seed + member}}])
+        )
+    return configs
+
+
+def _crew_plan(request: Request, configs: Sequence[Config], *, several: bool) -> list[Planned]:
+    crew, out = request.crew, request.out
+    if out is None and crew.fork_at:
+        # a run with a foreign beginning must not take the name of the run that began itself
+        out = Path("runs") / f"{config_hash(configs[0])}-fork-{crew.fork_at}"
+    folders = [RunFolder(_place(out, one, several=several, members=crew.members)) for one in configs]
+    beginning = None
+    if crew.fork_at and out is not None:
+        name = configs[0].data.target.replace("/", "_")
+        beginning = Beginning(configs[0], RunFolder(out / f"{name}-beginning"), crew.until)
+    return [Planned(one, folder, beginning) for one, folder in zip(configs, folders, strict=True)]
+
+
+def with_saved_crew(request: Request) -> Request:
+    """Return the request with the members that its folder was planned for, if it resumes and says nothing of members.
+
+    Raises:
+        RunError: what is remembered there is damaged.
+    """
+    if not request.resume or request.out is None or request.crew != Crew():
+        return request
+    found = read_plan(request.out)
+    return request if found is None else replace(request, crew=found[1])
 
 
 def _flag_tree(flags: Mapping[str, Any]) -> Tree:
@@ -117,6 +169,9 @@ def _saved(request: Request) -> list[Tree]:
     """Return the configuration in the run folder that is to be resumed, so that no flag need be repeated."""
     if not request.resume or request.out is None:
         return []
+    planned = read_plan(request.out)
+    if planned is not None:
+        return [planned[0]]
     saved = RunFolder(request.out).read_config()
     described = [*request.presets, *request.assignments, *(v for v in request.flags.values() if v is not None)]
     if saved is None and not described:
@@ -127,7 +182,7 @@ def _saved(request: Request) -> list[Tree]:
 def _place(out: Path | None, config: Config, *, several: bool, members: int) -> Path:
     if out is None:
         return Path("runs") / config_hash(config)
-    if not several:
+    if not several and members == 1:
         return out
     member = f"-seed{config.train.seed}" if members > 1 else ""
     return out / f"{config.data.target.replace('/', '_')}{member}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from qtdog.ensemble.model import EnsembleModel
     from qtdog.training.shipped import ShippedModel
 
 BATCH = 64
@@ -26,7 +27,7 @@ class Format(StrEnum):
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model.safetensors that 'qtdog train' wrote.", metavar="MODEL")],
+    model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],
     *,
     style: Annotated[Format, typer.Option("--format", help="How to write the predictions.")] = Format.TABLE,
@@ -43,10 +44,12 @@ def predict(
       qtdog predict model.safetensors new-site/ --format csv --out predictions.csv
     """
     from qtdog.cli.console import fail
+    from qtdog.cli.evaluate import say_cost
     from qtdog.core.errors import QtdogError
-    from qtdog.training.shipped import load
+    from qtdog.ensemble.load import load_any
 
-    shipped = load(model)
+    shipped = load_any(model)
+    say_cost(model, shipped)
     rows: list[dict[str, Any]] = []
     failures = 0
     for row in predictions(shipped, find_images(images)):
@@ -77,7 +80,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predictions(shipped: ShippedModel, files: Sequence[Path]) -> Iterator[Any]:
+def predictions(shipped: ShippedModel | EnsembleModel, files: Sequence[Path]) -> Iterator[Any]:
     """Yield for each file, in order, a row with `image`, `class` and `probability`, or the error that it gave."""
     import numpy as np
     import torch

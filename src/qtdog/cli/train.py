@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,17 @@ DATA = "Data set name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, 
 TARGET = "The unseen domain; 'all' for each in turn; 'none' to train on everything (the model you deploy)."
 PRESET = "Preset (qtdog list presets) or YAML file; may be given several times, later ones win."
 OUT = "The run folder itself (with several runs: the folder that holds them). Default: runs/<hash>."
+MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
+SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed."
+FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
 RESUME = "Go on from the last checkpoint; with --out alone the saved configuration is used."
+
+
+class Splits(StrEnum):
+    """Which images the members of an ensemble hold out."""
+
+    SAME = "same"
+    DIFFERENT = "different"
 
 
 def train(
@@ -60,8 +71,10 @@ def train(
     ] = None,
     members: Annotated[
         int,
-        typer.Option(min=1, max=100, help="Train this many models, seeds SEED, SEED+1, …", rich_help_panel="Training"),
+        typer.Option(min=1, max=100, help=MEMBERS, rich_help_panel="Training"),
     ] = 1,
+    member_splits: Annotated[Splits, typer.Option(help=SPLITS, rich_help_panel="Training")] = Splits.SAME,
+    fork_at: Annotated[str | None, typer.Option(metavar="start|STEP", help=FORK_AT, rich_help_panel="Training")] = None,
     out: Annotated[Path | None, typer.Option(help=OUT, rich_help_panel="Run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME, rich_help_panel="Run")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel="Run")] = False,
@@ -75,25 +88,32 @@ def train(
 
       qtdog train --data photos/ --target all --out runs/photos      (each domain unseen in turn, one table)
 
+      qtdog train --data photos/ --target c --members 5 --fork-at start --out runs/five     (an ensemble of five)
+
       qtdog train --resume --out runs/photos-c                       (after a crash, or Ctrl-C)
     """
     given = dict(locals())
-    from qtdog.cli.plan import FLAGS, Request, make_plan
+    from qtdog.cli.console import print_json
+    from qtdog.cli.crew import Crew
+    from qtdog.cli.plan import FLAGS, Request, make_plan, with_saved_crew
     from qtdog.cli.progress import CountingBar
 
     flags = {name: given[name] for name in FLAGS}
-    request = Request(flags, preset or (), assign or (), members, out, resume)
+    crew = Crew(members, member_splits.value, fork_at)
+    request = with_saved_crew(Request(flags, preset or (), assign or (), crew, out, resume))
     dataset, plan = make_plan(request, CountingBar("reading images"))
     announce(dataset)
-    results = run_all(dataset, plan, resume=resume)
     if out is not None and len(plan) > 1:
-        _keep_table(out, results)
+        _remember(out, plan, request.crew)
+    results = run_all(dataset, plan, resume=resume)
+    ensembles = join_all(dataset, plan, out) if request.crew.members > 1 else []
+    if out is not None and len(plan) > 1:
+        _keep_table(out, results, ensembles)
     if as_json:
-        from qtdog.cli.console import print_json
-
-        print_json(results[0] if len(results) == 1 else results)
+        single = results[0] if len(results) == 1 else results
+        print_json({"runs": results, "ensembles": ensembles} if ensembles else single)
     else:
-        _show(results)
+        _show(results, ensembles)
 
 
 def announce(dataset: Any) -> None:
@@ -115,26 +135,69 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool) -> list[dict[str
     from qtdog.report.table import method_name
     from qtdog.training.run import Voice, run
 
-    voice = Voice(training_bar, CountingBar("decoding images"), warn)
+    voice = Voice(training_bar, CountingBar("decoding images"), warn, CountingBar("quantizing after training"))
     results = []
     for planned in plan:
-        result = run(planned.config, dataset, planned.folder, resume=resume, voice=voice)
-        name = method_name(planned.config.model_dump())
-        results.append(result | {"method": name, "folder": str(planned.folder.path)})
+        config, folder, shared = planned.config, planned.folder, planned.beginning
+        start = None
+        if shared is not None and folder.read_result() is None:
+            start = shared.checkpoint(config, dataset, voice)
+        result = run(config, dataset, folder, resume=resume, voice=voice, fork_from=start)
+        if shared is not None:
+            shared.check(result, folder)
+        told = {"method": method_name(config.model_dump()), "folder": str(folder.path)}
+        results.append(result | told | {"training_steps": config.train.steps})
     return results
 
 
-def _keep_table(out: Path, results: Sequence[dict[str, Any]]) -> None:
+def join_all(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[str, Any]]:
+    """Make the ensemble of each target from its finished members and return their results; only one process does."""
+    from qtdog.cli.console import SPEAKS
+    from qtdog.cli.crew import join_crew
+    from qtdog.cli.progress import CountingBar
+
+    if not SPEAKS:
+        return []
+    crews: dict[str, list[Path]] = {}
+    for planned in plan:
+        crews.setdefault(planned.config.data.target, []).append(planned.folder.path)
+    return [join_crew(dataset, folders, out, CountingBar("decoding images")) for folders in crews.values()]
+
+
+def _remember(out: Path, plan: Sequence[Any], crew: Any) -> None:
+    """Write down what was asked for, as one configuration: the first run's, for all targets if there are several."""
+    from qtdog.cli.crew import keep_plan
+
+    first = plan[0].config
+    target = "all" if len({planned.config.data.target for planned in plan}) > 1 else first.data.target
+    data = first.data.model_copy(update={"target": target})
+    keep_plan(out, first.model_copy(update={"data": data}), crew)
+
+
+def table_of(
+    results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the table of runs of one method: a row for them, and with ensembles one for these, with their cost."""
+    from qtdog.report.cost_table import cost_table
+    from qtdog.report.table import target_table
+
+    method = results[0]["method"]
+    if not ensembles:
+        return target_table({method: results})
+    members = len(ensembles[0]["members"])
+    return cost_table({f"{method}: mean of {members}": results, ensembles[0]["method"]: ensembles})
+
+
+def _keep_table(out: Path, results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]) -> None:
     from qtdog.core.files import write_atomic
-    from qtdog.report.table import markdown, target_table
+    from qtdog.report.table import markdown
 
     write_atomic(out / "results.json", json.dumps(list(results), indent=1))
-    write_atomic(out / "results.md", markdown(*target_table({results[0]["method"]: results})) + "\n")
+    write_atomic(out / "results.md", markdown(*table_of(results, ensembles)) + "\n")
 
 
-def _show(results: Sequence[dict[str, Any]]) -> None:
+def _show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]) -> None:
     from qtdog.cli.console import out, print_table
-    from qtdog.report.table import target_table
 
     title = "accuracy (%) on the whole unseen domain, checkpoint by source validation"
     first = results[0]
@@ -142,11 +205,13 @@ def _show(results: Sequence[dict[str, Any]]) -> None:
         title = f"accuracy (%) on the whole unseen domain, checkpoint by '{first['selection']}'"
     if first["test_mode"] == "in-domain":
         title = "accuracy (%) on the last 20 % of each source domain (in-domain)"
-    headers, rows = target_table({first["method"]: results})
+    headers, rows = table_of(results, ensembles)
     print_table(headers, rows, title=title)
+    if ensembles and ensembles[0]["splits"] != "shared":
+        out.print("The members held out different images, so the ensemble has no honest score on the sources.")
     if first["test_accuracy"] is None:
         out.print("No domain was held out, so nothing says how well it transfers; --target all measures that.")
-    for result in results:
-        folder = escape(result["folder"])
+    for result in [*results, *ensembles]:
+        folder, each = escape(result["folder"]), "member" if "members" in result else "layer"
         out.print(f"model  {folder}/model.safetensors", highlight=False, soft_wrap=True)
-        out.print(f"report {folder}/result.json (accuracies, sizes, each layer)", highlight=False, soft_wrap=True)
+        out.print(f"report {folder}/result.json (accuracies, sizes, each {each})", highlight=False, soft_wrap=True)

@@ -98,6 +98,17 @@ def check_place(order: Order) -> None:
         raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --out")
 
 
+def finished(members: Sequence[Member], order: Order) -> dict[str, Any] | None:
+    """Return the result of just this ensemble if it was made before, else None."""
+    if not (order.result_file.is_file() and order.file.is_file()):
+        return None
+    check_place(order)
+    result = json.loads(order.result_file.read_text())
+    files = [member.result["model_sha256"] for member in members]
+    same = result["kind"] == order.kind and [member["model_sha256"] for member in result["members"]] == files
+    return result if same and result["model_sha256"] == sha256_file(order.file) else None
+
+
 def members_hash(members: Sequence[Member], kind: str) -> str:
     """Return 12 hex digits that name an ensemble: its kind and its members' files, in any order."""
     parts = [kind, *sorted(member.result["model_sha256"] for member in members)]

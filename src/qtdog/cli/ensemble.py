@@ -1,0 +1,117 @@
+"""`qtdog ensemble`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qtdog.ensemble.exam import Exam
+    from qtdog.ensemble.member import Member
+
+KIND = (
+    "eoq, eoa or ensemble keep all members; diwa and soup average them into one model. Default: what the members are."
+)
+OUT = "Folder, or .safetensors file, to write; result.json goes beside the file."
+DATA = "Where the images are now, if not where the members' configuration says."
+PICK = "Which members diwa and soup average: all, or greedily those that help on held-out source images."
+REFIT = "Where a soup's step sizes start: as in the members' configuration, or with the least squared error."
+
+
+class Pick(StrEnum):
+    """Which members take part in an average."""
+
+    UNIFORM = "uniform"
+    GREEDY = "greedy"
+
+
+class Refit(StrEnum):
+    """Where the step sizes of a soup start."""
+
+    INIT = "init"
+    MSE = "mse"
+
+
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...")],
+    *,
+    out: Annotated[Path, typer.Option(help=OUT)],
+    kind: Annotated[str | None, typer.Option(help=KIND)] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
+    pick: Annotated[Pick, typer.Option(help=PICK)] = Pick.UNIFORM,
+    refit: Annotated[Refit, typer.Option(help=REFIT)] = Refit.INIT,
+    tune: Annotated[int, typer.Option(min=0, help="Updates of a soup on the source domains afterwards.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make one model file of several finished runs, and measure it on their target and held-out source images.
+
+    Examples:
+      qtdog ensemble runs/five/c-seed* --out runs/five-eoq
+
+      qtdog ensemble runs/float/c-seed* --kind diwa --pick greedy --out runs/diwa
+
+      qtdog ensemble runs/five/c-seed* --kind soup --tune 300 --out runs/soup
+    """
+    from qtdog.cli.console import print_json, warn
+    from qtdog.ensemble.assemble import Order, assemble
+    from qtdog.ensemble.kinds import fitting_kind
+    from qtdog.ensemble.member import check_alike, read_member
+    from qtdog.ensemble.one_model import Recipe
+
+    members = [read_member(run) for run in runs]
+    check_alike(members)
+    name = kind or fitting_kind(members)
+    file = out if out.suffix == ".safetensors" else out / "model.safetensors"
+    order = Order(name, file, Recipe(pick.value, refit.value, tune))
+    result = assemble(members, order, find_exam(members, data), warn=warn)
+    if as_json:
+        print_json(result)
+    else:
+        _show(members, result, order.file)
+
+
+def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
+    """Return the images to measure on: those in `data`, else where the members' configuration says if they are there.
+
+    Raises:
+        DataError: `data` is given and cannot be used, or its images are not those that the members were trained on.
+    """
+    from qtdog.cli.console import warn
+    from qtdog.cli.progress import CountingBar
+    from qtdog.core.errors import DataError
+    from qtdog.data.open import open_dataset
+    from qtdog.ensemble.exam import open_exam
+    from qtdog.ensemble.member import share_splits
+
+    config = members[0].config
+    try:
+        dataset = open_dataset(data or config.data.source, min_domains=1)
+        progress = CountingBar("decoding images")
+        return open_exam(config, dataset, same_splits=share_splits(members), progress=progress)
+    except DataError as error:
+        if data is not None:
+            raise
+        warn(f"nothing is measured, because the images are not there: {error} Give --data")
+        return None
+
+
+def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None:
+    from qtdog.cli.console import out, print_table
+    from qtdog.ensemble.kinds import KINDS
+    from qtdog.report.cost_table import cost_table
+    from qtdog.report.table import method_name
+
+    runs = [member.result | {"training_steps": member.config.train.steps} for member in members]
+    first = method_name(members[0].config.model_dump())
+    title = f"{KINDS[result['kind']].title} of {len(members)}"
+    headers, rows = cost_table({f"{first}: mean of {len(members)}": runs, title: [result]})
+    print_table(headers, rows, title="accuracy (%) on the whole unseen domain, and what it costs")
+    if result["splits"] != "shared":
+        out.print("The members held out different images, so the ensemble has no honest score on the sources.")
+    out.print(f"model  {file}", highlight=False, soft_wrap=True, markup=False)
+    report = file.with_name("result.json")
+    out.print(f"report {report} (by domain, each member)", highlight=False, soft_wrap=True, markup=False)
