@@ -131,8 +131,7 @@ def require_grid(config: QuantizerConfig) -> None:
 
 def no_grid(name: str) -> str:
     """Return the sentence that says so."""
-    grids = ", ".join(other for other in QUANTIZERS if not other.startswith(("noise-", "freeze")))
-    return f"quantizer '{name}' leaves the weights in float, so there are no bits to choose; use one of {grids}"
+    return f"quantizer '{name}' leaves the weights in float, so there are no bits to choose; use one such as lsq"
 
 
 def cost_table(layers: Sequence[Sensitivity]) -> npt.NDArray[np.float64]:

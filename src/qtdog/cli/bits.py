@@ -1,0 +1,247 @@
+"""`qtdog bits`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtdog.cli.bits_report import choice_table, layer_table, train_line
+from qtdog.cli.train import DATA, PRESET
+
+if TYPE_CHECKING:
+    from qtdog.analysis.bit_plan import BitPlan
+    from qtdog.data.dataset import DomainDataset
+
+TARGET = "The domain that the model is for: none of its images is opened; 'none' if every domain is a source."
+START = "First quantized step; the float steps before it are shared by all candidates. Default: 40 % of the steps."
+BRIEF = "Quantized steps of each candidate. Default: a quarter of those of the whole run."
+GAMMA = "Radius of the flatness. Default: 5 % of the length of the float weights."
+BUDGET = "Bits per weight on average, for --mode mixed."
+VECTORS = "Random vectors of the curvature (--mode mixed)."
+OUT = "Folder of all runs; the same command with the same folder goes on. Default: runs/bits-<hash>."
+LAYER_BITS = "layer_bits.yaml"
+
+
+class Mode(StrEnum):
+    """One number of bits for the network, or one for each layer."""
+
+    UNIFORM = "uniform"
+    MIXED = "mixed"
+
+
+def _panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
+    return typer.Option(*spelling, help=text, rich_help_panel=name, **more)
+
+
+def bits(
+    *,
+    mode: Annotated[Mode, _panel("Choice", "One bit-width for the network, or one per layer.")] = Mode.UNIFORM,
+    candidates: Annotated[str, _panel("Choice", "Bit-widths, separated by commas.")] = "8,7,6,5,4",
+    brief_steps: Annotated[int | None, _panel("Choice", BRIEF)] = None,
+    gamma: Annotated[float | None, _panel("Choice", GAMMA)] = None,
+    directions: Annotated[int, _panel("Choice", "Random directions of the flatness.")] = 20,
+    budget: Annotated[float | None, _panel("Choice", BUDGET)] = None,
+    vectors: Annotated[int, _panel("Choice", VECTORS, min=2)] = 20,
+    data: Annotated[str | None, _panel("Problem", DATA)] = None,
+    target: Annotated[str | None, _panel("Problem", TARGET)] = None,
+    trial: Annotated[int | None, _panel("Problem", "Which random 20 % of each domain is held out.")] = None,
+    image_size: Annotated[int | None, _panel("Problem", "Pixels.")] = None,
+    preset: Annotated[list[str] | None, _panel("Configuration", PRESET)] = None,
+    assign: Annotated[
+        list[str] | None, _panel("Configuration", "Any configuration value.", "--set", metavar="SECTION.KEY=VALUE")
+    ] = None,
+    backbone: Annotated[str | None, _panel("Method", "Any timm model, digits_cnn or mnist_cnn.")] = None,
+    weights: Annotated[str | None, _panel("Method", "'imagenet', 'none', or a .safetensors/.pth file.")] = None,
+    objective: Annotated[str | None, _panel("Method", "The loss.")] = None,
+    step_rule: Annotated[str | None, _panel("Method", "How the loss becomes an update.")] = None,
+    averager: Annotated[str | None, _panel("Method", "Which weights are kept.")] = None,
+    quantizer: Annotated[str | None, _panel("Method", "One with a grid that trains, such as lsq.")] = None,
+    start_step: Annotated[int | None, _panel("Method", START)] = None,
+    steps: Annotated[int | None, _panel("Training", "Updates of the run that the bits are for.")] = None,
+    batch_size: Annotated[int | None, _panel("Training", "Images per source domain per step.")] = None,
+    lr: Annotated[float | None, _panel("Training", "Learning rate.")] = None,
+    seed: Annotated[int | None, _panel("Training", "Of initialisation, batches and augmentation.")] = None,
+    out: Annotated[Path | None, _panel("Run", OUT)] = None,
+    as_json: Annotated[bool, _panel("Run", "Print JSON.", "--json")] = False,
+) -> None:
+    """Choose the bits for a target from the sources alone.
+
+    Each source domain is left out in turn: the float steps are trained once, every candidate goes on from there for
+    some steps, and is scored on the domain left out. Of the candidates within one standard error of the best, the one
+    with the fewest bits is recommended. --mode mixed chooses bits for each layer under a budget instead.
+
+    The cost is sources × (start steps + candidates × brief steps) updates; it is shown before the work begins.
+
+    Examples:
+      qtdog bits --data photos/ --target hospital_c --preset pacs-lite
+
+      qtdog bits --data photos/ --target hospital_c --candidates 8,6,4 --brief-steps 100
+
+      qtdog bits --data photos/ --target hospital_c --mode mixed --budget 5.5
+    """
+    given = dict(locals())
+    from qtdog.cli.console import print_json
+    from qtdog.core.errors import ConfigError
+
+    if (mode is Mode.MIXED) != (budget is not None):
+        raise ConfigError("--mode mixed needs --budget BITS, the average bits per weight, and only that mode takes it")
+    dataset, plan = _plan(given)
+    folder = out or Path("runs") / f"bits-{plan.key}"
+    with _goes_on(folder):
+        report = _uniform(plan, folder) if budget is None else _mixed(plan, budget, vectors, folder)
+    presets = [*(preset or ()), *([] if budget is None else [str(folder / LAYER_BITS)])]
+    if presets and not preset and dataset.sheet.preset:
+        presets.insert(0, dataset.sheet.preset)  # a preset that is given takes the place of the data set's own
+    report |= {"folder": str(folder), "use": train_line(given, presets, report["choice"])}
+    _keep(folder, report)
+    if as_json:
+        print_json(report)
+    else:
+        _show_use(report)
+
+
+def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
+    """Return the whole data set and the plan on its sources; no image of the target is opened."""
+    from qtdog.analysis.bit_plan import BitPlan, parse_candidates, without_target
+    from qtdog.cli.plan import FLAGS, Request, configure
+    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.train import announce
+    from qtdog.training.problem import resolve
+
+    flags = {name: given[name] for name in FLAGS if name in given}
+    dataset, config = configure(Request(flags, given["preset"] or (), given["assign"] or ()))
+    sources = without_target(dataset, config.data.target)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"target": "none"})})
+    announce(sources)
+    plan = BitPlan(
+        config=resolve(config, sources, CountingBar("reading images")),
+        sources=sources,
+        candidates=parse_candidates(given["candidates"]),
+        brief_steps=given["brief_steps"],
+        gamma=given["gamma"],
+        n_directions=given["directions"],
+    )
+    return dataset, plan
+
+
+def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
+    from qtdog.analysis.bit_choice import choose
+    from qtdog.analysis.bit_trials import BitTrials
+    from qtdog.cli.console import err
+    from qtdog.cli.progress import CountingBar
+
+    n_sources, n_candidates = len(plan.sources.domains), len(plan.candidates)
+    err.print(
+        f"{plan.n_steps:,} steps: {n_sources} sources × ({plan.start:,} + {n_candidates} candidates × "
+        f"{plan.steps_each:,}); a whole run has {plan.config.train.steps:,}",
+        highlight=False,
+    )
+    say = _Counter(n_sources * (1 + n_candidates))
+    trials = BitTrials(plan, folder, _voice(), say, CountingBar("flatness")).run()
+    choice = choose(trials)
+    headers, rows = choice_table(choice)
+    radii = sorted(trial.gamma for trial in trials if trial.gamma is not None)
+    return {
+        "mode": "uniform",
+        "choice": choice.bits,
+        "best_bits": choice.best,
+        "candidates": [asdict(candidate) | {"eligible": candidate.eligible} for candidate in choice.candidates],
+        "trials": [asdict(trial) for trial in trials],
+        "n_steps": plan.n_steps,
+        "table": {"headers": headers, "rows": rows},
+        "title": f"accuracy (%) on all images of the source left out, after {plan.start:,} + {plan.steps_each:,} "
+        f"steps; flatness: rise of the loss at radius {_span(radii)}, small is flat",
+    }
+
+
+def _mixed(plan: BitPlan, budget: float, n_vectors: int, folder: Path) -> dict[str, Any]:
+    from qtdog.analysis.layer_choice import choose_layer_bits, uniform_candidate
+    from qtdog.cli.console import SPEAKS, err
+    from qtdog.cli.progress import CountingBar
+    from qtdog.core.files import write_atomic
+
+    err.print(f"{plan.start:,} float steps on all sources, then the curvature of each layer", highlight=False)
+    bar = CountingBar("curvature")
+    choice = choose_layer_bits(plan, budget, folder, n_vectors=n_vectors, voice=_voice(), progress=bar)
+    if SPEAKS:
+        write_atomic(folder / LAYER_BITS, choice.to_yaml())
+    headers, rows = layer_table(choice)
+    same = uniform_candidate(plan.candidates, budget)
+    return {
+        "mode": "mixed",
+        "choice": choice.layer_bits(),
+        "budget": budget,
+        "average_bits": choice.average_bits,
+        "cost": choice.cost,
+        "uniform_bits": same,
+        "uniform_cost": choice.uniform_cost(same),
+        "layers": [asdict(layer) | {"bits": b} for layer, b in zip(choice.layers, choice.bits, strict=True)],
+        "table": {"headers": headers, "rows": rows},
+        "title": f"{choice.average_bits:.2f} bits per weight; expected cost {choice.cost:.3g}, with {same} bits for "
+        f"every layer {choice.uniform_cost(same):.3g}",
+    }
+
+
+class _Counter:
+    """Prints what begins, with its number among all that is to be done."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+
+    def __call__(self, text: str) -> None:
+        from qtdog.cli.console import err
+
+        self._done += 1
+        err.print(f"{self._done}/{self._total}  {text}", highlight=False, markup=False)
+
+
+def _voice() -> Any:
+    from qtdog.cli.console import warn
+    from qtdog.cli.progress import CountingBar, training_bar
+    from qtdog.training.run import Voice
+
+    return Voice(training_bar, CountingBar("decoding images"), warn)
+
+
+@contextlib.contextmanager
+def _goes_on(folder: Path) -> Iterator[None]:
+    """Say of an interruption how to go on."""
+    from qtdog.core.errors import Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        again = Interrupted(f"stopped; what is done is kept in {folder}, and the same command goes on from there")
+        again.exit_code = error.exit_code
+        raise again from error
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in (values[0], values[-1]))
+    return low if low == high else f"{low} to {high}"
+
+
+def _keep(folder: Path, report: Mapping[str, Any]) -> None:
+    from qtdog.cli.console import SPEAKS
+    from qtdog.core.files import write_atomic
+    from qtdog.report.table import markdown
+
+    if SPEAKS:
+        write_atomic(folder / "choice.json", json.dumps(report, indent=1) + "\n")
+        table = markdown(report["table"]["headers"], report["table"]["rows"])
+        write_atomic(folder / "choice.md", f"{report['title']}\n\n{table}\n\n```bash\n{report['use']}\n```\n")
+
+
+def _show_use(report: Mapping[str, Any]) -> None:
+    from qtdog.cli.console import out, print_table
+
+    print_table(report["table"]["headers"], report["table"]["rows"], title=report["title"])
+    out.print(f"kept in {report['folder']}; to use it:", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"  {report['use']}", highlight=False, markup=False, soft_wrap=True)
