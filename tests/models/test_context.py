@@ -59,7 +59,7 @@ def test_an_answer_depends_on_the_images_beside_it():
 def test_its_batch_norm_learns_while_that_of_the_backbone_is_frozen():
     network = create(backbone="test_resnet", image_size=32)
     before = {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
-    network(torch.rand(4, 1, 32, 32))
+    network.train()(torch.rand(4, 1, 32, 32))
     moved = {name for name, value in before.items() if not torch.equal(network.state_dict()[name], value)}
     assert moved == {f"context.layers.{i}.running_{what}" for i in (1, 4) for what in ("mean", "var")}
 
