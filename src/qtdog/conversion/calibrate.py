@@ -203,7 +203,10 @@ def _record(model: nn.Module, group: list[Site], batches: Batches, count: _Progr
 
 
 def _solve(site: Site, method: str, hessian: Tensor | None, damping: float, check: Callable[[], None]) -> Outcome:
-    """Return codes and report of a layer with this Hessian."""
+    """Return codes and report of a layer with this Hessian.
+
+    Neither method is sure to beat rounding: with few weights per row the last ones have none left to make up for them.
+    """
     if hessian is None:
         return _rounded(site, "its inputs were not seen")
     if not torch.isfinite(hessian).all():
@@ -211,17 +214,17 @@ def _solve(site: Site, method: str, hessian: Tensor | None, damping: float, chec
     started = time.perf_counter()
     rounded = _fixed(site).rounded(site.weight)
     rows = site.weight.detach().flatten(1)
-    scale, codes = rounded.scale.expand(len(rows)), rounded.codes.flatten(1)
+    scale, nearest = rounded.scale.expand(len(rows)), rounded.codes.flatten(1)
     used, why = method, ""
     if method == "obc" and rows.shape[1] > OBC_COLUMNS:
         used, why = "gptq", f"{rows.shape[1]:,} weights per row; beyond {OBC_COLUMNS:,} obc takes gptq's order"
     try:
-        better = METHODS[used](rows, hessian, scale, rounded.spec, damping=damping, check=check)
+        codes = METHODS[used](rows, hessian, scale, rounded.spec, damping=damping, check=check)
     except ConfigError as error:
         raise ConfigError(f"layer '{site.name}': {error}") from error
-    before, after = (codes * scale[:, None] - rows for codes in (codes, better))
+    before, after = (found * scale[:, None] - rows for found in (nearest, codes))
     worse = row_errors(after, hessian) > row_errors(before, hessian)
-    chosen = torch.where(worse[:, None], codes, better)
+    chosen = torch.where(worse[:, None], nearest, codes)
     report = LayerCalibration(
         name=site.name,
         method=used,
