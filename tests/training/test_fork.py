@@ -21,6 +21,7 @@ from qtdog.training.fork_state import fork_differences, reseeded
 from qtdog.training.problem import resolve
 from qtdog.training.run import Voice, run
 from qtdog.training.run_folder import RunFolder
+from qtdog.training.step_rules import STEP_RULES
 
 START = 3
 DURING = [name for name in QUANTIZERS if not works_after_training(name)]
@@ -82,6 +83,13 @@ def test_fork_of_each_quantizer_is_bit_identical(name, make, prefix, digits, tmp
 @pytest.mark.parametrize("name", list(AVERAGERS))
 def test_fork_with_each_averager_is_bit_identical(name, make, prefix, digits, tmp_path):
     assert_fork_is_the_run(make(averager={"name": name}), digits, tmp_path, prefix)
+
+
+@pytest.mark.parametrize("name", [name for name in STEP_RULES if name != "plain"])
+def test_fork_with_each_step_rule_is_bit_identical(name, make, digits, tmp_path):
+    config = make(step_rule={"name": name})
+    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"))
+    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
 
 
 @pytest.mark.parametrize(("start", "eval_every"), [(2, 2), (3, 4)])

@@ -35,7 +35,7 @@ def moving_weights(network: nn.Module) -> list[nn.Parameter]:
 
 
 def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
-    """Return the length of the joint gradient of `weights`, a scalar; 0 for none.
+    """Return the length of the joint gradient of `weights`, a scalar; 0 for none; the same in whatever order they come.
 
     Example:
         >>> weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
@@ -43,7 +43,12 @@ def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
         >>> gradient_norm(weights).item()
         5.0
     """
-    return torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    norms = [torch.linalg.vector_norm(weight.grad) for weight in weights if weight.grad is not None]
+    if not norms:
+        return torch.zeros(())
+    # Sorted, because a network with quantizers attached has its parameters in another order than a plain one, and a run
+    # that begins from a float run must go on to the last bit as if it had trained alone.
+    return torch.linalg.vector_norm(torch.stack(norms).sort().values)
 
 
 @contextlib.contextmanager
