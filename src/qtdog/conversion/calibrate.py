@@ -122,7 +122,7 @@ def calibrate_(
     """
     found = _checked_sites(model, method, batches)
     Attached(model).set_enabled(False)
-    passes = [] if method == "rtn" else plan_passes(model, found)
+    passes = [] if method == "rtn" else plan_passes(model, found, HESSIAN_BYTES)
     count = _Progress(len(passes) * len(batches) + len(found), progress, check)
     outcomes: dict[str, Outcome] = {}
     for group in passes:
@@ -159,7 +159,7 @@ def _checked_sites(model: nn.Module, method: str, batches: Batches) -> list[Site
     return list(first.values())
 
 
-def plan_passes(model: nn.Module, layers: Iterable[Site], most_bytes: int = HESSIAN_BYTES) -> list[list[Site]]:
+def plan_passes(model: nn.Module, layers: Iterable[Site], most_bytes: int) -> list[list[Site]]:
     """Return the layers in groups whose Hessians fit into `most_bytes`, without those that alone do not.
 
     Example:
