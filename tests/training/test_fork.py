@@ -11,6 +11,7 @@ import pytest
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.settings import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
+from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 from qtdog.training import health
 from qtdog.training import loop as loop_module
@@ -37,7 +38,7 @@ def _no_alarm():
 
 @pytest.fixture(scope="module")
 def digits():
-    return RotatedDigits()
+    return DomainSubset(RotatedDigits(), ["0", "15", "75"])
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def choice_table(choice: Choice) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows, a row per candidate.
+    """Return headers and rows, a row per candidate; the recommended one has a star.
 
     Example:
         >>> from qtdog.analysis.bit_choice import Trial, choose
         >>> trials = [Trial(4, domain, accuracy, 0.25, 0.1, 1.0, 2000) for domain, accuracy in [("a", 0.5), ("b", 0.7)]]
-        >>> for row in zip(*choice_table(choose(trials)), strict=True):
-        ...     print(row)
+        >>> choice_table(choose(trials))[1]
+        [['4 *', '50.0', '70.0', '60.0 ± 10.0', '0.0 ± 0.0', '0.25 ± 0.07', '0.002 MB']]
     """
-    headers = ["bits", *choice.candidates[0].accuracies, "mean", "behind the best", "flatness", "file"]
+    headers = ["bits", *choice.candidates[0].accuracies, "mean", "behind best", "flatness", "file"]
     return headers, [_row(candidate, choice) for candidate in choice.candidates]
 
 
 def _row(candidate: Candidate, choice: Choice) -> list[str]:
     from qtdog.report.table import percent
 
-    name = f"{candidate.bits} (recommended)" if candidate.bits == choice.bits else str(candidate.bits)
+    name = f"{candidate.bits} *" if candidate.bits == choice.bits else str(candidate.bits)
     accuracies = [percent(accuracy) for accuracy in candidate.accuracies.values()]
     if candidate.accuracy is None:
         return [name, *accuracies, "failed", "–", "–", "–"]

@@ -1,0 +1,186 @@
+"""`qtdog bits` on small images: what it opens, keeps, recommends and refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qtdog.analysis import bit_trials
+from qtdog.core.errors import CollapseError, Interrupted
+from qtdog.core.settings import build_config, load_preset
+from qtdog.training import loop as loop_module
+
+NET = ("--backbone", "digits_cnn", "--weights", "none", "--image-size", 12, "--batch-size", 4)
+RUN = ("--steps", 8, "--start-step", 3, "--set", "train.eval_every=2")
+BRIEF = ("--brief-steps", 2, "--directions", 2)
+
+# Runs the program with every opened file written down: the target's must not be among them.
+WATCHED = """
+import json, sys
+opened = set()
+sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
+from qtdog.cli.main import main
+try:
+    main()
+finally:
+    with open(sys.argv.pop(0), "w") as stream:
+        json.dump(sorted(opened), stream)
+"""
+
+
+@pytest.fixture
+def tree(image_tree):
+    """Return the tree of images and the options that ask for the bits for its domain `night`."""
+    return image_tree, ("--data", image_tree, "--target", "night", *NET, *RUN)
+
+
+def test_no_file_of_the_target_is_opened(tree, tmp_path):
+    root, options = tree
+    log = tmp_path / "opened.json"
+    code = WATCHED.replace("sys.argv.pop(0)", repr(str(log)))
+    words = ["bits", *options, *BRIEF, "--candidates", "7,3", "--out", tmp_path / "out", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    report = json.loads(done.stdout)
+    opened = json.loads(log.read_text())
+    assert len([name for name in opened if name.startswith(str(root / "indoor"))]) == 18
+    assert [name for name in opened if name.startswith(str(root / "night"))] == []
+    assert {candidate["bits"] for candidate in report["candidates"]} == {7, 3}
+    assert set(report["candidates"][0]["accuracies"]) == {"indoor", "outdoor"}
+    assert report["choice"] in (7, 3)
+    assert report["n_steps"] == 2 * (3 + 2 * 2)
+
+
+def test_a_trial_is_the_run_that_one_would_train_alone(qtdog, tree, tmp_path):
+    root, options = tree
+    report = json.loads(qtdog("bits", *options, *BRIEF, "--candidates", 5, "--out", tmp_path / "out", "--json").out)
+    shutil.rmtree(root / "night")
+    alone = ("train", "--data", root, "--target", "outdoor", *NET, "--bits", 5, "--start-step", 3, "--steps", 5)
+    result = json.loads(qtdog(*alone, "--set", "train.eval_every=2", "--out", tmp_path / "alone", "--json").out)
+    kept = json.loads((tmp_path / "out" / "outdoor" / "5-bit" / "result.json").read_text())
+    assert kept["model_sha256"] == result["model_sha256"]
+    assert kept["forked_from_step"] == 3
+    (candidate,) = report["candidates"]
+    assert candidate["accuracies"]["outdoor"] == result["test_accuracy"]
+    assert candidate["n_bytes"] == result["size"]["bytes"]
+    assert {trial["gamma"] for trial in report["trials"]} != {None}
+
+
+def test_the_same_command_goes_on_after_an_interruption(qtdog, tree, tmp_path, monkeypatch):
+    _, options = tree
+    words = ("bits", *options, *BRIEF, "--candidates", "7,3", "--json", "--out")
+    whole = qtdog(*words, tmp_path / "whole")
+    real, left = loop_module.update, [6]
+
+    def stopping(*args):
+        if not left[0]:
+            error = Interrupted("stopped by SIGINT")
+            error.exit_code = 130
+            raise error
+        left[0] -= 1
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "update", stopping)
+        stopped = qtdog(*words, tmp_path / "broken")
+    assert stopped.code == 130
+    assert "the same command goes on from there" in stopped.err
+    gone_on = qtdog(*words, tmp_path / "broken")
+    same = ("choice", "candidates", "trials")
+    one, other = json.loads(whole.out), json.loads(gone_on.out)
+    assert [one[name] for name in same] == [other[name] for name in same]
+
+    with monkeypatch.context() as patch:  # what is finished is not done again; a candidate can be added
+        patch.setattr(loop_module, "update", lambda *args: pytest.fail("trained again"))
+        assert qtdog(*words, tmp_path / "whole").out == whole.out
+    more = qtdog("bits", *options, *BRIEF, "--candidates", "7,5,3", "--out", tmp_path / "whole")
+    assert more.code == 0
+    assert "| 5 " in (tmp_path / "whole" / "choice.md").read_text()
+    changed = qtdog(*words, tmp_path / "whole", "--lr", 0.5)
+    assert changed.code == 1
+    assert "optimizer.lr" in changed.err
+
+
+def test_a_candidate_that_collapses_does_not_end_the_choice(qtdog, tree, tmp_path, monkeypatch):
+    _, options = tree
+    real = bit_trials.run
+
+    def collapsing(config, *args, **more):
+        if config.quantizer.bits == 3:
+            raise CollapseError("the network collapsed", {})
+        return real(config, *args, **more)
+
+    monkeypatch.setattr(bit_trials, "run", collapsing)
+    outcome = qtdog("bits", *options, *BRIEF, "--candidates", "7,3", "--out", tmp_path / "out")
+    assert outcome.code == 0
+    assert "failed" in outcome.out
+    assert "3 bits without indoor: the network collapsed" in outcome.err
+    assert json.loads((tmp_path / "out" / "choice.json").read_text())["choice"] == 7
+
+
+def test_the_line_to_use_is_a_command_that_trains_with_the_choice(qtdog, tree, tmp_path):
+    _, options = tree
+    outcome = qtdog("bits", *options, *BRIEF, "--candidates", 6, "--out", tmp_path / "out")
+    line = json.loads((tmp_path / "out" / "choice.json").read_text())["use"]
+    assert f"  {line}\n" in outcome.out
+    words = shlex.split(line)
+    assert words[:2] == ["qtdog", "train"]
+    result = json.loads(qtdog(*words[1:], "--out", tmp_path / "run", "--json").out)
+    assert {layer["bits"] for layer in result["layers"]} == {6}
+    assert result["target_domain"] == "night"
+
+
+def test_mixed_bits_keep_the_budget_and_can_be_trained(qtdog, tmp_path):
+    words = ("bits", "--target", 75, "--steps", 4, "--start-step", 2, "--batch-size", 4, "--image-size", 8)
+    mixed = ("--mode", "mixed", "--budget", 5.5, "--vectors", 2, "--out", tmp_path / "out", "--json")
+    outcome = qtdog(*words, *mixed)
+    report = json.loads(outcome.out)
+    file = tmp_path / "out" / "layer_bits.yaml"
+    assert yaml.safe_load(file.read_text()) == {"quantizer": {"layer_bits": report["choice"]}}
+    assert build_config([load_preset(str(file))]).quantizer.layer_bits == report["choice"]
+    assert report["average_bits"] <= 5.5
+    assert report["cost"] <= report["uniform_cost"]
+    assert report["uniform_bits"] == 5
+    assert qtdog(*words, *mixed).out == outcome.out
+    line = shlex.split(report["use"])
+    assert line[line.index("--preset") + 1] == "digits"  # else the layers' preset would take its place
+    result = json.loads(qtdog(*line[1:], "--out", tmp_path / "run", "--json").out)
+    assert {layer["name"]: layer["bits"] for layer in result["layers"]} == report["choice"]
+    weights = [(layer["n_weights"], layer["bits"]) for layer in result["layers"]]
+    assert sum(n * b for n, b in weights) / sum(n for n, _ in weights) == pytest.approx(report["average_bits"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--target", "57"), 2, "unknown target domain '57'; did you mean '75'"),
+        (("--target", "all"), 2, "unknown target domain 'all'"),
+        (("--quantizer", "none"), 2, "no bits to choose"),
+        (("--candidates", "9"), 2, "bits must be 2 to 8, not 9"),
+        (("--mode", "mixed"), 2, "--mode mixed needs --budget"),
+        (("--budget", 5), 2, "only that mode takes it"),
+        (("--mode", "mixed", "--budget", 3, "--candidates", "8,4"), 2, "below the smallest candidate"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(qtdog, words, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop_module, "update", lambda *args: pytest.fail("trained"))
+    outcome = qtdog("bits", *words)
+    assert outcome.code == code
+    assert message in outcome.err
+    assert not Path("runs").exists()
+
+
+def test_one_source_is_too_few(qtdog, image_tree):
+    shutil.rmtree(image_tree / "outdoor")
+    outcome = qtdog("bits", "--data", image_tree, "--target", "night", *NET)
+    assert outcome.code == 2
+    assert "two source domains or more, found indoor" in outcome.err
