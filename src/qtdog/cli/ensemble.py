@@ -110,8 +110,8 @@ def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None
     title = f"{KINDS[result['kind']].title} of {len(members)}"
     headers, rows = cost_table({f"{first}: mean of {len(members)}": runs, title: [result]})
     print_table(headers, rows, title="accuracy (%) on the whole unseen domain, and what it costs")
-    if result["splits"] != "shared":
-        out.print("The members held out different images, so the ensemble has no honest score on the sources.")
+    if result["no_source_score"]:
+        out.print(f"No score on the sources: {result['no_source_score']}.", soft_wrap=True)
     out.print(f"model  {file}", highlight=False, soft_wrap=True, markup=False)
     report = file.with_name("result.json")
     out.print(f"report {report} (by domain, each member)", highlight=False, soft_wrap=True, markup=False)

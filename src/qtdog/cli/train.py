@@ -113,7 +113,7 @@ def train(
         single = results[0] if len(results) == 1 else results
         print_json({"runs": results, "ensembles": ensembles} if ensembles else single)
     else:
-        _show(results, ensembles)
+        show(results, ensembles)
 
 
 def announce(dataset: Any) -> None:
@@ -132,6 +132,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool) -> list[dict[str
     """Make every planned run, one after another, and return their results with folder and method."""
     from qtdog.cli.console import warn
     from qtdog.cli.progress import CountingBar, training_bar
+    from qtdog.ensemble.teach import open_teacher
     from qtdog.report.table import method_name
     from qtdog.training.run import Voice, run
 
@@ -142,7 +143,8 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool) -> list[dict[str
         start = None
         if shared is not None and folder.read_result() is None:
             start = shared.checkpoint(config, dataset, voice)
-        result = run(config, dataset, folder, resume=resume, voice=voice, fork_from=start)
+        teacher = open_teacher(config, dataset)
+        result = run(config, dataset, folder, resume=resume, voice=voice, fork_from=start, teacher=teacher)
         if shared is not None:
             shared.check(result, folder)
         told = {"method": method_name(config.model_dump()), "folder": str(folder.path)}
@@ -196,7 +198,8 @@ def _keep_table(out: Path, results: Sequence[dict[str, Any]], ensembles: Sequenc
     write_atomic(out / "results.md", markdown(*table_of(results, ensembles)) + "\n")
 
 
-def _show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]) -> None:
+def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] = ()) -> None:
+    """Print the table of finished runs, and where their files are."""
     from qtdog.cli.console import out, print_table
 
     title = "accuracy (%) on the whole unseen domain, checkpoint by source validation"
@@ -207,8 +210,8 @@ def _show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]
         title = "accuracy (%) on the last 20 % of each source domain (in-domain)"
     headers, rows = table_of(results, ensembles)
     print_table(headers, rows, title=title)
-    if ensembles and ensembles[0]["splits"] != "shared":
-        out.print("The members held out different images, so the ensemble has no honest score on the sources.")
+    if ensembles and ensembles[0]["no_source_score"]:
+        out.print(f"No score of the ensemble on the sources: {ensembles[0]['no_source_score']}.", soft_wrap=True)
     if first["test_accuracy"] is None:
         out.print("No domain was held out, so nothing says how well it transfers; --target all measures that.")
     for result in [*results, *ensembles]:

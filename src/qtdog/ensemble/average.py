@@ -60,7 +60,9 @@ def _shipped(member: Member, checkpoint: Checkpoint) -> State:
     averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
     averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
     averaged = averager.final()
-    return checkpoint.tensors["selected"] if averaged is None else averaged
+    if averaged is None:
+        return checkpoint.tensors["selected"]
+    return checkpoint.tensors["network"] | averaged  # what is not averaged is that of the last update
 
 
 def average(states: Sequence[Mapping[str, Tensor]], buffers: AbstractSet[str] = frozenset()) -> State:

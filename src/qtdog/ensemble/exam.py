@@ -35,7 +35,7 @@ class Exam:
         dataset: the data it names.
         cache: its decoded images.
         problem: the roles of the images.
-        same_splits: whether all members held out the same images; if not, the sources say nothing.
+        same_splits: whether all members held out the same images.
         device: where to compute.
     """
 
@@ -46,9 +46,14 @@ class Exam:
     same_splits: bool
     device: torch.device
 
+    @property
+    def has_source(self) -> bool:
+        """Whether there are source images that no member was trained on; without them the sources say nothing."""
+        return self.same_splits and not self.problem.train_on_heldout
+
     def source(self, answers: Answers) -> Scores:
-        """Return the scores on the held-out part of each source; empty if the members held out different images."""
-        if not self.same_splits:
+        """Return the scores on the held-out part of each source; empty if some member was trained on such images."""
+        if not self.has_source:
             return {}
         return {domain: self._score(answers, part) for domain, part in self.problem.selection_sets().items()}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.ensemble.exam import Scores, mean_accuracy
-from qtdog.ensemble.member import Member, share_splits
+from qtdog.ensemble.member import Member, heldout_note
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def describe(members: Sequence[Member], measured: Measured, folder: Path) -> dic
         "dataset": first.result.get("dataset"),
         "target_domain": first.info.target_domain,
         "source_domains": list(first.info.source_domains),
-        "splits": "shared" if share_splits(members) else "different: no honest score on the sources",
+        "no_source_score": heldout_note(members),
         "test_mode": first.config.data.test_mode,
         "selection": first.config.train.selection,
         "source_accuracy": measured.accuracy["source"],

@@ -111,9 +111,18 @@ def share_splits(members: Sequence[Member]) -> bool:
     Where they did not, an image that one was chosen by is one that another was trained on, and there is no honest score
     of the ensemble on the source domains.
     """
-    keys = ("content", "trial", "holdout_frac", "test_mode")
+    keys = ("content", "trial", "holdout_frac", "test_mode", "train_on_heldout")
     splits = {tuple(getattr(member.config.data, key) for key in keys) for member in members}
     return len(splits) == 1
+
+
+def heldout_note(members: Sequence[Member]) -> str | None:
+    """Return in words why there is no score of the members together on the sources, or None if there is one."""
+    if not share_splits(members):
+        return "the members held out different images: each was trained on some that another was chosen by"
+    if members[0].config.data.train_on_heldout:
+        return "the members were trained on the held-out images too"
+    return None
 
 
 def check_one_start(members: Sequence[Member]) -> None:

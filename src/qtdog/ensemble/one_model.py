@@ -104,16 +104,13 @@ def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:
 
 
 def _check_images(recipe: Recipe, exam: Exam | None) -> None:
-    needy = [
-        name for name, asked in (("--pick greedy", recipe.pick == "greedy"), ("--tune", recipe.tune_steps)) if asked
-    ]
+    asked = {"--pick greedy": recipe.pick == "greedy", "--tune": recipe.tune_steps > 0}
+    needy = [flag for flag, given in asked.items() if given]
     if needy and exam is None:
         raise ConfigError(f"{needy[0]} needs the images of the source domains: give --data")
-    if needy and exam is not None and not exam.same_splits:
-        text = (
-            f"{needy[0]} needs source images that no member was trained on, and these members held out different ones"
-        )
-        raise ConfigError(f"{text}: train them with one data.trial")
+    if needy and exam is not None and not exam.has_source:
+        text = f"{needy[0]} needs source images that no member was trained on, and there are none"
+        raise ConfigError(f"{text}: train the members with one data.trial and without data.train_on_heldout")
 
 
 def _accuracies(members: Sequence[Member]) -> list[float]:

@@ -1,0 +1,44 @@
+"""The memory claim, from the file on disk: five 7-bit members take little more than one float model."""
+
+from __future__ import annotations
+
+import torch
+
+from qtdog.conversion.attach import attach
+from qtdog.conversion.bake import bake
+from qtdog.models.backbones import create_network
+from qtdog.packing.ensemble_file import save_ensemble
+from qtdog.packing.ensemble_sizes import ensemble_sizes
+from qtdog.packing.packed_file import PackedModel
+
+
+def five_members(backbone, **changed):
+    """Make five members that differ in every weight; only what never trains (frozen statistics) is alike."""
+    for seed in range(5):
+        network = create_network(
+            backbone, n_classes=7, channels=3, image_size=64, weights="none", freeze_bn=True, seed=seed
+        )
+        generator = torch.Generator().manual_seed(seed)
+        trained = [*network.parameters(), *(network.buffers() if changed.get("statistics") else ())]
+        for tensor in trained:
+            if tensor.is_floating_point():
+                tensor.data += 0.01 * torch.rand(tensor.shape, generator=generator)
+        attach(network, bits=7, exclude=("classifier",)).enable()
+        baked = bake(network)
+        yield PackedModel(baked.quantized, baked.rest, {"backbone": backbone, "seed": seed, "step": 5000})
+
+
+def test_five_lite0_members_take_at_most_a_quarter_more_than_one_float_model(tmp_path):
+    save_ensemble(tmp_path / "x", list(five_members("tf_efficientnet_lite0")), {"kind": "eoq"})
+    sizes = ensemble_sizes(tmp_path / "x")
+    assert sizes.bytes == (tmp_path / "x").stat().st_size
+    assert 1.15 < sizes.float32_models <= 1.25
+    # 49 batch norms, 21,008 channels: two float32 statistics each and an int64 counter, shared by four members
+    assert sizes.shared_bytes == 4 * (21_008 * 2 * 4 + 49 * 8)
+
+
+def test_statistics_that_moved_are_stored_for_each_member(tmp_path):
+    save_ensemble(tmp_path / "x", list(five_members("tf_efficientnet_lite0", statistics=True)), {"kind": "eoq"})
+    sizes = ensemble_sizes(tmp_path / "x")
+    assert sizes.shared_bytes == 4 * 49 * 8
+    assert 1.2 < sizes.float32_models < 1.28
