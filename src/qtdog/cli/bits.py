@@ -155,6 +155,7 @@ def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
         "candidates": [asdict(candidate) | {"eligible": candidate.eligible} for candidate in choice.candidates],
         "trials": [asdict(trial) for trial in trials],
         "n_steps": plan.n_steps,
+        "verdict": f"{choice.bits} bits (*): the fewest within one standard error of the best, {choice.best} bits",
         "table": {"headers": headers, "rows": rows},
         "title": f"accuracy (%) on all images of the source left out, after {plan.start:,} + {plan.steps_each:,} "
         f"steps; flatness: rise of the loss at radius {_span(radii)}, small is flat",
@@ -184,7 +185,8 @@ def _mixed(plan: BitPlan, budget: float, n_vectors: int, folder: Path) -> dict[s
         "uniform_cost": choice.uniform_cost(same),
         "layers": [asdict(layer) | {"bits": b} for layer, b in zip(choice.layers, choice.bits, strict=True)],
         "table": {"headers": headers, "rows": rows},
-        "title": f"{choice.average_bits:.2f} bits per weight; expected cost {choice.cost:.3g}, with {same} bits for "
+        "title": "curvature of the float network on training images of the sources, and the bits chosen from it",
+        "verdict": f"{choice.average_bits:.2f} bits per weight; expected cost {choice.cost:.3g}, with {same} bits for "
         f"every layer {choice.uniform_cost(same):.3g}",
     }
 
@@ -236,12 +238,13 @@ def _keep(folder: Path, report: Mapping[str, Any]) -> None:
     if SPEAKS:
         write_atomic(folder / "choice.json", json.dumps(report, indent=1) + "\n")
         table = markdown(report["table"]["headers"], report["table"]["rows"])
-        write_atomic(folder / "choice.md", f"{report['title']}\n\n{table}\n\n```bash\n{report['use']}\n```\n")
+        text = f"{report['title']}\n\n{table}\n\n{report['verdict']}\n\n```bash\n{report['use']}\n```\n"
+        write_atomic(folder / "choice.md", text)
 
 
 def _show_use(report: Mapping[str, Any]) -> None:
     from qtdog.cli.console import out, print_table
 
     print_table(report["table"]["headers"], report["table"]["rows"], title=report["title"])
-    out.print(f"kept in {report['folder']}; to use it:", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"  {report['use']}", highlight=False, markup=False, soft_wrap=True)
+    for text in (report["verdict"], f"kept in {report['folder']}; to use it:", f"  {report['use']}"):
+        out.print(text, highlight=False, markup=False, soft_wrap=True)
