@@ -116,6 +116,7 @@ def test_all_targets_give_one_table_and_can_be_resumed(qtdog, model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == [
         "day",
         "night",
+        "plan.json",
         "results.json",
         "results.md",
         "x",
@@ -132,7 +133,7 @@ def test_all_targets_give_one_table_and_can_be_resumed(qtdog, model, tmp_path):
 def test_members_differ_by_their_seed(qtdog, tmp_path):
     outcome = qtdog("train", "--target", "75", *SHORT, "--members", 2, "--seed", 5, "--out", tmp_path / "m", "--json")
     assert outcome.code == 0
-    results = json.loads(outcome.out)
+    results = json.loads(outcome.out)["runs"]
     assert [result["folder"].rsplit("-", 1)[1] for result in results] == ["seed5", "seed6"]
     assert results[0]["model_sha256"] != results[1]["model_sha256"]
 
@@ -163,6 +164,7 @@ def test_demo_writes_report_and_picture(qtdog, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "erm + float" in report
     assert "erm + lsq 7 bit" in report
+    assert "| EoQ of 3 |" in report
     from PIL import Image
 
     with Image.open(tmp_path / "accuracy.png") as picture:
