@@ -47,11 +47,13 @@ class Voice:
         watcher: is told of steps and evaluations; `None` for silence.
         progress: of decoding images.
         warn: is told what went wrong without stopping the run.
+        quantizing: of quantization after training.
     """
 
     watcher: Callable[[Config, int], contextlib.AbstractContextManager[Watcher]] | None = None
     progress: Progress = None
     warn: Callable[[str], None] = print
+    quantizing: Progress = None
 
 
 def run(
@@ -97,7 +99,8 @@ def run(
         parts = compose(config, dataset, problem, accelerator, voice.progress)
         state = begin(parts, folder, voice.warn, fork_from)
         drive(parts, state, folder, problem, voice=voice)
-        final = final_network_(parts, state)
+        with StopRequest() as stop:
+            final = final_network_(parts, state, check=_stop_check(parts, stop), progress=voice.quantizing)
         if main:
             finish(parts, state, final, (problem, dataset), folder)
         accelerator.wait_for_everyone()
@@ -145,7 +148,7 @@ def _doors(parts: Parts, folder: RunFolder, stop: StopRequest, watcher: Watcher)
     return Doors(
         save=lambda state: save_state(parts, folder, state),
         keep_line=folder.append_metrics if main else lambda line: None,
-        check=stop.check if parts.accelerator.num_processes == 1 else lambda: _check_together(parts, stop),
+        check=_stop_check(parts, stop),
         watcher=watcher,
     )
 
@@ -154,6 +157,10 @@ def _health(parts: Parts, problem: Problem, warn: Callable[[str], None]) -> Heal
     sets = list(problem.selection_sets().values())
     chance = chance_accuracy(parts.batches.class_index, sets, parts.network.classifier.out_features)
     return HealthWatch(parts.config, chance, warn)
+
+
+def _stop_check(parts: Parts, stop: StopRequest) -> Callable[[], None]:
+    return stop.check if parts.accelerator.num_processes == 1 else lambda: _check_together(parts, stop)
 
 
 def _check_together(parts: Parts, stop: StopRequest) -> None:
