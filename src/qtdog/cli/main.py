@@ -10,6 +10,7 @@ from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
+from qtdog.cli.distill import distill
 from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
 from qtdog.cli.listing import listing
@@ -47,6 +48,7 @@ app.command(name="eval")(evaluate)
 app.command()(predict)
 app.command()(ensemble)
 app.command()(bits)
+app.command()(distill)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(data_app, name="data")

@@ -20,7 +20,7 @@ AFTER_TRAINING = ("gptq", "obc", "rtn")
 START_FRAC = 0.4  # of the steps, before quantization starts (paper: 2,000 of 5,000)
 Params = dict[str, bool | int | float | str]
 # Where the data lies and how many threads read it change no result: runs on two machines have one name.
-NOT_HASHED = {"data": {"source", "workers"}}
+NOT_HASHED = {"data": {"source", "workers"}, "objective": {"teacher"}}
 
 
 class Section(BaseModel):
@@ -74,6 +74,12 @@ class ObjectiveConfig(Section):
 
     name: str = Field(default="erm", description="a name of 'qtdog list objectives'")
     params: Params = Field(default={}, description="hyper-parameters of the objective, like {weight: 1.0}")
+    teacher: str = Field(default="", description="model file whose answers are learned too; see 'qtdog distill'")
+    teacher_sha256: str = Field(default="", description="of the teacher's file; filled in by the run")
+    teacher_weight: float = Field(
+        default=0.9, ge=0, le=1, description="weight of the teacher's answers; the objective has the rest"
+    )
+    teacher_temperature: float = Field(default=2.0, gt=0, le=100, description="softens teacher and student alike")
 
 
 class StepRuleConfig(Section):

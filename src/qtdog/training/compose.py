@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
 from qtdog.conversion.attach import Attached, attach
-from qtdog.core.config import Config, OptimizerConfig, QuantizerConfig
+from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import import_members
 from qtdog.data.cache import DecodedCache, Progress, open_cache
@@ -22,6 +22,7 @@ from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
 from qtdog.models.stages import find_stages
+from qtdog.objectives.distill import Distill, Teacher
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.quantizers.options import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS, Averager
@@ -46,12 +47,19 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def compose(
-    config: Config, dataset: DomainDataset, problem: Problem, accelerator: Accelerator, progress: Progress = None
+    config: Config,
+    dataset: DomainDataset,
+    problem: Problem,
+    accelerator: Accelerator,
+    progress: Progress = None,
+    *,
+    teacher: Teacher | None = None,
 ) -> Parts:
     """Return the objects that `config` names, on the device, ready for `training.loop.train`.
 
     Raises:
-        ConfigError: an unknown name on one of the axes, with the nearest match, or names that do not go together.
+        ConfigError: an unknown name on one of the axes, with the nearest match, names that do not go together, or a
+            configuration with a teacher and none given, or the other way round.
         ModelError: an unknown backbone, one without the stages that a method needs, or weights that cannot be had or do
             not fit.
         DataError: an image cannot be decoded.
@@ -63,7 +71,8 @@ def compose(
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
     setting = _setting(config, problem, network, accelerator.num_processes, dataset.sheet.channels)
-    objective = make_objective(setting, config.objective.params).to(accelerator.device)
+    objective = make_objective(setting, config.objective.params)
+    objective = _taught(objective, config.objective, teacher).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
@@ -113,6 +122,16 @@ def _check_feature_layer(config: Config) -> None:
     if fitting and objective not in fitting:
         text = f"feature layer '{name}' makes no sense with objective '{objective}': it is for {', '.join(fitting)}"
         raise ConfigError(f"{text}. Add --objective {fitting[0]}, or take another feature layer.")
+
+
+def _taught(objective: Objective, how: ObjectiveConfig, teacher: Teacher | None) -> Objective:
+    if (teacher is None) == bool(how.teacher_sha256):
+        raise ConfigError(
+            "this run learns from a teacher, and none was given: train it with qtdog distill or qtdog train"
+        )
+    if teacher is None:
+        return objective
+    return Distill(objective, teacher, weight=how.teacher_weight, temperature=how.teacher_temperature)
 
 
 def _setting(config: Config, problem: Problem, network: Network, n_processes: int, channels: int) -> Setting:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from qtdog.core.config import Config, DataConfig
+from qtdog.core.config import Config, DataConfig, ObjectiveConfig
 from qtdog.core.errors import ConfigError, DataError, unknown
+from qtdog.core.files import sha256_file
 from qtdog.data.cache import Progress, content_sha256
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.splits import DomainSplits, make_splits
@@ -45,7 +47,7 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -
     """Return the effective configuration: the content of the data filled in, names of domains checked.
 
     Raises:
-        ConfigError: the target is not a domain of the data set.
+        ConfigError: the target is not a domain of the data set, or the teacher is missing or another one.
         DataError: the data is not what the configuration was made for, or cannot be trained on.
     """
     data = config.data
@@ -56,7 +58,20 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -
     if data.target != "none" and data.target not in dataset.domains:
         raise ConfigError(unknown("target domain", data.target, [*dataset.domains, "all", "none"]))
     check_trainable(dataset, data)
-    return config.model_copy(update={"data": data.model_copy(update={"content": content})})
+    resolved = data.model_copy(update={"content": content})
+    return config.model_copy(update={"data": resolved, "objective": _with_teacher(config.objective)})
+
+
+def _with_teacher(objective: ObjectiveConfig) -> ObjectiveConfig:
+    if not objective.teacher:
+        return objective
+    path = Path(objective.teacher)
+    if not path.is_file():
+        raise ConfigError(f"the teacher {path} is not a file; give the model.safetensors of a run or an ensemble")
+    found = sha256_file(path)
+    if objective.teacher_sha256 not in ("", found):
+        raise ConfigError(f"the teacher {path} is not the one that this run began with; start a new run")
+    return objective.model_copy(update={"teacher_sha256": found})
 
 
 def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:

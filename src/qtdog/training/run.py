@@ -13,6 +13,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import RunError
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
+from qtdog.objectives.distill import Teacher
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.final import final_network_
@@ -64,6 +65,7 @@ def run(
     resume: bool = False,
     voice: Voice | None = None,
     fork_from: Checkpoint | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Train, select and ship as `config` says, in `folder`; return the result.
 
@@ -77,6 +79,7 @@ def run(
         voice: how to speak to the user.
         fork_from: begin from this checkpoint of a float run (`training.fork.train_prefix`) unless the folder has one of
             its own; the outcome is the same, bit for bit, but for the time that its training took.
+        teacher: images → logits, if the configuration names one (`ensemble.teach.open_teacher`).
 
     Raises:
         RunError: the folder is in use, or holds another or an unfinished run; the disk is full; or `fork_from` is none
@@ -96,7 +99,7 @@ def run(
         if (result := folder.read_result()) is not None and folder.model_file.is_file():
             return result
         problem = make_problem(config, dataset)
-        parts = compose(config, dataset, problem, accelerator, voice.progress)
+        parts = compose(config, dataset, problem, accelerator, voice.progress, teacher=teacher)
         state = begin(parts, folder, voice.warn, fork_from)
         drive(parts, state, folder, problem, voice=voice)
         with StopRequest() as stop:

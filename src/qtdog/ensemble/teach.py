@@ -1,0 +1,64 @@
+"""A shipped model as a teacher: what it must share with its student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError
+from qtdog.data.dataset import DomainDataset
+from qtdog.ensemble.load import load_any
+from qtdog.ensemble.model import EnsembleModel
+from qtdog.models.backbones import preprocessing
+from qtdog.objectives.distill import Teacher
+from qtdog.training.shipped import ShippedModel
+
+
+def open_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
+    """Return the teacher that a configuration names, ready to answer; None if it names none.
+
+    Raises:
+        ConfigError: the teacher has other classes or preprocessing than the student, or was trained on the domain that
+            is to stay unseen.
+        FormatError, ModelError: as in `ensemble.load.load_any`.
+    """
+    if not config.objective.teacher:
+        return None
+    path = Path(config.objective.teacher)
+    model = load_any(path)
+    check_teacher(path, model, config, dataset)
+
+    @torch.no_grad()
+    def answer(images: Tensor) -> Tensor:
+        return model.to(images.device)(images)
+
+    return answer
+
+
+def check_teacher(path: Path, model: ShippedModel | EnsembleModel, config: Config, dataset: DomainDataset) -> None:
+    """Refuse a teacher that does not fit the student, or that knows what the student must not.
+
+    Raises:
+        ConfigError: as in `open_teacher`; the text says what was expected and found.
+    """
+    info = model.info
+    if info.classes != dataset.classes:
+        found, expected = ", ".join(info.classes[:9]), ", ".join(dataset.classes[:9])
+        raise ConfigError(f"the teacher {path} knows the classes {found}; the data has {expected}")
+    if config.data.target in info.source_domains:
+        raise ConfigError(
+            f"the teacher {path} was trained on '{config.data.target}', the domain that the student must not see. "
+            "Take a teacher that held it out."
+        )
+    how = info.preprocessing
+    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
+    ours = (config.data.image_size, dataset.sheet.channels, tuple(mean), tuple(std))
+    theirs = (how.image_size, how.channels, tuple(how.mean), tuple(how.std))
+    if ours != theirs:
+        raise ConfigError(
+            f"teacher and student must see the same input (pixels, channels, mean, std): the teacher {path} takes "
+            f"{theirs}, the student {ours}. Set data.image_size={how.image_size}, or take another backbone."
+        )
