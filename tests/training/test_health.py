@@ -78,7 +78,7 @@ def test_a_fall_to_chance_stops_with_a_diagnosis(short_config):
     assert caught.value.report["layers"][0]["problems"]
 
 
-@pytest.mark.parametrize("accuracies", [[0.2, 0.2], [0.9, 0.3], [0.25, 0.19]])
+@pytest.mark.parametrize("accuracies", [[0.2, 0.2], [0.9, 0.3], [0.39, 0.19]])
 def test_a_network_that_never_learned_or_only_dips_goes_on(short_config, accuracies):
     records = [record(2 * i, accuracy) for i, accuracy in enumerate(accuracies)]
     watch(short_config(), [])([ILL], records)

@@ -25,7 +25,7 @@ class LayerHealth:
 
     Attributes:
         name: of the layer.
-        clipped_frac: share of the weights on or beyond the ends of the grid; they get no gradient.
+        clipped_frac: share of the weights on or beyond the ends of the grid, if those get no gradient; else 0.
         dead_frac: share of the channels whose codes are all zero although their weights are not.
         step_change: median over the channels of step size / step size at the start; None if steps do not move.
     """
@@ -67,7 +67,7 @@ def _health(site: Site) -> LayerHealth:
     change = site.quantizer.step_change()
     return LayerHealth(
         name=site.name,
-        clipped_frac=clipped_frac(site.weight, value),
+        clipped_frac=clipped_frac(site.weight, value) if site.quantizer.CLIPS else 0.0,
         dead_frac=_dead_frac(site.weight, value),
         step_change=None if change is None else change.median().item(),
     )

@@ -22,7 +22,7 @@ class LayerReport:
         bits: per weight.
         n_weights: weights in the layer.
         step_size_mean: mean step size.
-        clipped_frac: share of the weights on or beyond the ends of the grid's range, which get no gradient.
+        clipped_frac: share of the weights on or beyond the ends of the grid, if those get no gradient; else 0.
         codes_used: how many different codes occur, of 2^bits.
     """
 
@@ -59,6 +59,6 @@ def _report(name: str, quantizer: Quantizer, weight: Tensor) -> LayerReport:
         bits=spec.bits,
         n_weights=weight.numel(),
         step_size_mean=value.scale.mean().item(),
-        clipped_frac=clipped_frac(weight, value),
+        clipped_frac=clipped_frac(weight, value) if quantizer.CLIPS else 0.0,
         codes_used=value.codes.unique().numel(),
     )

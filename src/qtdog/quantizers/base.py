@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,12 @@ class Quantizer(nn.Module, ABC):
     training adds (noise, stochastic rounding).
 
     Attributes:
+        CLIPS: whether weights on or beyond the ends of the grid get no gradient.
         spec: bits, the axis of the step sizes, and the levels.
         enabled: whether the forward pass does what the member is for.
     """
+
+    CLIPS: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()

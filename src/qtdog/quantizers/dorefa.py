@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,8 @@ class DoReFa(Quantizer):
         >>> dorefa.quantized(weight).codes.tolist()
         [[0, -1, 1]]
     """
+
+    CLIPS: ClassVar[bool] = False  # the grid reaches as far as the weights
 
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
         super().__init__(QuantSpec(spec.bits, spec.axis, "half"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -107,6 +108,8 @@ class INQ(Quantizer):
         >>> inq(weight)[0].tolist(), inq.packs
         ([1.0, -0.5, 0.5, 0.0], True)
     """
+
+    CLIPS: ClassVar[bool] = False  # what is frozen gets no gradient anyway
 
     scale: Tensor
     codes: Tensor

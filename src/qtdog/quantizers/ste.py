@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,8 @@ class STE(Quantizer):
         >>> weight.grad.tolist()
         [[1.0, 1.0, 1.0]]
     """
+
+    CLIPS: ClassVar[bool] = False  # the grid reaches as far as the weights
 
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
         chosen = options or QuantizerOptions()

@@ -16,8 +16,8 @@ from qtdog.training.records import SourceRecord
 MAX_WARNED = 5  # layers named one by one; the others are counted
 # At chance: not above the best constant answer by more than this share of it …
 CHANCE_MARGIN = 0.05
-# … and a fall: the network had been at least this many times better.
-FALL_FACTOR = 1.5
+# … and a fall: the network had been at least this share of the way from chance to perfect.
+FALL_FRAC = 0.25
 
 
 def chance_accuracy(class_index: np.ndarray, parts: Sequence[np.ndarray], n_classes: int) -> float:
@@ -67,7 +67,8 @@ class HealthWatch:
         self._warn(layers)
         now, best = records[-1], max(records, key=lambda record: record.source_accuracy)
         at_chance = now.source_accuracy <= self.chance * (1 + CHANCE_MARGIN)
-        if at_chance and best.source_accuracy >= self.chance * FALL_FACTOR:
+        had_learned = best.source_accuracy - self.chance >= FALL_FRAC * (1 - self.chance)
+        if at_chance and had_learned:
             report = _report(layers, now, best, self.chance)
             raise CollapseError(_diagnosis(self.config, layers, now, best), report)
 
