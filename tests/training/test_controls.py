@@ -25,6 +25,7 @@ from qtdog.training.shipped import load
 
 SETTINGS = ("digits", "domainbed", "pacs-lite")
 CONTROLS = [name for name in preset_names() if set(load_preset(name)) <= {"quantizer", "optimizer"}]
+RECIPES = [name for name in preset_names() if {"averager", "step_rule"} & set(load_preset(name))]
 FLOAT = {"float", "float-decay", "freeze", "noise-accumulated", "noise-fresh", "noise-matched"}
 TINY = {"data": {"target": "75", "batch_size": 4, "image_size": 8}, "train": {"steps": 6, "eval_every": 2}}
 START, STOP_AT = 2, 4  # in the middle of the quantized steps
@@ -99,8 +100,8 @@ def network_at(folder: RunFolder, step: int) -> dict[str, torch.Tensor]:
     return read_checkpoint(folder.checkpoints / f"step-{step:08d}").tensors["network"]
 
 
-def test_every_quantizer_has_a_preset_and_every_preset_is_a_setting_or_a_control() -> None:
-    assert set(preset_names()) == {*SETTINGS, *CONTROLS}
+def test_every_quantizer_has_a_preset_and_every_preset_has_its_kind() -> None:
+    assert set(preset_names()) == {*SETTINGS, *CONTROLS, *RECIPES}
     assert {"none", *QUANTIZERS} == {load_preset(name)["quantizer"]["name"] for name in CONTROLS}
 
 

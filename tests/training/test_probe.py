@@ -1,0 +1,70 @@
+"""A linear probe first: at the beginning the classifier alone trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtdog.core.errors import Interrupted
+from qtdog.data.digits import RotatedDigits
+from qtdog.training import loop as loop_module
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.problem import make_problem, resolve
+from qtdog.training.run import run
+from qtdog.training.run_folder import RunFolder
+
+PROBE = 3
+
+
+@pytest.fixture(scope="module")
+def digits() -> RotatedDigits:
+    return RotatedDigits()
+
+
+@pytest.fixture
+def config(short_config, digits):
+    def make(**sections):
+        train = {"steps": 6, "eval_every": 2, "probe_steps": PROBE}
+        return resolve(short_config(train=train, **sections), digits)
+
+    return make
+
+
+@pytest.mark.parametrize("step_rule", ["plain", "sam"])
+@pytest.mark.parametrize("optimizer", [{"name": "adam"}, {"name": "sgd", "momentum": 0.9, "weight_decay": 0.1}])
+def test_the_rest_neither_moves_nor_gathers_moments(config, digits, step_rule, optimizer):
+    changes = {"step_rule": {"name": step_rule}, "optimizer": {"lr": 0.01} | optimizer}
+    one = config(quantizer={"name": "lsq", "start_step": 1}, objective={"name": "miro"}, **changes)
+    parts = compose(one, digits, make_problem(one, digits), make_accelerator(one))
+    named = dict(parts.network.named_parameters()) | dict(parts.objective.named_parameters(prefix="objective"))
+    trained = {name: value for name, value in named.items() if value.requires_grad}
+    assert len(trained) > 8
+    for step in range(PROBE + 1):
+        loop_module.begin_step(parts, step)
+        before = {name: value.detach().clone() for name, value in trained.items()}
+        loop_module.update(parts, parts.batches.batch(step), step)
+        moved = {name for name, value in trained.items() if not torch.equal(value, before[name])}
+        with_state = {name for name, value in trained.items() if parts.optimizer.state.get(value)}
+        expected = {name for name in trained if name.startswith("classifier.")} if step < PROBE else set(trained)
+        assert moved == expected
+        assert with_state == expected
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_run_stopped_around_the_end_of_the_probe_resumes_exactly(config, digits, tmp_path, monkeypatch, stop_at):
+    whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
+    run(config(), digits, whole)
+    real, calls = loop_module.update, []
+
+    def stopping(*args):
+        if len(calls) == stop_at:
+            raise Interrupted("stopped by SIGTERM")
+        calls.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "update", stopping)
+        with pytest.raises(Interrupted):
+            run(config(), digits, broken)
+    run(config(), digits, broken, resume=True)
+    assert whole.model_file.read_bytes() == broken.model_file.read_bytes()
