@@ -215,6 +215,17 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
     if first["test_accuracy"] is None:
         out.print("No domain was held out, so nothing says how well it transfers; --target all measures that.")
     for result in [*results, *ensembles]:
-        folder, each = escape(result["folder"]), "member" if "members" in result else "layer"
-        out.print(f"model  {folder}/model.safetensors", highlight=False, soft_wrap=True)
-        out.print(f"report {folder}/result.json (accuracies, sizes, each {each})", highlight=False, soft_wrap=True)
+        for line in _where_to_look(result):
+            out.print(line, highlight=False, soft_wrap=True)
+
+
+def _where_to_look(result: dict[str, Any]) -> list[str]:
+    from qtdog.report.table import percent
+
+    folder, each = escape(result["folder"]), "member" if "members" in result else "layer"
+    lines = [f"model  {folder}/model.safetensors", f"report {folder}/result.json (accuracies, sizes, each {each})"]
+    if "after_training" in result:
+        before = result["after_training"]["float"]
+        source, test = percent(before["source_accuracy"]), percent(before["test_accuracy"])
+        lines.append(f"       in float, before quantization: source {source}, unseen {test}")
+    return lines
