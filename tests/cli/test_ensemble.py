@@ -132,10 +132,10 @@ def test_eval_and_predict_take_an_ensemble(qtdog, crew, tmp_path):
 def test_a_soup_is_one_model_and_says_what_it_cost(qtdog, crew, tmp_path):
     out, _ = crew
     runs = sorted(out.glob("75-seed*"))
-    outcome = qtdog("ensemble", *runs, "--kind", "soup", "--refit", "mse", "--tune", 2, "--out", tmp_path, "--json")
+    outcome = qtdog("ensemble", *runs, "--kind", "soup", "--refit", "init", "--tune", 2, "--out", tmp_path, "--json")
     result = json.loads(outcome.out)
     assert (result["inference_passes"], result["training_steps"]) == (1, 13)
-    assert result["recipe"] == {"pick": "uniform", "refit": "mse", "tune_steps": 2, "used": [0, 1, 2]}
+    assert result["recipe"] == {"pick": "uniform", "refit": "init", "tune_steps": 2, "used": [0, 1, 2]}
     found = json.loads(qtdog("eval", tmp_path / "model.safetensors", "rotated-digits", "--json").out)
     assert found["domains"]["75"]["accuracy"] == result["test_accuracy"]
 

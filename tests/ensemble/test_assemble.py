@@ -8,21 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from qtdog.core.errors import ConfigError, DataError, RunError
-from qtdog.core.quantized import QuantSpec
 from qtdog.ensemble.assemble import Order, assemble, finished, members_hash
-from qtdog.ensemble.average import average, read_latent
 from qtdog.ensemble.cost import cost
 from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.kinds import fitting_kind
 from qtdog.ensemble.load import load_any, load_ensemble_model
-from qtdog.ensemble.member import check_alike, check_one_start, read_member, share_splits
+from qtdog.ensemble.member import check_alike, read_member, share_splits
 from qtdog.ensemble.one_model import Recipe
-from qtdog.packing.packed_file import load_packed
-from qtdog.quantizers.lsq import initial_scale
-from qtdog.training.shipped import ShippedModel, load
 
 FLOAT = {"name": "none", "start_step": None}
 
@@ -200,105 +194,3 @@ def test_a_shared_beginning_is_paid_once(quantized):
 
 def with_steps(config, steps):
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-
-
-def test_diwa_is_the_mean_of_the_weights(quantized, exam, out):
-    result = assemble(quantized, Order("diwa", out), exam)
-    expected = average([read_latent(member, print).state for member in quantized])
-    packed = load_packed(out)
-    assert packed.quantized == {}
-    assert all(torch.equal(packed.rest[name], value) for name, value in expected.items())
-    assert result["inference_passes"] == 1
-    assert load(out).info.accuracy["test"] == result["test_accuracy"]
-    assert packed.metadata["joined"]["kind"] == "diwa"
-
-
-def test_soup_is_quantized_anew_from_the_mean(quantized, out):
-    result = assemble(quantized, Order("soup", out))
-    mean = average([read_latent(member, print).state for member in quantized])
-    packed = load_packed(out)
-    assert packed.quantized.keys() == quantized[0].packed.quantized.keys()
-    for name, value in packed.quantized.items():
-        assert torch.allclose(value.scale, initial_scale(mean[name], QuantSpec(7)), rtol=1e-6)
-        inside = (value.codes > value.spec.qmin) & (value.codes < value.spec.qmax)
-        error = (value.dequantize() - mean[name]).abs() <= 0.5001 * value.scale.reshape(-1, 1, 1, 1)
-        assert error[inside].all()
-    assert isinstance(load_any(out), ShippedModel)
-    assert result["size"]["ratio"] > 3
-
-
-def test_mse_refit_rounds_with_less_error(quantized, out):
-    mean = average([read_latent(member, print).state for member in quantized])
-    errors = {}
-    for refit in ("init", "mse"):
-        assemble(quantized, Order("soup", out, Recipe(refit=refit)))
-        packed = load_packed(out)
-        errors[refit] = sum(((v.dequantize() - mean[name]) ** 2).sum().item() for name, v in packed.quantized.items())
-    assert errors["mse"] < 0.7 * errors["init"]
-
-
-def test_greedy_average_is_at_least_as_good_as_its_best_member(floats, exam, out):
-    result = assemble(floats, Order("diwa", out, Recipe(pick="greedy")), exam)
-    assert result["source_accuracy"] >= max(member.result["source_accuracy"] for member in floats) - 1e-9
-    assert result["recipe"]["used"][0] == int(np.argmax([member.result["source_accuracy"] for member in floats]))
-
-
-def test_tuning_goes_on_from_the_soup_and_keeps_what_is_best_on_the_sources(quantized, exam, out):
-    plain = assemble(quantized, Order("soup", out), exam)
-    tuned = assemble(quantized, Order("soup", out, Recipe(tune_steps=4)), exam)
-    again = assemble(quantized, Order("soup", out, Recipe(tune_steps=4)), exam)
-    assert tuned["source_accuracy"] >= plain["source_accuracy"]
-    assert tuned["model_sha256"] == again["model_sha256"]
-    assert tuned["model_sha256"] != plain["model_sha256"]
-    assert tuned["training_steps"] == plain["training_steps"] + 4
-
-
-def test_tuning_changes_nothing_if_it_does_not_help(quantized, digits, out, monkeypatch):
-    """The state before the first update is a candidate like the others."""
-    from qtdog.ensemble import tune as module
-
-    exam = open_exam(quantized[0].config, digits, same_splits=True)
-    plain = assemble(quantized, Order("soup", out), exam)
-    real = module.tune_config
-    harm = {"optimizer": {"lr": 5.0, "name": "sgd", "schedule": "constant"}}
-    from qtdog.core.settings import build_config
-
-    monkeypatch.setattr(module, "tune_config", lambda c, n: build_config([real(c, n).model_dump(), harm]))
-    tuned = assemble(quantized, Order("soup", out, Recipe(tune_steps=2)), exam)
-    assert tuned["test_accuracy"] == plain["test_accuracy"]
-
-
-def test_weights_without_a_common_start_are_not_averaged(quantized, floats, train_member, out):
-    stranger = train_member(model={"init_seed": 7})
-    with pytest.raises(ConfigError, match=r"no common start: the seed of the random start is 0 and 7.*init_seed=0"):
-        assemble([quantized[0], stranger], Order("soup", out))
-    check_one_start([quantized[0], forked(replace(stranger, config=quantized[0].config), 0, 2)])
-    frozen = replace(quantized[1], config=with_model(quantized[1].config, freeze_bn=False))
-    with pytest.raises(ConfigError, match=r"model\.freeze_bn True and False"):
-        assemble([quantized[0], frozen], Order("diwa", out))
-    with pytest.raises(ConfigError, match="takes quantized members"):
-        assemble(floats, Order("soup", out))
-
-
-def with_model(config, **changes):
-    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
-
-
-def test_a_soup_has_one_grid(quantized, train_member, out):
-    other = train_member(quantizer={"bits": 5})
-    with pytest.raises(ConfigError, match=r"differ in quantizer\.bits: 7 and 5"):
-        assemble([quantized[0], other], Order("soup", out))
-    assert assemble([quantized[0], other], Order("eoq", out))["kind"] == "eoq"
-
-
-def test_recipes_that_a_kind_does_not_read_are_refused(quantized, out):
-    for kind, recipe, flag in (
-        ("eoq", Recipe(pick="greedy"), "--pick is for --kind diwa or soup"),
-        ("diwa", Recipe(refit="mse"), "--refit is for --kind soup"),
-        ("diwa", Recipe(tune_steps=1), "--tune is for --kind soup"),
-    ):
-        with pytest.raises(ConfigError, match=flag):
-            assemble(quantized, Order(kind, out, recipe))
-    for recipe in (Recipe(pick="greedy"), Recipe(tune_steps=1)):
-        with pytest.raises(ConfigError, match="needs the images of the source domains"):
-            assemble(quantized, Order("soup", out, recipe))

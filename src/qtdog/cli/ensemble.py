@@ -19,7 +19,7 @@ KIND = (
 OUT = "Folder, or .safetensors file, to write; result.json goes beside the file."
 DATA = "Where the images are now, if not where the members' configuration says."
 PICK = "Which members diwa and soup average: all, or greedily those that help on held-out source images."
-REFIT = "Where a soup's step sizes start: as in the members' configuration, or with the least squared error."
+REFIT = "Where a soup's step sizes start: with the least squared error, or as in the members' configuration."
 
 
 class Pick(StrEnum):
@@ -43,7 +43,7 @@ def ensemble(
     kind: Annotated[str | None, typer.Option(help=KIND)] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     pick: Annotated[Pick, typer.Option(help=PICK)] = Pick.UNIFORM,
-    refit: Annotated[Refit, typer.Option(help=REFIT)] = Refit.INIT,
+    refit: Annotated[Refit, typer.Option(help=REFIT)] = Refit.MSE,
     tune: Annotated[int, typer.Option(min=0, help="Updates of a soup on the source domains afterwards.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -13,6 +13,7 @@ from qtdog.ensemble.member import Member, check_one_start
 from qtdog.ensemble.tune import enable_, tune
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
+from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training.compose import make_quantizer
 from qtdog.training.shipped import empty_network
 
@@ -23,13 +24,13 @@ class Recipe:
 
     Attributes:
         pick: which of them take part: "uniform" for all, "greedy" by accuracy on the held-out source images.
-        refit: where the step sizes of a soup start: "init" as in its members' configuration, or "mse" for the least
-            squared error of each channel.
+        refit: where the step sizes of a soup start: "mse" for the least squared error of each channel, or "init" as in
+            its members' configuration.
         tune_steps: updates of a soup on the sources after that.
     """
 
     pick: str = "uniform"
-    refit: str = "init"
+    refit: str = "mse"
     tune_steps: int = 0
 
 
@@ -73,7 +74,7 @@ def join(
 
     Raises:
         ConfigError: members without a common start, buffers that differ, members of a soup with other grids, or a
-            recipe that needs images which are not there.
+            recipe that the quantizer cannot follow or that needs images which are not there.
         RunError: a member's checkpoints are gone.
     """
     check_one_start(members)
@@ -99,6 +100,8 @@ def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:
             if value != trees[0][key]:
                 text = f"{first.path} and {member.path} differ in quantizer.{key}: {trees[0][key]} and {value}"
                 raise ConfigError(f"{text}. A soup has one grid; make members of one, or --kind eoq")
+    if recipe.refit == "mse" and "init" not in QUANTIZERS[first.config.quantizer.name].reads:
+        raise ConfigError(f"quantizer '{first.config.quantizer.name}' has one start of its own: add --refit init")
     start = {"init": "mse"} if recipe.refit == "mse" else {}
     return first.config.model_copy(update={"quantizer": first.config.quantizer.model_copy(update=start)})
 
