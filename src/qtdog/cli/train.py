@@ -227,5 +227,5 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
     if "after_training" in result:
         before = result["after_training"]["float"]
         source, test = percent(before["source_accuracy"]), percent(before["test_accuracy"])
-        lines.append(f"       in float, before quantization: source {source}, unseen {test}")
+        lines.append(f"       in float, before quantization: source {source}, test {test}")
     return lines
