@@ -81,24 +81,23 @@ def perturbed(network: nn.Module, weights: Sequence[nn.Parameter], factor: Tenso
         True
     """
     quantizers = {id(site.weight): site.quantizer for site in sites(network)} if space == "dequantized" else {}
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    saved: list[tuple[Tensor, Tensor]] = []
-    with contextlib.ExitStack() as hooks:
-        try:
-            for weight in weights:
-                assert weight.grad is not None
-                move = weight.grad * factor
-                if id(weight) in quantizers:
-                    hook = quantizers[id(weight)].register_forward_hook(_adding(move))
-                    hooks.callback(hook.remove)
-                else:
-                    saved.append((weight, weight.detach().clone()))
-                    weight.data.add_(move)
-            yield
-        finally:
-            with torch.no_grad():
-                for value, copy in [*saved, *buffers]:
-                    value.copy_(copy)
+    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with contextlib.ExitStack() as undo:
+        undo.callback(_put_back, saved)
+        for weight in weights:
+            assert weight.grad is not None
+            move = weight.grad * factor
+            if id(weight) in quantizers:
+                undo.callback(quantizers[id(weight)].register_forward_hook(_adding(move)).remove)
+            else:
+                saved.append((weight.data, weight.detach().clone()))
+                weight.data.add_(move)
+        yield
+
+
+def _put_back(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for value, copy in saved:
+        value.copy_(copy)
 
 
 def _adding(move: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
