@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.hessian_trace import mean_losses
-from qtdog.analysis.sensitivity import cost_table, require_grid, rounding_error, sensitivities
+from qtdog.analysis.hessian_trace import BlockTrace, mean_losses
+from qtdog.analysis.sensitivity import Sensitivity, cost_table, require_grid, rounding_error, sensitivities
 from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.select import find_layers
 from qtdog.core.config import AFTER_TRAINING, QuantizerConfig
@@ -74,6 +74,12 @@ def test_negative_curvature_costs_nothing():
     (found,) = sensitivities(model, losses, QuantizerConfig(exclude=()), [4], n_vectors=2)
     assert found.curvature.mean == -2
     assert found.costs == [0.0]
+
+
+@pytest.mark.parametrize(("trace", "counted"), [(5.0, 0.5), (1.0, 0.2), (-9.0, 0.2)])
+def test_curvature_within_its_error_counts_as_that_error(trace, counted):
+    layer = Sensitivity(("a",), BlockTrace(trace, 2.0, 10), (3.0, 1.0))
+    assert layer.costs == [counted * 3, counted]
 
 
 def test_layers_that_share_a_weight_are_one():

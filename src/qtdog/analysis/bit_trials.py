@@ -104,7 +104,8 @@ class BitTrials:
         with StopRequest() as stop:
 
             def watched() -> float:
-                stop.check()
+                if accelerator.num_processes == 1:  # one of several would leave the others waiting
+                    stop.check()
                 return loss()
 
             n_directions, seed = self.plan.n_directions, config.train.seed

@@ -38,8 +38,13 @@ class Sensitivity:
 
     @property
     def costs(self) -> list[float]:
-        """Ω of this layer: mean curvature (0 if the estimate is negative) times squared error, for each candidate."""
-        return [max(self.curvature.mean, 0.0) * error for error in self.errors]
+        """Ω of this layer: mean curvature times squared error, for each candidate.
+
+        A curvature that its estimate cannot tell from zero counts as one standard error: else chance would take a layer
+        to the fewest bits.
+        """
+        least = self.curvature.standard_error / self.curvature.n_weights
+        return [max(self.curvature.mean, least) * error for error in self.errors]
 
 
 def sensitivities(
@@ -126,7 +131,9 @@ def require_grid(config: QuantizerConfig) -> None:
     """
     if config.name == "none":
         raise ConfigError(no_grid("none"))
-    rounding_error(find_layers(nn.Linear(4, 4))[0], config.model_copy(update={"include": (), "exclude": ()}), 4)
+    example = nn.Module()
+    example.weight = nn.Parameter(torch.eye(4))
+    rounding_error(find_layers(example)[0], config, 4)
 
 
 def no_grid(name: str) -> str:
