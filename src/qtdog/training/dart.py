@@ -1,0 +1,221 @@
+"""DART: branches that train apart, are averaged now and then, and go on from the average (Jain et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtdog.core.config import Config, config_hash
+from qtdog.core.errors import ConfigError, RunError
+from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.settings import differences
+from qtdog.data.dataset import DomainDataset
+from qtdog.quantizers.registry import works_after_training
+from qtdog.training.average import Average
+from qtdog.training.averagers import State, float_names, snapshot
+from qtdog.training.batch_norm import fit_batch_norm_
+from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.final import Final
+from qtdog.training.parts import Parts
+from qtdog.training.problem import Problem, make_problem
+from qtdog.training.result import finish
+from qtdog.training.run import Voice, begin, drive
+from qtdog.training.run_folder import RunFolder
+from qtdog.training.select import select
+from qtdog.training.state import RunState
+
+# What may differ between branches: all that leaves the network and the held-out images alike.
+FREE = ("data.augment", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the runs, at the step where `state` stands."""
+
+    parts: Parts
+    state: RunState
+    folder: RunFolder
+
+
+def dart(
+    configs: Sequence[Config],
+    dataset: DomainDataset,
+    path: Path,
+    *,
+    merge_every: int,
+    resume: bool = False,
+    voice: Voice | None = None,
+) -> dict[str, Any]:
+    """Train branches side by side, merging them every `merge_every` steps, ship a merged network, return the result.
+
+    All begin with the same weights. At a merge each gets the mean of their weights, θ = 1/M · Σ_k θ_k (float weights
+    and step sizes), keeps its optimizer's moments, and goes on (Jain et al., CVPR 2023, Algorithm 1). What makes the
+    branches diverse is up to their configurations: seeds, augmentation, objectives. The paper's branches for domain
+    generalization draw half of each batch from a domain of their own; a batch here has the same share of each domain.
+
+    Each merged network is evaluated, and `train.selection` of the first branch chooses among them. If the branches have
+    an averager that ships its average (`swa`, `swad`), the mean of those averages ships instead.
+
+    Args:
+        configs: one effective configuration per branch.
+        dataset: the data they name.
+        path: gets a run folder per branch, the merged weights, `model.safetensors` and `result.json`. All branches are
+            in memory at once.
+        merge_every: steps between merges; the paper's code takes 1,000 of 10,000. The end is always a merge.
+        resume: go on where the folders stand, bit for bit as if nothing had happened.
+        voice: how to speak to the user; the watcher sees one branch after the other.
+
+    Raises:
+        ConfigError: branches that differ where they may not, an averager or quantizer that cannot be merged, several
+            processes, or `merge_every` below 1.
+        RunError, Interrupted, NonFiniteLossError, CollapseError, DataError, ModelError: as in `training.run.run`.
+    """
+    check_branches(configs, merge_every)
+    _claim(path, {"branches": [config_hash(config) for config in configs], "merge_every": merge_every})
+    root, voice = RunFolder(path), voice or Voice()
+    if (result := root.read_result()) is not None and root.model_file.is_file():
+        return result
+    steps, problem = configs[0].train.steps, make_problem(configs[0], dataset)
+    with contextlib.ExitStack() as locks:
+        branches = [
+            _open(locks, config, (dataset, problem), RunFolder(path / f"branch-{number}"), (resume, voice))
+            for number, config in enumerate(configs)
+        ]
+        merged = latest_checkpoint(path / "merged", voice.warn) or Checkpoint(0, {}, {"lines": []})
+        for until in [*range(merge_every, steps, merge_every), steps]:
+            for branch in branches:
+                if branch.state.step < until:
+                    drive(branch.parts, branch.state, branch.folder, problem, voice=voice, until=until)
+            if merged.step < until:
+                merged = _merge(branches, merged, until)
+                write_checkpoint(path / "merged", merged)
+            for branch in branches:
+                if branch.state.step == until == merged.step:
+                    branch.parts.network.load_state_dict(merged.tensors["network"], strict=False)
+        return _ship(branches, merged, (problem, dataset), root, merge_every)
+
+
+def check_branches(configs: Sequence[Config], merge_every: int) -> None:
+    """Check that branches can be merged.
+
+    Raises:
+        ConfigError: as in `dart`.
+    """
+    first = configs[0]
+    if merge_every < 1:
+        raise ConfigError(f"merge_every must be at least 1, not {merge_every}")
+    if works_after_training(first.quantizer.name):
+        raise ConfigError(f"quantizer '{first.quantizer.name}' works after training; branches take lsq, ste or none")
+    if first.averager.name == "sma":
+        raise ConfigError("averager 'sma' would average across the merges; take none, swa or swad for branches")
+    for number, config in enumerate(configs[1:], 1):
+        changes = [line for line in differences(first, config) if not line.startswith(FREE)]
+        if config.init_seed != first.init_seed:
+            changes.append(f"the random start ({first.init_seed} → {config.init_seed}): give model.init_seed to all")
+        if changes:
+            raise ConfigError(f"branches 0 and {number} cannot be merged, they differ in {'; '.join(changes)}")
+
+
+def _claim(path: Path, plan: dict[str, Any]) -> None:
+    file = path / "dart.json"
+    if file.is_file() and json.loads(file.read_text()) != plan:
+        raise RunError(f"{path} holds other branches, or merges them at other steps; choose another folder")
+    with clear_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(plan))
+
+
+def _open(
+    locks: contextlib.ExitStack,
+    config: Config,
+    setting: tuple[DomainDataset, Problem],
+    folder: RunFolder,
+    how: tuple[bool, Voice],
+) -> Branch:
+    resume, voice = how
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ConfigError("branches train in one process; start without `accelerate launch`, or with --num_processes 1")
+    locks.enter_context(folder.lock())
+    folder.claim(config, resume=resume)
+    parts = compose(config, *setting, accelerator, voice.progress)
+    return Branch(parts, begin(parts, folder, voice.warn), folder)
+
+
+def _merge(branches: Sequence[Branch], before: Checkpoint, step: int) -> Checkpoint:
+    """Return the mean of the branches at `step`, measured, with the merged network that selection prefers so far."""
+    parts, at_end = branches[0].parts, step == branches[0].parts.config.train.steps
+    mean = merged_state([_weights(branch.parts, at_end) for branch in branches])
+    parts.network.load_state_dict(mean, strict=False)
+    fit_batch_norm_(parts)
+    state = RunState(step=step, lines=list(before.state["lines"]))
+    state.add_line(parts.evaluate(step, parts.selectable, None, lambda: None).to_json())
+    tensors = {"network": {name: parts.network.state_dict()[name].clone() for name in mean}}
+    if select(parts.config.train.selection, state.records) == step or _averaged(parts, at_end):
+        tensors["selected"] = snapshot(parts.network)
+    elif "selected" in before.tensors:
+        tensors["selected"] = before.tensors["selected"]
+    return Checkpoint(step, tensors, {"lines": state.lines})
+
+
+def merged_state(states: Sequence[State]) -> State:
+    """Return the mean of the floating point entries of some networks' states, float32.
+
+    Raises:
+        ConfigError: other entries differ (codes and masks of INQ): no mean of the weights fits them.
+
+    Example:
+        >>> merged_state([{"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}])
+        {'w': tensor(1.5000)}
+    """
+    average, first = Average(), states[0]
+    for number, state in enumerate(states, 1):
+        average.add_(number, state)
+        for name in first.keys() - set(float_names(first)):
+            if not name.endswith("num_batches_tracked") and not torch.equal(state[name], first[name]):
+                raise ConfigError(f"'{name}' differs between the branches, so they cannot be merged; use lsq or none")
+    return average.mean
+
+
+def _weights(parts: Parts, at_end: bool) -> dict[str, Tensor]:
+    averaged = parts.averager.final() if at_end else None
+    return parts.network.state_dict() | (averaged or {})
+
+
+def _averaged(parts: Parts, at_end: bool) -> bool:
+    return at_end and parts.averager.final() is not None
+
+
+def _ship(
+    branches: Sequence[Branch],
+    merged: Checkpoint,
+    setting: tuple[Problem, DomainDataset],
+    root: RunFolder,
+    merge_every: int,
+) -> dict[str, Any]:
+    parts, n = branches[0].parts, len(branches)
+    trained_s = sum(branch.state.trained_s for branch in branches)
+    state = RunState(step=merged.step, lines=merged.state["lines"], trained_s=trained_s)
+    chosen = select(parts.config.train.selection, state.records)
+    if _averaged(parts, at_end=True):
+        chosen = merged.step
+    parts.network.load_state_dict(merged.tensors["selected"])
+    parts.network.eval()
+    record = next(record for record in state.records if record.seen.step == chosen)
+    configs = [branch.parts.config for branch in branches]
+    apart = [line for config in configs[1:] for line in differences(configs[0], config)]
+    about = {"n_branches": n, "merge_every": merge_every, "differences": apart}
+    # The speed of one branch, not of all together, would be misleading beside the time of all.
+    extra = {"kept": f"mean of {n} branches after update {chosen}", "dart": about, "images_per_s": None}
+    finish(parts, state, Final(record, extra), setting, root)
+    result = root.read_result()
+    assert result is not None
+    return result
