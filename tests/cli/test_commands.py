@@ -77,12 +77,12 @@ def test_predict_formats(qtdog, model, tmp_path):
     model_file, images = out / "model.safetensors", root / "x" / "cat"
     rows = list(csv.DictReader(io.StringIO(qtdog("predict", model_file, images, "--format", "csv").out)))
     assert len(rows) == 6
-    assert set(rows[0]) == {"image", "class", "probability"}
+    assert set(rows[0]) == {"image", "class", "probability", "entropy"}
     assert "probability" in qtdog("predict", model_file, images).out
     for style in ("csv", "json", "table"):
         assert qtdog("predict", model_file, images, "--format", style, "--out", tmp_path / style).code == 0
     assert len(json.loads((tmp_path / "json").read_text())) == 6
-    assert (tmp_path / "table").read_text().startswith("| image | class | probability |")
+    assert (tmp_path / "table").read_text().startswith("| image | class | probability | entropy |")
 
 
 def test_loaded_logits_equal_the_training_time_logits(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,11 @@ import typer
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from qtdog.data.dataset import DomainDataset
     from qtdog.ensemble.model import EnsembleModel
+    from qtdog.ensemble.uncertainty import Doubt
     from qtdog.training.shipped import ShippedModel
 
 
@@ -19,37 +22,77 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
     data: Annotated[str, typer.Argument(help="Data set name, folder DOMAIN/CLASS/image, or manifest.", metavar="DATA")],
     *,
+    unknown: Annotated[
+        Path | None, typer.Option(help="Folder of images of unknown kinds: can the model's doubt tell them apart?")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on every domain of a data set (all images; classes are matched by name).
+
+    Beside the accuracy: expected calibration error and Brier score of the probabilities, and the error that is left
+    when the least certain tenth is not answered. With --unknown, the area under the ROC curve (0.5 is chance, 1 is
+    perfect) of the doubt on these images against that on the data set.
 
     Examples:
       qtdog eval runs/photos-c/model.safetensors photos/
 
       qtdog eval runs/five/c-eoq/model.safetensors photos/        (an ensemble: its cost is shown too)
 
-      qtdog eval model.safetensors new-site/ --json
+      qtdog eval model.safetensors new-site/ --unknown other-things/ --json
     """
-    from qtdog.cli.console import print_json, print_table
+    from qtdog.cli.console import out, print_json, print_table
     from qtdog.data.open import open_dataset
     from qtdog.ensemble.load import load_any
     from qtdog.report.table import percent
 
     shipped = load_any(model)
     dataset = open_dataset(data, min_domains=1)
-    scores = score_domains(shipped, dataset)
+    known: list[Doubt] = []
+    scores = score_domains(shipped, dataset, known)
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
+    apart = {} if unknown is None else tell_apart(shipped, known, unknown)
     if as_json:
-        told = {"model": str(model), "data": data, "domains": scores, "average": average}
+        told = {"model": str(model), "data": data, "domains": scores, "average": average} | apart
         print_json(told | ensemble_cost(model, shipped))
         return
     sources = shipped.info.source_domains
-    rows = [
-        [domain + (" (trained on)" if domain in sources else ""), percent(score["accuracy"]), f"{score['n']:,}"]
-        for domain, score in scores.items()
-    ]
-    print_table(["domain", "accuracy (%)", "images"], [*rows, ["average of domains", percent(average), ""]])
+    rows = [_row(domain + (" (trained on)" if domain in sources else ""), score) for domain, score in scores.items()]
+    headers = ["domain", "accuracy (%)", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
+    print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", ""]])
+    for name, value in apart.items():
+        out.print(f"{name.replace('_', ' ')}: {value:.3f}", highlight=False)
     say_cost(model, shipped)
+
+
+def _row(name: str, score: Mapping[str, Any]) -> list[str]:
+    from qtdog.report.table import percent
+
+    trust = [f"{score['ece']:.3f}", f"{score['brier']:.3f}", percent(score["risk_at_90"])]
+    return [name, percent(score["accuracy"]), f"{score['n']:,}", *trust]
+
+
+def tell_apart(shipped: ShippedModel | EnsembleModel, known: Sequence[Doubt], folder: Path) -> dict[str, float]:
+    """Return how well doubt tells the images below `folder` from known ones: AUROC of entropy and disagreement.
+
+    Raises:
+        DataError: the folder is missing or holds no image, or one of them cannot be read.
+    """
+    import torch
+
+    from qtdog.cli.predict import find_images, predictions
+    from qtdog.core.errors import QtdogError
+    from qtdog.ensemble.selective import unknown_auroc
+
+    rows = list(predictions(shipped, find_images([folder])))
+    for row in rows:
+        if isinstance(row, QtdogError):
+            raise row
+    told = {}
+    for name in ("entropy", "mutual_information"):
+        if name in rows[0]:
+            values = torch.cat([getattr(doubt, name) for doubt in known])
+            told[f"unknown_auroc_{name}"] = unknown_auroc(values.numpy(), [row[name] for row in rows])
+    return told
 
 
 def ensemble_cost(path: Path, model: ShippedModel | EnsembleModel) -> dict[str, Any]:
@@ -78,21 +121,26 @@ def say_cost(path: Path, model: ShippedModel | EnsembleModel) -> None:
         err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def score_domains(shipped: ShippedModel | EnsembleModel, dataset: DomainDataset) -> dict[str, dict[str, Any]]:
-    """Return accuracy, loss and number of images for each domain of the data set.
+def score_domains(
+    shipped: ShippedModel | EnsembleModel, dataset: DomainDataset, doubts: list[Doubt] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return accuracy, loss, number of images and reliability for each domain of the data set.
+
+    Args:
+        shipped: the model.
+        dataset: the images.
+        doubts: where to put the doubt of each domain's images besides.
 
     Raises:
         DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
     """
-    from dataclasses import asdict
-
     from accelerate import Accelerator
 
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
     from qtdog.data.cache import open_cache
     from qtdog.data.loader import eval_batches
-    from qtdog.training.evaluate import evaluate as measure
+    from qtdog.ensemble.answers import collect
 
     how = shipped.info.preprocessing
     if dataset.sheet.channels != how.channels:
@@ -100,13 +148,31 @@ def score_domains(shipped: ShippedModel | EnsembleModel, dataset: DomainDataset)
         raise DataError(f"the model takes images of {how.channels} channels, {dataset.sheet.name} has {found}")
     labels = model_labels(shipped.info.classes, dataset)
     cache = open_cache(dataset, how.image_size, progress=CountingBar("decoding images"))
-    accelerator = Accelerator()
-    network = shipped.to(accelerator.device)
+    device = Accelerator().device
+    model = shipped.to(device)
     scores = {}
     for domain in dataset.domains:
         batches = eval_batches(cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
-        scores[domain] = asdict(measure(network, batches, accelerator))
+        scores[domain] = _score(shipped, *collect(model, batches, device), doubts)
     return scores
+
+
+def _score(
+    shipped: ShippedModel | EnsembleModel, logits: Tensor, labels: Tensor, doubts: list[Doubt] | None
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from torch.nn.functional import cross_entropy
+
+    from qtdog.ensemble.answers import answers, reliability, temperature_of
+
+    mean = logits.mean(0)
+    found = answers(logits, temperature_of(shipped))
+    if doubts is not None:
+        doubts.append(found.doubt)
+    right = (mean.argmax(1) == labels).double().mean().item()
+    score = {"accuracy": right, "loss": cross_entropy(mean, labels).item(), "n": len(labels)}
+    return score | asdict(reliability(found, labels))
 
 
 def model_labels(classes: tuple[str, ...], dataset: DomainDataset) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qtdog.ensemble.model import EnsembleModel
     from qtdog.training.shipped import ShippedModel
 
@@ -32,16 +34,23 @@ def predict(
     *,
     style: Annotated[Format, typer.Option("--format", help="How to write the predictions.")] = Format.TABLE,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    reject: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Abstain on this share of the images, the least certain ones.")
+    ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of the screen.")] = None,
 ) -> None:
-    """Write class and probability for each image.
+    """Write class, probability and doubt for each image.
 
-    An unreadable image is named on standard error, the others are still predicted, and the exit code is 1.
+    Doubt is the entropy of the class probabilities in nats (0 is sure). An ensemble also says how far its members
+    disagree (mutual_information, nats) and how many of them share its choice (agreement). An unreadable image is named
+    on standard error, the others are still predicted, and the exit code is 1.
 
     Examples:
       qtdog predict model.safetensors photo.jpg
 
       qtdog predict model.safetensors new-site/ --format csv --out predictions.csv
+
+      qtdog predict ensemble.safetensors new-site/ --reject 0.1     (no class for the least certain tenth)
     """
     from qtdog.cli.console import fail
     from qtdog.cli.evaluate import say_cost
@@ -58,6 +67,7 @@ def predict(
             fail(str(row))
         else:
             rows.append(row)
+    abstain_(rows, reject)
     _write(rows, Format.JSON if as_json else style, out)
     if failures:
         fail(f"{failures} of {failures + len(rows)} images could not be read")
@@ -81,7 +91,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def predictions(shipped: ShippedModel | EnsembleModel, files: Sequence[Path]) -> Iterator[Any]:
-    """Yield for each file, in order, a row with `image`, `class` and `probability`, or the error that it gave."""
+    """Yield for each file, in order, a row (`image`, `class`, `probability`, `entropy`, …), or the error it gave."""
     import numpy as np
     import torch
 
@@ -90,29 +100,61 @@ def predictions(shipped: ShippedModel | EnsembleModel, files: Sequence[Path]) ->
 
     how = shipped.info.preprocessing
     for start in range(0, len(files), BATCH):
-        answers: list[Any] = []
+        rows: list[Any] = []
         arrays = []
         for file in files[start : start + BATCH]:
             try:
                 arrays.append(decode_resized(file, how.image_size, how.channels))
-                answers.append({"image": str(file)})
+                rows.append({"image": str(file)})
             except QtdogError as error:
-                answers.append(error)
+                rows.append(error)
         if arrays:
-            best = shipped.probabilities(torch.from_numpy(np.stack(arrays))).max(1)
-            rows = [answer for answer in answers if isinstance(answer, dict)]
-            for row, probability, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                row |= {"class": shipped.info.classes[index], "probability": probability}
-        yield from answers
+            told = _told(shipped, torch.from_numpy(np.stack(arrays)))
+            for row, values in zip((row for row in rows if isinstance(row, dict)), told, strict=True):
+                row |= values
+        yield from rows
+
+
+def _told(shipped: ShippedModel | EnsembleModel, images: Tensor) -> list[dict[str, Any]]:
+    from qtdog.ensemble.answers import answers, member_logits, temperature_of
+
+    device = next(shipped.parameters()).device
+    logits = member_logits(shipped, shipped.prepare(images).to(device))
+    found = answers(logits, temperature_of(shipped))
+    best = found.probabilities.max(1)
+    columns = {
+        "class": [shipped.info.classes[index] for index in best.indices.tolist()],
+        "probability": best.values.tolist(),
+        "entropy": found.doubt.entropy.tolist(),
+    }
+    if len(logits) > 1:
+        columns["mutual_information"] = found.doubt.mutual_information.tolist()
+        columns["agreement"] = found.doubt.agreement.tolist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:
+    """Take the class from the least certain share of the rows, in place, and mark which; 0 leaves them as they are."""
+    from qtdog.cli.console import err
+    from qtdog.ensemble.selective import rejected
+
+    if not frac:
+        return
+    mask = rejected([row["entropy"] for row in rows], frac)
+    for row, is_rejected in zip(rows, mask.tolist(), strict=True):
+        row["rejected"] = is_rejected
+        if is_rejected:
+            row["class"] = ""
+    err.print(f"abstained on {mask.sum()} of {len(rows)} images", highlight=False)
 
 
 def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> None:
     from qtdog.cli.console import print_json, print_table
     from qtdog.core.files import write_atomic
 
-    names = ["image", "class", "probability"]
+    names = list(rows[0]) if rows else ["image", "class", "probability"]
     if style is Format.TABLE and out is None:
-        print_table(names, [[row["image"], row["class"], f"{row['probability']:.3f}"] for row in rows])
+        print_table(names, _cells(rows))
     elif style is Format.JSON and out is None:
         print_json(list(rows))
     else:
@@ -123,6 +165,10 @@ def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> N
             write_atomic(out, text)
 
 
+def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+
+
 def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> str:
     import json
 
@@ -131,7 +177,7 @@ def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> st
     if style is Format.JSON:
         return json.dumps(list(rows), indent=1) + "\n"
     if style is Format.TABLE:
-        return markdown(names, [[row["image"], row["class"], f"{row['probability']:.3f}"] for row in rows]) + "\n"
+        return markdown(names, _cells(rows)) + "\n"
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()

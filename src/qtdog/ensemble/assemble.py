@@ -15,8 +15,9 @@ from qtdog.conversion.ship import save
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
+from qtdog.ensemble.calibrate import calibrate
 from qtdog.ensemble.cost import Cost, cost
-from qtdog.ensemble.exam import Answers, Exam
+from qtdog.ensemble.exam import Answers, Exam, Kept
 from qtdog.ensemble.kinds import KINDS, check_kind
 from qtdog.ensemble.load import build_model, load_any
 from qtdog.ensemble.measured import Measured, describe
@@ -125,12 +126,14 @@ def _all_members(members: Sequence[Member], order: Order, exam: Exam | None) -> 
     info = EnsembleInfo(order.kind, infos, none, price.training_steps, price.training_runs)
     device = "cpu" if exam is None else exam.device
     model = build_model(order.file, [member.packed for member in members], info, device=device)
-    measured = _measure(exam, lambda images: _with_mean(model.member_logits(images)))
+    measured, trust = _measure_all(exam, model)
     about = {"kind": order.kind, "accuracy": measured.accuracy}
     about |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
+    about |= {"temperature": trust["temperature"]}
     save_ensemble(order.file, [member.packed for member in members], about)
     _prove(model, members[0], order.file)
-    return measured, price, {"size": asdict(ensemble_sizes(order.file)), "model_sha256": sha256_file(order.file)}
+    size = asdict(ensemble_sizes(order.file))
+    return measured, price, {"size": size, "model_sha256": sha256_file(order.file), "calibration": trust}
 
 
 def _one_model(members: Sequence[Member], order: Order, exam: Exam | None, warn: Callable[[str], None]) -> Outcome:
@@ -163,6 +166,21 @@ def _measure(exam: Exam | None, answers: Answers) -> Measured:
     if exam is None:
         return Measured({}, {}, {})
     return Measured(exam.source(answers), *exam.test(answers))
+
+
+def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dict[str, Any]]:
+    """Return the scores of the ensemble and of its members, and how far the ensemble's probabilities can be trusted."""
+    if exam is None:
+        return Measured({}, {}, {}), calibrate([], [])
+
+    def answer(images: torch.Tensor) -> torch.Tensor:
+        return _with_mean(model.member_logits(images))
+
+    source: Kept = []
+    test: Kept = []
+    measured = Measured(exam.source(answer, source), *exam.test(answer, test))
+    members = [[(logits[1:], labels) for logits, labels in kept] for kept in (source, test)]
+    return measured, calibrate(*members)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from qtdog.training.records import Score, merge_scores
 
 Answers = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""
+Kept = list[tuple[Tensor, Tensor]]
+"""Logits (k, n, n_classes) and labels (n,) of each batch, on the CPU."""
 Scores = dict[str, list[Score]]
 """By domain, a score for each of the k models."""
 
@@ -51,33 +53,44 @@ class Exam:
         """Whether there are source images that no member was trained on; without them the sources say nothing."""
         return self.same_splits and not self.problem.train_on_heldout
 
-    def source(self, answers: Answers) -> Scores:
-        """Return the scores on the held-out part of each source; empty if some member was trained on such images."""
-        if not self.has_source:
-            return {}
-        return {domain: self._score(answers, part) for domain, part in self.problem.selection_sets().items()}
+    def source(self, answers: Answers, kept: Kept | None = None) -> Scores:
+        """Return the scores on the held-out part of each source.
 
-    def test(self, answers: Answers) -> tuple[Scores, Scores]:
+        Empty if the members held out different images, or one of them trained on all: then the sources say nothing.
+
+        Args:
+            answers: what is scored.
+            kept: where to put logits and labels besides.
+        """
+        if not self.same_splits:
+            return {}
+        return {domain: self._score(answers, part, kept) for domain, part in self.problem.selection_sets().items()}
+
+    def test(self, answers: Answers, kept: Kept | None = None) -> tuple[Scores, Scores]:
         """Return the scores on the test images, and on the 80 % of the target that DomainBed's tables report.
 
         The test images are the whole target, or the third part of each source in the in-domain mode; both are empty
         where there are none, and the second where the members' splits differ.
+
+        Args:
+            answers: what is scored.
+            kept: where to put logits and labels of the test images besides.
         """
         splits, target = self.problem.splits, self.problem.target
         if self.config.data.test_mode == "in-domain":
             domains = self.problem.sources if self.same_splits else ()
-            return {domain: self._score(answers, splits[domain].test) for domain in domains}, {}
+            return {domain: self._score(answers, splits[domain].test, kept) for domain in domains}, {}
         if target is None:
             return {}, {}
-        parts = [self._score(answers, part) for part in (splits[target].train, splits[target].heldout)]
+        parts = [self._score(answers, part, kept) for part in (splits[target].train, splits[target].heldout)]
         whole = [merge_scores([first, second]) for first, second in zip(*parts, strict=True)]
         return {target: whole}, {target: parts[0]} if self.same_splits else {}
 
-    def _score(self, answers: Answers, indices: np.ndarray) -> list[Score]:
+    def _score(self, answers: Answers, indices: np.ndarray, kept: Kept | None) -> list[Score]:
         mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.sheet.channels)
         labels = self.dataset.class_index
         batches = eval_batches(self.cache, indices, labels, batch_size=EVAL_BATCH, mean=mean, std=std)
-        return score(answers, batches, self.device)
+        return score(answers, batches, self.device, kept)
 
 
 def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, progress: Progress = None) -> Exam:
@@ -93,13 +106,16 @@ def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, prog
 
 
 @torch.no_grad()
-def score(answers: Answers, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[Score]:
+def score(
+    answers: Answers, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, kept: Kept | None = None
+) -> list[Score]:
     """Return accuracy and mean cross-entropy of each of k models over the same batches, read once.
 
     Args:
         answers: images to logits (k, n, n_classes).
         batches: images (n, C, H, W) and labels (n,).
         device: where to compute.
+        kept: where to put the logits and labels besides.
 
     Example:
         >>> images, labels = torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([1, 1])
@@ -111,6 +127,8 @@ def score(answers: Answers, batches: Iterable[tuple[Tensor, Tensor]], device: to
     n = 0
     for images, labels in batches:
         logits = answers(images.to(device)).float()
+        if kept is not None:
+            kept.append((logits.cpu(), labels.cpu()))
         part = _totals(logits, labels.to(device))
         totals = part if totals is None else totals + part
         n += len(labels)

@@ -30,6 +30,7 @@ class _About(BaseModel):
     accuracy: dict[str, float | None]
     training_steps: int = Field(ge=0)
     training_runs: float = Field(ge=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 def load_any(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedModel | EnsembleModel:

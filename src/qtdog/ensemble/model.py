@@ -25,6 +25,7 @@ class EnsembleInfo:
         accuracy: of the ensemble: `source` (held-out part of the sources) and `test`; None where it was not measured.
         training_steps: updates behind all members, a shared beginning counted once.
         training_runs: the same in lengths of one member's run.
+        temperature: of the probabilities, fitted on the sources' held-out images; 1 where that was not possible.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class EnsembleInfo:
     accuracy: dict[str, float | None]
     training_steps: int
     training_runs: float
+    temperature: float = 1.0
 
     @property
     def backbone(self) -> str:
@@ -91,10 +93,10 @@ class EnsembleModel(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C): softmax of the mean logits.
+        """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C): softmax(mean logits / T).
 
         At most 64 images at a time are normalised and passed on, so that memory does not grow with n.
         """
         device = next(self.parameters()).device
-        parts = [self(self.prepare(part).to(device)).softmax(1) for part in images.split(BATCH)]
-        return torch.cat(parts)
+        parts = [self(self.prepare(part).to(device)) for part in images.split(BATCH)]
+        return (torch.cat(parts) / self.info.temperature).softmax(1)

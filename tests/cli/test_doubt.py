@@ -1,0 +1,113 @@
+"""What `predict` and `eval` say of doubt, for an ensemble and for one model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qtdog.data.digits import RotatedDigits
+from qtdog.ensemble.answers import answers, member_logits, reliability
+from qtdog.ensemble.calibration import fit_temperature
+from qtdog.ensemble.load import load_any
+from qtdog.training.shipped import load
+
+SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set", "train.eval_every=15")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    import subprocess
+    import sys
+
+    out = tmp_path_factory.mktemp("crew")
+    words = ["train", "--target", "75", *SHORT, "--members", "2", "--out", out / "two", "--json"]
+    done = subprocess.run([sys.executable, "-m", "qtdog", *map(str, words)], check=True, capture_output=True, text=True)
+    return out / "two", json.loads(done.stdout)["ensembles"][0]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    digits = RotatedDigits()
+    for i, index in enumerate(digits.indices("75")[:20]):
+        Image.fromarray(digits.read(int(index))[..., 0]).save(tmp_path / f"{i:02d}.png")
+    return tmp_path
+
+
+def test_the_temperature_is_fitted_on_the_sources_and_travels_in_the_file(trained):
+    folder, result = trained
+    model = load_any(folder / "75-eoq" / "model.safetensors")
+    calibration = result["calibration"]
+    assert model.info.temperature == calibration["temperature"] != 1  # pyright: ignore
+    from qtdog.ensemble.exam import open_exam
+    from qtdog.ensemble.member import read_member
+
+    members = [read_member(path) for path in sorted(folder.glob("75-seed*"))]
+    exam = open_exam(members[0].config, RotatedDigits(), same_splits=True)
+    kept = []
+    exam.source(lambda images: member_logits(model, images), kept)
+    logits, labels = torch.cat([one for one, _ in kept], 1), torch.cat([one for _, one in kept])
+    assert fit_temperature(logits.mean(0), labels) == pytest.approx(calibration["temperature"], rel=1e-4)
+    again = reliability(answers(logits, calibration["temperature"]), labels)
+    assert again.ece == pytest.approx(calibration["source"]["after"]["ece"], abs=1e-6)
+    assert set(calibration["test"]["before"]) == {"ece", "brier", "aurc", "risk_at_90"}
+
+
+def test_predict_tells_the_doubt_of_an_ensemble(qtdog, trained, pictures):
+    folder, _ = trained
+    rows = json.loads(qtdog("predict", folder / "75-eoq" / "model.safetensors", pictures, "--json").out)
+    assert set(rows[0]) == {"image", "class", "probability", "entropy", "mutual_information", "agreement"}
+    model = load_any(folder / "75-eoq" / "model.safetensors")
+    with Image.open(rows[3]["image"]) as picture:
+        pixels = torch.from_numpy(np.asarray(picture.resize((12, 12)))[None, :, :, None].copy())
+    assert rows[3]["agreement"] in (0.5, 1.0)
+    assert model.probabilities(pixels).shape == (1, 10)
+
+
+def test_predict_of_one_model_has_its_entropy_only(qtdog, trained, pictures):
+    folder, _ = trained
+    file = folder / "75-seed0" / "model.safetensors"
+    rows = json.loads(qtdog("predict", file, pictures, "--json").out)
+    assert set(rows[0]) == {"image", "class", "probability", "entropy"}
+    shipped = load(file)
+    from pathlib import Path
+
+    from qtdog.data.decode import decode_resized
+
+    pixels = torch.from_numpy(decode_resized(Path(rows[0]["image"]), 12, 1).copy())[None]
+    p = shipped.probabilities(pixels)[0]
+    assert rows[0]["entropy"] == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
+    assert rows[0]["probability"] == pytest.approx(p.max().item(), rel=1e-5)
+
+
+def test_reject_abstains_on_the_least_certain(qtdog, trained, pictures):
+    folder, _ = trained
+    file = folder / "75-eoq" / "model.safetensors"
+    outcome = qtdog("predict", file, pictures, "--reject", 0.1, "--json")
+    rows = json.loads(outcome.out)
+    assert "abstained on 2 of 20" in outcome.err
+    rejected = [row for row in rows if row["rejected"]]
+    assert len(rejected) == 2
+    assert all(row["class"] == "" for row in rejected)
+    kept = [row["entropy"] for row in rows if not row["rejected"]]
+    assert min(row["entropy"] for row in rejected) >= max(kept)
+    assert qtdog("predict", file, pictures, "--reject", 1.5).code == 2
+    table = qtdog("predict", file, pictures, "--reject", 0.1, "--format", "csv").out
+    assert table.splitlines()[0] == "image,class,probability,entropy,mutual_information,agreement,rejected"
+
+
+def test_eval_says_how_far_to_trust(qtdog, trained, pictures):
+    folder, result = trained
+    file = folder / "75-eoq" / "model.safetensors"
+    told = json.loads(qtdog("eval", file, "rotated-digits", "--unknown", pictures, "--json").out)
+    assert told["domains"]["75"]["ece"] == pytest.approx(result["calibration"]["test"]["after"]["ece"], abs=1e-6)
+    assert told["domains"]["75"]["accuracy"] == result["test_accuracy"]
+    assert 0 <= told["unknown_auroc_entropy"] <= 1
+    assert 0 <= told["unknown_auroc_mutual_information"] <= 1
+    assert "ECE" in qtdog("eval", file, "rotated-digits").out
+    missing = qtdog("eval", file, "rotated-digits", "--unknown", pictures / "nowhere")
+    assert missing.code == 1
+    assert "nowhere" in missing.err
