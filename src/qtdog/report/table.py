@@ -28,15 +28,26 @@ def size_text(size: Mapping[str, float]) -> str:
 
 
 def method_name(config: Mapping[str, Any]) -> str:
-    """Return a short name of what a configuration trains, like `erm + lsq 7 bit`.
+    """Return a short name of what a configuration trains: every axis that is not at its plainest, and the grid.
 
     Example:
         >>> method_name({"objective": {"name": "erm"}, "quantizer": {"name": "lsq", "bits": 7}})
         'erm + lsq 7 bit'
+        >>> method_name({"objective": {"name": "coral"}, "averager": {"name": "swad"}, "quantizer": {"name": "none"}})
+        'coral + swad + float'
     """
-    quantizer = config["quantizer"]
-    grid = "float" if quantizer["name"] == "none" else f"{quantizer['name']} {quantizer['bits']} bit"
-    return f"{config['objective']['name']} + {grid}"
+    names = [config["objective"]["name"]]
+    names += ["teacher"] if config["objective"].get("teacher") else []
+    chosen = [config.get("model", {}).get("feature_layer", "none")]
+    chosen += [config.get(axis, {}).get("name", "none") for axis in ("step_rule", "averager")]
+    return " + ".join([*names, *(name for name in chosen if name not in ("none", "plain")), _grid(config["quantizer"])])
+
+
+def _grid(quantizer: Mapping[str, Any]) -> str:
+    if quantizer["name"] == "none":
+        return "float"
+    mixed = " (mixed)" if quantizer.get("layer_bits") else ""
+    return f"{quantizer['name']} {quantizer['bits']} bit{mixed}"
 
 
 def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
