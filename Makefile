@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 	@echo "Done. Next: make demo"
 
-demo: setup ## train a float and a 7-bit model on rotated digits, and compare them
+demo: setup ## train float, 7-bit and an ensemble of three on rotated digits, and compare
 	@$(BIN)/qtdog demo
 
 lint: setup ## style, format, types, import contract
