@@ -164,8 +164,8 @@ def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_con
     def poison(module, inputs, loss):
         return torch.full_like(loss, float("nan")) if inputs[1].step == 3 else None
 
-    def poisoned(*args):
-        parts = real(*args)
+    def poisoned(*args, **options):
+        parts = real(*args, **options)
         parts.objective.register_forward_hook(poison)
         return parts
 
