@@ -92,14 +92,11 @@ def dart(
         merged = latest_checkpoint(path / "merged", voice.warn) or Checkpoint(0, {}, {"lines": []})
         for until in [*range(merge_every, steps, merge_every), steps]:
             for branch in branches:
-                if branch.state.step < until:
-                    drive(branch.parts, branch.state, branch.folder, problem, voice=voice, until=until)
+                _train_until(branch, until, problem, voice)
             if merged.step < until:
                 merged = _merge(branches, merged, until)
                 write_checkpoint(path / "merged", merged)
-            for branch in branches:
-                if branch.state.step == until == merged.step:
-                    branch.parts.network.load_state_dict(merged.tensors["network"], strict=False)
+            _take(branches, merged)
         return _ship(branches, merged, (problem, dataset), root, merge_every)
 
 
@@ -148,6 +145,18 @@ def _open(
     folder.claim(config, resume=resume)
     parts = compose(config, *setting, accelerator, voice.progress)
     return Branch(parts, begin(parts, folder, voice.warn), folder)
+
+
+def _train_until(branch: Branch, step: int, problem: Problem, voice: Voice) -> None:
+    if branch.state.step < step:
+        drive(branch.parts, branch.state, branch.folder, problem, voice=voice, until=step)
+
+
+def _take(branches: Sequence[Branch], merged: Checkpoint) -> None:
+    """Give the merged weights to every branch that stands where they were merged; others went on from them before."""
+    for branch in branches:
+        if branch.state.step == merged.step:
+            branch.parts.network.load_state_dict(merged.tensors["network"], strict=False)
 
 
 def _merge(branches: Sequence[Branch], before: Checkpoint, step: int) -> Checkpoint:
