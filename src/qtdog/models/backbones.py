@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from functools import cache
+
 import timm
 import torch
 from torch import nn
@@ -25,7 +27,12 @@ def backbone_names() -> list[str]:
         >>> {"resnet50", "digits_cnn"} <= set(backbone_names())
         True
     """
-    return sorted([*timm.list_models(), *WIDTHS])
+    return list(_names())
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted([*timm.list_models(), *WIDTHS]))
 
 
 def create_network(
@@ -113,7 +120,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 def _check_name(backbone: str) -> None:
     base, _, tag = backbone.partition(".")
-    if base not in backbone_names():
+    if base not in _names():
         close = nearest(base, backbone_names())
         hint = f"; did you mean '{close}'?" if close else "."
         raise ModelError(
