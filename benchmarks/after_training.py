@@ -74,6 +74,17 @@ def measure(network: nn.Module, batches: list[Tensor], method: str, init: str, b
     }
 
 
+def line(row: dict[str, Any]) -> str:
+    """Return one case as a line of the table."""
+    errors = f"{row['rounding_error']['median']:.2e} → {row['error']['median']:.2e}"
+    largest = f"{row['rounding_error']['largest']:.2e} → {row['error']['largest']:.2e}"
+    seconds = (
+        f"{row['seconds']:7.1f} s ({row['processor_s']:.1f} s of processor time, {row['solving_s']:.1f} s solving)"
+    )
+    kept = f"{row['rows_kept_rounded_frac']:.1%} of the rows kept rounding"
+    return f"  {row['method']:4s} {row['init']:4s} {seconds}  median error {errors}, largest {largest}; {kept}"
+
+
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,17 +100,16 @@ def main() -> None:
         BACKBONE, n_classes=7, channels=3, image_size=SIZE, weights=weights, freeze_bn=True, seed=0
     )
     batches = list(inputs.split(CALIBRATION_BATCH))
-    rows = [measure(network, batches, method, init, arguments.bits) for method, init in CASES]
     setting = {"images": len(inputs), "of": what, "weights": weights, "bits": arguments.bits}
+    if not arguments.json:
+        print(f"{BACKBONE} at {SIZE} pixels: {setting}, {arguments.threads} threads")
+    rows = []
+    for method, init in CASES:
+        rows.append(measure(network, batches, method, init, arguments.bits))
+        if not arguments.json:
+            print(line(rows[-1]), flush=True)
     if arguments.json:
         print(json.dumps(setting | {"threads": arguments.threads, "results": rows}, indent=1))
-        return
-    print(f"{BACKBONE} at {SIZE} pixels, weights: {weights}, {arguments.bits} bits; {len(inputs)} images ({what})")
-    for row in rows:
-        errors = f"{row['rounding_error']['median']:.2e} → {row['error']['median']:.2e}"
-        seconds = f"{row['seconds']:7.1f} s ({row['processor_s']:.1f} s of processor time)"
-        print(f"  {row['method']:4s} {row['init']:4s} {seconds}  median error {errors}, ", end="")
-        print(f"largest {row['error']['largest']:.2e}")
 
 
 if __name__ == "__main__":
