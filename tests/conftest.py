@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# The tests' networks are tiny: more than one thread each costs more in waiting than it saves, several times more where
+# another process is busy. Set before torch is imported; processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
