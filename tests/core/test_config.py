@@ -120,3 +120,10 @@ def test_every_option_is_listed_with_its_default():
     rows = dict(option_rows())
     assert "[7]" in rows["quantizer.bits"]
     assert len(rows) == sum(len(section) for section in Config().model_dump().values())
+
+
+def test_a_start_step_means_nothing_after_training():
+    obc, later = (build_config([{"quantizer": {"name": "obc", "start_step": step}}]) for step in (None, 7))
+    assert config_hash(obc) == config_hash(later)
+    lsq, other = (build_config([{"quantizer": {"name": "lsq", "start_step": step}}]) for step in (None, 7))
+    assert config_hash(lsq) != config_hash(other)

@@ -248,6 +248,8 @@ def config_hash(config: Config) -> str:
         tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
     if config.quantizer.name == "none":
         tree["quantizer"] = {"name": "none"}  # a float run has no bits: `--quantizer none --bits 4` is the same run
+    if config.quantizer.name in AFTER_TRAINING:
+        tree["quantizer"].pop("start_step", None)  # such a run has no start step
     tree = {name: section for name, section in tree.items() if section}
     text = json.dumps([HASH_VERSION, tree], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
