@@ -86,5 +86,6 @@ def _axis(kind: Kind) -> list[list[str]]:
 
 def _about(member: Any) -> str:
     """Return the first line of a member's docstring, and its hyper-parameters with their defaults."""
-    values = ", ".join(f"{name}={how.default}" for name, how in member.HYPERPARAMETERS.items())
+    defaults = {name: how.default for name, how in member.HYPERPARAMETERS.items()}
+    values = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in defaults.items())
     return (member.__doc__ or "").split("\n")[0] + (f" [params: {values}]" if values else "")
