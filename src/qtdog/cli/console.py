@@ -37,10 +37,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table; names from files are shown as they are, never read as markup."""
+    """Print a table, numbers to the right; names from files are shown as they are, never read as markup."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for i, header in enumerate(headers):
-        table.add_column(escape(header), justify="left" if i == 0 else "right", overflow="fold")
+        numbers = i > 0 and all(row[i][:1] in "–-0123456789" for row in rows)  # an empty cell is none of them, and fits
+        table.add_column(escape(header), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
