@@ -14,10 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from qtdog.core.config import Config
 from qtdog.core.settings import build_config, load_preset
+
+# a first backward pass, or a busy machine, may take longer than hypothesis allows one example
+settings.register_profile("qtdog", deadline=None)
+settings.load_profile("qtdog")
 
 SHORT = {
     "data": {"target": "75", "batch_size": 8, "image_size": 12},
