@@ -1,0 +1,1 @@
+"""Many runs from one study file, on one machine or many."""
