@@ -154,3 +154,26 @@ def test_evaluation_is_in_order_and_complete(setting: Setting) -> None:
     images = torch.cat([images for images, _ in parts])
     assert images.equal(normalise(setting.cache.gather(indices), MEAN, STD))
     assert torch.cat([labels for _, labels in parts]).tolist() == setting.dataset.class_index[indices].tolist()
+
+
+def test_a_focus_gets_half_of_each_batch_and_the_processes_share_it(setting: Setting) -> None:
+    whole = setting.batches(batch_size=8, focus="indoor").batch(3)
+    assert whole.sizes == (8, 8)  # of two domains, half is an equal share
+    setting.pools["third"] = setting.pools["outdoor"]
+    whole = setting.batches(batch_size=8, focus="indoor").batch(3)
+    assert whole.sizes == (6, 12, 6)
+    halves = [setting.batches(batch_size=8, focus="indoor", rank=rank, world=2).batch(3) for rank in (0, 1)]
+    assert [half.sizes for half in halves] == [(3, 6, 3)] * 2
+    for domain in range(3):
+        parts = [half.images.split(half.sizes)[domain] for half in halves]
+        together = whole.images.split(whole.sizes)[domain]
+        torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), together, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"focus": "indor"}, "did you mean 'indoor'"), ({"focus": "indoor", "batch_size": 1, "world": 2}, "evenly")],
+)
+def test_a_focus_that_cannot_be_is_refused(setting: Setting, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        setting.batches(**changes)

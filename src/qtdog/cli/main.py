@@ -8,6 +8,7 @@ import typer
 
 from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
+from qtdog.cli.dart import dart
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
 from qtdog.cli.distill import distill
@@ -49,6 +50,7 @@ app.command()(predict)
 app.command()(ensemble)
 app.command()(bits)
 app.command()(distill)
+app.command()(dart)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(data_app, name="data")

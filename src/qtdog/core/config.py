@@ -52,6 +52,9 @@ class DataConfig(Section):
     )
     augment: Literal["domainbed", "none"] = Field(default="domainbed", description="training augmentation")
     batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
+    focus: str = Field(
+        default="", description="source domain that gets half of each batch, as in a branch of DART; '' for equal shares"
+    )
     allow_missing_classes: bool = Field(default=False, description="accept a domain that lacks a class")
     workers: int = Field(default=1, ge=0, le=64, description="threads that prepare the next batches")
 

@@ -21,7 +21,7 @@ from qtdog.data.augment_parameters import draw_parameters
 from qtdog.data.buffers import BufferPool
 from qtdog.data.cache import DecodedCache
 from qtdog.data.normalise import normalise
-from qtdog.data.sampler import draw
+from qtdog.data.sampler import batch_sizes, draw
 
 Indices = npt.NDArray[np.int64]
 
@@ -58,9 +58,10 @@ class TrainBatches:
         workers: threads that prepare the next batches in `stream`; 0 prepares each when it is asked for.
         rank: which of `world` processes this is: it gets images rank, rank + world, … of each domain.
         world: number of processes.
+        focus: the domain that gets half of each batch; "" for equal shares.
 
     Raises:
-        ConfigError: the batch size cannot be shared evenly by the processes.
+        ConfigError: the batch size cannot be shared evenly by the processes, or `focus` is none of the domains.
         DataError: there is no domain, or one without training images.
     """
 
@@ -78,16 +79,18 @@ class TrainBatches:
         workers: int = 1,
         rank: int = 0,
         world: int = 1,
+        focus: str = "",
     ) -> None:
-        if batch_size % world:
-            raise ConfigError(f"data.batch_size {batch_size} cannot be shared evenly by {world} processes")
+        self.sizes = batch_sizes(tuple(pools), batch_size, focus)
+        if any(size % world for size in self.sizes):
+            shares = f" (data.focus makes it {self.sizes})" if focus else ""
+            raise ConfigError(f"data.batch_size {batch_size}{shares} cannot be shared evenly by {world} processes")
         empty = [domain for domain, pool in pools.items() if len(pool) == 0]
         if empty or not pools:
             raise DataError(f"no training images in {', '.join(empty)}" if empty else "there is no source domain")
         self.cache = cache
         self.class_index = class_index.astype(np.int64)
         self.pools = dict(pools)
-        self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
         self.mean = tuple(mean)
@@ -99,17 +102,20 @@ class TrainBatches:
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step (this process's share of it)."""
-        drawn = [draw(self.seed, step, domain, pool, self.batch_size) for domain, pool in self.pools.items()]
-        rows = np.arange(len(drawn) * self.batch_size).reshape(len(drawn), -1)[:, self.rank :: self.world].reshape(-1)
+        sized = zip(self.pools.items(), self.sizes, strict=True)
+        drawn = [draw(self.seed, step, domain, pool, size) for (domain, pool), size in sized]
+        ends = np.cumsum(self.sizes)
+        parts = zip(ends - self.sizes, ends, strict=True)
+        rows = np.concatenate([np.arange(first + self.rank, end, self.world) for first, end in parts])
         indices = np.concatenate(drawn)[rows]
         images = self._prepare(self.cache.gather(indices, self._buffers), step, torch.from_numpy(rows))
-        sizes = (self.batch_size // self.world,) * len(drawn)
+        sizes = tuple(size // self.world for size in self.sizes)
         return Batch(images, torch.from_numpy(self.class_index[indices]), tuple(self.pools), sizes)
 
     def _prepare(self, images: Tensor, step: int, rows: Tensor) -> Tensor:
         if self.augment == "none":
             return normalise(images, self.mean, self.std)
-        n_global = len(self.pools) * self.batch_size  # drawn for all processes, so that they see one global batch
+        n_global = sum(self.sizes)  # drawn for all processes, so that they see one global batch
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
         return augment(images, parameters.take(rows), mean=self.mean, std=self.std, pool=self._buffers)
 

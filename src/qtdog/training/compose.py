@@ -17,6 +17,7 @@ from qtdog.core.registry import import_members
 from qtdog.data.cache import DecodedCache, Progress, open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
+from qtdog.data.sampler import batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network
@@ -139,7 +140,7 @@ def _setting(config: Config, problem: Problem, network: Network, n_processes: in
         n_domains=len(problem.sources),
         n_classes=network.classifier.out_features,
         n_features=network.classifier.in_features,
-        batch_size=config.data.batch_size,
+        batch_size=min(batch_sizes(problem.sources, config.data.batch_size, config.data.focus)),
         network=network,
         n_processes=n_processes,
         seed=config.init_seed,
@@ -202,4 +203,5 @@ def _batches(
         workers=config.data.workers,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        focus=config.data.focus,
     )

@@ -33,7 +33,7 @@ from qtdog.training.select import select
 from qtdog.training.state import RunState
 
 # What may differ between branches: all that leaves the network and the held-out images alike.
-FREE = ("data.augment", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")
+FREE = ("data.augment", "data.focus", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def dart(
 
     All begin with the same weights. At a merge each gets the mean of their weights, θ = 1/M · Σ_k θ_k (float weights
     and step sizes), keeps its optimizer's moments, and goes on (Jain et al., CVPR 2023, Algorithm 1). What makes the
-    branches diverse is up to their configurations: seeds, augmentation, objectives. The paper's branches for domain
-    generalization draw half of each batch from a domain of their own; a batch here has the same share of each domain.
+    branches diverse is up to their configurations: seeds, augmentation, objectives, and `data.focus`: the paper's
+    branches for domain generalization draw half of each batch from a domain of their own.
 
     Each merged network is evaluated, and `train.selection` of the first branch chooses among them. If the branches have
     an averager that ships its average (`swa`, `swad`), the mean of those averages ships instead.

@@ -1,0 +1,101 @@
+"""`qtdog dart`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtdog.cli.train import DATA, OUT, PRESET
+
+if TYPE_CHECKING:
+    from qtdog.core.config import Config
+
+TARGET = "The unseen domain; 'none' to train on everything."
+BRANCH = (
+    "A branch, by what is its own: 'data.augment=none', or several values with ';' between them. Give it once for each "
+    "branch. Default: a branch for each source domain, which gets half of its batches (data.focus)."
+)
+MERGE = "Steps between merges. Default: a tenth of the steps."
+
+
+def dart(
+    *,
+    data: Annotated[str | None, typer.Option(help=DATA, rich_help_panel="Problem")] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET, rich_help_panel="Problem")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help=PRESET, rich_help_panel="Configuration")] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Any configuration value.", rich_help_panel="Configuration"
+        ),
+    ] = None,
+    branch: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE[;…]", help=BRANCH, rich_help_panel="Method")
+    ] = None,
+    merge_every: Annotated[int | None, typer.Option(min=1, help=MERGE, rich_help_panel="Method")] = None,
+    quantizer: Annotated[
+        str | None, typer.Option(help="'lsq', or 'none' for a float model.", rich_help_panel="Method")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8.", rich_help_panel="Method")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of updates of each branch.", rich_help_panel="Training")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel="Training")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first branch.", rich_help_panel="Training")] = None,
+    out: Annotated[Path, typer.Option(help=OUT, rich_help_panel="Run")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in the folder.", rich_help_panel="Run")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel="Run")] = False,
+) -> None:
+    """Train branches side by side, average them now and then, and ship one network (DART, CVPR 2023).
+
+    The branches begin alike and differ in what they see: by default each gets half of its batches from a source domain
+    of its own. It costs as many times the training as there are branches, and all of them lie in memory at once; what
+    ships is one model.
+
+    Examples:
+      qtdog dart --data photos/ --target c --preset pacs-lite --out runs/dart
+
+      qtdog dart --data photos/ --target c --branch data.augment=none --branch objective.name=coral --out runs/two
+    """
+    given = dict(locals())
+    from qtdog.cli.console import print_json, warn
+    from qtdog.cli.plan import FLAGS, Request, make_plan
+    from qtdog.cli.progress import CountingBar, training_bar
+    from qtdog.cli.train import announce, show
+    from qtdog.core.errors import ConfigError
+    from qtdog.report.table import method_name
+    from qtdog.training.dart import dart as train_branches
+    from qtdog.training.problem import make_problem
+    from qtdog.training.run import Voice
+
+    flags = {name: given[name] for name in FLAGS if name in given}
+    dataset, plan = make_plan(Request(flags, preset or (), assign or (), out=out), CountingBar("reading images"))
+    if len(plan) > 1:
+        raise ConfigError("dart takes one --target at a time")
+    config = plan[0].config
+    configs = _branches(config, make_problem(config, dataset).sources, branch or ())
+    announce(dataset)
+    voice = Voice(training_bar, CountingBar("decoding images"), warn)
+    every = merge_every or max(1, config.train.steps // 10)
+    result = train_branches(configs, dataset, out, merge_every=every, resume=resume, voice=voice)
+    told = {"method": f"{method_name(config.model_dump())}, dart", "folder": str(out)}
+    result |= told | {"training_steps": config.train.steps * len(configs)}
+    print_json(result) if as_json else show([result])
+
+
+def _branches(config: Config, sources: Sequence[str], texts: Sequence[str]) -> list[Config]:
+    """Return the configuration of each branch: one start, seeds counted up, and what is its own."""
+    from qtdog.core.settings import build_config, parse_assignment
+
+    own: list[list[dict[str, Any]]] = [[parse_assignment(one) for one in text.split(";")] for text in texts]
+    own = own or [[{"data": {"focus": source}}] for source in sources]
+    configs = []
+    for number, changes in enumerate(own):
+        common = {"train": {"seed": config.train.seed + number}, "model": {"init_seed": config.init_seed}}
+        configs.append(build_config([config.model_dump(), common, *changes]))
+    return configs
