@@ -127,3 +127,9 @@ def test_a_start_step_means_nothing_after_training():
     assert config_hash(obc) == config_hash(later)
     lsq, other = (build_config([{"quantizer": {"name": "lsq", "start_step": step}}]) for step in (None, 7))
     assert config_hash(lsq) != config_hash(other)
+
+
+def test_a_mapping_without_the_space_says_what_to_write():
+    with pytest.raises(ConfigError, match=r"as in \{weight: 1\}"):
+        parse_assignment("objective.params={weight:1}")
+    assert parse_assignment("objective.params={weight: 1}") == {"objective": {"params": {"weight": 1}}}

@@ -223,7 +223,11 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
     from qtdog.report.table import percent
 
     folder, each = escape(result["folder"]), "member" if "members" in result else "layer"
-    lines = [f"model  {folder}/model.safetensors", f"report {folder}/result.json (accuracies, sizes, each {each})"]
+    kept = f" ({result['kept']})" if "kept" in result else ""
+    lines = [
+        f"model  {folder}/model.safetensors{kept}",
+        f"report {folder}/result.json (accuracies, sizes, each {each})",
+    ]
     if "after_training" in result:
         before = result["after_training"]["float"]
         source, test = percent(before["source_accuracy"]), percent(before["test_accuracy"])

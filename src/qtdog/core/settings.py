@@ -75,9 +75,13 @@ def parse_assignment(text: str) -> Tree:
     if not (equals and dot and section and key):
         raise ConfigError(f"--set takes section.key=value, like --set train.steps=100; got '{text}'")
     try:
-        return {section: {key: yaml.safe_load(value)}}
+        read = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from error
+    glued = [name for name, one in read.items() if one is None and ":" in str(name)] if isinstance(read, dict) else []
+    if glued:
+        raise ConfigError(f"--set {text}: YAML wants a space behind the colon, as in {{{glued[0].replace(':', ': ')}}}")
+    return {section: {key: read}}
 
 
 def merge(trees: Iterable[Mapping[str, Any]]) -> Tree:
