@@ -1,0 +1,70 @@
+"""What an exported file says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qtdog.core.errors import FormatError
+from qtdog.training.shipped import Preprocessing
+
+KEY = "qtdog"
+"""Under this name the description lies in the metadata of an exported file, as JSON."""
+
+
+class ExportInfo(BaseModel):
+    """The description inside an exported file.
+
+    The graph takes uint8 images (n, H, W, C), decoded and resized to `preprocessing.image_size` (bilinear, antialiased,
+    nothing cropped), and does the rest itself.
+
+    Attributes:
+        format: a name of `export.formats.FORMATS`, or "packed" for a file of `qtdog train`.
+        backbone: of every member.
+        classes: names, in the order of the logits.
+        preprocessing: how an image becomes the network's input.
+        source_domains: trained on these.
+        target_domain: held out in training, or None.
+        n_members: networks inside.
+        temperature: the probabilities are softmax(logits / temperature).
+        outputs: names of the graph's outputs.
+        calibration: for integer activations: `domains`, `n_images`, `method`, `seed`.
+        parity: how the file compared with the packed model (`export.parity.Parity`), None before that was measured.
+        notes: what was changed on the way, in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: str
+    backbone: str
+    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
+    preprocessing: Preprocessing
+    source_domains: tuple[str, ...]
+    target_domain: str | None
+    n_members: int = Field(ge=1, le=100)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    outputs: tuple[str, ...]
+    calibration: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def parse_info(path: object, text: str | None) -> ExportInfo:
+    """Return the description in the metadata of an exported file.
+
+    Args:
+        path: the file, for errors.
+        text: what lies under `KEY`; None if there is nothing.
+
+    Raises:
+        FormatError: nothing is there, or it is no such description.
+    """
+    if text is None:
+        raise FormatError(f"{path} does not say what it is (no '{KEY}' in its metadata): make it with 'qtdog export'")
+    try:
+        return ExportInfo.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"{path} does not describe an exported model: {where}: {first['msg']}") from error

@@ -1,0 +1,39 @@
+"""The optional libraries of this room, imported when they are first needed."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from qtdog.core.errors import ModelError
+
+EXTRAS = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "executorch": None,
+}
+
+
+def library(name: str) -> ModuleType:
+    """Return an optional library.
+
+    Args:
+        name: of the module, or of one inside it (`onnxscript.optimizer`).
+
+    Raises:
+        ModelError: it is not installed; the text says how to install it.
+
+    Example:
+        >>> library("onnx").__name__
+        'onnx'
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        root = name.partition(".")[0]
+        extra = EXTRAS[root]
+        command = f"pip install 'qtdog[{extra}]'" if extra else f"pip install {root}"
+        raise ModelError(f"this needs the library {root}, which cannot be imported ({error}): {command}") from error

@@ -1,0 +1,56 @@
+"""ONNX files and OpenVINO IR in OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qtdog.core.errors import FormatError
+from qtdog.export.info import KEY, ExportInfo, parse_info
+from qtdog.export.libraries import library
+
+# where the processor has bfloat16, OpenVINO computes in it unless told otherwise, and logits move by 0.2
+PRECISION = "f32"
+
+
+def open_openvino(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any], list[Any]], Any]:
+    """Return description, function and compiled model of an .xml or .onnx file.
+
+    Args:
+        path: the file; an .xml has its .bin beside it.
+        threads: that one call may use.
+
+    Raises:
+        FormatError: damaged, incomplete, or not made by qtdog.
+        ModelError: OpenVINO is not installed.
+    """
+    openvino = library("openvino")
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": PRECISION,
+    }
+    core = openvino.Core()
+    try:
+        model = core.read_model(path)
+        info = parse_info(path, read_text(model, path))
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise FormatError(f"{path} cannot be opened by OpenVINO: {said}. An .xml needs its .bin beside it") from error
+
+    def run(images: Any) -> list[Any]:
+        found = compiled([images])
+        return [found[index] for index in range(len(info.outputs))]
+
+    return info, run, compiled
+
+
+def read_text(model: Any, path: Path) -> str | None:
+    """Return the description in a model that OpenVINO has read, or None."""
+    if path.suffix == ".onnx":
+        onnx = library("onnx")
+        entries = onnx.load(path, load_external_data=False).metadata_props
+        return next((entry.value for entry in entries if entry.key == KEY), None)
+    return model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
