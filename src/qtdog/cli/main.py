@@ -16,6 +16,7 @@ from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
 from qtdog.cli.listing import listing
 from qtdog.cli.predict import predict
+from qtdog.cli.table import table
 from qtdog.cli.train import train
 from qtdog.core.errors import QtdogError
 
@@ -51,6 +52,7 @@ app.command()(ensemble)
 app.command()(bits)
 app.command()(distill)
 app.command()(dart)
+app.command()(table)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(data_app, name="data")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+NO_TARGET = "no unseen domain"
+
 
 def percent(value: float | None) -> str:
     """Return an accuracy in percent with one decimal, or a dash.
@@ -57,11 +59,11 @@ def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[li
         results: for each method its results (`result.json`), one or more per target; several for one target (members)
             are averaged.
     """
-    targets = sorted({_unseen(result) for runs in results.values() for result in runs})
+    targets = sorted({unseen(result) for runs in results.values() for result in runs})
     headers = ["method", *targets, "average", "source", "file"]
     rows = []
     for method, runs in results.items():
-        per_target = [_mean(run["test_accuracy"] for run in runs if _unseen(run) == t) for t in targets]
+        per_target = [_mean(run["test_accuracy"] for run in runs if unseen(run) == t) for t in targets]
         source = _mean(run["source_accuracy"] for run in runs)
         rows.append(
             [method, *map(percent, per_target), percent(_mean(per_target)), percent(source), size_text(runs[0]["size"])]
@@ -69,9 +71,15 @@ def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[li
     return headers, rows
 
 
-def _unseen(result: Mapping[str, Any]) -> str:
+def unseen(result: Mapping[str, Any]) -> str:
+    """Return what a result was tested on: its unseen domain, or words for what stands in its place.
+
+    Example:
+        >>> unseen({"test_mode": "target", "target_domain": "sketch"})
+        'sketch'
+    """
     in_domain = result["test_mode"] == "in-domain"
-    return "last 20 % of sources" if in_domain else str(result["target_domain"] or "no unseen domain")
+    return "last 20 % of sources" if in_domain else str(result["target_domain"] or NO_TARGET)
 
 
 def _mean(values: Any) -> float | None:

@@ -1,0 +1,77 @@
+"""What each way to choose a checkpoint gives, recomputed from the evaluations of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qtdog.core.errors import ConfigError, unknown
+from qtdog.report.entry import Entry, Outcome
+from qtdog.training.records import Record
+from qtdog.training.select import select
+
+SELECTIONS = {
+    "source": "the evaluation with the best mean accuracy on the held-out part of the sources (training-domain "
+    "validation); the target plays no part",
+    "mean": "the mean over all evaluations after the start step (in float: after 40 % of the steps), because a single "
+    "checkpoint swings; no model is chosen",
+    "last": "the last evaluation; nothing is chosen",
+    "oracle": "the evaluation that is best on the unseen domain itself: an upper bound, never an honest result",
+}
+
+
+def check_selections(names: Sequence[str]) -> list[str]:
+    """Return the names in the order of `SELECTIONS`; all of them if none is given.
+
+    Raises:
+        ConfigError: an unknown name, with the nearest one.
+    """
+    for name in names:
+        if name not in SELECTIONS:
+            raise ConfigError(unknown("selection", name, SELECTIONS))
+    return [name for name in SELECTIONS if name in names or not names]
+
+
+def outcome(entry: Entry, selection: str) -> Outcome | None:
+    """Return what `selection` gives for an entry; None if that was not measured.
+
+    The way in which the run chose what it ships gives what was shipped: with some averagers, and after quantization
+    after training, that is no network of any evaluation.
+
+    Args:
+        entry: a finished run.
+        selection: a name of `SELECTIONS`.
+    """
+    if selection == entry.selection:
+        return entry.shipped
+    if not entry.records:
+        return None
+    if selection == "mean":
+        return _mean([record for record in entry.records if _counts(record, entry.mean_from)])
+    if selection == "oracle" and entry.records[0].test_accuracy is None:
+        return None
+    step = select(selection, entry.records)
+    chosen = [record for record in entry.records if record.seen.step == step]
+    return _of(chosen[0]) if chosen else None
+
+
+def _counts(record: Record, start: int) -> bool:
+    return record.seen.selectable and record.seen.step > start
+
+
+def _of(record: Record) -> Outcome:
+    test_80 = [score.accuracy for score in record.test_in.values()]
+    return Outcome(
+        record.seen.step,
+        record.seen.source_accuracy,
+        record.test_accuracy,
+        sum(test_80) / len(test_80) if test_80 else None,
+    )
+
+
+def _mean(records: Sequence[Record]) -> Outcome | None:
+    if not records:
+        return None
+    all_of = [_of(record) for record in records]
+    values = ([getattr(one, name) for one in all_of] for name in ("source", "target", "target_80"))
+    source, target, target_80 = (None if None in part else sum(part) / len(part) for part in values)
+    return Outcome(None, source, target, target_80)
