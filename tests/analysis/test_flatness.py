@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.flatness import Flatness, local_flatness, random_direction, weight_norm
+from qtdog.analysis.directions import random_direction
+from qtdog.analysis.flatness import Flatness, local_flatness, weight_norm
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ModelError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,12 +68,7 @@ def block_traces(
     if n_vectors < 2:
         raise ValueError(f"n_vectors must be at least 2, not {n_vectors}")
     leaves = list(parameters.values())
-    products = torch.zeros(n_vectors, len(leaves), dtype=torch.float64)
-    for loss, weight in losses:
-        gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-        for n in range(n_vectors):
-            products[n] += weight * _products(gradients, leaves, seed, n)
-        del loss, gradients
+    products = vector_products(leaves, losses, range(n_vectors), seed=seed)
     errors = products.std(0) / math.sqrt(n_vectors)
     return {
         name: BlockTrace(trace, error, leaf.numel())
@@ -83,7 +78,37 @@ def block_traces(
     }
 
 
-def _products(gradients: tuple[Tensor, ...], leaves: list[Tensor], seed: int, n: int) -> Tensor:
+def vector_products(
+    leaves: Sequence[Tensor], losses: Iterable[tuple[Tensor, float]], numbers: Sequence[int], *, seed: int = 0
+) -> Tensor:
+    """Return v_lᵀ (H v)_l of each block l for the random vectors with these numbers, float64 (vectors, blocks).
+
+    Their sum over the blocks is vᵀ H v, of which tr H is the mean.
+
+    Args:
+        leaves: the blocks.
+        losses: as in `block_traces`.
+        numbers: of the vectors: number n is the same whichever others are asked for.
+        seed: of the vectors.
+
+    Raises:
+        RuntimeError: a layer has no second derivative in torch.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> vector_products([w], [((w**2).sum(), 1.0)], [7]).tolist()
+        [[4.0]]
+    """
+    products = torch.zeros(len(numbers), len(leaves), dtype=torch.float64)
+    for loss, weight in losses:
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        for row, n in enumerate(numbers):
+            products[row] += weight * _products(gradients, leaves, seed, n)
+        del loss, gradients
+    return products
+
+
+def _products(gradients: Sequence[Tensor], leaves: Sequence[Tensor], seed: int, n: int) -> Tensor:
     """Return v_lᵀ (H v)_l for each block l, with vector number n."""
     generator = torch_stream(seed, "rademacher", n)
     drawn = [torch.randint(2, leaf.shape, generator=generator) * 2 - 1 for leaf in leaves]

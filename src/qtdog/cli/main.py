@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from qtdog.cli.analyse import analyse_app
 from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
 from qtdog.cli.dart import dart
@@ -55,6 +56,7 @@ app.command()(dart)
 app.command()(table)
 app.command()(demo)
 app.command(name="list")(listing)
+app.add_typer(analyse_app, name="analyse")
 app.add_typer(data_app, name="data")
 
 

@@ -1,0 +1,136 @@
+"""What an analysis has measured so far: a CSV file that grows row by row, so that nothing is measured twice."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtdog.core.errors import FormatError, RunError
+from qtdog.core.files import clear_disk_errors, write_atomic
+
+POINTS = "points.csv"
+SETTINGS = "settings.json"
+Row = dict[str, str]
+
+
+class Points:
+    """The rows of `points.csv` in the folder of one analysis, and the settings that they were measured with.
+
+    A row is one unit of work, written durably as soon as it is known. The first columns are its key. A last line that a
+    crash cut off is dropped, and measured again.
+
+    Args:
+        folder: of the analysis; made if it is missing.
+        key: names of the columns that say which unit of work a row is.
+        values: names of the columns that say what was found.
+        settings: all that the values depend on besides the key; anything that JSON can hold.
+
+    Raises:
+        RunError: the folder holds rows of other settings (each difference is named), or cannot be written.
+        FormatError: the file there has other columns.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Points(folder, ["n"], ["loss"], {"seed": 0}).add_([1], [0.5])
+        >>> again = Points(folder, ["n"], ["loss"], {"seed": 0})
+        >>> 1 in again, again.rows
+        (True, [{'n': '1', 'loss': '0.5'}])
+    """
+
+    def __init__(self, folder: Path, key: Sequence[str], values: Sequence[str], settings: Mapping[str, Any]) -> None:
+        self.file = folder / POINTS
+        self.key = tuple(key)
+        self.columns = (*key, *values)
+        self.rows: list[Row] = []
+        _claim(folder, json.loads(json.dumps(settings)))
+        if self.file.is_file():
+            self._read()
+        else:
+            write_atomic(self.file, _line(self.columns))
+        self._done = {self._key_of(row) for row in self.rows}
+
+    def _read(self) -> None:
+        text = self.file.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_atomic(self.file, whole)
+        reader = csv.DictReader(io.StringIO(whole))
+        if tuple(reader.fieldnames or ()) != self.columns:
+            raise FormatError(f"{self.file} has other columns than {', '.join(self.columns)}; choose another --out")
+        self.rows = list(reader)
+
+    def _key_of(self, row: Row) -> tuple[str, ...]:
+        return tuple(row[name] for name in self.key)
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether the unit of work with this key (one value, or a tuple of them) is done."""
+        parts = key if isinstance(key, tuple) else (key,)
+        return tuple(_text(part) for part in parts) in self._done
+
+    def add_(self, key: Sequence[Any], values: Sequence[Any]) -> None:
+        """Keep one row, durably; numbers are written so that they read back exactly.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        cells = [_text(part) for part in (*key, *values)]
+        with clear_disk_errors(self.file), self.file.open("a") as stream:
+            stream.write(_line(cells))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.rows.append(dict(zip(self.columns, cells, strict=True)))
+        self._done.add(self._key_of(self.rows[-1]))
+
+    def of(self, **key: Any) -> list[Row]:
+        """Return the rows in which the named columns have these values, in the order in which they were measured."""
+        wanted = {name: _text(value) for name, value in key.items()}
+        return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    r"""Write rows of the same columns as CSV; a missing number is an empty cell.
+
+    Raises:
+        RunError: the disk is full or not writable.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.csv"
+        >>> write_table(file, [{"run": "float", "loss": 0.5}])
+        >>> file.read_text()
+        'run,loss\nfloat,0.5\n'
+    """
+    lines = [_line(list(rows[0]))] if rows else []
+    write_atomic(file, "".join([*lines, *(_line([_text(cell) for cell in row.values()]) for row in rows)]))
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder that of these settings, or check that it is."""
+    file = folder / SETTINGS
+    if not file.is_file():
+        write_atomic(file, json.dumps(settings, indent=1))
+        return
+    try:
+        kept = json.loads(file.read_text())
+    except ValueError as error:
+        raise FormatError(f"{file} is not valid JSON ({error}); choose another --out") from error
+    names = [name for name in {**kept, **settings} if kept.get(name) != settings.get(name)]
+    if names:
+        changes = "\n  ".join(f"{name}: {kept.get(name)!r} → {settings.get(name)!r}" for name in names)
+        raise RunError(f"{folder} holds this analysis with other settings:\n  {changes}\nChoose another --out.")
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerow(cells)
+    return stream.getvalue()

@@ -1,0 +1,181 @@
+"""A finished run as the subject of an analysis: its model, the roles of the domains, a fixed subset of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtdog.core.config import Config, config_hash
+from qtdog.core.errors import ConfigError, DataError, RunError
+from qtdog.core.files import sha256_file
+from qtdog.core.random import numpy_stream
+from qtdog.data.cache import Progress, content_sha256, open_cache
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.open import open_dataset
+from qtdog.training.problem import Problem, make_problem
+from qtdog.training.run_folder import RunFolder
+from qtdog.training.shipped import ShippedModel, load
+
+ID_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of one domain.
+
+    Attributes:
+        pixels: uint8 (n, H, W, C), on the CPU.
+        labels: int64 (n,), positions in the classes of the data set.
+        keys: the name of each in the data set.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One finished run.
+
+    Attributes:
+        label: how it is called in figures, unlike that of any other run beside it.
+        folder: of the run.
+        config: its configuration.
+        model: what it ships: plain, dequantized weights, in evaluation mode.
+        dataset: the images it was made from.
+        problem: which domains are sources, which is the target, which images are held out.
+        id: the beginning of the sha256 of its model file: what was measured of it holds for this file.
+    """
+
+    label: str
+    folder: RunFolder
+    config: Config
+    model: ShippedModel
+    dataset: DomainDataset
+    problem: Problem
+    id: str
+
+    @property
+    def target(self) -> str | None:
+        """The unseen domain, or None."""
+        return self.problem.target
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The sources, then the target."""
+        return (*self.problem.sources, *([self.target] if self.target else []))
+
+    @property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """The domains of each role, `sources` and, if there is one, `target`."""
+        return {"sources": self.problem.sources} | ({"target": (self.target,)} if self.target else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `analysis.json` says of the run."""
+        hashed = config_hash(self.config)
+        return {"label": self.label, "folder": str(self.folder.path), "config_hash": hashed, "model": self.id}
+
+
+def read_run(path: Path) -> tuple[RunFolder, Config]:
+    """Return the folder of a run and its configuration, whether it is finished or not.
+
+    Raises:
+        RunError: no folder of a run.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if config is None:
+        text = "has no config.yaml" if path.is_dir() else "is no folder"
+        raise RunError(f"{path} {text}; an analysis takes the folders that 'qtdog train' wrote")
+    return folder, config
+
+
+def open_subjects(
+    paths: Sequence[Path],
+    labels: Sequence[str],
+    *,
+    data: str | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress = None,
+) -> list[Subject]:
+    """Return finished runs on one data set, ready to be analysed.
+
+    Args:
+        paths: run folders.
+        labels: how each is called.
+        data: where the data set lies now, if not where the first run found it.
+        device: where the models go.
+        progress: of hashing the images.
+
+    Raises:
+        RunError: no folder of a run, or a run that is not finished.
+        DataError: the data set is not the one of a run, or the runs have different ones.
+        FormatError, ModelError: as in `training.shipped.load`.
+    """
+    runs = [read_run(path) for path in paths]
+    for folder, _ in runs:
+        if not folder.model_file.is_file():
+            raise RunError(f"{folder.path} is not finished: it has no {folder.model_file.name}. Go on with --resume.")
+    source = data or runs[0][1].data.source
+    dataset = open_dataset(source)
+    content = content_sha256(dataset, progress=progress)
+    for folder, config in runs:
+        if config.data.content != content:
+            text = f"{folder.path} was trained on other images than those in {source}"
+            raise DataError(f"{text}: analyses compare runs on one data set (--data says where it lies)")
+    return [
+        Subject(
+            label=label,
+            folder=folder,
+            config=config,
+            model=load(folder.model_file, device=device),
+            dataset=dataset,
+            problem=make_problem(config, dataset),
+            id=sha256_file(folder.model_file)[:ID_DIGITS],
+        )
+        for label, (folder, config) in zip(labels, runs, strict=True)
+    ]
+
+
+def domain_images(subject: Subject, domain: str, n: int | None, seed: int, progress: Progress = None) -> Images:
+    """Return a fixed subset of a domain: of a source its held-out images, of the target any.
+
+    None of them was trained on. The draw depends on seed and domain alone, so that runs of one trial, size and target
+    see the same images.
+
+    Args:
+        subject: the run.
+        domain: one of `subject.domains`.
+        n: how many; None for all, and all if there are fewer.
+        seed: of the draw.
+        progress: of decoding.
+
+    Raises:
+        ConfigError: the run kept no images of its sources back.
+        DataError: an image cannot be read.
+    """
+    split = subject.problem.splits[domain]
+    if domain != subject.target and subject.problem.train_on_heldout:
+        raise ConfigError(f"{subject.folder.path} trained on all images of its sources: none is left to measure on")
+    pool = np.sort(split.everything if domain == subject.target else split.heldout)
+    if n is not None and n < len(pool):
+        pool = np.sort(numpy_stream(seed, "analysis", domain).choice(pool, n, replace=False))
+    cache = open_cache(subject.dataset, subject.config.data.image_size, progress=progress)
+    labels = torch.from_numpy(subject.dataset.class_index[pool].astype(np.int64))
+    return Images(cache.gather(pool), labels, tuple(subject.dataset.keys[i] for i in pool))
+
+
+def all_images(subject: Subject, n: int | None, seed: int, progress: Progress = None) -> dict[str, Images]:
+    """Return `domain_images` of every domain of a run, by name.
+
+    Raises:
+        ConfigError, DataError: as in `domain_images`.
+    """
+    return {domain: domain_images(subject, domain, n, seed, progress) for domain in subject.domains}

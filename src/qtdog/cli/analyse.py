@@ -1,0 +1,15 @@
+"""`qtdog analyse`: what can be asked of finished runs, one command per question."""
+
+from __future__ import annotations
+
+import typer
+
+from qtdog.cli.analyse_flatness import flatness
+
+analyse_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Ask why runs do what they do: flatness, curvature, rounding noise, stability, attention, mistakes.",
+    epilog="Every command writes OUT/KIND/: points, a table, figures (PNG, PDF) and analysis.json for the report.",
+)
+analyse_app.command()(flatness)
