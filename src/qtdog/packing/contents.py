@@ -11,8 +11,11 @@ from qtdog.core.errors import FormatError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.header import is_shape
 
-DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64}
-DTYPES |= {torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+# By the names that safetensors gives them, whose order and sizes are `header.DTYPE_BYTES`.
+TORCH_DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16}
+TORCH_DTYPES |= {"F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32}
+TORCH_DTYPES |= {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def check_scale(path: Path, name: str, scale: Tensor) -> None:
@@ -60,12 +63,14 @@ def check_quantized(path: Path, name: str, value: QuantizedTensor) -> None:
 
 
 def check_rest(path: Path, name: str, value: Tensor) -> None:
-    """Refuse a float tensor with NaN, or a type that the format does not know.
+    """Refuse a float tensor with NaN, truth values that are neither, or a type that the format does not know.
 
     Raises:
         FormatError: naming the file and the tensor.
     """
-    if value.dtype not in DTYPES or not is_shape(list(value.shape)):
+    if value.dtype not in DTYPE_NAMES or not is_shape(list(value.shape)):
         raise FormatError(f"{path}: '{name}' is {value.dtype} {tuple(value.shape)}, which the format cannot hold")
     if value.is_floating_point() and torch.isnan(value).any():
         raise FormatError(f"{path}: '{name}' holds NaN: the training diverged, or the file is damaged")
+    if value.dtype == torch.bool and (value.contiguous().view(torch.uint8) > 1).any():
+        raise FormatError(f"{path}: '{name}' should hold truth values, found bytes beyond 1: the file is damaged")

@@ -13,8 +13,8 @@ from torch import Tensor
 from qtdog.core.errors import FormatError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.ensemble_layout import FIELD, MAX_MEMBERS, check_members, member_metadata, member_name
-from qtdog.packing.layout import read_layout
 from qtdog.packing.packed_file import PackedModel, read_contents, save_packed
+from qtdog.packing.read_layout import read_layout
 from qtdog.packing.ties import Value
 
 
@@ -75,9 +75,9 @@ def load_ensemble(path: Path | str) -> PackedEnsemble:
         FormatError: as in `packed_file.load_packed`; or the file holds no ensemble, or its members do not fit together.
     """
     path = Path(path)
-    header, layout = read_layout(path)
-    n_members = check_members(path, header, layout)
-    whole = read_contents(path, header, layout)
+    layout = read_layout(path)[1]
+    n_members = check_members(path, layout)
+    whole = read_contents(path, layout)
     metadata = member_metadata(layout.metadata)
     members = [PackedModel({}, {}, metadata[index]) for index in range(n_members)]
     for full, value in [*whole.quantized.items(), *whole.rest.items()]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import FormatError
-from qtdog.packing.header import Header
-from qtdog.packing.layout import Layout, rest_names
+from qtdog.packing.layout import Layout
 
 FIELD = "ensemble"
 MAX_MEMBERS = 100
@@ -37,7 +36,7 @@ def member_metadata(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [common | own for own in metadata[FIELD]["members"]]
 
 
-def check_members(path: Path, header: Header, layout: Layout) -> int:
+def check_members(path: Path, layout: Layout) -> int:
     """Check that a file's description is that of an ensemble and return how many members it has.
 
     Raises:
@@ -46,7 +45,7 @@ def check_members(path: Path, header: Header, layout: Layout) -> int:
     """
     n_members = _count(path, layout.metadata.get(FIELD))
     stored = {name: entry.shape for name, entry in layout.quantized.items()}
-    stored |= {name: header.tensors[name].shape for name in rest_names(layout, header.tensors)}
+    stored |= {name: info.shape for name, info in layout.rest.items()}
     shapes = stored | {alias: stored[name] for alias, name in layout.aliases.items()}
     members: list[dict[str, tuple[int, ...]]] = [{} for _ in range(n_members)]
     for full, shape in shapes.items():
