@@ -17,6 +17,8 @@ from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
 from qtdog.cli.listing import listing
 from qtdog.cli.predict import predict
+from qtdog.cli.sweep_app import sweep_app
+from qtdog.cli.report import report
 from qtdog.cli.table import table
 from qtdog.cli.train import train
 from qtdog.core.errors import QtdogError
@@ -54,10 +56,12 @@ app.command()(bits)
 app.command()(distill)
 app.command()(dart)
 app.command()(table)
+app.command()(report)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(analyse_app, name="analyse")
 app.add_typer(data_app, name="data")
+app.add_typer(sweep_app, name="sweep")
 
 
 def main() -> None:

@@ -31,10 +31,10 @@ def label_rows(entries: Sequence[Entry], *, pooled: bool = False) -> dict[str, l
 
 def _split(method: str, group: Sequence[Entry]) -> dict[str, list[Entry]]:
     keys = differing([entry.settings for entry in group])
-    common = {key: Counter(_text(entry.settings.get(key)) for entry in group).most_common(1)[0][0] for key in keys}
+    common = {key: Counter(value_text(entry.settings.get(key)) for entry in group).most_common(1)[0][0] for key in keys}
     rows: dict[str, list[Entry]] = {}
     for entry in group:
-        values = {key: _text(entry.settings.get(key)) for key in keys}
+        values = {key: value_text(entry.settings.get(key)) for key in keys}
         said = [f"{_short(key, keys)}={value}" for key, value in values.items() if value != common[key]]
         rows.setdefault(f"{method} ({', '.join(said)})" if said else method, []).append(entry)
     return rows
@@ -48,7 +48,7 @@ def differing(settings: Sequence[Settings]) -> list[str]:
         ['b']
     """
     keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if len({_text(one.get(key)) for one in settings}) > 1]
+    return [key for key in keys if len({value_text(one.get(key)) for one in settings}) > 1]
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
@@ -58,11 +58,11 @@ def _short(key: str, keys: Sequence[str]) -> str:
     return last if alone and last not in ("name", "params") else key
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value for people.
 
     Example:
-        >>> _text(5e-05), _text([0.5, 1.0]), _text(None), _text({"p": 0.5})
+        >>> value_text(5e-05), value_text([0.5, 1.0]), value_text(None), value_text({"p": 0.5})
         ('5e-05', '[0.5, 1]', 'default', '{p: 0.5}')
     """
     if value is None:
@@ -70,7 +70,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_text(one) for one in value)}]"
+        return f"[{', '.join(value_text(one) for one in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_text(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {value_text(one)}" for key, one in value.items()) + "}"
     return str(value)
