@@ -32,15 +32,24 @@ def listing(
 ) -> None:
     """List the names that options take, or ('options') every value that --set can change.
 
+    Backbones are listed with parameters, size, and what their weights were trained on: those that are tested here, or
+    with a pattern every one that contains it.
+
     Examples:
+      qtdog list backbones
+
       qtdog list backbones resnet
 
       qtdog list presets
 
       qtdog list options quantizer
     """
+    from qtdog.cli.backbone_table import show_backbones
     from qtdog.cli.console import print_json, print_table
 
+    if kind is Kind.BACKBONES:
+        show_backbones(pattern.lower(), as_json=as_json)
+        return
     rows = [row for row in _rows(kind) if pattern.lower() in row[0].lower()]
     if as_json:
         print_json([{"name": name, "about": about} for name, about in rows])
@@ -59,10 +68,6 @@ def _rows(kind: Kind) -> list[list[str]]:
         from qtdog.data.cards import CARDS
 
         return [[name, CARDS[name].title] for name in CARDS]
-    if kind is Kind.BACKBONES:
-        from qtdog.models.backbones import backbone_names
-
-        return [[name, ""] for name in backbone_names()]
     return _axis(kind)
 
 

@@ -62,8 +62,16 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The backbone and where its weights come from."""
 
-    backbone: str = Field(default="resnet50.tv_in1k", description="any timm model, or digits_cnn / mnist_cnn")
-    weights: str = Field(default="imagenet", description="'imagenet', 'none', or a .safetensors/.pth file")
+    backbone: str = Field(
+        default="resnet50.tv_in1k", description="any timm model, or one of 'qtdog list backbones', for text too"
+    )
+    weights: str = Field(
+        default="imagenet",
+        description="'imagenet' for those that the backbone's name means, 'none', or a .safetensors/.pth file",
+    )
+    head: Literal["linear", "text"] = Field(
+        default="linear", description="the classifier starts at random, or ('text', CLIP only) at the classes' names"
+    )
     freeze_bn: bool = Field(default=True, description="keep batch-norm statistics as they were pretrained")
     feature_layer: str = Field(default="none", description="a name of 'qtdog list feature-layers'")
     feature_params: Params = Field(default={}, description="hyper-parameters of the feature layer, like {p: 0.5}")

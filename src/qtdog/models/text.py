@@ -1,0 +1,159 @@
+"""Backbones that read text: DistilBERT, and how words become the numbers that it takes."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from qtdog.core.errors import ModelError
+
+PAD, START = 0, 1  # what fills a short text up; what a hashed text begins with
+MAX_TOKENS = 512  # positions that DistilBERT has
+WORD = re.compile(r"\w+|[^\w\s]")
+
+Tokens = npt.NDArray[np.int32]
+Tokeniser = Callable[[Sequence[str]], Tokens]
+"""Texts to token numbers, int32 (n, max_tokens), filled up with 0."""
+
+
+@dataclass(frozen=True)
+class TextBackbone:
+    """A transformer that reads text.
+
+    Attributes:
+        hub_name: where weights and vocabulary lie on the Hugging Face hub (or a local folder); None if nobody
+            pretrained it: its words are then numbered by a hash, and there is no vocabulary.
+        corpus: what it was pretrained on.
+        sizes: of `transformers.DistilBertConfig`, where they differ from its defaults.
+    """
+
+    hub_name: str | None
+    corpus: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+_MINI = {"vocab_size": 8192, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}
+TEXT_BACKBONES = {
+    "distilbert-base-uncased": TextBackbone("distilbert/distilbert-base-uncased", "english wikipedia and bookcorpus"),
+    "distilbert-mini": TextBackbone(None, sizes=_MINI),
+}
+
+
+class TextFeaturizer(nn.Module):
+    """DistilBERT, of which the first token's last state is the feature (as in WILDS).
+
+    Source: Sanh et al., *DistilBERT, a distilled version of BERT*, 2019; Koh et al., *WILDS*, ICML 2021, appendix E.
+
+    Attributes:
+        encoder: a `transformers.DistilBertModel`.
+        n_features: d, its width.
+
+    Shapes:
+        tokens, int64 (n, length), 0 where the text has ended → features (n, d)
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        config: Any = encoder.config
+        self.n_features = int(config.dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the features (n, d) of tokens (n, length)."""
+        mask = (tokens != PAD).to(torch.int64)
+        return self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state[:, 0]
+
+
+def build_text_featurizer(name: str, *, pretrained: bool = False) -> TextFeaturizer:
+    """Return a featurizer for text, its random start from torch's global state.
+
+    Args:
+        name: a name in `TEXT_BACKBONES`.
+        pretrained: fetch its weights from the Hugging Face hub.
+
+    Raises:
+        ModelError: transformers is not installed, or the weights cannot be had.
+    """
+    library, backbone = _transformers(name), TEXT_BACKBONES[name]
+    if not pretrained:
+        return TextFeaturizer(library.DistilBertModel(library.DistilBertConfig(**backbone.sizes)))
+    hub_name = _hub_name(name)
+    try:
+        return TextFeaturizer(library.DistilBertModel.from_pretrained(hub_name))
+    except Exception as error:  # the hub's clients raise errors of many libraries
+        raise _not_had(f"the weights of '{name}'", hub_name, error) from error
+
+
+def make_tokeniser(name: str, max_tokens: int) -> Tokeniser:
+    """Return the function from texts to the token numbers that a backbone takes; longer texts are cut.
+
+    Args:
+        name: a name in `TEXT_BACKBONES`.
+        max_tokens: length of each row, at most 512.
+
+    Raises:
+        ModelError: the vocabulary cannot be had.
+
+    Example:
+        >>> make_tokeniser("distilbert-mini", 4)(["Good, good"]).tolist()
+        [[1, 5956, 4600, 5956]]
+    """
+    backbone = TEXT_BACKBONES[name]
+    if backbone.hub_name is None:
+        n_words = backbone.sizes["vocab_size"]
+        return lambda texts: np.stack([hashed(text, n_words, max_tokens) for text in texts])
+    try:
+        vocabulary: Any = _transformers(name).AutoTokenizer.from_pretrained(backbone.hub_name)
+    except ModelError:
+        raise
+    except Exception as error:  # as above
+        raise _not_had(f"the vocabulary of '{name}'", backbone.hub_name, error) from error
+    if vocabulary.pad_token_id != PAD:
+        raise ModelError(f"the vocabulary of '{name}' fills up with {vocabulary.pad_token_id}, the network takes {PAD}")
+    how = {"max_length": max_tokens, "truncation": True, "padding": "max_length", "return_tensors": "np"}
+    return lambda texts: vocabulary(list(texts), **how)["input_ids"].astype(np.int32)
+
+
+def hashed(text: str, n_words: int, max_tokens: int) -> Tokens:
+    """Return the words of a text as numbers, int32 (max_tokens,): a start sign, then crc32 of each lower-case word.
+
+    Example:
+        >>> hashed("", 100, 3).tolist()
+        [1, 0, 0]
+    """
+    row = np.zeros(max_tokens, dtype=np.int32)
+    words = WORD.findall(text.lower())[: max_tokens - 1]
+    row[: len(words) + 1] = [START, *(START + 1 + zlib.crc32(word.encode()) % (n_words - START - 1) for word in words)]
+    return row
+
+
+def _hub_name(name: str) -> str:
+    hub_name = TEXT_BACKBONES[name].hub_name
+    if hub_name is None:
+        raise ModelError(f"nobody has pretrained '{name}': use --weights none")
+    return hub_name
+
+
+def _not_had(what: str, hub_name: str, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ModelError(
+        f"{what} could not be had from the Hugging Face hub ({hub_name}): {reason}. Check the connection and try "
+        "again, or fetch it once elsewhere and copy that machine's HF_HOME folder here."
+    )
+
+
+def _transformers(name: str) -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(f"backbone '{name}' needs transformers: pip install 'qtdog[text]'") from error
+    return transformers
