@@ -214,11 +214,20 @@ def test_a_quantized_checkpoint_is_no_beginning(make, digits, tmp_path):
 def test_a_fork_behind_the_start_and_an_averager_that_began_before_are_refused(make, prefix, digits, tmp_path):
     with pytest.raises(RunError, match="at step 1 to 2, not from step 3"):
         run(make(quantizer={"start_step": 2}), digits, RunFolder(tmp_path / "a"), fork_from=prefix)
-    averagers = [name for name in AVERAGERS if name != "none"]
-    if averagers:
-        config = make(quantizer={"name": "none", "start_step": None}, averager={"name": averagers[0]})
-        with pytest.raises(RunError, match="counts weights from step 0 on"):
-            run(config, digits, RunFolder(tmp_path / "b"), fork_from=prefix)
+    config = make(quantizer={"name": "none", "start_step": None}, averager={"name": "swad"})
+    with pytest.raises(RunError, match="counts weights from update 1 on"):
+        run(config, digits, RunFolder(tmp_path / "b"), fork_from=prefix)
+
+
+@pytest.mark.parametrize("start", [START, START + 1])
+@pytest.mark.parametrize("name", ["sma", "swa", "swad"])
+@pytest.mark.parametrize("eval_every", [2, START])
+def test_float_fork_with_an_averager_that_begins_at_the_fork(name, start, eval_every, make, digits, tmp_path):
+    quantizer = {"name": "none", "start_step": None}
+    params = {"start": start} | ({"n_converge": 1} if name == "swad" else {})
+    config = make(quantizer=quantizer, averager={"name": name, "params": params}, train={"eval_every": eval_every})
+    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"), until=START)
+    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
 
 
 def test_no_float_step_to_share(make, digits, tmp_path):

@@ -77,7 +77,7 @@ def test_the_window_is_the_published_one(losses, n_s, more, r):
 @pytest.mark.parametrize(("losses", "window", "ended"), [(RECORDED, (12, 19), False), (VALLEY, (4, 8), True)])
 def test_defaults_are_the_papers(losses, window, ended):
     swad = SWAD({}, 0)
-    assert swad.params == {"n_converge": 3, "n_tolerance": 6, "tolerance": 0.3}
+    assert swad.params == {"start": 0, "n_converge": 3, "n_tolerance": 6, "tolerance": 0.3}
     follow(swad, losses)
     assert published(losses, 3, 6, 0.3) == window
     assert swad.ended == ended

@@ -14,7 +14,7 @@ from qtdog.core.settings import Tree, build_config, load_preset, parse_assignmen
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_dataset
-from qtdog.training.problem import resolve
+from qtdog.training.problem import dataset_layer, resolve
 from qtdog.training.run_folder import RunFolder
 
 # Flag of the command line → section and key of the configuration.
@@ -89,7 +89,7 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     saved = _saved(request)
     source = build_config([*saved, *own, flags, *assigned]).data.source
     dataset = open_dataset(source, min_domains=1)
-    base = saved or [_dataset_layer(dataset, with_preset=not own)]
+    base = saved or [dataset_layer(dataset, with_preset=not own)]
     return dataset, build_config([*base, *own, flags, *assigned])
 
 
@@ -154,15 +154,6 @@ def _flag_tree(flags: Mapping[str, Any]) -> Tree:
             section, key = FLAGS[flag]
             tree.setdefault(section, {})[key] = value
     return tree
-
-
-def _dataset_layer(dataset: DomainDataset, *, with_preset: bool) -> Tree:
-    """Return what the data set's datasheet says about training on it."""
-    layer: Tree = {"data": {"augment": dataset.sheet.augment}}
-    if with_preset and dataset.sheet.preset:
-        preset = load_preset(dataset.sheet.preset)
-        layer = preset | {"data": layer["data"] | preset.get("data", {})}
-    return layer
 
 
 def _saved(request: Request) -> list[Tree]:

@@ -38,6 +38,10 @@ class RunError(QtdogError):
     """A run folder cannot be used, or a run had to stop."""
 
 
+class FolderInUseError(RunError):
+    """Another process holds a run folder."""
+
+
 class NonFiniteLossError(RunError):
     """The training loss became NaN or infinite; the last good state was kept."""
 

@@ -29,6 +29,7 @@ class Averager(ABC):
         params: their values.
         start: the first number of updates after which weights may count: 0, or the start step of a quantized run, since
             step sizes mean nothing before it.
+        begin: number of the first update that counts.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
@@ -37,6 +38,7 @@ class Averager(ABC):
     def __init__(self, params: Mapping[str, Value], start: int) -> None:
         self.params = fill(f"averager '{type(self).__name__}'", self.HYPERPARAMETERS, params)
         self.start = start
+        self.begin = start + 1
 
     @abstractmethod
     def after_step(self, step: int, network: nn.Module) -> None:

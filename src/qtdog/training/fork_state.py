@@ -11,6 +11,7 @@ from qtdog.conversion.attach import sites
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import RunError
 from qtdog.core.settings import differences
+from qtdog.training.averagers import Averager
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.optimizer_state import plain_names, restore_moments_
 from qtdog.training.parts import Parts
@@ -54,8 +55,17 @@ def begin_fork_(parts: Parts, checkpoint: Checkpoint) -> RunState:
     state.selected = checkpoint.tensors.get("selected") if selectable else None
     state.trained_s = 0.0
     state.saved_step = 0  # in this run's folder nothing is saved yet
+    _count_(parts, state)
     state.forked_from = {"step": checkpoint.step, "seed": checkpoint.state.get("first_seed", prefix.train.seed)}
     return state
+
+
+def _count_(parts: Parts, state: RunState) -> None:
+    """Let an averager that begins with the very update behind which the checkpoint was taken count its weights."""
+    if parts.averager.begin == state.step and parts.selectable:
+        parts.averager.after_step(state.step, parts.network)
+        if state.evaluated_step == state.step:
+            parts.averager.after_evaluation(state.step, state.records[-1].seen.source_loss)
 
 
 def prefix_of(checkpoint: Checkpoint) -> Config:
@@ -92,20 +102,36 @@ def check_fork(parts: Parts, prefix: Config, step: int) -> None:
     Raises:
         RunError: as in `begin_fork_`.
     """
-    config = parts.config
+    obstacle = fork_obstacle(prefix, parts.config, parts.averager, step)
+    if obstacle:
+        raise RunError(obstacle)
+
+
+def fork_obstacle(prefix: Config, config: Config, averager: Averager, step: int) -> str | None:
+    """Return in words why the run of `config` cannot begin from step `step` of the run of `prefix`; None if it can.
+
+    Args:
+        prefix: of a float run.
+        config: of the run that is to begin from it.
+        averager: the run's.
+        step: updates made.
+    """
     if prefix.start_step is not None or (prefix.quantizer.name in AFTER_TRAINING and config.start_step is not None):
         prefix_name = prefix.quantizer.name
-        raise RunError(f"a run begins from a float run (quantizer none), not from one with '{prefix_name}'")
+        return f"a run begins from a float run (quantizer none), not from one with '{prefix_name}'"
     last = config.train.steps - 1 if config.start_step is None else config.start_step
     if not 0 < step <= last:
-        raise RunError(f"this run can begin from a checkpoint at step 1 to {last}, not from step {step}")
-    if config.averager.name != "none" and parts.averager.start < step:
-        text = f"the averager '{config.averager.name}' counts weights from step {parts.averager.start} on"
-        raise RunError(f"{text}, and those before step {step} are not in the checkpoint: train from step 0")
+        return f"this run can begin from a checkpoint at step 1 to {last}, not from step {step}"
+    # batch norm that adapts is measured anew for an average, even one of a single update
+    first = averager.begin if config.model.freeze_bn else averager.begin - 1
+    if config.averager.name != "none" and first < step:
+        text = f"the averager '{config.averager.name}' counts weights from update {averager.begin} on"
+        return f"{text}, and those before step {step} are not in the checkpoint: train from step 0"
     changes = fork_differences(prefix, config, step)
     if changes:
         listed = "\n  ".join(changes)
-        raise RunError(f"the checkpoint at step {step} is of another run, they differ before that step:\n  {listed}")
+        return f"the checkpoint at step {step} is of another run, they differ before that step:\n  {listed}"
+    return None
 
 
 def fork_differences(prefix: Config, config: Config, step: int) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from qtdog.core.config import Config, DataConfig, ObjectiveConfig
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.files import sha256_file
+from qtdog.core.settings import Tree, load_preset
 from qtdog.data.cache import Progress, content_sha256
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.splits import DomainSplits, make_splits
@@ -43,15 +44,30 @@ class Problem:
         return {domain: split.train for domain, split in splits.items()}
 
 
-def resolve(config: Config, dataset: DomainDataset, progress: Progress = None) -> Config:
+def dataset_layer(dataset: DomainDataset, *, with_preset: bool) -> Tree:
+    """Return what the data set's datasheet says about training on it: the layer below every other."""
+    layer: Tree = {"data": {"augment": dataset.sheet.augment}}
+    if with_preset and dataset.sheet.preset:
+        preset = load_preset(dataset.sheet.preset)
+        layer = preset | {"data": layer["data"] | preset.get("data", {})}
+    return layer
+
+
+def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *, content: str = "") -> Config:
     """Return the effective configuration: the content of the data filled in, names of domains checked.
+
+    Args:
+        config: as it was asked for.
+        dataset: the data it names.
+        progress: of hashing images.
+        content: the data set's content if it is known (many configurations of one data set); "" to find it out.
 
     Raises:
         ConfigError: the target is not a domain of the data set, or the teacher is missing or another one.
         DataError: the data is not what the configuration was made for, or cannot be trained on.
     """
     data = config.data
-    content = content_sha256(dataset, progress=progress)
+    content = content or content_sha256(dataset, progress=progress)
     if data.content not in ("", content):
         text = f"the images of {data.source} changed since this configuration was made"
         raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). Start a new run.")
@@ -93,6 +109,6 @@ def make_problem(config: Config, dataset: DomainDataset) -> Problem:
     """Return the roles that the configuration gives to domains and images."""
     data = config.data
     target = None if data.target == "none" else data.target
-    sources = tuple(domain for domain in dataset.domains if domain != target)
+    sources = tuple(domain for domain in dataset.domains if domain != target and dataset.trains_on(domain))
     splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
     return Problem(sources, target, splits, data.train_on_heldout)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.errors import CollapseError, RunError
+from qtdog.core.errors import CollapseError, FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.core.settings import build_config, differences, load_preset, to_yaml
 from qtdog.training.records import Record
@@ -38,7 +38,8 @@ class RunFolder:
         """Hold the folder for this process.
 
         Raises:
-            RunError: another process holds it, or the folder cannot be made.
+            FolderInUseError: another process holds it.
+            RunError: the folder cannot be made.
         """
         with clear_disk_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
@@ -57,7 +58,7 @@ class RunFolder:
         except BlockingIOError as error:
             owner = os.pread(handle, 20, 0).decode().strip() or "unknown"
             text = f"run folder {self.path} is in use by process {owner}."
-            raise RunError(f"{text} Wait for it or choose another --out.") from error
+            raise FolderInUseError(f"{text} Wait for it or choose another --out.") from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
 

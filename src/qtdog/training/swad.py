@@ -49,6 +49,7 @@ class SWAD(Averager):
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
+        "start": HyperParameter(0, "first update that may count", low=0),
         "n_converge": HyperParameter(3, "N_s, validations that decide the start", low=1),
         "n_tolerance": HyperParameter(6, "N_e, validations above the threshold that decide the end", low=1),
         "tolerance": HyperParameter(0.3, "r, how far above the start's losses the threshold lies (VLCS 0.2)", low=0),
@@ -61,6 +62,7 @@ class SWAD(Averager):
         if self.n_tolerance < self.n_converge:
             text = f"n_tolerance of averager 'swad' must be at least n_converge ({self.n_converge})"
             raise ConfigError(f"{text}, not {self.n_tolerance}")
+        self.begin = max(int(self.params["start"]), start + 1)
         self.window: list[tuple[Average, float]] = []  # the last segments before the start, with their losses
         self.threshold: float | None = None  # None before the start
         self.valley = Average()  # the segments that count for sure
@@ -74,7 +76,7 @@ class SWAD(Averager):
 
     def after_step(self, step: int, network: nn.Module) -> None:
         """Count the weights into the present segment."""
-        if step > self.start and not self.ended:
+        if step >= self.begin and not self.ended:
             self.pending.add_(step, network.state_dict())
 
     def after_evaluation(self, step: int, source_loss: float) -> None:

@@ -1,0 +1,110 @@
+"""What a running sweep shows: a live table on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from qtdog.cli.console import err
+from qtdog.sweep.driver import Progress
+from qtdog.sweep.expand import describe
+from qtdog.sweep.pace import Pace
+from qtdog.sweep.state import Outcome, step_of
+from qtdog.sweep.task import Task
+
+REFRESH_S = 0.5
+N_SHOWN = 20
+
+
+class Board:
+    """Shows the progress of a sweep: counts, what runs, what failed last, time left."""
+
+    def __init__(self, out: Path, live: Live | None) -> None:
+        self._out, self._live = out, live
+        self._shown = 0.0
+        self._pace: Pace | None = None
+
+    def show(self, progress: Progress) -> None:
+        """Refresh the table, at most twice a second."""
+        now = time.monotonic()
+        if self._live is None or now - self._shown < REFRESH_S:
+            return
+        self._shown = now
+        self._pace = self._pace or Pace(progress.tasks, self._out)
+        self._live.update(Group(self._running(progress), self._counts(progress)))
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        """Note one task's end; print it where there is no table."""
+        if self._pace is not None and outcome.status == "done":
+            self._pace.add(task, outcome)
+        if self._live is None or outcome.status == "failed":
+            text = f"{outcome.status:7} {name_of(task)}  {outcome.seconds:.1f} s"
+            reason = f"  {outcome.reason.splitlines()[0]}" if outcome.reason else ""
+            err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
+
+    def _running(self, progress: Progress) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for header in ("running", "step", "for"):
+            table.add_column(header)
+        now = time.monotonic()
+        for task, started in list(progress.running.values())[:N_SHOWN]:
+            last = task.step if task.kind == "prefix" or task.config is None else task.config.train.steps
+            step = f"{step_of(task, self._out)}/{last}" if last else "–"
+            table.add_row(escape(name_of(task)), step, time_text(now - started))
+        return table
+
+    def _counts(self, progress: Progress) -> Text:
+        failed = f", [red]{len(progress.failed)} failed[/]" if progress.failed else ""
+        left = (
+            self._pace.left_s(progress.waiting, [task for task, _ in progress.running.values()]) if self._pace else None
+        )
+        time_left = f", about {time_text(left)} left" if left is not None else ""
+        counts = f"{len(progress.done)} of {len(progress.tasks)} done, {len(progress.running)} running"
+        return Text.from_markup(f"{counts}{failed}{time_left}")
+
+
+@contextlib.contextmanager
+def make_board(out: Path) -> Iterator[Board]:
+    """Yield the board of a sweep in the folder `out`."""
+    if not err.is_terminal:
+        yield Board(out, None)
+        return
+    with Live(console=err, auto_refresh=False, refresh_per_second=4) as live:
+        board = Board(out, live)
+        yield board
+        live.refresh()
+
+
+def name_of(task: Task) -> str:
+    """Return what a task is, for people."""
+    if task.kind == "prefix":
+        return f"shared steps {task.name.removeprefix('prefix-')}"
+    return describe(task.labels[0]) if task.labels else task.name
+
+
+def time_text(seconds: float) -> str:
+    """Return a duration for people.
+
+    Example:
+        >>> time_text(42), time_text(200), time_text(9000), time_text(200_000)
+        ('42 s', '3 min', '2.5 h', '2.3 d')
+    """
+    for size, unit, digits in ((86_400, "d", 1), (3_600, "h", 1), (60, "min", 0)):
+        if seconds >= size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def failure_lines(tasks: Sequence[Task], failed: Mapping[str, Outcome], blocked: Sequence[Task]) -> list[str]:
+    """Return one line for each failure, and how many tasks wait for one."""
+    known = {task.name: task for task in tasks}
+    lines = [f"  {name_of(known[name])}: {outcome.reason}" for name, outcome in failed.items() if name in known]
+    return lines + ([f"  {len(blocked)} more need one of these"] if blocked else [])

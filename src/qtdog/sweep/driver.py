@@ -1,0 +1,183 @@
+"""Driving a sweep: what is missing, in order, until nothing is."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qtdog.core.errors import Interrupted, RunError
+from qtdog.sweep.engine import Engine
+from qtdog.sweep.state import Outcome, forget_failure, is_done, keep_failure, unfinished
+from qtdog.sweep.task import Task
+from qtdog.training.signals import StopRequest
+
+POLL_S = 0.2
+BUSY_S = 5.0  # until a folder that another process held is looked at again
+MAX_LOST = 5  # times that the process of one task may die before that counts as its failure
+
+
+class Board(Protocol):
+    """Who is shown how a sweep goes."""
+
+    def show(self, progress: Progress) -> None:
+        """Called often."""
+        ...
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        """One task ended."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a sweep stands.
+
+    Attributes:
+        tasks: all of them.
+        waiting: not begun, in their order.
+        running: name → task, with the time of its start.
+        done: names of what is finished.
+        failed: name → why.
+        later: names of what another process is at → when to look again.
+    """
+
+    tasks: Sequence[Task]
+    waiting: list[Task]
+    running: dict[str, tuple[Task, float]] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    failed: dict[str, Outcome] = field(default_factory=dict)
+    later: dict[str, float] = field(default_factory=dict)
+
+    def ready(self, now: float) -> Task | None:
+        """Return the first waiting task that can begin."""
+        known = {task.name for task in self.tasks}
+        for task in self.waiting:
+            if self.later.get(task.name, 0.0) <= now and all(
+                name in self.done or name not in known for name in task.needs
+            ):
+                return task
+        return None
+
+    def blocked(self) -> list[Task]:
+        """Return the waiting tasks that need one that failed, directly or not."""
+        bad = set(self.failed)
+        blocked = []
+        for task in self.waiting:  # what a task needs comes before it
+            if any(name in bad for name in task.needs):
+                bad.add(task.name)
+                blocked.append(task)
+        return blocked
+
+
+class Driver:
+    """Keeps an engine busy with the tasks of a sweep.
+
+    Args:
+        tasks: of the plan, or some of them, with what they need.
+        out: the sweep's folder.
+        engine: runs them.
+        board: is shown how it goes.
+        limit: begin at most so many tasks; None for all.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], out: Path, engine: Engine, board: Board, *, limit: int | None = None
+    ) -> None:
+        missing = unfinished(tasks, out)
+        names = {task.name for task in missing}
+        self.progress = Progress(tasks, missing, done={task.name for task in tasks if task.name not in names})
+        self._out, self._engine, self._board, self._left = out, engine, board, limit
+        self._lost: Counter[str] = Counter()
+        self._stopping: Callable[[], Exception] | None = None
+
+    def run(self) -> Progress:
+        """Do all that is missing and return how it went; a task that fails does not stop the others.
+
+        Raises:
+            Interrupted: a signal asked to stop; what ran has saved its state.
+            RunError: the disk is full or cannot be written; what ran was asked to stop.
+        """
+        with StopRequest() as stop:
+            try:
+                while not self._finished():
+                    self._fill()
+                    for outcome in self._engine.poll(POLL_S):
+                        self._take(outcome)
+                    self._board.show(self.progress)
+                    if stop.signal is not None and self._stopping is None:
+                        number = stop.signal
+                        self._stop(lambda: _interrupted(number))
+            finally:
+                self._engine.close()
+        self._board.show(self.progress)
+        if self._stopping is not None:
+            raise self._stopping()
+        return self.progress
+
+    def _finished(self) -> bool:
+        progress = self.progress
+        if progress.running:
+            return False
+        blocked = {task.name for task in progress.blocked()}
+        nothing_left = all(task.name in blocked for task in progress.waiting)
+        return self._stopping is not None or self._left == 0 or nothing_left
+
+    def _fill(self) -> None:
+        progress, now = self.progress, time.monotonic()
+        while self._stopping is None and self._left != 0 and len(progress.running) < self._engine.slots:
+            task = progress.ready(now)
+            if task is None:
+                return
+            progress.waiting.remove(task)
+            if is_done(task, self._out):  # another sweep in this folder was faster
+                progress.done.add(task.name)
+                continue
+            self._engine.start(task)
+            progress.running[task.name] = (task, now)
+            self._left = None if self._left is None else self._left - 1
+
+    def _take(self, outcome: Outcome) -> None:
+        progress = self.progress
+        if outcome.name not in progress.running:
+            return
+        task, _ = progress.running.pop(outcome.name)
+        if outcome.status == "lost":
+            outcome = self._lose(task, outcome)
+        if outcome.status == "done":
+            progress.done.add(task.name)
+            forget_failure(task.name, self._out)
+        elif outcome.status == "failed":
+            progress.failed[task.name] = outcome
+            keep_failure(outcome, self._out)
+        else:
+            self._put_back(task, outcome)
+        self._board.ended(task, outcome)
+
+    def _lose(self, task: Task, outcome: Outcome) -> Outcome:
+        """Let a task whose process died be tried again, unless that happens each time."""
+        self._lost[task.name] += self._stopping is None
+        if self._lost[task.name] < MAX_LOST:
+            return outcome
+        return Outcome(task.name, "failed", f"{MAX_LOST} times {outcome.reason}", "lost", outcome.seconds)
+
+    def _put_back(self, task: Task, outcome: Outcome) -> None:
+        self.progress.waiting.insert(0, task)
+        self._left = None if self._left is None else self._left + 1
+        if outcome.status == "busy":
+            self.progress.later[task.name] = time.monotonic() + BUSY_S
+        if outcome.status == "disk" and self._stopping is None:
+            self._stop(lambda: RunError(f"the sweep stopped, since it cannot write: {outcome.reason}"))
+
+    def _stop(self, why: Callable[[], Exception]) -> None:
+        self._stopping = why
+        self._engine.stop()
+
+
+def _interrupted(number: int) -> Interrupted:
+    error = Interrupted("stopped; what ran has saved its state, and the same command goes on from it")
+    error.exit_code = 128 + number
+    return error

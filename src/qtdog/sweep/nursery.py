@@ -1,0 +1,129 @@
+"""The process from which a local sweep's workers are forked: it has imported everything, and each worker runs one task.
+
+    python -m qtdog.sweep.nursery OUT THREADS SOURCE
+
+Standard input: one JSON task per line. Standard output: one JSON outcome per line; a worker that died says nothing, and
+the nursery reports it as lost. At the end of its input (its parent ended, however) it asks all workers to stop and
+waits for them; a worker whose nursery is gone stops by itself. Stopping means: a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.open import open_dataset
+from qtdog.sweep.state import Outcome, state_folder
+from qtdog.sweep.task import Task
+from qtdog.sweep.work import perform
+from qtdog.training.run import Voice
+
+POLL_S = 0.05
+STDIN, STDOUT = 0, 1
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    out, threads, source = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dataset = open_dataset(source, min_domains=1)
+    workers: dict[int, str] = {}
+    buffer = b""
+    _say({"ready": os.getpid()})
+    while True:
+        if select.select([STDIN], [], [], POLL_S)[0]:
+            chunk = os.read(STDIN, 1 << 16)
+            if not chunk:
+                break
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                task = Task.from_json(json.loads(line))
+                workers[_fork(task, out, dataset, threads)] = task.name
+        _bury(workers)
+    _stop(workers)
+
+
+def _fork(task: Task, out: Path, dataset: DomainDataset, threads: int) -> int:
+    nursery = os.getpid()
+    pid = os.fork()
+    if pid:
+        _say({"name": task.name, "pid": pid})
+        return pid
+    code = 1
+    try:
+        _work(task, out, dataset, threads, nursery)
+        code = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _work(task: Task, out: Path, dataset: DomainDataset, threads: int, nursery: int) -> None:
+    """Be a worker: one task, then the end."""
+    os.setsid()  # Ctrl-C is for the sweep, which then asks its workers to stop
+    answer = os.dup(STDOUT)
+    _log_to(state_folder(out) / "logs" / f"{task.name}.log")
+    threading.Thread(target=_stop_with, args=(nursery,), daemon=True).start()
+    torch.set_num_threads(threads)
+    outcome = perform(task, out, dataset, Voice(warn=lambda text: print(text, file=sys.stderr, flush=True)))
+    os.write(
+        answer, json.dumps(asdict(outcome), ensure_ascii=False).encode() + b"\n"
+    )  # short enough to be written in one piece
+
+
+def _log_to(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, STDIN)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+
+
+def _stop_with(nursery: int) -> None:
+    """Ask this worker to stop as soon as the nursery is gone."""
+    while os.getppid() == nursery:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _bury(workers: dict[int, str]) -> None:
+    """Report the workers that ended."""
+    for pid in list(workers):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            continue
+        name, code = workers.pop(pid), os.waitstatus_to_exitcode(status)
+        if code:
+            reason = (
+                f"its process died of {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
+            )
+            _say(asdict(Outcome(name, "lost", reason)))
+
+
+def _stop(workers: dict[int, str]) -> None:
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    while workers:
+        _bury(workers)
+        time.sleep(POLL_S)
+
+
+def _say(line: dict[str, object]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+        os.write(STDOUT, json.dumps(line).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
