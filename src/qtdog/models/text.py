@@ -139,7 +139,7 @@ def hashed(text: str, n_words: int, max_tokens: int) -> Tokens:
 def _hub_name(name: str) -> str:
     hub_name = TEXT_BACKBONES[name].hub_name
     if hub_name is None:
-        raise ModelError(f"nobody has pretrained '{name}': use --weights none")
+        raise ModelError(f"there are no pretrained weights for '{name}': use --weights none, or a file.")
     return hub_name
 
 
