@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError
 from qtdog.data.decode import to_square
+from qtdog.data.parts import TRAIN
 from qtdog.data.sheet import Datasheet
 
 Progress = Callable[[int, int], None] | None
@@ -34,6 +35,8 @@ class DomainDataset(ABC):
         keys: a stable name per image (n,), such as its relative path.
         domain_index: int16 (n,), positions in `domains`.
         class_index: int16 (n,), positions in `classes`.
+        parts: int8 (n,), positions in `data.parts.PARTS` if the data set comes with an official division, else None.
+        skipped: (key, reason) of images that were left out because they cannot be read.
     """
 
     sheet: Datasheet
@@ -42,6 +45,8 @@ class DomainDataset(ABC):
     keys: list[str]
     domain_index: npt.NDArray[np.int16]
     class_index: npt.NDArray[np.int16]
+    parts: npt.NDArray[np.int8] | None = None
+    skipped: Sequence[tuple[str, str]] = ()
 
     def __len__(self) -> int:
         """Return the number of images n."""
@@ -76,6 +81,10 @@ class DomainDataset(ABC):
         if domain not in self.domains:
             raise DataError(f"'{domain}' is not a domain of {self.sheet.name}; it has {', '.join(self.domains)}")
         return np.flatnonzero(self.domain_index == self.domains.index(domain))
+
+    def trains_on(self, domain: str) -> bool:
+        """Return whether a domain may be trained on: an official division leaves some to validation and test."""
+        return self.parts is None or bool((self.parts[self.indices(domain)] == TRAIN).any())
 
     def signature(self) -> str:
         """Return a cheap fingerprint that changes whenever an image is changed, added, removed or relabelled."""

@@ -13,32 +13,44 @@ from qtdog.data.cards import match_card
 from qtdog.data.files import FileDataset, Record, require_domains, require_path
 from qtdog.data.sheet import Datasheet
 
-COLUMNS = ("path", "class", "domain")
+DOMAIN = "domain"
 SUFFIXES = (".csv", ".jsonl")
+MULTI_LABEL = (
+    "several classes for one image (multi-label) are not supported. "
+    "Give each image one class, or train one model per class"
+)
 
 
-def open_manifest(path: Path, *, min_domains: int = 2) -> FileDataset:
+def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMAIN) -> FileDataset:
     """Return the data set that a manifest lists.
 
     A `.csv` file has a header line with the columns path, class (or label) and domain; a `.jsonl` file has one object
-    with these keys per line. Paths are relative to the manifest's folder and may not leave it.
+    with these keys per line. Any other column can hold the domains (site, camera, month). Paths are relative to the
+    manifest's folder and may not leave it.
+
+    Args:
+        path: the manifest.
+        min_domains: fewest domains.
+        domain_column: the column whose values are the domains.
 
     Raises:
         DataError: the manifest is missing or malformed, a listed file does not exist (the text gives the line), a path
-            is listed twice or leaves the folder, or there are fewer domains than `min_domains`.
+            is listed twice or leaves the folder, an image has several classes, or there are fewer domains than
+            `min_domains`.
     """
     require_path(path, "manifest")
     root = path.parent
     records: dict[str, Record] = {}
-    for line, row in _rows(path):
+    for line, row in _rows(path, domain_column.strip().lower()):
         record = _record(row, f"{path}, line {line}")
         if record.key in records:
-            raise DataError(f"{path}, line {line}: {record.key} is listed twice")
+            raise DataError(f"{path}, line {line}: {_twice(records[record.key], record)}")
         if not (root / record.key).is_file():
             raise DataError(f"{path}, line {line}: {root / record.key} does not exist (paths are relative to {root})")
         records[record.key] = record
     if not records:
-        raise DataError(f"{path} lists no images: one line per image with {', '.join(COLUMNS)}")
+        raise DataError(f"{path} lists no images: one line per image with path, class, {domain_column}")
+    _refuse_joined_classes(path, {record.label for record in records.values()})
     ordered = sorted(records.values())
     dataset = FileDataset(Datasheet(name=path.stem, title=f"Images listed in {path.name}"), root, ordered)
     dataset.sheet = match_card(dataset.domains, dataset.classes) or dataset.sheet
@@ -46,24 +58,28 @@ def open_manifest(path: Path, *, min_domains: int = 2) -> FileDataset:
     return dataset
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line and values of each row; the domain is under its own name, whatever the column is called."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from _csv_rows(path, stream) if path.suffix.lower() == ".csv" else _json_rows(path, stream)
+            rows = (
+                _csv_rows(path, stream, domain) if path.suffix.lower() == ".csv" else _json_rows(path, stream, domain)
+            )
+            yield from ((line, row | {DOMAIN: row[domain]}) for line, row in rows)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _csv_rows(path: Path, stream: Iterator[str] | Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, stream: Iterator[str] | Any, domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(stream, skipinitialspace=True)
     names = [(name or "").strip().lower() for name in reader.fieldnames or []]
     reader.fieldnames = names
-    _require_columns(names, f"{path}, line 1")
+    _require_columns(names, domain, f"{path}, line 1")
     for row in reader:
         yield reader.line_num, row
 
 
-def _json_rows(path: Path, stream: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, stream: Iterator[str], domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(stream, start=1):
         if not text.strip():
             continue
@@ -73,27 +89,50 @@ def _json_rows(path: Path, stream: Iterator[str]) -> Iterator[tuple[int, dict[st
             raise DataError(f"{path}, line {line} is not JSON: {error.msg}") from error
         if not isinstance(row, dict):
             raise DataError(f'{path}, line {line} must be an object like {{"path": …, "class": …, "domain": …}}')
-        _require_columns(list(row), f"{path}, line {line}")
-        yield line, row
+        named = {name.strip().lower(): value for name, value in row.items()}
+        _require_columns(list(named), domain, f"{path}, line {line}")
+        yield line, named
 
 
-def _require_columns(names: list[str], where: str) -> None:
-    for column in COLUMNS:
+def _require_columns(names: list[str], domain: str, where: str) -> None:
+    for column in ("path", "class", domain):
         accepted = ("class", "label") if column == "class" else (column,)
         if any(name in names for name in accepted):
             continue
-        close = nearest(column, [name for name in names if name not in COLUMNS])
+        others = [name for name in names if name not in ("path", "class", "label", domain)]
+        close = nearest(column, others)
         hint = f"; rename '{close}'?" if close else "."
+        if column == domain and others:
+            hint += (
+                f" Another column can hold the domains: --data '{where.partition(', line')[0]}:{close or others[0]}'."
+            )
         raise DataError(f"{where}: the column '{column}' is missing{hint} Found: {', '.join(names) or 'none'}")
+
+
+def _twice(first: Record, second: Record) -> str:
+    if first.label == second.label:
+        return f"{second.key} is listed twice"
+    return f"{second.key} is listed with class '{first.label}' and class '{second.label}': {MULTI_LABEL}"
+
+
+def _refuse_joined_classes(path: Path, labels: set[str]) -> None:
+    """A cell like "cat|dog", whose parts are classes of other images, means two classes."""
+    for label in sorted(labels):
+        for separator in ("|", ";", ","):
+            parts = [part.strip() for part in label.split(separator)]
+            if len(parts) > 1 and any(part in labels for part in parts):
+                raise DataError(f"{path}: the class '{label}' looks like {len(parts)} classes: {MULTI_LABEL}")
 
 
 def _record(row: dict[str, Any], where: str) -> Record:
     label = row["class"] if "class" in row else row["label"]
-    values = {"path": row["path"], "class": label, "domain": row["domain"]}
+    if isinstance(label, (list, dict)):
+        raise DataError(f"{where}: the class is a list: {MULTI_LABEL}")
+    values = {"path": row["path"], "class": label, DOMAIN: row[DOMAIN]}
     for column, value in values.items():
         if value is None or not str(value).strip():
             raise DataError(f"{where}: '{column}' is empty")
     key = str(row["path"]).strip()
     if Path(key).is_absolute() or PureWindowsPath(key).drive or ".." in Path(key).parts:
         raise DataError(f"{where}: path '{key}' leaves the manifest's folder; give paths relative to it, without '..'")
-    return Record(str(values["domain"]).strip(), str(label).strip(), Path(key).as_posix())
+    return Record(str(values[DOMAIN]).strip(), str(label).strip(), Path(key).as_posix())

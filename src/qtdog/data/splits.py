@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.parts import ID_TEST, ID_VAL, TRAIN
 
 Indices = npt.NDArray[np.int64]
 
@@ -55,12 +56,18 @@ def make_splits(
 ) -> DomainSplits:
     """Return every domain's split; in the "in-domain" mode a second part of the same size is set aside for the report.
 
+    An official division (`dataset.parts`) is kept in the target mode: train, id_val and id_test of the domains that it
+    trains on. Domains that it does not train on, and all domains otherwise, are divided at random.
+
     Raises:
         DataError: a domain has too few images to hold any out.
     """
     splits = {}
     for d, domain in enumerate(dataset.domains):
         members = dataset.indices(domain)
+        if dataset.parts is not None and test_mode == "target" and dataset.trains_on(domain):
+            splits[domain] = _official(dataset, domain, members)
+            continue
         if int(len(members) * frac) == 0:
             raise DataError(
                 f"domain '{domain}' has {len(members)} images: too few to hold out {frac:.0%} for selection; "
@@ -73,6 +80,15 @@ def make_splits(
             test = np.empty(0, dtype=np.int64)
         splits[domain] = Split(members[train], members[heldout], members[test])
     return DomainSplits(splits)
+
+
+def _official(dataset: DomainDataset, domain: str, members: Indices) -> Split:
+    assert dataset.parts is not None
+    own = dataset.parts[members]
+    split = Split(*(members[own == part] for part in (TRAIN, ID_VAL, ID_TEST)))
+    if len(split.heldout) == 0:
+        raise DataError(f"the official division of {dataset.sheet.name} holds out nothing of domain '{domain}'")
+    return split
 
 
 def holdout(n: int, frac: float, *, trial: int, domain_index: int) -> tuple[Indices, Indices]:

@@ -44,6 +44,8 @@ class DomainSubset(DomainDataset):
         self.keys = [dataset.keys[place] for place in places]
         self.domain_index = np.searchsorted(kept, dataset.domain_index[places]).astype(np.int16)
         self.class_index = dataset.class_index[places]
+        self.parts = None if dataset.parts is None else dataset.parts[places]
+        self.skipped = [(key, why) for key, why in dataset.skipped if key.split("/", 1)[0] in domains]
         self._dataset = dataset
         self._places = places.tolist()
 

@@ -1,4 +1,4 @@
-"""Reads every image of a data set and lists what is wrong with it."""
+"""Reads every image of a data set and lists what is wrong with it, and what differs from the list of its files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from qtdog.core.errors import DataError
 from qtdog.data.cards import check_counts
 from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.files import FileDataset
+from qtdog.data.hashes import Changes, compare, files_below, hash_of, read_hashes
 
 MAX_LISTED = 20
 
@@ -25,6 +27,7 @@ class Report:
         missing_classes: (domain, class) without an image, of classes that have some elsewhere.
         duplicates: groups of keys with exactly the same content, in at least two domains.
         differences: sentences on where the data set differs from its datasheet.
+        changes: how its files differ from the list that was made when it was fetched or imported; None without a list.
     """
 
     n_images: int
@@ -33,23 +36,31 @@ class Report:
     missing_classes: list[tuple[str, str]]
     duplicates: list[list[str]]
     differences: list[str]
+    changes: Changes | None = None
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
-        return not any((self.unreadable, self.empty_classes, self.missing_classes, self.duplicates, self.differences))
+        return not any(lines for _, lines in self._sections())
 
     def text(self) -> str:
         """Return the findings for people, at most 20 lines of a kind."""
-        sections = [
+        listed = "" if self.changes is None else "; files compared with the list of the fetch or import"
+        head = f"{self.n_images:,} images: " + ("nothing wrong" if self.ok else "problems found") + listed
+        return "\n".join([head, *(_section(title, lines) for title, lines in self._sections() if lines)])
+
+    def _sections(self) -> list[tuple[str, list[str]]]:
+        changes = self.changes or Changes([], [], [])
+        return [
             ("unreadable images", [reason for _, reason in self.unreadable]),
             ("classes without any image", self.empty_classes),
             ("classes missing from a domain", [f"{name} in {domain}" for domain, name in self.missing_classes]),
             ("exact duplicates across domains", [" = ".join(group) for group in self.duplicates]),
             ("differences from the datasheet", self.differences),
+            ("files of the list that are missing", changes.missing),
+            ("files that differ from the list", changes.changed),
+            ("files that are not in the list", changes.added),
         ]
-        head = f"{self.n_images:,} images: " + ("nothing wrong" if self.ok else "problems found")
-        return "\n".join([head, *(_section(title, lines) for title, lines in sections if lines)])
 
 
 def _section(title: str, lines: list[str]) -> str:
@@ -74,7 +85,18 @@ def verify(dataset: DomainDataset, progress: Progress = None) -> Report:
         missing_classes=[(domain, name) for domain, name in dataset.missing_classes() if name not in empty],
         duplicates=_across_domains(dataset, [content for content, _ in found]),
         differences=check_counts(dataset),
+        changes=_changes(dataset, [content for content, _ in found]),
     )
+
+
+def _changes(dataset: DomainDataset, contents: list[str]) -> Changes | None:
+    """Compare the files with their list; the images' hashes are known already."""
+    root = getattr(dataset, "root", None)
+    listed = None if root is None else read_hashes(root)
+    if root is None or listed is None:
+        return None
+    known = dict(zip(dataset.keys, contents, strict=True)) if isinstance(dataset, FileDataset) else {}
+    return compare(listed, ((key, known[key] if key in known else hash_of(root / key)) for key in files_below(root)))
 
 
 def _examine(dataset: DomainDataset, i: int) -> tuple[str, str]:

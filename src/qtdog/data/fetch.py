@@ -1,0 +1,168 @@
+"""From the name of a benchmark to a usable folder: download, unpack, lay out, list and remember hashes.
+
+Everything happens in a hidden folder beside the target, `.NAME.fetch`; the target appears when it is whole. What was
+downloaded stays there if something breaks off, and the next attempt goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtdog.core.errors import DataError, RunError
+from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.data.adopt import adopt
+from qtdog.data.dataset import Progress
+from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, describe, download
+from qtdog.data.home import data_home
+from qtdog.data.sheet import Datasheet
+from qtdog.data.unpack import is_archive, unpack
+
+KNOWN = "fetched.json"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a fetch tells what it is doing.
+
+    Attributes:
+        download: of the bytes of a file.
+        unpack: of the files of an archive.
+        place: of laying out and hashing the files.
+    """
+
+    download: Bytes | None = None
+    unpack: Progress = None
+    place: Progress = None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of a fetch.
+
+    Attributes:
+        folder: the data set.
+        files: what was downloaded.
+        first_time: the files whose hash nobody had published or remembered: it is trusted, and remembered from now on.
+        layout: how it was laid out before.
+    """
+
+    folder: Path
+    files: list[Downloaded]
+    first_time: list[str]
+    layout: str
+
+    @property
+    def n_saved(self) -> int:
+        """Bytes that were there from a former attempt."""
+        return sum(file.n_saved for file in self.files)
+
+
+def fetch(sheet: Datasheet, target: Path, *, steps: Steps | None = None, timeout_s: float = TIMEOUT_S) -> Fetched:
+    """Download the data set into the new folder `target`.
+
+    A hash that the card gives must be met. Where nobody published one, that of the first complete fetch is remembered
+    in the data home and must be met from then on: trust on first use.
+
+    Raises:
+        DataError: it has no address, a download failed, the content is another one, or an archive is refused.
+        RunError: the disk is full, or another process fetches into the same folder.
+    """
+    steps = steps or Steps()
+    if not sheet.archives:
+        how = f"qtdog data import FOLDER --as {sheet.name}"
+        raise DataError(f"{sheet.name} cannot be downloaded. {sheet.note} {how}".replace("  ", " "))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} is there already: check it with 'qtdog data verify {target}', or remove it")
+    work = target.parent / f".{target.name}.fetch"
+    with _alone(work):
+        known = remembered(sheet.name)
+        files = [
+            download(
+                archive,
+                work,
+                sha256=archive.sha256 or known.get(archive.file, ""),
+                progress=steps.download,
+                timeout_s=timeout_s,
+            )
+            for archive in sheet.archives
+        ]
+        layout = _unpack_and_place(work, files, sheet, target, steps)
+        shutil.rmtree(work)
+    expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in sheet.archives}
+    return Fetched(target, files, [file.path.name for file in files if not expected[file.path.name]], layout)
+
+
+def _unpack_and_place(work: Path, files: list[Downloaded], sheet: Datasheet, target: Path, steps: Steps) -> str:
+    loose = work / "unpacked"
+    shutil.rmtree(loose, ignore_errors=True)
+    try:
+        loose.mkdir()
+        for file in files:
+            _unpack_one(file.path, loose, steps.unpack)
+        now = datetime.datetime.now(datetime.UTC).date().isoformat()
+        origin: dict[str, Any] = {"dataset": sheet.name, "date": now, "files": [describe(file) for file in files]}
+        return adopt(loose, target, sheet, "move", origin, progress=steps.place)
+    except DataError as error:
+        raise DataError(f"{error} What was downloaded is in {work}; remove it to download it anew.") from error
+    finally:
+        shutil.rmtree(loose, ignore_errors=True)
+
+
+def _unpack_one(path: Path, loose: Path, progress: Progress) -> None:
+    if not is_archive(path.name):
+        os.link(path, loose / path.name)
+        return
+    try:
+        unpack(path, loose, progress)
+    except DataError:
+        path.unlink()  # it would be refused again: the next attempt must download it anew
+        raise
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the working folder for this process; an empty one is removed afterwards."""
+    with clear_disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        handle = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise RunError(f"another process is fetching into {work}; wait for it") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+        if work.is_dir() and [path.name for path in work.iterdir()] == [".lock"]:
+            shutil.rmtree(work)
+
+
+def remembered(name: str) -> dict[str, str]:
+    """Return file → sha256 of what was fetched before of a data set (DataError if the note is damaged)."""
+    path = data_home() / KNOWN
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()).get(name, {}))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it to trust the next download anew") from error
+
+
+def remember(name: str, fetched: Fetched) -> Path:
+    """Remember the hashes of a fetch; return where (DataError if the note is damaged, RunError if the disk is full)."""
+    path = data_home() / KNOWN
+    remembered(name)
+    tree = json.loads(path.read_text()) if path.is_file() else {}
+    tree.setdefault(name, {}).update({file.path.name: file.sha256 for file in fetched.files})
+    write_atomic(path, json.dumps(tree, indent=1, sort_keys=True) + "\n")
+    return path

@@ -1,0 +1,187 @@
+"""Where the images of a known data set lie in a folder that somebody else laid out.
+
+Found in the wild: DomainBed's DOMAIN/CLASS/image, Dassl's DOMAIN/SPLIT/CLASS/image, TLlib's and the authors' lists
+("path label" lines in `image_list/*.txt` or beside the images), each possibly some folders deeper, with domains and
+classes by other names. TerraIncognita is published as one folder of images and lists of annotations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qtdog.core.errors import DataError
+from qtdog.data.folder import images_below, subfolders
+from qtdog.data.sheet import Datasheet
+
+SPLITS = ("train", "val", "crossval", "test", "full", "all")
+MAX_DEPTH = 3
+MAX_LIST_BYTES = 2 << 30
+
+
+class Placed(NamedTuple):
+    """One image of somebody's folder: where it lies, and where it belongs (DOMAIN/CLASS/image)."""
+
+    path: Path
+    key: str
+
+
+class Layout(NamedTuple):
+    """What was found in a folder: how it is laid out, in words, and its images in the order of their keys."""
+
+    name: str
+    images: list[Placed]
+
+
+def find_layout(folder: Path, sheet: Datasheet) -> Layout:
+    """Return the images of a data set of folders that lie somewhere below `folder`.
+
+    Raises:
+        DataError: the domains are not there, a class is unknown, or a listed image is missing.
+    """
+    if sheet.kind == "camera-traps" and (lists := _annotation_lists(folder)):
+        return Layout("Caltech camera traps with annotations", _ordered(_camera_traps(folder, lists, sheet)))
+    root, domains = _find_domains(folder, sheet)
+    lists = _image_lists(folder)
+    if sheet.kind == "listed-folders" and lists:
+        return Layout("the authors' lists (TLlib)", _ordered(_listed(domains, lists, sheet)))
+    splits = any(part.name.lower() in SPLITS for part in subfolders(next(iter(domains.values()))))
+    name = "DOMAIN/SPLIT/CLASS/image (Dassl)" if splits else "DOMAIN/CLASS/image (DomainBed, TLlib)"
+    found = [image for domain, path in domains.items() for image in _domain(path, domain, sheet)]
+    if not found:
+        raise DataError(f"{root} has the domains of {sheet.name}, but no images in them")
+    return Layout(name, _ordered(found))
+
+
+def _ordered(images: list[Placed]) -> list[Placed]:
+    return sorted(images, key=lambda image: image.key)
+
+
+def _fold(name: str) -> str:
+    """A name without case, blanks and punctuation: "Real World", "real_world" and "Real_World" are one."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _names(own: tuple[str, ...] | None, aliases: Mapping[str, str]) -> dict[str, str]:
+    return {_fold(alias): name for alias, name in aliases.items()} | {_fold(name): name for name in own or ()}
+
+
+def _find_domains(folder: Path, sheet: Datasheet) -> tuple[Path, dict[str, Path]]:
+    """The folder in which the domains lie, breadth first, and the folder of each."""
+    known = _names(sheet.domains, sheet.domain_aliases)
+    best: dict[str, Path] = {}
+    for candidate in _levels(folder):
+        found = {known[_fold(path.name)]: path for path in subfolders(candidate) if _fold(path.name) in known}
+        if len(found) == len(sheet.domains or ()):
+            return candidate, found
+        best = max(best, found, key=len)
+    missing = sorted(set(sheet.domains or ()) - set(best))
+    text = f"{folder} is no copy of {sheet.name}: no folder in it has the domains {', '.join(sheet.domains or ())}"
+    raise DataError(text + (f" (missing: {', '.join(missing)})" if best else "") + ".")
+
+
+def _levels(folder: Path) -> Iterator[Path]:
+    level = [folder]
+    for _ in range(MAX_DEPTH + 1):
+        yield from level
+        level = [below for path in level for below in subfolders(path)[:100]]
+
+
+def _domain(path: Path, domain: str, sheet: Datasheet) -> Iterator[Placed]:
+    """Yield the images of one domain; parts of a division are joined, and equal names in them kept apart."""
+    parts = {part.name.lower(): part for part in subfolders(path) if part.name.lower() in SPLITS}
+    whole = parts.get("full") or parts.get("all")
+    holders = [whole] if whole else list(parts.values()) or [path]
+    taken: set[str] = set()
+    for holder in holders:
+        for image in _classes(holder, domain, sheet):
+            key = image.key
+            if key in taken:
+                folder, _, name = key.rpartition("/")
+                key = f"{folder}/{holder.name}_{name}"
+            taken.add(key)
+            yield Placed(image.path, key)
+
+
+def _classes(holder: Path, domain: str, sheet: Datasheet) -> Iterator[Placed]:
+    known = _names(sheet.classes, sheet.class_aliases)
+    for folder in subfolders(holder):
+        if _fold(folder.name) not in known:
+            raise DataError(f"{folder} is no class of {sheet.name}; they are {', '.join((sheet.classes or ())[:20])}")
+        for path in images_below(folder):
+            name = path.relative_to(folder).as_posix().replace("/", "_")
+            yield Placed(path, f"{domain}/{known[_fold(folder.name)]}/{name}")
+
+
+def _image_lists(folder: Path) -> list[Path]:
+    lists = [path for place in [folder, *_levels(folder)] for path in sorted(place.glob("*.txt"))]
+    return [path for path in dict.fromkeys(lists) if "/" in _first_line(path)]
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        words = stream.readline(4096).split()
+    return words[0] if len(words) >= 2 and words[-1].isdigit() else ""
+
+
+def _listed(domains: Mapping[str, Path], lists: list[Path], sheet: Datasheet) -> list[Placed]:
+    """The images that the lists name (lines "DOMAIN/CLASS/image label"); the label is not needed."""
+    known = _names(sheet.domains, sheet.domain_aliases), _names(sheet.classes, sheet.class_aliases)
+    images: dict[str, Placed] = {}
+    missing: list[str] = []
+    for line in (line for path in lists for line in _read(path).splitlines() if line.strip()):
+        domain, label, name = line.rsplit(maxsplit=1)[0].split("/")[-3:]
+        if _fold(domain) not in known[0] or _fold(label) not in known[1]:
+            raise DataError(f"the lists of {sheet.name} name {domain}/{label}, which is no domain and class of it")
+        path = domains[known[0][_fold(domain)]] / label / name
+        key = f"{known[0][_fold(domain)]}/{known[1][_fold(label)]}/{name}"
+        if path.is_file():
+            images[key] = Placed(path, key)
+        else:
+            missing.append(str(path))
+    if missing:
+        raise DataError(f"{len(missing):,} listed images are missing, the first is {missing[0]}")
+    return list(images.values())
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise DataError(f"{path} is too large for a list: {path.stat().st_size:,} bytes")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _annotation_lists(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.json") if "annotation" in path.name or "caltech_images" in path.name)
+
+
+def _camera_traps(folder: Path, lists: list[Path], sheet: Datasheet) -> list[Placed]:
+    """The images at the four places with one of the ten classes; an image with two classes is in both, as published."""
+    labels = _names(sheet.classes, sheet.class_aliases)
+    files = {name: Path(top, name) for top, _, names in os.walk(folder) for name in names}
+    found: dict[str, Placed] = {}
+    for tree in map(_annotations, lists):
+        categories = {item["id"]: item["name"] for item in tree["categories"]}
+        places = {item["id"]: (f"location_{item['location']}", item["file_name"]) for item in tree["images"]}
+        for annotation in tree["annotations"]:
+            domain, name = places.get(annotation["image_id"], ("", ""))
+            label = labels.get(_fold(categories[annotation["category_id"]]))
+            if domain not in (sheet.domains or ()) or label is None:
+                continue
+            if name not in files:
+                raise DataError(f"{folder}: the image {name}, which the annotations name, is missing")
+            key = f"{domain}/{label}/{name}"
+            found[key] = Placed(files[name], key)
+    return list(found.values())
+
+
+def _annotations(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(_read(path))
+        if all(isinstance(tree[key], list) for key in ("categories", "images", "annotations")):
+            return tree
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a list of annotations: {error}") from error
+    raise DataError(f"{path} is not a list of annotations")
