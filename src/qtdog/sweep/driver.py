@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from qtdog.core.errors import Interrupted, RunError
+from qtdog.core.errors import Interrupted, QtdogError, RunError
 from qtdog.sweep.engine import Engine
 from qtdog.sweep.state import Outcome, forget_failure, is_done, keep_failure, unfinished
 from qtdog.sweep.task import Task
@@ -54,11 +54,8 @@ class Progress:
 
     def ready(self, now: float) -> Task | None:
         """Return the first waiting task that can begin."""
-        known = {task.name for task in self.tasks}
         for task in self.waiting:
-            if self.later.get(task.name, 0.0) <= now and all(
-                name in self.done or name not in known for name in task.needs
-            ):
+            if self.later.get(task.name, 0.0) <= now and self.done.issuperset(task.needs):
                 return task
         return None
 
@@ -92,7 +89,7 @@ class Driver:
         self.progress = Progress(tasks, missing, done={task.name for task in tasks if task.name not in names})
         self._out, self._engine, self._board, self._left = out, engine, board, limit
         self._lost: Counter[str] = Counter()
-        self._stopping: Callable[[], Exception] | None = None
+        self._stopping: QtdogError | None = None
 
     def run(self) -> Progress:
         """Do all that is missing and return how it went; a task that fails does not stop the others.
@@ -109,13 +106,12 @@ class Driver:
                         self._take(outcome)
                     self._board.show(self.progress)
                     if stop.signal is not None and self._stopping is None:
-                        number = stop.signal
-                        self._stop(lambda: _interrupted(number))
+                        self._stop(_interrupted(stop.signal))
             finally:
                 self._engine.close()
         self._board.show(self.progress)
         if self._stopping is not None:
-            raise self._stopping()
+            raise self._stopping
         return self.progress
 
     def _finished(self) -> bool:
@@ -170,9 +166,9 @@ class Driver:
         if outcome.status == "busy":
             self.progress.later[task.name] = time.monotonic() + BUSY_S
         if outcome.status == "disk" and self._stopping is None:
-            self._stop(lambda: RunError(f"the sweep stopped, since it cannot write: {outcome.reason}"))
+            self._stop(RunError(f"the sweep stopped, since it cannot write: {outcome.reason}"))
 
-    def _stop(self, why: Callable[[], Exception]) -> None:
+    def _stop(self, why: QtdogError) -> None:
         self._stopping = why
         self._engine.stop()
 

@@ -117,11 +117,11 @@ def _grid(
     axes = study.grid | method.grid
     choices = [[(axis, value) for value in _values(axis, axes[axis], dataset)] for axis in axes]
     search = method.search or study.search
-    draws = range(search.n) if search else [None]
-    for place, (draw, *chosen) in enumerate(itertools.product(draws, *choices)):
+    every = itertools.product(range(search.n if search else 1), itertools.product(*choices))
+    for place, (draw, chosen) in enumerate(every):
         labels: Labels = {axis: value if isinstance(value, Scalar) else str(value) for axis, value in chosen}
         trees = [_tree(key, value) for axis, value in chosen for key in axis_keys(axis)]
-        if search and draw is not None:
+        if search:
             labels["draw"] = draw
             trees.append(drawn(search, draw, build_config([*shared, *trees])))
         yield place, labels, trees

@@ -14,7 +14,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_dataset
 from qtdog.sweep.expand import Labels, Point, describe, expand, raise_all, rank_of
 from qtdog.sweep.sharing import share_prefixes
-from qtdog.sweep.study import Ensemble, Study
+from qtdog.sweep.study import Ensemble, Scalar, Study
 from qtdog.sweep.task import Join, Task
 
 
@@ -76,7 +76,7 @@ def _runs(points: Sequence[Point]) -> list[Task]:
 
 def _ensembles(study: Study, one: Ensemble, runs: Sequence[Task], errors: list[str]) -> list[Task]:
     """Return the tasks of one ensemble of the study: one for each group of seeds and combination of other axes."""
-    found: dict[tuple[tuple[str, object], ...], dict[object, Task]] = {}
+    found: dict[tuple[tuple[str, Scalar], ...], dict[Scalar | None, Task]] = {}
     for run in runs:
         for labels in run.labels:
             if labels["method"] == one.method and not rank_of([one.grid], labels):
@@ -88,7 +88,7 @@ def _ensembles(study: Study, one: Ensemble, runs: Sequence[Task], errors: list[s
     for rest, by_seed in found.items():
         for group in one.members:
             missing = [str(seed) for seed in group if seed not in by_seed]
-            labels: Labels = {"method": one.name} | dict(rest) | {"seed": group[0]}  # type: ignore[dict-item]
+            labels: Labels = {"method": one.name, **dict(rest), "seed": group[0]}
             if missing:
                 errors.append(f"ensemble '{one.name}': no run {describe(dict(rest))} seed={', '.join(missing)}")
                 continue
@@ -129,7 +129,8 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
         ConfigError: no task is meant.
 
     Example:
-        >>> tasks = [Task("a1", "run", 0, ({"method": "lsq", "seed": 1},)), Task("b2", "run", 0, ({"method": "float"},))]
+        >>> labels = {"a1": {"method": "lsq", "seed": 1}, "b2": {"method": "float"}}
+        >>> tasks = [Task(name, "run", 0, (one,)) for name, one in labels.items()]
         >>> [task.name for task in select(tasks, "lsq seed=1")]
         ['a1']
     """
