@@ -15,10 +15,12 @@ from qtdog.cli.demo import demo
 from qtdog.cli.distill import distill
 from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
+from qtdog.cli.export import export
 from qtdog.cli.listing import listing
 from qtdog.cli.predict import predict
-from qtdog.cli.sweep_app import sweep_app
 from qtdog.cli.report import report
+from qtdog.cli.runs import runs
+from qtdog.cli.sweep_app import sweep_app
 from qtdog.cli.table import table
 from qtdog.cli.train import train
 from qtdog.core.errors import QtdogError
@@ -54,9 +56,11 @@ app.command()(predict)
 app.command()(ensemble)
 app.command()(bits)
 app.command()(distill)
+app.command()(export)
 app.command()(dart)
 app.command()(table)
 app.command()(report)
+app.command()(runs)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(analyse_app, name="analyse")

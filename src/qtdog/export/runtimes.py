@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import ConfigError, FormatError, unknown
 from qtdog.export.info import ExportInfo
+from qtdog.export.runtime_executorch import open_executorch
 from qtdog.export.runtime_onnx import open_onnxruntime
 from qtdog.export.runtime_openvino import open_openvino
 from qtdog.export.runtime_torch import open_packed, open_program
@@ -24,9 +25,17 @@ SUFFIXES = {
     ".onnx": ("onnxruntime", "openvino"),
     ".xml": ("openvino",),
     ".pt2": ("torch",),
+    ".pte": ("executorch",),
     ".safetensors": ("torch",),
 }
 """The runtimes that can open a kind of file, the usual one first."""
+
+RUNTIMES: Mapping[str, Opener] = {
+    "onnxruntime": open_onnxruntime,
+    "openvino": open_openvino,
+    "torch": open_program,
+    "executorch": open_executorch,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class OpenModel:
 
     Attributes:
         path: the file.
-        runtime: "onnxruntime", "openvino" or "torch".
+        runtime: "onnxruntime", "openvino", "torch" or "executorch".
         info: what the file says of itself.
         native: the runtime's own object: an `InferenceSession`, a `CompiledModel`, or a module.
         run: uint8 images (n, H, W, C) to the outputs in the order of `info.outputs`.
@@ -87,9 +96,9 @@ def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int =
     An exported file is a program: open none that you do not trust.
 
     Args:
-        path: .onnx, .xml (OpenVINO, its .bin beside it), .pt2 (`torch.export`), or a packed .safetensors, which runs in
-            eager PyTorch.
-        runtime: "onnxruntime", "openvino" or "torch"; None for the usual one of the file.
+        path: .onnx, .xml (OpenVINO, its .bin beside it), .pt2 (`torch.export`), .pte (ExecuTorch), or a packed
+            .safetensors, which runs in eager PyTorch.
+        runtime: "onnxruntime", "openvino", "torch" or "executorch"; None for the usual one of the file.
         threads: that it may use. For "torch" it is a setting of the whole process.
 
     Raises:
@@ -100,13 +109,12 @@ def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int =
     path = Path(path)
     able = runtimes_for(path)
     name = able[0] if runtime is None else runtime
-    if name not in ("onnxruntime", "openvino", "torch"):
-        raise ConfigError(unknown("runtime", name, ["onnxruntime", "openvino", "torch"]))
+    if name not in RUNTIMES:
+        raise ConfigError(unknown("runtime", name, RUNTIMES))
     if name not in able:
         raise ConfigError(f"{name} cannot open {path}; {path.suffix} files run in {' or '.join(able)}")
     if not path.is_file():
         raise FormatError(f"{path} does not exist; give the path of a model file")
-    openers: Mapping[str, Opener] = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
-    torch_opener = open_program if path.suffix == ".pt2" else open_packed
-    info, run, native = openers.get(name, torch_opener)(path, threads)
+    opener = open_packed if path.suffix == ".safetensors" else RUNTIMES[name]
+    info, run, native = opener(path, threads)
     return OpenModel(path, name, info, native, run)

@@ -1,0 +1,115 @@
+"""`qtdog export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qtdog.data.dataset import DomainDataset
+    from qtdog.export.export import Exported
+    from qtdog.export.subject import Subject
+
+MODEL = "A .safetensors file of 'qtdog train' or 'ensemble', or the folder that it is in."
+FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
+DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
+DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
+FORCE = "Accept the domain that was held out in training. What is measured on it afterwards is no longer unseen."
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help=MODEL, metavar="MODEL")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; OUT.json goes beside it.")],
+    name: Annotated[str | None, typer.Option("--format", help=FORMAT)] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
+    domain: Annotated[list[str] | None, typer.Option(help=DOMAIN)] = None,
+    calibrate: Annotated[int, typer.Option(min=1, help="Images that set the ranges of integer activations.")] = 256,
+    check: Annotated[int, typer.Option(min=1, help="Images that the file is compared on.")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images.")] = 0,
+    force_target: Annotated[bool, typer.Option("--force-target", help=FORCE)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a model for another runtime, and check on source images that it answers alike.
+
+    The file takes uint8 images (n, H, W, C) of the model's size and holds preprocessing, class names and what was
+    compared. One that does not answer like the packed model is not kept.
+
+    Examples:
+      qtdog export runs/photos-c -o model.onnx
+
+      qtdog export runs/photos-c -o model.onnx --format onnx-int8 --data photos/
+
+      qtdog export runs/five/c-eoq -o five.xml --format openvino-int8 --data photos/
+    """
+    from qtdog.cli.console import print_json
+    from qtdog.cli.progress import CountingBar
+    from qtdog.core.errors import ConfigError
+    from qtdog.export.export import export as write
+    from qtdog.export.formats import FORMATS, format_for
+    from qtdog.export.images import Draw, draw_images
+    from qtdog.export.subject import read_subject
+
+    name = format_for(name, out)
+    if out.is_dir() or not _is_place(out.parent):
+        raise ConfigError(f"--out {out}: cannot be written; give the path of a file")
+    subject = read_subject(model / "model.safetensors" if model.is_dir() else model)
+    n_images = check + (calibrate if FORMATS[name].integer else 0)
+    draw = Draw(n_images, seed, tuple(domain or ()), force_target)
+    images = draw_images(find_data(subject, data), subject.infos[0], draw, CountingBar("reading images"))
+    made = write(subject, out, name, images, n_calibration=calibrate, watch=CountingBar)
+    if as_json:
+        print_json(made.to_json())
+    else:
+        _show(made)
+
+
+def find_data(subject: Subject, data: str | None) -> DomainDataset:
+    """Return the data set that is given, else the one that the run beside the model file was trained on.
+
+    Raises:
+        ConfigError: none is given, and no run lies beside the file.
+        DataError: the data set cannot be used.
+    """
+    from qtdog.core.errors import ConfigError
+    from qtdog.data.open import open_dataset
+    from qtdog.training.run_folder import RunFolder
+
+    if data is None:
+        config = RunFolder(subject.path.parent).read_config()
+        if config is None:
+            domains = ", ".join(subject.infos[0].source_domains)
+            raise ConfigError(f"give images to compare on, of the domains {domains}: --data")
+        data = config.data.source
+    return open_dataset(data, min_domains=1)
+
+
+def _is_place(folder: Path) -> bool:
+    """Return whether a folder is there, or can be made."""
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return nearest.is_dir()
+
+
+def _show(made: Exported) -> None:
+    from qtdog.cli.console import out, print_table, warn
+    from qtdog.export.formats import FORMATS
+    from qtdog.report.table import percent
+
+    parity = made.parity
+    size = f"{made.n_bytes / 1e6:.3g} MB ({made.n_bytes / made.packed_bytes:.2f} times the packed file)"
+    accuracies = f"{percent(parity.accuracy_packed)} → {percent(parity.accuracy_exported)}"
+    logits = f"{parity.max_difference['logits']:.2g} (largest logit {parity.largest_logit:.3g})"
+    rows = [
+        ["file", size],
+        ["compared on", f"{parity.n_images:,} images of {', '.join(parity.domains)}"],
+        ["same class (%)", f"{100 * parity.agreement_frac:.2f}"],
+        ["largest difference of a logit", logits],
+        ["accuracy there (%)", accuracies],
+    ]
+    print_table(["", FORMATS[made.info.format].title], rows)
+    for note in made.info.notes:
+        warn(note)
+    out.print(f"model  {made.path}", highlight=False, soft_wrap=True, markup=False)
+    out.print(f"report {made.path}.json", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,158 @@
+"""From a packed file to an exported one that is known to answer alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtdog.core.errors import DataError, RunError
+from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
+from qtdog.export.activations import make_plan
+from qtdog.export.formats import FORMATS, Format
+from qtdog.export.images import LabelledImages
+from qtdog.export.info import ExportInfo
+from qtdog.export.onnx_graph import build_graph, find_codes, store_integers_
+from qtdog.export.parity import Parity, compare
+from qtdog.export.qdq import quantize_
+from qtdog.export.ranges import measure_ranges
+from qtdog.export.runtime_onnx import open_points
+from qtdog.export.runtimes import open_runtime
+from qtdog.export.subject import Subject
+
+Watch = Callable[[str], Callable[[int, int], None] | None]
+"""From the title of something that takes long to what is told how far it is."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        path: the file.
+        info: its description, with calibration and parity.
+        parity: how it compares with the packed model.
+        n_bytes: on disk, all files together.
+        packed_bytes: of the packed file.
+    """
+
+    path: Path
+    info: ExportInfo
+    parity: Parity
+    n_bytes: int
+    packed_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON has it."""
+        told = {"file": str(self.path), "bytes": self.n_bytes, "packed_bytes": self.packed_bytes}
+        return told | self.info.model_dump(mode="json")
+
+
+def export(
+    subject: Subject,
+    out: Path,
+    name: str,
+    images: LabelledImages,
+    *,
+    n_calibration: int = 256,
+    watch: Watch = lambda title: None,
+) -> Exported:
+    """Write a packed model to another format, and keep the file only if it answers like the packed model.
+
+    A description of the file (`OUT.json`) goes beside it.
+
+    Args:
+        subject: the packed model.
+        out: the file to write; an existing one is replaced when the new one has passed.
+        name: of the format, in `FORMATS`.
+        images: source images: the first `n_calibration` (at most half) set the ranges of integer activations, the
+            others are compared.
+        n_calibration: see there; not used by float formats.
+        watch: shows how far the work is.
+
+    Raises:
+        DataError: fewer than 2 images.
+        ModelError: a library is missing, or an operator has no form in the format.
+        RunError: the file does not answer like the packed model (nothing is left), or cannot be written.
+    """
+    kind = FORMATS[name]
+    if len(images.pixels) < 2:
+        raise DataError(f"an export is checked on images, at least 2; there are {len(images.pixels)}")
+    n_first = min(n_calibration, len(images.pixels) // 2)
+    calibration, check = images.split(n_first) if kind.integer else (None, images)
+    info = subject.info(name)
+    graph, info = _graph(subject, info, calibration, watch) if kind.graph else (None, info)
+    with clear_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        try:
+            draft = folder / out.name
+            kind.save(subject, graph, draft, info)
+            parity = _measure(subject, draft, check, watch)
+            _refuse(out, parity, kind)
+            info = info.model_copy(update={"parity": asdict(parity)})
+            kind.save(subject, graph, draft, info)
+            n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            _move(folder, draft, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    made = Exported(out, info, parity, n_bytes, subject.path.stat().st_size)
+    write_atomic(out.with_name(f"{out.name}.json"), json.dumps(made.to_json(), indent=1))
+    return made
+
+
+def _graph(
+    subject: Subject, info: ExportInfo, calibration: LabelledImages | None, watch: Watch
+) -> tuple[Any, ExportInfo]:
+    graph = build_graph(subject)
+    found = find_codes(graph, subject.codes())
+    if calibration is not None:
+        plan = make_plan(graph, found)
+        names = list(plan.points)
+        read = open_points(graph, names)
+        ranges = measure_ranges(names, read, calibration.pixels, progress=watch("calibrating"))
+        rounded = quantize_(graph, plan, found, ranges)
+        info = info.model_copy(update={"calibration": _told(calibration), "notes": _notes(rounded)})
+    left = {name: weight for name, weight in found.items() if name in graph.graph.initializers}
+    store_integers_(graph, left)
+    return graph, info
+
+
+def _told(calibration: LabelledImages) -> dict[str, Any]:
+    told = {"domains": list(calibration.domains), "n_images": len(calibration.pixels), "method": "mse"}
+    return told | {"target_included": calibration.target_included}
+
+
+def _notes(rounded: list[str]) -> tuple[str, ...]:
+    if not rounded:
+        return ()
+    text = f"{len(rounded)} weights were rounded again to 7 bits, because their grid has none of the codes -64 … 64"
+    return (f"{text}: {', '.join(rounded[:3])}{', …' if len(rounded) > 3 else ''}",)
+
+
+def _measure(subject: Subject, draft: Path, images: LabelledImages, watch: Watch) -> Parity:
+    threads = torch.get_num_threads()
+    packed = open_runtime(subject.path, threads=threads)
+    return compare(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
+
+
+def _refuse(out: Path, parity: Parity, kind: Format) -> None:
+    problems = parity.problems(kind.limits)
+    if problems:
+        text = f"{out} was not written: as {kind.title} it does not answer like the packed model"
+        raise RunError(f"{text} on {parity.n_images} images: {'; '.join(problems)}")
+
+
+def _move(folder: Path, draft: Path, out: Path) -> None:
+    """Move what was written to its place, the file that names the others last."""
+    for file in sorted(folder.iterdir(), key=lambda file: file == draft):
+        sync_file(file)
+        file.chmod(0o644)
+        file.replace(out.parent / file.name)
+    sync_folder(out.parent)

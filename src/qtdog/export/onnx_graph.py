@@ -1,0 +1,159 @@
+"""From a packed file to an ONNX graph whose weights are the frozen integer codes."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtdog.core.errors import ModelError
+from qtdog.core.quantized import QuantizedTensor
+from qtdog.export.deployed import INPUT, OUTPUTS, Deployed
+from qtdog.export.integer_weight import IntegerWeight, fit
+from qtdog.export.libraries import library
+from qtdog.export.subject import Subject
+
+OPSET = 18
+
+
+def build_graph(subject: Subject) -> Any:
+    """Return the float graph (`onnx_ir.Model`) of a packed model, batch norm folded into the convolutions.
+
+    The number of images is free.
+
+    Raises:
+        ModelError: the onnx extra is not installed, the backbone does not fit, or ONNX has no form of an operator; the
+            text names it.
+    """
+    library("onnxscript")
+    how = subject.infos[0].preprocessing
+    # laid out so that what the network sees is contiguous: otherwise pooling is written as a gather over strides, which
+    # OpenVINO computes wrongly behind integer layers
+    example = torch.zeros(2, how.channels, how.image_size, how.image_size, dtype=torch.uint8).permute(0, 2, 3, 1)
+    module = subject.module()
+    with quiet():
+        return _convert(module, example, subject)
+
+
+def _convert(module: Deployed, example: torch.Tensor, subject: Subject) -> Any:
+    try:
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: "n"},),
+            input_names=[INPUT],
+            output_names=list(OUTPUTS[len(subject.members) > 1]),
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+        raise ModelError(f"{subject.path} cannot be exported to ONNX: {unsupported(error)}") from error
+    assert program is not None
+    return program.model
+
+
+def unsupported(error: BaseException) -> str:
+    """Return in one line what an exporter stumbled over, the operator first if it is named anywhere in the chain."""
+    cause: BaseException | None = error
+    lines: list[str] = []
+    while cause is not None:
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+        cause = cause.__cause__ or cause.__context__
+    named = [line for line in lines if "aten." in line or "Unsupported" in line or "No ONNX function" in line]
+    return (named or lines or ["unknown reason"])[0][:400]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and chatter of an exporter off the screen: they speak of its own future, not of the model."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def find_codes(model: Any, codes: dict[str, QuantizedTensor]) -> dict[str, IntegerWeight]:
+    """Return the integers behind the graph's weights, by initialiser.
+
+    A convolution's weight keeps its name; a matrix may have been transposed and renamed, and is found by its values.
+
+    Args:
+        model: the float graph.
+        codes: by the names of `Subject.codes`.
+    """
+    found: dict[str, IntegerWeight] = {}
+    renamed = {name: value for name, value in codes.items() if name not in model.graph.initializers}
+    by_size: dict[int, list[QuantizedTensor]] = {}
+    for value in renamed.values():
+        by_size.setdefault(value.codes.numel(), []).append(value)
+    for name, weight in model.graph.initializers.items():
+        tensor = weight.const_value
+        candidates = [codes[name]] if name in codes else by_size.get(tensor.size, [])
+        if not candidates or tensor.dtype.name != "FLOAT":
+            continue
+        array = tensor.numpy()
+        fits = (fit(array, value) for value in candidates)
+        match = next((one for one in fits if one is not None), None)
+        if match is not None:
+            found[name] = match
+    return found
+
+
+def store_integers_(model: Any, found: dict[str, IntegerWeight]) -> None:
+    """Replace float weights by integer initialisers, multiplied by their scale when the file is loaded, in place.
+
+    Written as Cast (or a table for grids that are not uniform) and Mul rather than as DequantizeLinear: runtimes fold
+    these constants at load by default, while onnxruntime keeps DequantizeLinear and computes it for every image.
+    """
+    for name, weight in found.items():
+        value = model.graph.initializers.pop(name)
+        nodes, result = _float_nodes(model, name, weight)
+        replace_(model, value, nodes, result)
+
+
+def replace_(model: Any, value: Any, nodes: list[Any], result: Any) -> None:
+    """Put nodes at the start of a graph and their result wherever `value` was used, in place."""
+    ir = library("onnx_ir")
+    first = next(iter(model.graph))
+    model.graph.insert_before(first, nodes)
+    result.shape, result.dtype = value.shape, value.dtype
+    ir.convenience.replace_all_uses_with(value, result)
+
+
+def _float_nodes(model: Any, name: str, weight: IntegerWeight) -> tuple[list[Any], Any]:
+    ir = library("onnx_ir")
+    scale = constant(model, f"{name}.scale", weight.spread_scale)
+    if weight.points is None:
+        codes = constant(model, f"{name}.codes", weight.codes)
+        unit = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT})
+    else:
+        places = (weight.codes.astype(np.int16) - weight.qmin).astype(np.uint8)
+        codes, points = constant(model, f"{name}.codes", places), constant(model, f"{name}.points", weight.points)
+        index = ir.node("Cast", [codes], {"to": ir.DataType.INT32})
+        unit = ir.node("Gather", [points, index.outputs[0]], {"axis": 0})
+        product = ir.node("Mul", [unit.outputs[0], scale])
+        return [index, unit, product], product.outputs[0]
+    product = ir.node("Mul", [unit.outputs[0], scale])
+    return [unit, product], product.outputs[0]
+
+
+def constant(model: Any, name: str, array: np.ndarray) -> Any:
+    """Add an initialiser to a graph and return its value."""
+    ir = library("onnx_ir")
+    value = ir.Value(name=name, const_value=ir.tensor(np.array(array, order="C"), name=name))
+    value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+    model.graph.register_initializer(value)
+    return value

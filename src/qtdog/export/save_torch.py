@@ -1,0 +1,106 @@
+"""Programs of `torch.export`, and from them ExecuTorch's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qtdog.core.errors import ModelError
+from qtdog.core.quantized import QuantizedTensor, scale_shape
+from qtdog.export.deployed import Deployed
+from qtdog.export.info import KEY, ExportInfo
+from qtdog.export.libraries import library
+from qtdog.export.onnx_graph import quiet, unsupported
+from qtdog.export.runtime_torch import EXTRA_FILE
+from qtdog.export.subject import Subject
+
+
+def save_program(subject: Subject, _: Any, path: Path, info: ExportInfo) -> None:
+    """Write a packed model as a .pt2 program with its description as an extra file.
+
+    The weights are the integer codes, made float whenever the program runs.
+
+    Raises:
+        ModelError: the backbone does not fit, or `torch.export` cannot follow it; the text names the operator.
+    """
+    module = subject.module()
+    for name, value in subject.codes().items():
+        use_codes_(module, name, value)
+    program = _program(module, subject, free_batch=True)
+    with quiet():
+        torch.export.save(program, path, extra_files={EXTRA_FILE: info.model_dump_json()})
+
+
+def save_executorch(subject: Subject, _: Any, path: Path, info: ExportInfo) -> None:
+    """Write a packed model as a .pte program for one image, its description as a method called `qtdog`.
+
+    Raises:
+        ModelError: executorch is not installed, or cannot take the program; the text says why.
+    """
+    exir = library("executorch.exir")
+    xnnpack = library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    program = _program(subject.module(), subject, free_batch=False)
+    with quiet():
+        try:
+            lowered = exir.to_edge_transform_and_lower(
+                program,
+                partitioner=[xnnpack.XnnpackPartitioner()],
+                constant_methods={KEY: info.model_dump_json()},
+            )
+            content = lowered.to_executorch().buffer
+        except Exception as error:  # executorch's own classes share no base but this
+            raise ModelError(f"{subject.path} cannot be exported to ExecuTorch: {unsupported(error)}") from error
+    path.write_bytes(content)
+
+
+def _program(module: Deployed, subject: Subject, *, free_batch: bool) -> Any:
+    how = subject.infos[0].preprocessing
+    n = 2 if free_batch else 1
+    example = torch.zeros(n, how.image_size, how.image_size, how.channels, dtype=torch.uint8)
+    shapes = ({0: torch.export.Dim.AUTO},) if free_batch else None
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(module, (example,), dynamic_shapes=shapes)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        raise ModelError(f"{subject.path} cannot be exported by torch.export: {unsupported(error)}") from error
+
+
+class _FromCodes(nn.Module):
+    """A weight as point(code) · scale."""
+
+    def __init__(self, value: QuantizedTensor) -> None:
+        super().__init__()
+        spec = value.spec
+        self.register_buffer("scale", value.scale.reshape(scale_shape(value.codes.ndim, spec.axis)))
+        plain = spec.levels in ("uniform", "symmetric")
+        self.register_buffer("points", None if plain else spec.points())
+        self.qmin = spec.qmin
+
+    def forward(self, codes: Tensor) -> Tensor:
+        unit = codes.to(torch.float32) if self.points is None else self.get_buffer("points")[codes.long() - self.qmin]
+        return unit * self.get_buffer("scale")
+
+
+def use_codes_(module: nn.Module, name: str, value: QuantizedTensor) -> None:
+    """Let a module keep a weight as its codes, in place.
+
+    Args:
+        module: the whole.
+        name: of the weight in its state dict.
+        value: its codes.
+
+    Example:
+        >>> from qtdog.core.quantized import QuantSpec
+        >>> layer, codes = nn.Linear(2, 1), torch.tensor([[1, -2]], dtype=torch.int8)
+        >>> use_codes_(layer, "weight", QuantizedTensor(codes, torch.tensor([0.5]), QuantSpec(3)))
+        >>> layer.weight
+        tensor([[ 0.5000, -1.0000]])
+    """
+    owner, _, attribute = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    setattr(layer, attribute, nn.Parameter(value.codes.contiguous(), requires_grad=False))
+    parametrize.register_parametrization(layer, attribute, _FromCodes(value), unsafe=True)
