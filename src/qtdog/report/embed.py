@@ -55,7 +55,9 @@ def link(path: Path, page: Path) -> str:
     """Return the relative address of a file from the page that names it; no name in it can be read as anything else.
 
     Example:
-        >>> link(Path("runs/a b/result.json"), Path("runs/report.html")), link(Path("javascript:x"), Path("report.html"))
-        ('a%20b/result.json', 'javascript%3Ax')
+        >>> link(Path("runs/a b/result.json"), Path("runs/report.html"))
+        'a%20b/result.json'
+        >>> link(Path("javascript:x"), Path("report.html"))
+        'javascript%3Ax'
     """
     return quote(os.path.relpath(path, page.parent))

@@ -41,14 +41,14 @@ def _split(method: str, group: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def differing(settings: Sequence[Settings]) -> list[str]:
-    """Return the keys whose values are not all alike.
+    """Return the keys whose values are not all alike, among those that have the key.
 
     Example:
-        >>> differing([{"a": 1, "b": 2}, {"a": 1, "b": 3}])
+        >>> differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}])
         ['b']
     """
     keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if len({value_text(one.get(key)) for one in settings}) > 1]
+    return [key for key in keys if len({value_text(one[key]) for one in settings if key in one}) > 1]
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

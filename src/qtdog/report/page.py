@@ -109,7 +109,7 @@ def _charts(
     about = {
         "dots": (
             "Accuracy of each method",
-            "Large: average over the unseen domains ± standard error. Small: each one.",
+            "Large: average over unseen domains ± standard error. Small: each one.",
         ),
         "size": ("Accuracy and size", "The line joins what nothing beats in both: smaller and more accurate."),
         "latency": ("Accuracy and latency", f"As 'qtdog bench' measured it{': ' if how else ''}{', '.join(how)}."),
@@ -139,7 +139,11 @@ def _tiles(
     targets = sorted({entry.target for entry in entries if entry.target != NO_TARGET})
     trials = {(entry.trial, entry.seed) for entry in entries}
     tiles = [
-        (str(len(entries)), "runs", f"{len(rows)} methods, {len(trials)} of trial and seed"),
+        (
+            str(len(entries)),
+            "run" if len(entries) == 1 else "runs",
+            f"{count(len(rows), 'method')}, {count(len(trials), 'trial')}",
+        ),
         (str(len(targets)), "unseen domains" if len(targets) != 1 else "unseen domain", ", ".join(targets)),
     ]
     source = next((block for block in blocks if block.selection == "source"), None)
@@ -153,6 +157,16 @@ def _tiles(
         n_bytes, label = min(sizes)
         tiles.append((f"{n_bytes / 1e6:.3g} MB", "smallest file", label))
     return tiles
+
+
+def count(n: int, what: str) -> str:
+    """Return a number and what it counts.
+
+    Example:
+        >>> count(1, "trial"), count(3, "trial")
+        ('1 trial', '3 trials')
+    """
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _environments(entries: Sequence[Entry]) -> list[str]:

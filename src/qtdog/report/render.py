@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 
 from qtdog.report.block import Block
@@ -21,6 +22,8 @@ LATEX = {
     "}": r"\}",
     "±": r"$\pm$",
     "–": "--",
+    "−": "$-$",
+    "…": r"\dots{}",
     "·": r"$\cdot$",
     "×": r"$\times$",
     "√": r"$\surd$",
@@ -95,6 +98,7 @@ def _latex_sheet(shown: Sheet) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
+        r"\small",
         rf"\caption{{{' '.join(map(escape_latex, [f'{shown.title}.', *_about(shown)]))}}}",
         rf"\begin{{tabular}}{{l{'r' * (len(shown.headers) - 1)}}}",
         r"\toprule",
@@ -157,8 +161,15 @@ def _number(value: float | None) -> str:
 
 
 def _no_formula(value: str) -> str:
-    """Return text that no spreadsheet takes for a formula."""
-    return f"'{value}" if value[:1] in ("=", "+", "-", "@") else value
+    """Return text that no spreadsheet takes for a formula; numbers stay numbers.
+
+    Example:
+        >>> _no_formula("=1+1"), _no_formula("−0.4"), _no_formula("+0.4")
+        ("'=1+1", '-0.4', '+0.4')
+    """
+    value = value.replace("−", "-")
+    number = re.fullmatch(r"[+-]?\d+(\.\d+)?( … [+-]?\d+(\.\d+)?)?", value)
+    return value if number or value[:1] not in ("=", "+", "-", "@") else f"'{value}"
 
 
 SHEETS: dict[str, Callable[[Sequence[Sheet]], str]] = {

@@ -78,8 +78,8 @@ def settings_table(rows: Mapping[str, Sequence[Entry]], name: str) -> tuple[WebT
         [WebCell(label, label), *(_setting(one[key]) if key in one else WebCell("", None) for key in keys)]
         for label, one in settings.items()
     ]
-    first = next(iter(settings.values()), {})
-    common = [(key, value_text(value)) for key, value in first.items() if key not in keys]
+    shared = {key: value for one in settings.values() for key, value in one.items() if key not in keys}
+    common = [(key, value_text(value)) for key, value in shared.items()]
     return WebTable(name, "Settings that are not alike in all methods", ["method", *keys], cells), common
 
 

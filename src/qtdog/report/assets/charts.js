@@ -170,8 +170,10 @@ function drawLines(panel, spec, chart, shown, parts) {
   }
 }
 
+// What no other point beats in both; costs that agree in three digits are alike.
 function front(points) {
-  const sorted = [...points].sort((a, b) => a.x - b.x || b.y - a.y);
+  const cost = (point) => Number(point.x.toPrecision(3));
+  const sorted = [...points].sort((a, b) => cost(a) - cost(b) || b.y - a.y);
   const kept = [];
   for (const point of sorted) if (!kept.length || point.y > kept[kept.length - 1].y) kept.push(point);
   return kept;
@@ -328,7 +330,8 @@ function makeSets(root, chart) {
   let selection = Object.keys(chart.sets)[0], panel = null;
   const drawOne = chart.kind === "dots" ? drawDots : drawPoints;
   const draw = () => drawOne(panel, (chart.sets[selection] || []).filter((one) => shown.has(one.name)), chart);
-  const update = nameButtons(root, chart, shown, () => panel && draw(), (name) => panel.highlight(name));
+  const update = chart.kind === "dots" ? () => draw() // its names stand in the chart
+    : nameButtons(root, chart, shown, () => draw(), (name) => panel.highlight(name));
   panel = new Panel(element("div", {}, root), `${chart.title}. Arrow keys move from point to point; the numbers are in the table below.`, chart.names);
   const domains = [...new Set(all.flatMap((one) => Object.keys(one.domains || {})))];
   const head = ["method", ...(chart.kind === "points" ? [chart.x] : domains), "accuracy (%)", "± standard error"];
