@@ -15,7 +15,7 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class SizeEstimate:
-    """The tensors of a model file; names, shapes and metadata in its header come on top (some kB, 1-2 %).
+    """The tensors of a model. Its file has a header on top (some kB), and codes that entropy coding makes smaller.
 
     Attributes:
         n_parameters: that train, before quantizers are attached.

@@ -15,12 +15,18 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, nearest, unknown
 
 Tree = dict[str, Any]
+PAPER = "paper"  # both the folder of the presets of the paper's tables and their part that is no configuration
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets that are shipped, sorted."""
+    """Return the names of the presets that are shipped, sorted; those of the paper's tables begin with "paper/"."""
     folder = resources.files("qtdog") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        prefix + entry.name.removesuffix(".yaml")
+        for prefix, part in (("", folder), (f"{PAPER}/", folder / PAPER))
+        for entry in part.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_preset(name: str) -> Tree:
@@ -34,6 +40,19 @@ def load_preset(name: str) -> Tree:
         if not path.is_file():
             raise ConfigError(f"configuration file {path} does not exist")
         return _parse(path.read_text(), name)
+    return {section: values for section, values in _shipped(name).items() if section != PAPER}
+
+
+def paper_part(name: str) -> Tree:
+    """Return what a shipped preset says of the paper: the part that is no configuration; empty if it says nothing.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    return _shipped(name).get(PAPER, {})
+
+
+def _shipped(name: str) -> Tree:
     if name not in preset_names():
         raise ConfigError(unknown("preset", name, preset_names()))
     return _parse((resources.files("qtdog") / "presets" / f"{name}.yaml").read_text(), name)
