@@ -32,9 +32,10 @@ def test_a_benchmark_is_found_below_qtdog_data(tmp_path: Path, monkeypatch: pyte
     assert open_dataset("pacs").sheet == PACS
 
 
-def test_without_qtdog_data_it_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_qtdog_data_it_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QTDOG_DATA", raising=False)
-    with pytest.raises(DataError, match="where is 'pacs'\\? set QTDOG_DATA to the folder"):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with pytest.raises(DataError, match="where is 'pacs'.*qtdog data fetch pacs.* set QTDOG_DATA to the folder"):
         open_dataset("pacs")
 
 

@@ -188,7 +188,10 @@ def _attempt(part: _Part, progress: Bytes | None, timeout_s: float) -> None:
 
 
 def _open(part: _Part, timeout_s: float) -> HTTPResponse:
-    request = urllib.request.Request(part.url, headers={"User-Agent": "qtdog", "Accept-Encoding": "identity"})
+    try:
+        request = urllib.request.Request(part.url, headers={"User-Agent": "qtdog", "Accept-Encoding": "identity"})
+    except ValueError as error:
+        raise _Refused(f"no address: {error}") from error
     # a weak validator promises no equal bytes
     if part.size and part.validator and not part.validator.startswith("W/"):
         request.add_header("Range", f"bytes={part.size}-")
@@ -202,8 +205,6 @@ def _open(part: _Part, timeout_s: float) -> HTTPResponse:
         if error.code in (408, 429) or error.code >= 500:
             raise _Broken(f"the server says {error.code} {error.reason}") from error
         raise _Refused(f"the server says {error.code} {error.reason}") from error
-    except ValueError as error:
-        raise _Refused(f"no address: {error}") from error
 
 
 def _start(part: _Part, response: HTTPResponse) -> int:

@@ -129,7 +129,7 @@ def _read_idx(path: Path) -> npt.NDArray[np.uint8]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             head = stream.read(4)
-            if head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 3:
+            if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 3:
                 raise DataError(f"{path} is no file of MNIST")
             shape = np.frombuffer(stream.read(4 * head[3]), dtype=">u4").astype(np.int64)
             n = int(shape.prod())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.files import FileDataset, require_domains, require_path
 from qtdog.data.folder import open_folder
+from qtdog.data.hashes import NOTES
 from qtdog.data.home import data_home
 from qtdog.data.manifest import SUFFIXES, open_manifest
 from qtdog.data.mnist import MnistDataset
@@ -53,8 +55,12 @@ def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
         return open_manifest(path, min_domains=min_domains, domain_column=match["column"] if match else "domain")
     if not path.exists() and _looks_like_a_name(source):
         raise DataError(_explain_unknown(source))
-    card = adopted_card(path)
-    return _open_benchmark(card, path, min_domains) if card else open_folder(path, min_domains=min_domains)
+    name = adopted_name(path)
+    if name and CARDS[name].kind in OPENERS:
+        return _open_benchmark(name, path, min_domains)
+    dataset = open_folder(path, min_domains=min_domains)
+    dataset.sheet = CARDS[name] if name else dataset.sheet
+    return dataset
 
 
 def open_texts(source: str) -> TextDataset:
@@ -91,18 +97,15 @@ def locate(name: str) -> Path:
     raise DataError(f"where is '{name}'? It is not in {root.parent}: {how}")
 
 
-def adopted_card(root: Path) -> str:
-    """Return the name of the data set that was fetched or imported into a folder, or "" if that says nothing."""
-    for name in CARDS:
-        kind = CARDS[name].kind
-        if kind in OPENERS and _says(root, name):
-            return name
+def adopted_name(root: Path) -> str:
+    """Return the name of the data set that was fetched or imported into a folder, or "" if nothing says it."""
+    try:
+        name = str(json.loads((root / NOTES / "origin.json").read_text(encoding="utf-8"))["dataset"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = ""
+    if name in list(CARDS):
+        return name
     return "camelyon17" if (root / "metadata.csv").is_file() and (root / "patches").is_dir() else ""
-
-
-def _says(root: Path, name: str) -> bool:
-    note = root / ".qtdog" / "origin.json"
-    return note.is_file() and f'"dataset": "{name}"' in note.read_text(encoding="utf-8")
 
 
 def _looks_like_a_name(source: str) -> bool:

@@ -119,10 +119,9 @@ def _zip_members(path: Path) -> Iterator[Callable[[], Iterator[Member]]]:
 
 @contextlib.contextmanager
 def _tar_members(path: Path, reader: Callable[[Path], Any], limit: int) -> Iterator[Callable[[], Iterator[Member]]]:
-    with (
-        reader(path) as plain,
-        tarfile.open(fileobj=cast(Any, _Bounded(plain, path.name, limit)), mode="r:") as archive,
-    ):
+    with reader(path) as plain:
+        bounded = _Bounded(plain, path.name, limit)
+        archive = tarfile.TarFile(fileobj=cast(Any, bounded))
 
         def members() -> Iterator[Member]:
             for info in archive:
@@ -132,6 +131,8 @@ def _tar_members(path: Path, reader: Callable[[Path], Any], limit: int) -> Itera
                 if not info.isreg() or info.issparse():
                     raise DataError(f"{path.name} is refused: '{info.name}' is a link, a device or sparse")
                 yield Member(info.name, info.size, lambda info=info: _opened(archive, info))
+            while bounded.read(CHUNK_BYTES):  # the checksum of the compression stands behind the end of the tar
+                pass
 
         yield members
 

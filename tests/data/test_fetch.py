@@ -1,0 +1,286 @@
+"""From the name of a benchmark to predictions, against a local server; and copies that a user has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtdog.cli.main import main
+from qtdog.core.errors import DataError, RunError
+from qtdog.data import cards
+from qtdog.data.cards import CARDS
+from qtdog.data.fetch import Fetched, fetch, remember, remembered
+from qtdog.data.hashes import files_below
+from qtdog.data.open import open_dataset, open_texts
+from qtdog.data.sheet import Archive, Datasheet
+from qtdog.data.verify import verify
+
+NAMES = [name for name in CARDS if name != "rotated-digits"]
+IMAGES = [name for name in NAMES if name != "amazon-reviews"]
+
+
+@pytest.fixture
+def card(server: Any, published: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Datasheet]:
+    """Return a function: name → its card, with its files served here and the counts of the small copy."""
+
+    def make(name: str, **how: Any) -> Datasheet:
+        files = published(name)
+        archives = tuple(Archive(file, (server.add(file, content, **how),)) for file, content in files.items())
+        sheet = replace(CARDS[name], archives=archives, expected_counts=None, expected_total=None)
+        if name == "domainnet":
+            sheet = replace(sheet, classes=(sheet.classes or ())[:3])
+        monkeypatch.setitem(CARDS._members, name, sheet)
+        return sheet
+
+    return make
+
+
+@pytest.fixture
+def qtdog(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qtdog", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_benchmark_is_fetched_verified_trained_on_and_predicted(name, card, home, qtdog, tmp_path):
+    sheet = card(name)
+    code, _, err = qtdog("data", "fetch", name, "--yes")
+    assert code == 0, err
+    assert sheet.licence in err
+    assert {path.name for path in home.iterdir()} == {"fetched.json", name}
+    dataset = open_dataset(name)
+    assert (dataset.domains, dataset.classes) == (sheet.domains, sheet.classes)
+    assert dataset.missing_classes() == []
+    code, out, _ = qtdog("data", "verify", name, "--json")
+    report = json.loads(out)
+    assert report["changes"] == {"missing": [], "changed": [], "added": []}
+    assert (code, report["n_images"]) == (0, len(dataset))
+    net = ("--backbone", "digits_cnn", "--weights", "none", "--image-size", 12, "--batch-size", 2)
+    short = ("--steps", 1, "--start-step", 0, "--set", "train.eval_every=1", "--quantizer", "lsq")
+    target = "hospital_2" if name == "camelyon17" else dataset.domains[-1]
+    run = tmp_path / "run"
+    code, _, err = qtdog("train", "--data", name, f"--target={target}", *net, *short, "--out", run)
+    assert code == 0, err
+    Path(tmp_path / "one").mkdir()
+    from PIL import Image
+
+    pixels = dataset.read(0)
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(tmp_path / "one" / "a.png")
+    code, out, err = qtdog("predict", run / "model.safetensors", tmp_path / "one", "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["class"] in dataset.classes
+
+
+def test_reviews_are_fetched_and_verified(card, home, qtdog):
+    card("amazon-reviews")
+    assert qtdog("data", "fetch", "amazon-reviews", "--yes")[0] == 0
+    code, out, _ = qtdog("data", "verify", "amazon-reviews")
+    assert code == 0
+    assert "nothing wrong" in out
+    reviews = open_texts("amazon-reviews")
+    assert reviews.text(0) == 'It said "0",\nand more, ü'
+    with pytest.raises(DataError, match="a data set of texts"):
+        open_dataset("amazon-reviews")
+
+
+def test_known_duplicates_of_domainnet_are_left_out(card, home):
+    sheet = card("domainnet")
+    found = fetch(sheet, home / "domainnet")
+    assert found.layout == "the authors' lists (TLlib)"
+    assert not [path for path in files_below(home / "domainnet") if "duplicate" in path]
+    assert len(files_below(home / "domainnet")) == 6 * 3 * 5
+
+
+def test_camera_traps_keep_four_places_and_ten_classes(card, home):
+    fetch(card("terra-incognita-24330"), home / "t")
+    keys = files_below(home / "t")
+    assert {key.split("/")[0] for key in keys} == set(CARDS["terra-incognita-24330"].domains or ())
+    assert len(keys) == 4 * 10 * 2
+
+
+def test_an_interrupted_fetch_goes_on_and_says_what_was_saved(card, server, home, qtdog):
+    sheet = card("pacs")
+    size = len(server.files["pacs.zip"].content)
+    server.files["pacs.zip"].ends_after = [size // 2, 0]
+    code, _, err = qtdog("data", "fetch", "pacs", "--yes")
+    assert code == 1
+    assert "the connection ended after" in err
+    assert [path.name for path in home.iterdir()] == [".pacs.fetch"]
+    server.files["pacs.zip"].ends_after = []
+    code, _, err = qtdog("data", "fetch", "pacs", "--yes")
+    assert code == 0
+    assert f"{size / 1e6:,.3f} MB, of which {size // 2 / 1e6:,.3f} MB were there already" in err
+    assert sheet.archives[0].file not in below(home)
+    assert sorted(path.name for path in home.iterdir()) == ["fetched.json", "pacs"]
+
+
+def test_ctrl_c_keeps_what_was_downloaded(card, home, qtdog, monkeypatch):
+    card("pacs")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    from qtdog.data import fetch as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "unpack", interrupt)
+        code, _, err = qtdog("data", "fetch", "pacs", "--yes")
+    assert code == 130
+    assert "the same command goes on" in err
+    assert below(home) == [".pacs.fetch", ".pacs.fetch/.lock", ".pacs.fetch/pacs.zip"]
+    code, _, err = qtdog("data", "fetch", "pacs", "--yes")
+    assert code == 0
+    assert "were there already" in err
+
+
+@pytest.mark.parametrize("answer", ["n\n", ""])
+def test_without_consent_nothing_is_downloaded(card, server, home, qtdog, monkeypatch, answer):
+    import io
+
+    card("pacs")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    code, _, err = qtdog("data", "fetch", "pacs")
+    assert code == 2
+    assert "the terms were not agreed to" in err
+    assert (server.asked, home.exists()) == ([], False)
+
+
+def test_the_first_hash_is_trusted_and_the_next_must_be_the_same(card, server, published, home, qtdog):
+    card("vlcs")
+    _, _, err = qtdog("data", "fetch", "vlcs", "--yes")
+    assert "nobody published a hash of vlcs.tar.gz: this first download is trusted" in err
+    shutil.rmtree(home / "vlcs")
+    assert "nobody published" not in qtdog("data", "fetch", "vlcs", "--yes")[2]
+    shutil.rmtree(home / "vlcs")
+    server.files["vlcs.tar.gz"].content = published("pacs")["pacs.zip"]
+    code, _, err = qtdog("data", "fetch", "vlcs", "--yes")
+    assert code == 1
+    assert "the content has sha256" in err
+    assert not (home / "vlcs").exists()
+
+
+def test_a_hash_of_the_card_must_be_met(card, home):
+    sheet = card("pacs")
+    archive = replace(sheet.archives[0], sha256="0" * 64)
+    with pytest.raises(DataError, match="expected was 0000"):
+        fetch(replace(sheet, archives=(archive,)), home / "pacs")
+
+
+def test_other_counts_are_said_and_the_hash_is_not_remembered(card, home, qtdog, monkeypatch):
+    sheet = card("pacs")
+    monkeypatch.setitem(CARDS._members, "pacs", replace(sheet, expected_counts=cards.PACS.expected_counts))
+    code, _, err = qtdog("data", "fetch", "pacs", "--yes")
+    assert code == 1
+    assert "domain sketch has 21 images, the datasheet says 3,929" in err
+    assert remembered("pacs") == {}
+
+
+def test_a_hostile_archive_leaves_nothing(card, server, packers, home, tmp_path):
+    sheet = card("pacs")
+    server.files["pacs.zip"].content = packers["zip"]({"kfold/a.txt": b"x", "../../evil.txt": b"x"})
+    with pytest.raises(DataError, match="leaves the folder"):
+        fetch(sheet, home / "pacs")
+    assert below(tmp_path) == ["home"]
+
+
+def test_a_damaged_archive_is_downloaded_anew(card, server, home):
+    sheet = card("pacs")
+    good = server.files["pacs.zip"].content
+    server.files["pacs.zip"].content = good[: len(good) // 2]
+    with pytest.raises(DataError, match=r"pacs\.zip is damaged"):
+        fetch(sheet, home / "pacs")
+    assert below(home) == []
+    server.files["pacs.zip"].content = good
+    assert fetch(sheet, home / "pacs").n_saved == 0
+
+
+def test_an_archive_of_something_else_is_said(card, server, packers, home):
+    sheet = card("pacs")
+    server.files["pacs.zip"].content = packers["zip"]({"kfold/photo/dog/a.jpg": b"x"})
+    with pytest.raises(
+        DataError, match=r"is no copy of pacs.*missing: art_painting, cartoon, sketch.*is in .*remove it"
+    ):
+        fetch(sheet, home / "pacs")
+    assert not (home / "pacs").exists()
+    assert not (home / ".pacs.fetch" / "unpacked").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(card, server, home, qtdog):
+    card("pacs")
+    (home / "pacs").mkdir(parents=True)
+    (home / "pacs" / "mine.txt").write_text("x")
+    code, _, err = qtdog("data", "fetch", "pacs", "--yes")
+    assert code == 1
+    assert "is there already" in err
+    assert server.asked == []
+
+
+def test_what_cannot_be_downloaded_says_what_to_do(home, qtdog):
+    code, _, err = qtdog("data", "fetch", "terra-incognita-24788", "--yes")
+    assert code == 1
+    assert "qtdog data import FOLDER --as terra-incognita-24788" in err
+
+
+def test_two_processes_do_not_fetch_into_one_folder(card, home):
+    import fcntl
+
+    sheet = card("pacs")
+    (home / ".pacs.fetch").mkdir(parents=True)
+    handle = os.open(home / ".pacs.fetch" / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(RunError, match="another process is fetching"):
+        fetch(sheet, home / "pacs")
+    os.close(handle)
+
+
+def test_a_changed_folder_is_noticed(card, home, qtdog):
+    sheet = card("pacs")
+    fetch(sheet, home / "pacs")
+    first, second, *_ = open_dataset("pacs").keys
+    (home / "pacs" / first).unlink()
+    shutil.copy(home / "pacs" / open_dataset("pacs").keys[-1], home / "pacs" / second)
+    shutil.copy(home / "pacs" / second, home / "pacs" / "photo" / "dog" / "new.jpg")
+    code, out, _ = qtdog("data", "verify", "pacs")
+    assert code == 1
+    for text in (
+        f"missing: 1\n  {first}",
+        f"differ from the list: 1\n  {second}",
+        "not in the list: 1\n  photo/dog/new.jpg",
+    ):
+        assert text in out
+
+
+def test_a_damaged_list_of_hashes_is_said(card, home):
+    fetch(card("pacs"), home / "pacs")
+    (home / "pacs" / ".qtdog" / "SHA256SUMS").write_text("nonsense\n")
+    with pytest.raises(DataError, match="SHA256SUMS is damaged"):
+        verify(open_dataset("pacs"))
+
+
+def test_a_damaged_note_of_hashes_is_said(home):
+    home.mkdir()
+    (home / "fetched.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"fetched\.json is damaged .*remove it"):
+        remember("pacs", Fetched(home, [], [], ""))
