@@ -35,7 +35,7 @@ def test_a_benchmark_is_found_below_qtdog_data(tmp_path: Path, monkeypatch: pyte
 def test_without_qtdog_data_it_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QTDOG_DATA", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    with pytest.raises(DataError, match="where is 'pacs'.*qtdog data fetch pacs.* set QTDOG_DATA to the folder"):
+    with pytest.raises(DataError, match=r"where is 'pacs'.*qtdog data fetch pacs.* set QTDOG_DATA to the folder"):
         open_dataset("pacs")
 
 

@@ -25,6 +25,9 @@ def evaluate(
     unknown: Annotated[
         Path | None, typer.Option(help="Folder of images of unknown kinds: can the model's doubt tell them apart?")
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and say how many.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on every domain of a data set (all images; classes are matched by name).
@@ -41,12 +44,16 @@ def evaluate(
       qtdog eval model.safetensors new-site/ --unknown other-things/ --json
     """
     from qtdog.cli.console import out, print_json, print_table
+    from qtdog.cli.progress import CountingBar
     from qtdog.data.open import open_dataset
+    from qtdog.data.readable import without_unreadable
     from qtdog.ensemble.load import load_any
     from qtdog.report.table import percent
 
     shipped = load_any(model)
     dataset = open_dataset(data, min_domains=1)
+    if skip_unreadable:
+        dataset = without_unreadable(dataset, CountingBar("reading images"))
     known: list[Doubt] = []
     scores = score_domains(shipped, dataset, known)
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)

@@ -14,6 +14,7 @@ from qtdog.core.settings import Tree, build_config, load_preset, parse_assignmen
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_dataset
+from qtdog.data.readable import without_unreadable
 from qtdog.training.problem import dataset_layer, resolve
 from qtdog.training.run_folder import RunFolder
 
@@ -35,6 +36,7 @@ FLAGS = {
     "steps": ("train", "steps"),
     "seed": ("train", "seed"),
     "lr": ("optimizer", "lr"),
+    "skip_unreadable": ("data", "skip_unreadable"),
 }
 
 
@@ -101,6 +103,8 @@ def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDatase
     """
     request.crew.check()
     dataset, config = configure(request)
+    if config.data.skip_unreadable:
+        dataset = without_unreadable(dataset, progress)
     targets = dataset.domains if config.data.target == "all" else (config.data.target,)
     plan: list[Planned] = []
     for target in targets:

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 DATA = "Data set name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest."
+SKIP = "Leave out images that cannot be read; the run's skipped.json names them."
 TARGET = "The unseen domain; 'all' for each in turn; 'none' to train on everything (the model you deploy)."
 PRESET = "Preset (qtdog list presets) or YAML file; may be given several times, later ones win."
 OUT = "The run folder itself (with several runs: the folder that holds them). Default: runs/<hash>."
@@ -34,6 +35,10 @@ def train(
     target: Annotated[str | None, typer.Option(help=TARGET, rich_help_panel="Problem")] = None,
     trial: Annotated[
         int | None, typer.Option(help="Which random 20 % of each domain is held out.", rich_help_panel="Problem")
+    ] = None,
+    skip_unreadable: Annotated[
+        bool | None,
+        typer.Option("--skip-unreadable", help=SKIP, rich_help_panel="Problem", show_default=False),
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel="Problem")] = None,
     preset: Annotated[list[str] | None, typer.Option(help=PRESET, rich_help_panel="Configuration")] = None,
@@ -126,6 +131,8 @@ def announce(dataset: Any) -> None:
     err.print(escape(text), highlight=False)
     for difference in check_counts(dataset):
         warn(difference)
+    if dataset.skipped:
+        warn(f"{len(dataset.skipped):,} unreadable images are left out, such as {dataset.skipped[0][1]}")
 
 
 def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ AFTER_TRAINING = ("gptq", "obc", "rtn")
 START_FRAC = 0.4  # of the steps, before quantization starts (paper: 2,000 of 5,000)
 Params = dict[str, bool | int | float | str]
 # Where the data lies and how many threads read it change no result: runs on two machines have one name.
-NOT_HASHED = {"data": {"source", "workers"}, "objective": {"teacher"}}
+NOT_HASHED = {"data": {"source", "workers", "skip_unreadable"}, "objective": {"teacher"}}
 
 
 class Section(BaseModel):
@@ -33,7 +33,7 @@ class DataConfig(Section):
     """Which images, which domain is unseen, how they are split and batched."""
 
     source: str = Field(
-        default="rotated-digits", description="data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl"
+        default="rotated-digits", description="data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl[:COLUMN]"
     )
     content: str = Field(default="", description="sha256 of the data set's content; filled in by the run")
     target: str = Field(default="none", description="the unseen domain; 'none' trains on every domain")
@@ -55,6 +55,11 @@ class DataConfig(Section):
     focus: str = Field(
         default="", description="source domain that gets half of each batch, as in a branch of DART; '' for equal shares"
     )
+    class_weights: Literal["none", "sqrt", "balanced"] = Field(
+        default="none",
+        description="how often a class is drawn within its domain: as often as it is there, all alike, or half-way",
+    )
+    skip_unreadable: bool = Field(default=False, description="leave out images that cannot be read, and record which")
     allow_missing_classes: bool = Field(default=False, description="accept a domain that lacks a class")
     workers: int = Field(default=1, ge=0, le=64, description="threads that prepare the next batches")
 

@@ -21,7 +21,7 @@ from qtdog.data.augment_parameters import draw_parameters
 from qtdog.data.buffers import BufferPool
 from qtdog.data.cache import DecodedCache
 from qtdog.data.normalise import normalise
-from qtdog.data.sampler import batch_sizes, draw
+from qtdog.data.sampler import batch_sizes, cumulated, draw
 
 Indices = npt.NDArray[np.int64]
 
@@ -59,6 +59,7 @@ class TrainBatches:
         rank: which of `world` processes this is: it gets images rank, rank + world, … of each domain.
         world: number of processes.
         focus: the domain that gets half of each batch; "" for equal shares.
+        class_weights: how often each class is drawn within its domain (`data.sampler.cumulated`); "none": as it is.
 
     Raises:
         ConfigError: the batch size cannot be shared evenly by the processes, or `focus` is none of the domains.
@@ -80,6 +81,7 @@ class TrainBatches:
         rank: int = 0,
         world: int = 1,
         focus: str = "",
+        class_weights: Literal["none", "sqrt", "balanced"] = "none",
     ) -> None:
         self.sizes = batch_sizes(tuple(pools), batch_size, focus)
         if any(size % world for size in self.sizes):
@@ -98,12 +100,17 @@ class TrainBatches:
         self.workers = workers
         self.rank = rank
         self.world = world
+        self._cumulated = {
+            domain: None if class_weights == "none" else cumulated(self.class_index[pool], class_weights)
+            for domain, pool in self.pools.items()
+        }
         self._buffers = BufferPool()
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step (this process's share of it)."""
         sized = zip(self.pools.items(), self.sizes, strict=True)
-        drawn = [draw(self.seed, step, domain, pool, size) for (domain, pool), size in sized]
+        weights = self._cumulated
+        drawn = [draw(self.seed, step, domain, pool, size, weights=weights[domain]) for (domain, pool), size in sized]
         ends = np.cumsum(self.sizes)
         parts = zip(ends - self.sizes, ends, strict=True)
         rows = np.concatenate([np.arange(first + self.rank, end, self.world) for first, end in parts])

@@ -6,14 +6,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from qtdog.core.errors import DataError
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.picked import PickedImages
 from qtdog.data.sheet import Datasheet
 
 
-class DomainSubset(DomainDataset):
+class DomainSubset(PickedImages):
     """The images of some domains of another data set, in the same order; nothing asks for an image of the others.
 
     Content, signature and decoded cache are those of the kept images alone, so that a change in another domain changes
@@ -38,36 +38,8 @@ class DomainSubset(DomainDataset):
             raise DataError(f"no domain of {dataset.sheet.name} is kept; it has {', '.join(dataset.domains)}")
         places = np.sort(np.concatenate([dataset.indices(domain) for domain in sorted(set(domains))]))
         kept = [d for d, domain in enumerate(dataset.domains) if domain in domains]
-        self.domains = tuple(dataset.domains[d] for d in kept)
-        self.classes = dataset.classes
-        self.sheet = _restricted(dataset.sheet, self.domains)
-        self.keys = [dataset.keys[place] for place in places]
-        self.domain_index = np.searchsorted(kept, dataset.domain_index[places]).astype(np.int16)
-        self.class_index = dataset.class_index[places]
-        self.parts = None if dataset.parts is None else dataset.parts[places]
-        self.skipped = [(key, why) for key, why in dataset.skipped if key.split("/", 1)[0] in domains]
-        self._dataset = dataset
-        self._places = places.tolist()
-
-    def read(self, i: int) -> npt.NDArray[np.uint8]:
-        """Return image i of the subset at its native size, uint8 (H, W, C) (DataError if it cannot be read)."""
-        return self._dataset.read(self._places[i])
-
-    def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
-        """Return image i of the subset as uint8 (size, size, C) (DataError if it cannot be read)."""
-        return self._dataset.read_resized(self._places[i], size)
-
-    def sample_signature(self, i: int) -> str:
-        """Return the whole data set's fingerprint of image i of the subset."""
-        return self._dataset.sample_signature(self._places[i])
-
-    def sample_change_ns(self, i: int) -> int:
-        """Return when image i of the subset was changed last."""
-        return self._dataset.sample_change_ns(self._places[i])
-
-    def sample_sha256(self, i: int) -> str:
-        """Return the hex sha256 of the stored content of image i of the subset (DataError if it cannot be had)."""
-        return self._dataset.sample_sha256(self._places[i])
+        names = tuple(dataset.domains[d] for d in kept)
+        super().__init__(dataset, places, kept, _restricted(dataset.sheet, names))
 
 
 def _restricted(sheet: Datasheet, domains: tuple[str, ...]) -> Datasheet:

@@ -206,4 +206,5 @@ def _batches(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         focus=config.data.focus,
+        class_weights=config.data.class_weights,
     )

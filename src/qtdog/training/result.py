@@ -51,6 +51,7 @@ def finish(
     _prove(parts, problem, folder)
     result = _result(parts, state, problem, final.record) | {
         "dataset": dataset.sheet.name,
+        "n_skipped": len(dataset.skipped),
         "size": asdict(file_sizes(folder.model_file)),
         "model_sha256": sha256_file(folder.model_file),
         "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],

@@ -95,6 +95,7 @@ def run(
     with folder.lock() if main else contextlib.nullcontext():
         if main:
             folder.claim(config, resume=resume)
+            folder.keep_skipped(dataset.skipped)
         accelerator.wait_for_everyone()
         if (result := folder.read_result()) is not None and folder.model_file.is_file():
             return result

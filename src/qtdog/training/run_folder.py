@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class RunFolder:
     """Paths and small files of a run.
 
     `config.yaml`, `metrics.jsonl`, `result.json`, `checkpoint/` and `model.safetensors`; after a collapse also
-    `diagnosis.json`.
+    `diagnosis.json`, and if images were left out `skipped.json`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,6 +90,12 @@ class RunFolder:
         others = sorted(path.name for path in self.path.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
         if others:
             raise RunError(f"{self.path} is not empty and holds no run (found {others[0]}); choose another --out")
+
+    def keep_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Write which images were left out and why to `skipped.json`; nothing if none was."""
+        if skipped:
+            listed = [{"image": key, "reason": reason} for key, reason in skipped]
+            write_atomic(self.path / "skipped.json", json.dumps(listed, indent=1) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result of a finished run, or None."""

@@ -1,0 +1,64 @@
+"""Leave out the images that cannot be read, and say which."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from qtdog.core.errors import DataError
+from qtdog.core.files import write_atomic
+from qtdog.data.cache import SETTLED_NS, cache_root
+from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.picked import PickedImages
+
+
+def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder: Path | None = None) -> DomainDataset:
+    """Return the data set without the images that cannot be decoded; `skipped` of the result names them and why.
+
+    Every image is decoded once; what was found is remembered by the data set's signature. A data set without any
+    broken image is returned as it is.
+
+    Args:
+        dataset: the whole.
+        progress: of reading images.
+        folder: where to remember; default: the cache.
+
+    Raises:
+        DataError: no image can be read, or one is gone.
+        RunError: the cache folder cannot be written.
+    """
+    skipped = _unreadable(dataset, progress, folder or cache_root())
+    if not skipped:
+        return dataset
+    broken = {key for key, _ in skipped}
+    places = np.flatnonzero([key not in broken for key in dataset.keys])
+    if len(places) == 0:
+        raise DataError(f"no image of {dataset.sheet.name} can be read; the first: {skipped[0][1]}")
+    kept = PickedImages(dataset, places, list(range(len(dataset.domains))), dataset.sheet)
+    kept.skipped = [*dataset.skipped, *skipped]
+    return kept
+
+
+def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path) -> list[tuple[str, str]]:
+    try:
+        note = folder / "unreadable" / f"{dataset.signature()}.json"
+    except DataError:  # a link to nowhere has no signature: then all are looked at each time
+        note = None
+    if note is not None and note.is_file():
+        return [(str(key), str(reason)) for key, reason in json.loads(note.read_text())]
+    reasons = map_samples(lambda i: _reason(dataset, i), len(dataset), progress)
+    found = [(key, reason) for key, reason in zip(dataset.keys, reasons, strict=True) if reason]
+    if note is not None and time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
+        write_atomic(note, json.dumps(found))
+    return found
+
+
+def _reason(dataset: DomainDataset, i: int) -> str:
+    try:
+        dataset.read(i)
+    except DataError as error:
+        return str(error)
+    return ""
