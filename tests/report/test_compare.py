@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -14,6 +14,7 @@ from qtdog.report.find import find
 ACCURACIES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12)
 
 
+@settings(max_examples=25)
 @given(ACCURACIES)
 def test_swapping_the_two_turns_the_sign_and_nothing_else(pairs: list[tuple[float, float]]):
     first, second = zip(*pairs, strict=True)
@@ -35,6 +36,14 @@ def test_interval_and_test_are_scipys():
     assert found.low is not None
     assert found.low == pytest.approx(found.mean - 1.96 * spread, abs=0.5 * spread)
     assert compare_values(list(first), list(second)) == found
+
+
+@pytest.mark.parametrize(
+    "differences", [[0.1], [0.1, -0.1], [0.1, 0.1, 0.2, -0.1, 0.3, 0.2], [0.01, 0.02, -0.03, 0.04, 0.05, 0.06, -0.07]]
+)
+def test_the_exact_test_is_scipys_also_with_ties(differences: list[float]):
+    found = compare_values([0.0] * len(differences), differences)
+    assert found.p_value == pytest.approx(stats.wilcoxon(differences).pvalue)
 
 
 def test_it_covers_the_truth_about_as_often_as_it_says():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import shutil
@@ -234,5 +235,5 @@ def test_names_cannot_break_out_of_a_table(make_run: Callable[..., Path], tmp_pa
     assert len(render(blocks, "text").splitlines()) == 7
     tex = render(blocks, "latex")
     assert r"\textbackslash{}\%\&\_\$ =x" in tex
-    table: Any = pd.read_csv(__import__("io").StringIO(render(blocks, "csv")))
+    table: Any = pd.read_csv(io.StringIO(render(blocks, "csv")))
     assert table.dataset[0] == hostile

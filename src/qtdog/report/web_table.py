@@ -9,7 +9,6 @@ from typing import Any
 
 from qtdog.report.block import Block
 from qtdog.report.chosen import outcome
-from qtdog.report.cost_table import file_text
 from qtdog.report.embed import link
 from qtdog.report.entry import Entry
 from qtdog.report.labels import differing, value_text
@@ -113,7 +112,7 @@ def _run(label: str, entry: Entry, split: str, page: Path) -> list[WebCell]:
         WebCell(selection, selection),
         WebCell(MISSING if step is None else f"{step:,}", step),
         *numbers,
-        WebCell(MISSING if size is None else file_text(entry.cost.size), size),
+        WebCell(MISSING if size is None else f"{size / 1e6:.3g} MB", size),
     ]
 
 
