@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qtdog.sweep.engine import Engine
+    from qtdog.sweep.notes import Outcome
     from qtdog.sweep.plan import Plan
     from qtdog.sweep.task import Task
 
@@ -40,27 +44,44 @@ def sweep(
 
       qtdog sweep status studies/digits.yaml
     """
-    from qtdog.cli.sweep_board import make_board
     from qtdog.cli.sweep_study import open_plan
-    from qtdog.sweep.check import check_tasks
-    from qtdog.sweep.driver import Driver
-    from qtdog.sweep.local import LocalEngine, default_threads, n_cores
     from qtdog.sweep.plan import select
-    from qtdog.sweep.state import keep_labels, unfinished
 
     plan, folder = open_plan(study, data, out)
     tasks = select(plan.tasks, only) if only else list(plan.tasks)
-    check_tasks(unfinished(tasks, folder), plan.dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_labels(plan.study.name, plan.tasks, folder)
+    sweep_tasks(plan, tasks, folder, local_engine(plan, folder, workers, threads), limit=limit)
+
+
+def local_engine(plan: Plan, folder: Path, workers: int | None, threads: int | None) -> Engine:
+    """Return the engine of this machine, by default with one worker per core."""
+    from qtdog.sweep.local import LocalEngine, default_threads, n_cores
+
     n_workers = workers or max(1, n_cores() // (threads or 1))
-    engine = LocalEngine(folder, plan.source, workers=n_workers, threads=threads or default_threads(n_workers))
+    return LocalEngine(folder, plan.source, workers=n_workers, threads=threads or default_threads(n_workers))
+
+
+def sweep_tasks(plan: Plan, tasks: Sequence[Task], folder: Path, engine: Engine, *, limit: int | None = None) -> None:
+    """Do what is missing of some tasks, show how it goes, and say how it ended.
+
+    Raises:
+        ConfigError: a mistake in what is to be done; nothing was started.
+        Interrupted, RunError: as in `sweep.driver.Driver.run`, or something failed.
+    """
+    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.sweep_board import make_board
+    from qtdog.sweep.check import check_tasks
+    from qtdog.sweep.driver import Driver
+    from qtdog.sweep.notes import keep_labels
+    from qtdog.sweep.state import unfinished
+
+    check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images"))
+    keep_labels(plan.study.name, plan.labels, folder)
     with make_board(folder) as board:
         progress = Driver(tasks, folder, engine, board, limit=limit).run()
     conclude(plan, progress.failed, progress.blocked(), folder)
 
 
-def conclude(plan: Plan, failed: dict, blocked: list[Task], folder: Path) -> None:
+def conclude(plan: Plan, failed: dict[str, Outcome], blocked: list[Task], folder: Path) -> None:
     """Say how a sweep ended, and leave with an error if something failed."""
     from qtdog.cli.console import out
     from qtdog.cli.sweep_board import failure_lines

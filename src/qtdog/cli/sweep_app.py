@@ -8,6 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from qtdog.cli.sweep import sweep
+from qtdog.cli.sweep_more import diff, merge, retry, status
+from qtdog.cli.sweep_table import table
 
 DEFAULT = "run"
 
@@ -29,3 +31,5 @@ sweep_app = typer.Typer(
     help="Make all runs of a study, and go on where they stopped: [bold]qtdog sweep STUDY.yaml[/].",
 )
 sweep_app.command(name=DEFAULT)(sweep)
+for _command in (status, retry, table, diff, merge):
+    sweep_app.command()(_command)

@@ -16,8 +16,9 @@ from rich.text import Text
 from qtdog.cli.console import err
 from qtdog.sweep.driver import Progress
 from qtdog.sweep.expand import describe
+from qtdog.sweep.notes import Outcome
 from qtdog.sweep.pace import Pace
-from qtdog.sweep.state import Outcome, step_of
+from qtdog.sweep.state import step_of
 from qtdog.sweep.task import Task
 
 REFRESH_S = 0.5

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from qtdog.core.errors import Interrupted, QtdogError, RunError
 from qtdog.sweep.engine import Engine
-from qtdog.sweep.state import Outcome, forget_failure, is_done, keep_failure, unfinished
+from qtdog.sweep.notes import Outcome, forget_failure, keep_failure
+from qtdog.sweep.state import is_done, unfinished
 from qtdog.sweep.task import Task
 from qtdog.training.signals import StopRequest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from qtdog.sweep.state import Outcome
+from qtdog.sweep.notes import Outcome
 from qtdog.sweep.task import Task
 
 

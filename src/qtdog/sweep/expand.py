@@ -13,10 +13,8 @@ from qtdog.core.settings import Tree, build_config, load_preset
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.sweep.search import drawn
-from qtdog.sweep.study import Axes, Layer, Method, Scalar, Study, axis_keys
+from qtdog.sweep.study import Axes, Labels, Layer, Method, Scalar, Study, axis_keys
 from qtdog.training.problem import dataset_layer, resolve
-
-Labels = dict[str, Scalar]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
         DataError: the data cannot be trained on.
     """
     errors: list[str] = []
-    rows: list[tuple[int, int, int, Point]] = []
+    rows: list[tuple[int, tuple[int, ...], int, Point]] = []
     content = ""
     for number, (name, method) in enumerate(study.methods.items()):
         try:
@@ -112,19 +110,24 @@ def _tree(key: str, value: Any) -> Tree:
 
 def _grid(
     study: Study, method: Method, dataset: DomainDataset, shared: Sequence[Tree]
-) -> Iterator[tuple[int, Labels, list[Tree]]]:
-    """Yield place, labels and trees of each combination of the axes and draws of one method."""
+) -> Iterator[tuple[tuple[int, ...], Labels, list[Tree]]]:
+    """Yield place, labels and trees of each combination of the axes and draws of one method.
+
+    The place is the position on each of the study's axes, so that methods take turns.
+    """
     axes = study.grid | method.grid
     choices = [[(axis, value) for value in _values(axis, axes[axis], dataset)] for axis in axes]
     search = method.search or study.search
     every = itertools.product(range(search.n if search else 1), itertools.product(*choices))
-    for place, (draw, chosen) in enumerate(every):
+    common = {axis: _values(axis, values, dataset) for axis, values in study.grid.items()}
+    for draw, chosen in every:
+        place = tuple(values.index(value) for axis, value in chosen if value in (values := common.get(axis, [])))
         labels: Labels = {axis: value if isinstance(value, Scalar) else str(value) for axis, value in chosen}
         trees = [_tree(key, value) for axis, value in chosen for key in axis_keys(axis)]
         if search:
             labels["draw"] = draw
             trees.append(drawn(search, draw, build_config([*shared, *trees])))
-        yield place, labels, trees
+        yield (draw, *place), labels, trees
 
 
 def _values(axis: str, values: Sequence[Any], dataset: DomainDataset) -> list[Any]:

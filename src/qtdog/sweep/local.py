@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qtdog.sweep.state import Outcome, state_folder
+from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.task import Task
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -24,7 +24,7 @@ import torch
 
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_dataset
-from qtdog.sweep.state import Outcome, state_folder
+from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform
 from qtdog.training.run import Voice

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtdog.core.config import Config
-from qtdog.sweep.state import Outcome, is_done, step_of
+from qtdog.sweep.notes import Outcome
+from qtdog.sweep.state import is_done, step_of
 from qtdog.sweep.task import Task
 from qtdog.training.run_folder import RunFolder
 

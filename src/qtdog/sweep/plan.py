@@ -12,9 +12,9 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_dataset
-from qtdog.sweep.expand import Labels, Point, describe, expand, raise_all, rank_of
+from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of
 from qtdog.sweep.sharing import share_prefixes
-from qtdog.sweep.study import Ensemble, Scalar, Study
+from qtdog.sweep.study import Ensemble, Labels, Scalar, Study
 from qtdog.sweep.task import Join, Task
 
 
@@ -33,6 +33,11 @@ class Plan:
     source: str
     dataset: DomainDataset
     tasks: tuple[Task, ...]
+
+    @property
+    def labels(self) -> dict[str, Sequence[Labels]]:
+        """What the study calls the runs, by folder name."""
+        return {task.name: task.labels for task in self.tasks if task.labels}
 
     def __getitem__(self, name: str) -> Task:
         """Return the task called `name` (KeyError if there is none)."""
@@ -135,10 +140,16 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
         ['a1']
     """
     words = pattern.split()
-    known = {task.name: task for task in tasks}
-    wanted = {task.name for task in tasks if any(_means(words, task.name, labels) for labels in task.labels)}
+    wanted = [task for task in tasks if any(_means(words, task.name, labels) for labels in task.labels)]
     if not wanted:
-        raise ConfigError(f"--only '{pattern}' means no run of the study; qtdog sweep status lists them")
+        raise ConfigError(f"--only '{pattern}' means no run of the study; qtdog sweep status --all lists them")
+    return with_needs(tasks, wanted)
+
+
+def with_needs(tasks: Sequence[Task], some: Sequence[Task]) -> list[Task]:
+    """Return some tasks of a plan and all that they need, directly or not, in the plan's order."""
+    known = {task.name: task for task in tasks}
+    wanted = {task.name for task in some}
     waiting = list(wanted)
     while waiting:
         needs = set(known[waiting.pop()].needs) - wanted

@@ -1,42 +1,14 @@
-"""What is done, what failed and why: read from the folders, so that nothing else need be right."""
+"""What is done and what is missing: read from the run folders, so that nothing else need be right."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import fcntl
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from qtdog.core.files import write_atomic
-from qtdog.sweep.expand import Labels
+from qtdog.sweep.notes import last_line, read_failures
 from qtdog.sweep.task import Task
-from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.run_folder import RunFolder
-
-Status = Literal["done", "failed", "busy", "stopped", "disk", "lost"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended.
-
-    Attributes:
-        name: of the task.
-        status: done; failed for a reason of its own; busy (another process is at it); stopped on request, its state
-            saved; disk (full or not writable); lost (its process died).
-        reason: why not, for people.
-        error: class of the error, "" if there was none.
-        seconds: wall-clock time that it took.
-        trained_s: of them, in training steps.
-    """
-
-    name: str
-    status: Status
-    reason: str = ""
-    error: str = ""
-    seconds: float = 0.0
-    trained_s: float = 0.0
 
 
 def is_done(task: Task, out: Path) -> bool:
@@ -54,73 +26,44 @@ def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
     return [task for task in missing if task.kind != "prefix" or task.name in wanted]
 
 
+STATES = ("done", "running", "failed", "begun", "missing")
+
+
+def standings(tasks: Sequence[Task], out: Path) -> dict[str, str]:
+    """Return the state of each task, one of `STATES`; begun is what stopped on the way."""
+    failed = read_failures(out)
+    return {task.name: _standing(task, out, failed) for task in tasks}
+
+
+def _standing(task: Task, out: Path, failed: Collection[str]) -> str:
+    if is_done(task, out):
+        return "done"
+    folder = task.folder(out)
+    if is_in_use(folder):
+        return "running"
+    if task.name in failed:
+        return "failed"
+    return "begun" if folder.is_dir() else "missing"
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process of this machine (or one that shares its locks) holds a run folder."""
+    file = folder / ".lock"
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def step_of(task: Task, out: Path) -> int:
     """Return how many updates of a task are known to be made: at its last evaluation or checkpoint."""
     folder = RunFolder(task.folder(out))
     if is_done(task, out):
         return task.config.train.steps if task.config and task.kind == "run" else task.step
-    saved = checkpoint_folders(folder.checkpoints)
-    step = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    saved = sorted(path.name for path in folder.checkpoints.glob("step-*"))
+    step = int(saved[-1].removeprefix("step-")) if saved else 0
     return max(step, last_line(folder.metrics_file).get("step", 0))
-
-
-def last_line(file: Path) -> dict[str, Any]:
-    """Return the last whole line of a metrics file; {} if there is none."""
-    if not file.is_file():
-        return {}
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 20_000))
-        lines = stream.read().splitlines()
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
-    return {}
-
-
-def state_folder(out: Path) -> Path:
-    """Return where a sweep keeps what is no run: failures, logs, plans, the index."""
-    return out / ".sweep"
-
-
-def keep_failure(outcome: Outcome, out: Path) -> None:
-    """Write down why a task failed, until it is done."""
-    write_atomic(state_folder(out) / "failed" / f"{outcome.name}.json", json.dumps(asdict(outcome), indent=1))
-
-
-def forget_failure(name: str, out: Path) -> None:
-    """Forget an earlier failure."""
-    (state_folder(out) / "failed" / f"{name}.json").unlink(missing_ok=True)
-
-
-def read_failures(out: Path) -> dict[str, Outcome]:
-    """Return the failures that are written down, by task; a damaged note counts as none."""
-    found = {}
-    for file in sorted((state_folder(out) / "failed").glob("*.json")):
-        try:
-            found[file.stem] = Outcome(**json.loads(file.read_text()))
-        except (ValueError, TypeError):
-            continue
-    return found
-
-
-def keep_labels(name: str, tasks: Sequence[Task], out: Path) -> None:
-    """Write down what a study called its runs, for the index: folder → labels.
-
-    What an earlier version of the study called runs that it no longer has is kept.
-    """
-    file = state_folder(out) / "studies" / f"{name}.json"
-    known = read_labels(file)
-    known |= {task.name: list(task.labels) for task in tasks if task.labels}
-    text = json.dumps(known, indent=0)
-    if not file.is_file() or file.read_text() != text:
-        write_atomic(file, text)
-
-
-def read_labels(file: Path) -> dict[str, list[Labels]]:
-    """Return what `keep_labels` wrote; nothing if the file is not there or damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}

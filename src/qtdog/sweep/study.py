@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from qtdog.core.errors import ConfigError, unknown
 
 Scalar = bool | int | float | str
+Labels = dict[str, Scalar]  # what a study calls one of its runs: method, target, seed and its other axes
 # Short names of what nearly every study varies.
 SHORT = {"target": "data.target", "trial": "data.trial", "seed": "train.seed"}
 SPAN = re.compile(r"(\d+)\.\.(\d+)")

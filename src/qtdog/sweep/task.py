@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtdog.core.config import Config
-from qtdog.sweep.expand import Labels
+from qtdog.sweep.study import Labels
 
 Kind = Literal["prefix", "run", "ensemble"]
 

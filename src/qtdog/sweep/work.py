@@ -16,7 +16,7 @@ from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.member import read_member, share_splits
 from qtdog.ensemble.one_model import Recipe
 from qtdog.ensemble.teach import open_teacher
-from qtdog.sweep.state import Outcome, Status
+from qtdog.sweep.notes import Outcome, Status
 from qtdog.sweep.task import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
 from qtdog.training.fork import train_prefix

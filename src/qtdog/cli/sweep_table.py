@@ -1,0 +1,134 @@
+"""`qtdog sweep table`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtdog.cli.sweep import DATA, OUT, STUDY
+
+if TYPE_CHECKING:
+    from qtdog.sweep.summary import Result
+
+REFERENCE = "Method that the others are compared with, over the pairs of target and seed that both have."
+Cells = Mapping[str, Mapping[str, Mapping[tuple[object, ...], float]]]
+
+
+class Format(StrEnum):
+    """How the tables are written."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    JSON = "json"
+
+
+def table(
+    study: Annotated[Path, typer.Argument(help=STUDY, metavar="STUDY")],
+    *,
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
+    reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
+    format_: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = Format.TEXT,
+) -> None:
+    """Show what a study says so far: mean ± standard error per method and target, and paired differences.
+
+    Twice: of the selected checkpoint, and of the mean over the evaluations after the start step, since one checkpoint
+    swings by several points.
+
+    Example:
+      qtdog sweep table studies/digits.yaml --reference float
+    """
+    from qtdog.cli.console import print_json
+    from qtdog.cli.sweep_study import open_plan
+    from qtdog.core.errors import RunError
+    from qtdog.sweep.summary import MEASURES, results, values
+
+    plan, folder = open_plan(study, data, out)
+    found = results(plan, folder)
+    if not found:
+        raise RunError(f"no run of the study is finished in {folder}: qtdog sweep {study}")
+    name = reference or next(iter(plan.study.methods))
+    tables = {measure: values(found, measure) for measure in MEASURES}
+    if format_ is Format.JSON:
+        print_json({measure: _numbers(cells, name) for measure, cells in tables.items()} | {"runs": _runs(found)})
+        return
+    for measure, title in MEASURES.items():
+        if tables[measure]:
+            _show(tables[measure], name, f"accuracy (%), {title}", markdown=format_ is Format.MARKDOWN)
+
+
+def _runs(found: list[Result]) -> list[dict[str, Any]]:
+    kept = ("folder", "target", "seed", "trial", "selected_step", "size_bytes", "trained_s", "bits", "start_step")
+    measured = ("source_accuracy", "test_accuracy", "mean_after_start", "std_after_start")
+    return [{"method": one.method} | {name: one.row.get(name) for name in (*kept, *measured)} for one in found]
+
+
+def _compared(cells: Cells, reference: str) -> dict[str, Any]:
+    from qtdog.report.compare import compare_values
+    from qtdog.sweep.summary import pairs
+
+    if reference not in cells:
+        return {}
+    return {method: compare_values(first, second) for method, first, second in pairs(cells, reference)}
+
+
+def _numbers(cells: Cells, reference: str) -> dict[str, Any]:
+    from qtdog.report.estimate import estimate
+
+    def numbers(runs: Mapping[tuple[object, ...], float]) -> dict[str, Any]:
+        found = estimate(list(runs.values()))
+        return {"mean": found.mean, "standard_error": found.error, "n": found.n}
+
+    methods = {method: {target: numbers(runs) for target, runs in targets.items()} for method, targets in cells.items()}
+    compared = {
+        method: {"mean": one.mean, "low": one.low, "high": one.high, "p_value": one.p_value, "n": one.n}
+        for method, one in _compared(cells, reference).items()
+    }
+    return {"methods": methods, "reference": reference, "differences": compared}
+
+
+def _show(cells: Cells, reference: str, title: str, *, markdown: bool) -> None:
+    from qtdog.cli.console import out, print_table
+    from qtdog.report.table import markdown as to_markdown
+
+    headers, rows = table_rows(cells, reference)
+    if markdown:
+        typer.echo(f"{title}\n\n{to_markdown(headers, rows)}\n")
+        return
+    print_table(headers, rows, title=title)
+    about = f"− {reference}: mean difference over pairs of target and seed, with a 95 % bootstrap interval."
+    out.print(about, highlight=False, markup=False, soft_wrap=True)
+
+
+def table_rows(cells: Cells, reference: str) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: a method each, its mean ± standard error per target, the mean over the targets, runs.
+
+    Args:
+        cells: method → target → replicate → accuracy as a fraction.
+        reference: the method that differences are to.
+    """
+    from qtdog.report.estimate import estimate
+    from qtdog.report.marks import estimate_text
+
+    targets = sorted({target for by_target in cells.values() for target in by_target})
+    compared = _compared(cells, reference)
+    headers = ["method", *targets, "mean", "runs", f"− {reference}", "95 % interval"]
+    rows = []
+    for method, by_target in cells.items():
+        per_target = [estimate(list(by_target.get(target, {}).values())) for target in targets]
+        known = [one.mean for one in per_target if one.mean is not None]
+        mean = f"{100 * sum(known) / len(known):.1f}" if len(known) == len(targets) else "–"
+        row = [method, *(estimate_text(one) for one in per_target), mean, str(sum(one.n for one in per_target))]
+        rows.append([*row, *_difference(compared.get(method))])
+    return headers, rows
+
+
+def _difference(one: Any) -> list[str]:
+    if one is None:
+        return ["", ""]
+    interval = "" if one.low is None else f"{100 * one.low:+.1f} … {100 * one.high:+.1f}"
+    return [f"{100 * one.mean:+.1f} (n={one.n})", interval]

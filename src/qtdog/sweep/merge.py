@@ -1,0 +1,109 @@
+"""Bringing runs from several folders (machines) together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qtdog.core.errors import FolderInUseError, RunError
+from qtdog.core.files import clear_disk_errors
+from qtdog.sweep.index import run_folders
+from qtdog.sweep.notes import keep_labels, read_labels, state_folder
+from qtdog.training.checkpoint import checkpoint_folders
+from qtdog.training.run_folder import RunFolder
+
+
+@dataclass
+class Merged:
+    """What came of bringing runs together; names of folders.
+
+    Attributes:
+        copied: were not there, or had come less far.
+        kept: were there, as far or farther.
+        conflicts: are finished in both places, with different files; ours stayed.
+        busy: are in use, and were left alone.
+    """
+
+    copied: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    busy: list[str] = field(default_factory=list)
+
+
+def merge(sources: Sequence[Path], out: Path, told: Callable[[str, str], None] = lambda name, what: None) -> Merged:
+    """Copy every run that is missing in `out`, or has come farther elsewhere, from the folders `sources`.
+
+    A run is finished or not, never half: it is copied under another name and then renamed.
+
+    Args:
+        sources: folders of run folders; they are not changed.
+        out: the folder that shall have them all.
+        told: is called with (folder name, what was done).
+
+    Raises:
+        RunError: a source is no folder, or the disk is full.
+    """
+    found = Merged()
+    for source in sources:
+        if not source.is_dir():
+            raise RunError(f"{source} is no folder; give the folders that hold the run folders")
+        for folder in run_folders(source):
+            if folder.parent != source:  # only what lies directly in it has its place by name
+                continue
+            what = _take(folder, out / folder.name)
+            getattr(found, what).append(folder.name)
+            told(folder.name, what)
+        for file in sorted((state_folder(source) / "studies").glob("*.json")):
+            keep_labels(file.stem, read_labels(file), out)
+    return found
+
+
+def _take(theirs: Path, ours: Path) -> str:
+    if not ours.exists():
+        _copy(theirs, ours)
+        return "copied"
+    try:
+        with RunFolder(ours).lock():
+            before, after = standing(ours), standing(theirs)
+            if before[0] and after[0]:
+                return "kept" if _digest(ours) == _digest(theirs) else "conflicts"
+            if after <= before:
+                return "kept"
+            _copy(theirs, ours)
+            return "copied"
+    except FolderInUseError:
+        return "busy"
+
+
+def standing(path: Path) -> tuple[bool, int]:
+    """Return whether a run is finished, and the step of its last checkpoint: the larger, the farther."""
+    folder = RunFolder(path)
+    saved = checkpoint_folders(folder.checkpoints)
+    finished = folder.result_file.is_file() and folder.model_file.is_file()
+    return finished, int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def _digest(path: Path) -> object:
+    try:
+        return json.loads((path / "result.json").read_text()).get("model_sha256")
+    except (OSError, ValueError):
+        return None
+
+
+def _copy(theirs: Path, ours: Path) -> None:
+    """Put a copy of `theirs` in the place of `ours`, all at once."""
+    with clear_disk_errors(ours):
+        ours.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{ours.name}.", suffix=".tmp", dir=ours.parent))
+        try:
+            copy = temporary / "copy"
+            shutil.copytree(theirs, copy, ignore=shutil.ignore_patterns(".lock", "*.tmp"))
+            if ours.exists():
+                ours.rename(temporary / "old")
+            copy.rename(ours)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

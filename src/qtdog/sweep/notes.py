@@ -1,0 +1,97 @@
+"""What a sweep writes down beside the runs, in `.sweep`: failures, names, logs. All of it may be deleted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qtdog.core.files import write_atomic
+from qtdog.sweep.study import Labels
+
+Status = Literal["done", "failed", "busy", "stopped", "disk", "lost"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended.
+
+    Attributes:
+        name: of the task.
+        status: done; failed for a reason of its own; busy (another process is at it); stopped on request, its state
+            saved; disk (full or not writable); lost (its process died).
+        reason: why not, for people.
+        error: class of the error, "" if there was none.
+        seconds: wall-clock time that it took.
+        trained_s: of them, in training steps.
+    """
+
+    name: str
+    status: Status
+    reason: str = ""
+    error: str = ""
+    seconds: float = 0.0
+    trained_s: float = 0.0
+
+
+def last_line(file: Path) -> dict[str, Any]:
+    """Return the last whole line of a metrics file; {} if there is none."""
+    if not file.is_file():
+        return {}
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 20_000))
+        lines = stream.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}
+
+
+def state_folder(out: Path) -> Path:
+    """Return where a sweep keeps what is no run: failures, logs, plans, the index."""
+    return out / ".sweep"
+
+
+def keep_failure(outcome: Outcome, out: Path) -> None:
+    """Write down why a task failed, until it is done."""
+    write_atomic(state_folder(out) / "failed" / f"{outcome.name}.json", json.dumps(asdict(outcome), indent=1))
+
+
+def forget_failure(name: str, out: Path) -> None:
+    """Forget an earlier failure."""
+    (state_folder(out) / "failed" / f"{name}.json").unlink(missing_ok=True)
+
+
+def read_failures(out: Path) -> dict[str, Outcome]:
+    """Return the failures that are written down, by task; a damaged note counts as none."""
+    found = {}
+    for file in sorted((state_folder(out) / "failed").glob("*.json")):
+        try:
+            found[file.stem] = Outcome(**json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def keep_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) -> None:
+    """Write down what a study calls its runs, for the index: folder → labels.
+
+    What an earlier version of the study called runs that it no longer has is kept.
+    """
+    file = state_folder(out) / "studies" / f"{name}.json"
+    known = read_labels(file) | {folder: list(several) for folder, several in labels.items() if several}
+    text = json.dumps(known, indent=0)
+    if not file.is_file() or file.read_text() != text:
+        write_atomic(file, text)
+
+
+def read_labels(file: Path) -> dict[str, list[Labels]]:
+    """Return what `keep_labels` wrote; nothing if the file is not there or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
