@@ -7,6 +7,7 @@ import sys
 import typer
 
 from qtdog.cli.analyse import analyse_app
+from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
 from qtdog.cli.dart import dart
@@ -19,6 +20,7 @@ from qtdog.cli.export import export
 from qtdog.cli.listing import listing
 from qtdog.cli.predict import predict
 from qtdog.cli.report import report
+from qtdog.cli.reproduce import reproduce
 from qtdog.cli.runs import runs
 from qtdog.cli.sweep_app import sweep_app
 from qtdog.cli.table import table
@@ -57,10 +59,12 @@ app.command()(ensemble)
 app.command()(bits)
 app.command()(distill)
 app.command()(export)
+app.command()(bench)
 app.command()(dart)
 app.command()(table)
 app.command()(report)
 app.command()(runs)
+app.command()(reproduce)
 app.command()(demo)
 app.command(name="list")(listing)
 app.add_typer(analyse_app, name="analyse")
