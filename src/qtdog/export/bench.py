@@ -1,0 +1,259 @@
+"""Latency, memory and size of model files beside one another, taken in turns so that a busy machine harms all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qtdog.core.errors import ConfigError, FormatError, RunError
+from qtdog.export.bench_machine import cpu_features, n_cores
+from qtdog.export.bench_stats import Timing, Turn, summarise
+from qtdog.export.bench_worker import Job, Opened, serve
+from qtdog.export.images import LabelledImages
+from qtdog.export.runtimes import RUNTIMES, runtimes_for
+from qtdog.training.result import environment
+
+GIVE_UP_S = 3  # what an ending process is waited for
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model file is and costs in one runtime.
+
+    Attributes:
+        path: as given.
+        runtime: in which it ran.
+        format: of the export, or "packed".
+        n_members: networks inside.
+        image_size: pixels it was given.
+        timing: see there; its ratio is to the first file.
+        open_s: seconds to open it.
+        file_bytes: on disk, with the weights beside it where there are such.
+        peak_bytes: largest resident memory of its process.
+        model_bytes: how much of that came after the libraries were loaded.
+        operators: `bench_operators.Operators` as a dictionary, or None.
+        accuracy: on the images that were given, or None.
+    """
+
+    path: str
+    runtime: str
+    format: str
+    n_members: int
+    image_size: int
+    timing: Timing
+    open_s: float
+    file_bytes: int
+    peak_bytes: int
+    model_bytes: int
+    operators: dict[str, Any] | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A comparison.
+
+    Attributes:
+        rows: in the order of the files; ratios are to the first.
+        threads: that each could use.
+        batch: images per call.
+        interrupted: whether it was broken off before the last round.
+        machine: `training.result.environment`, and `cpu_features`.
+    """
+
+    rows: tuple[Measured, ...]
+    threads: int
+    batch: int
+    interrupted: bool
+    machine: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as a dictionary that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        threads: that each model may use; None for all cores.
+        batch: images per call.
+        image_size: pixels, or None for each model's own.
+        n_rounds: turns of every model.
+        runtimes: names; a file is measured in each of these that can open it; none for the usual one of each file.
+    """
+
+    threads: int | None = None
+    batch: int = 1
+    image_size: int | None = None
+    n_rounds: int = 15
+    runtimes: tuple[str, ...] = ()
+
+
+def bench(
+    files: Sequence[Path],
+    plan: Plan,
+    *,
+    images: Callable[[Opened], LabelledImages] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Bench:
+    """Measure model files in turns and return what each costs.
+
+    Each runs in a process of its own, which waits while another has its turn. The order turns with every round. An
+    interrupt (Ctrl-C) after the first round ends the measurement; what was measured is returned.
+
+    Args:
+        files: packed, exported, or folders with a `model.safetensors`.
+        plan: how.
+        images: gives labelled images for an opened model, whose accuracy on them is measured too.
+        progress: told (done, total) rounds.
+
+    Raises:
+        ConfigError: a runtime is unknown or can open none of the files, or a model cannot take such images.
+        FormatError: a file is missing, damaged, or not made by qtdog.
+        ModelError: a runtime is not installed.
+        RunError: the process of a model died.
+    """
+    threads = plan.threads or n_cores()
+    jobs = [
+        Job(path, name, threads, plan.batch, plan.image_size)
+        for path in (model_file(path) for path in files)
+        for name in choose_runtimes(path, plan.runtimes)
+    ]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_worker(job)) for job in jobs]
+        accuracies = [None if images is None else _accuracy(worker, images(worker.opened)) for worker in workers]
+        rounds, interrupted = _rounds(workers, plan.n_rounds, progress)
+    rows = tuple(
+        _measured(worker, summarise(turns, rounds[0], plan.batch), accuracy)
+        for worker, turns, accuracy in zip(workers, rounds, accuracies, strict=True)
+    )
+    return Bench(rows, threads, plan.batch, interrupted, environment() | {"cpu_features": cpu_features()})
+
+
+def model_file(path: Path) -> Path:
+    """Return the model file that a path means: itself, or what lies in a run's folder.
+
+    Raises:
+        FormatError: the path, or the file in the folder, does not exist.
+    """
+    found = path / "model.safetensors" if path.is_dir() else path
+    if not found.is_file():
+        raise FormatError(f"{found} does not exist; give model files, or folders of finished runs")
+    return found
+
+
+def choose_runtimes(path: Path, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return the runtimes in which to measure a file: those wanted that can open it, else its usual one.
+
+    Raises:
+        ConfigError: a runtime is unknown.
+        FormatError: no kind of file that can be opened.
+
+    Example:
+        >>> choose_runtimes(Path("a.onnx"), ["openvino", "torch"]), choose_runtimes(Path("a.safetensors"), ["openvino"])
+        (('openvino',), ('torch',))
+    """
+    for name in wanted:
+        if name not in RUNTIMES:
+            raise ConfigError(f"no runtime is called '{name}'; there are {', '.join(RUNTIMES)}")
+    able = runtimes_for(path)
+    return tuple(name for name in wanted if name in able) or able[:1]
+
+
+def file_bytes(path: Path) -> int:
+    """Return the bytes of a model file; those of an OpenVINO .xml with its .bin."""
+    beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
+    return sum(part.stat().st_size for part in [path, *beside] if part.is_file())
+
+
+class _Worker:
+    """The process of one model, seen from outside."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.job = job
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=serve, args=(there, job), daemon=True)
+        self.process.start()
+        there.close()
+        self.opened: Opened = self._answer()
+
+    def ask(self, request: Any) -> Any:
+        self.pipe.send(request)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join(GIVE_UP_S)
+            code = self.process.exitcode
+            text = f"the process that ran {self.job.path} in {self.job.runtime} ended with exit code {code}"
+            raise RunError(f"{text}: out of memory, or a fault of the runtime") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.join(GIVE_UP_S)
+        self.process.kill()  # nothing to those that have ended
+        self.process.join()
+
+
+@contextlib.contextmanager
+def _worker(job: Job) -> Iterator[_Worker]:
+    worker = _Worker(job)
+    try:
+        yield worker
+    finally:
+        worker.end()
+
+
+def _rounds(
+    workers: Sequence[_Worker], n_rounds: int, progress: Callable[[int, int], None]
+) -> tuple[list[list[Turn]], bool]:
+    """Return for each worker its turn of each round, and whether an interrupt ended it early."""
+    done: list[list[Turn]] = [[] for _ in workers]
+    try:
+        for index in range(n_rounds):
+            order = [(place + index) % len(workers) for place in range(len(workers))]
+            turns = {place: workers[place].ask("time") for place in order}
+            for place, turn in turns.items():
+                done[place].append(turn)
+            progress(index + 1, n_rounds)
+    except KeyboardInterrupt:
+        n_whole = min(map(len, done))
+        if not n_whole:
+            raise
+        return [turns[:n_whole] for turns in done], True
+    return done, False
+
+
+def _accuracy(worker: _Worker, images: LabelledImages) -> float:
+    logits = worker.ask(images.pixels)
+    return float((logits.argmax(1) == images.labels).mean())
+
+
+def _measured(worker: _Worker, timing: Timing, accuracy: float | None) -> Measured:
+    opened = worker.opened
+    return Measured(
+        path=str(worker.job.path),
+        runtime=worker.job.runtime,
+        format=opened.info.format,
+        n_members=opened.info.n_members,
+        image_size=opened.image_size,
+        timing=timing,
+        open_s=opened.open_s,
+        file_bytes=file_bytes(worker.job.path),
+        peak_bytes=opened.peak_bytes,
+        model_bytes=opened.model_bytes,
+        operators=None if opened.operators is None else asdict(opened.operators),
+        accuracy=accuracy,
+    )

@@ -1,0 +1,113 @@
+"""Which operators a model consists of in its file, and which the runtime made of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qtdog.export.libraries import library
+from qtdog.export.runtimes import OpenModel
+
+NO_WORK = {"Constant", "Parameter", "Result", "Input", "Output", "Const"}
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Operators of a model, counted by type.
+
+    Attributes:
+        in_file: as they stand in the file.
+        in_runtime: as the runtime executes them, fused; None where it does not tell.
+    """
+
+    in_file: dict[str, int]
+    in_runtime: dict[str, int] | None
+
+    @property
+    def n_in_file(self) -> int:
+        """Operators of the file."""
+        return sum(self.in_file.values())
+
+    @property
+    def n_in_runtime(self) -> int | None:
+        """Operators that are executed, or None."""
+        return None if self.in_runtime is None else sum(self.in_runtime.values())
+
+
+def count_operators(model: OpenModel) -> Operators:
+    """Return the operators of an opened model.
+
+    For a packed file in eager PyTorch these are its layers, for a `torch.export` program the calls of its graph;
+    nothing is fused in either.
+
+    Raises:
+        ModelError: a library that the runtime needs for this is not installed.
+    """
+    return COUNTERS[model.runtime](model)
+
+
+def _onnxruntime(model: OpenModel) -> Operators:
+    onnx, ort = library("onnx"), library("onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.log_severity_level = 3  # it warns that such a file belongs to this machine, and so it does
+        ort.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+        fused = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return Operators(_onnx_types(onnx, model.path), _counted(node.op_type for node in fused.graph.node))
+
+
+def _openvino(model: OpenModel) -> Operators:
+    openvino = library("openvino")
+    if model.path.suffix == ".onnx":
+        in_file = _onnx_types(library("onnx"), model.path)
+    else:
+        in_file = _counted(op.get_type_name() for op in openvino.Core().read_model(model.path).get_ops())
+    layers = model.native.get_runtime_model().get_ops()
+    return Operators(in_file, _counted(_openvino_type(layer) for layer in layers))
+
+
+def _openvino_type(layer: Any) -> str:
+    """Return the type of an executed layer, with its precision where it is integer."""
+    told = layer.get_rt_info()
+    name = told["layerType"].astype(str) if "layerType" in told else layer.get_type_name()
+    precision = told["runtimePrecision"].astype(str) if "runtimePrecision" in told else ""
+    return f"{name} {precision}" if precision in ("i8", "u8") and name not in NO_WORK else name
+
+
+def _torch(model: OpenModel) -> Operators:
+    graph = getattr(model.native, "graph", None)
+    if graph is not None:
+        return Operators(_counted(_call_name(node) for node in graph.nodes if node.op == "call_function"), None)
+    leaves = (layer for layer in model.native.modules() if not any(True for _ in layer.children()))
+    return Operators(_counted(type(layer).__name__ for layer in leaves if not isinstance(layer, nn.Identity)), None)
+
+
+def _call_name(node: Any) -> str:
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+
+
+def _executorch(model: OpenModel) -> Operators:
+    return Operators({}, None)
+
+
+def _onnx_types(onnx: Any, path: Path) -> dict[str, int]:
+    return _counted(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def _counted(names: Any) -> dict[str, int]:
+    return dict(sorted(Counter(name for name in names if name not in NO_WORK).items()))
+
+
+COUNTERS: dict[str, Callable[[OpenModel], Operators]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "torch": _torch,
+    "executorch": _executorch,
+}
