@@ -45,7 +45,7 @@ def sheet(block: Block) -> Sheet:
 
 def headers(block: Block) -> list[str]:
     """Return the names of all columns of a table."""
-    return ["method", *block.columns, "trials", "models", "steps", "passes", "file"]
+    return ["method", *block.columns, "trials", "file", "models", "steps", "passes"]
 
 
 def body(block: Block) -> list[list[Cell]]:
@@ -88,4 +88,4 @@ def _costs(row: Row) -> list[str]:
     cost = row.cost
     steps = MISSING if cost.training_steps is None else f"{cost.training_steps:,}"
     file = file_text(cost.size) if "bytes" in cost.size else MISSING
-    return [str(row.n_trials), str(row.n_models), steps, str(cost.passes), file]
+    return [str(row.n_trials), file, str(row.n_models), steps, str(cost.passes)]

@@ -137,14 +137,9 @@ def _tiles(
 ) -> list[tuple[str, str, str]]:
     """Return (number, what it is, of what) for the head of a section."""
     targets = sorted({entry.target for entry in entries if entry.target != NO_TARGET})
-    trials = {(entry.trial, entry.seed) for entry in entries}
     tiles = [
-        (
-            str(len(entries)),
-            "run" if len(entries) == 1 else "runs",
-            f"{count(len(rows), 'method')}, {count(len(trials), 'trial')}",
-        ),
-        (str(len(targets)), "unseen domains" if len(targets) != 1 else "unseen domain", ", ".join(targets)),
+        (f"{len(entries):,}", "finished runs", count(len(rows), "method")),
+        (str(len(targets)), "unseen domains", ", ".join(targets)),
     ]
     source = next((block for block in blocks if block.selection == "source"), None)
     cells = [] if source is None else [(main_cell(source, row.cells), row.method) for row in source.rows]

@@ -63,7 +63,7 @@ def block_table(block: Block, name: str) -> WebTable:
     rows = []
     for row, cells in zip(block.rows, body(block), strict=True):
         accuracies = [row.cells[column].mean for column in block.columns]
-        costs = [row.n_trials, row.n_models, row.cost.training_steps, row.cost.passes, row.cost.size.get("bytes")]
+        costs = [row.n_trials, row.cost.size.get("bytes"), row.n_models, row.cost.training_steps, row.cost.passes]
         values = [row.method, *accuracies, *costs]
         rows.append([WebCell(cell.text, value, cell.mark) for cell, value in zip(cells, values, strict=True)])
     return WebTable(name, block.title, headers(block), rows)

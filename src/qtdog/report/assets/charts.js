@@ -310,7 +310,7 @@ function makeLines(root, chart) {
     });
   }
   if (few.length < chart.used.length) element("p", { class: "legend-text" }, root, `Drawn at first: the ${few.length} of ${chart.used.length} methods that end highest. The names switch the others on.`);
-  const grid = element("div", { class: "panels" }, root);
+  const grid = element("div", { class: chart.panels.length % 3 ? "panels two" : "panels" }, root);
   for (const spec of chart.panels) {
     const box = element("div", {}, grid);
     element("h3", {}, box, `unseen: ${spec.title}`);

@@ -20,15 +20,15 @@ function sortTable(table, column) {
 }
 
 function filterTable(table, text, count) {
-  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const parts = text.toLowerCase().split(",").map((part) => part.trim()).filter(Boolean);
   let shown = 0;
   for (const row of table.tBodies[0].rows) {
     const content = row.textContent.toLowerCase();
-    row.hidden = !words.every((word) => content.includes(word));
+    row.hidden = !parts.every((part) => content.includes(part));
     shown += !row.hidden;
   }
   const all = table.tBodies[0].rows.length;
-  count.textContent = words.length ? `${shown} of ${all} rows` : `${all} rows`;
+  count.textContent = parts.length ? `${shown} of ${all} rows` : `${all} rows`;
 }
 
 function wireTables(root) {
