@@ -25,13 +25,12 @@ from torch import Tensor
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, write_atomic
 from qtdog.data.buffers import BufferPool
-from qtdog.data.dataset import N_THREADS, DomainDataset, Progress
+from qtdog.data.dataset import N_THREADS, DomainDataset, Progress, map_samples
 from qtdog.data.decode import DECODE_VERSION
+from qtdog.data.index import SETTLED_NS, file_hashes
 
 IMAGES = "images.u8"
 MAX_LISTED = 20
-SETTLED_NS = 2_000_000_000
-"""A file changed within the last 2 s may change again without its times showing it: its hash is not remembered yet."""
 
 
 class DecodedCache:
@@ -85,13 +84,19 @@ def cache_root() -> Path:
 
 
 def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder: Path | None = None) -> str:
-    """Return the data set's `content_sha256`, remembered by its cheap signature so that it is hashed only once.
+    """Return the data set's `content_sha256`; no image is hashed again that is as it was.
+
+    Files are remembered each (`data.index`), other data sets as a whole, by their signature.
 
     Raises:
         DataError: an image cannot be read.
         RunError: the cache folder cannot be written.
     """
-    note = (folder or cache_root()) / "content" / dataset.signature()
+    folder = folder or cache_root()
+    files = dataset.files()
+    if files is not None:
+        return dataset.content_sha256(hashes=_indexed(dataset, *files, folder, progress))
+    note = folder / "content" / dataset.signature()
     remembered = note.read_text() if note.is_file() else ""
     if len(remembered) == 64:
         return remembered
@@ -99,6 +104,15 @@ def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder:
     if time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
         write_atomic(note, content)
     return content
+
+
+def _indexed(dataset: DomainDataset, root: str, paths: list[str], folder: Path, progress: Progress) -> Sequence[str]:
+    def hash_rows(rows: npt.NDArray[np.int64]) -> list[str]:
+        places = rows.tolist()
+        return map_samples(lambda i: dataset.sample_sha256(places[i]), len(places), progress)
+
+    text = file_hashes(root, paths, hash_rows, folder).tobytes().hex()
+    return [text[start : start + 64] for start in range(0, len(text), 64)]
 
 
 def open_cache(

@@ -108,13 +108,25 @@ class DomainDataset(ABC):
         """Return the (domain, class) pairs that have no image."""
         return [(self.domains[d], self.classes[c]) for d, c in np.argwhere(self.counts() == 0)]
 
-    def content_sha256(self, progress: Progress = None) -> str:
-        """Return the hex sha256 of all images' content, names and labels; the same wherever the data set lies."""
+    def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
+        """Return the hex sha256 of all images' content, names and labels; the same wherever the data set lies.
+
+        Args:
+            progress: of hashing.
+            hashes: `sample_sha256` of each image, if known.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
         digest = hashlib.sha256("\0".join([*self.domains, "", *self.classes]).encode())
-        for i, content in enumerate(self.sample_hashes(progress)):
-            line = f"\0{self.keys[i]}\0{self.domain_index[i]}\0{self.class_index[i]}\0{content}"
-            digest.update(line.encode())
+        hashes = self.sample_hashes(progress) if hashes is None else hashes
+        for row in zip(self.keys, self.domain_index.tolist(), self.class_index.tolist(), hashes, strict=True):
+            digest.update("\0%s\0%d\0%d\0%s".__mod__(row).encode())
         return digest.hexdigest()
+
+    def files(self) -> tuple[str, list[str]] | None:
+        """Return the data set's folder and the path of each image's own file, or None if images are no files."""
+        return None
 
     def sample_hashes(self, progress: Progress = None) -> list[str]:
         """Return `sample_sha256` of every image, computed in a few threads (DataError if one cannot be read)."""

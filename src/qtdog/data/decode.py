@@ -10,22 +10,36 @@ from PIL import Image, ImageOps
 
 from qtdog.core.errors import DataError
 
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 """Part of the cache's key: raise it when the pixels that `decode` or `to_square` give change."""
 
 MODES = {1: "L", 3: "RGB"}
+LARGE_PIXELS = 16_000_000
+"""A JPEG file with more pixels is made smaller while it is decoded, if less will do."""
+SPARE = 2
+"""It is left at least so many times as large as asked for: the antialiased resize that follows does the rest."""
+HINT = "Replace or remove it; `qtdog data verify` lists all such files, and training with --skip-unreadable goes on."
 
 
-def decode(path: Path, channels: int = 3) -> npt.NDArray[np.uint8]:
+def decode(path: Path, channels: int = 3, size: int | None = None) -> npt.NDArray[np.uint8]:
     """Return an image file as uint8 (H, W, channels): upright, RGB or grey.
 
     EXIF orientation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped.
 
+    Args:
+        path: the file.
+        channels: 3 (RGB) or 1 (grey).
+        size: what the image will be resized to, if that is known: a very large JPEG file is then decoded at a half, a
+            quarter or an eighth of its size, in as much less memory.
+
     Raises:
-        DataError: the file is missing, truncated, too large to be safe, or not an image.
+        DataError: the file is missing, truncated, too large to be safe (Pillow's limit, 179 million pixels), has
+            floating-point pixels, or is not an image.
     """
     try:
         with Image.open(path) as image:
+            if size is not None and image.width * image.height > LARGE_PIXELS:
+                image.draft(None, (SPARE * size, SPARE * size))
             upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(_to_eight_bit(upright).convert(MODES[channels]))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -33,8 +47,7 @@ def decode(path: Path, channels: int = 3) -> npt.NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist (any more)") from error
     except Exception as error:  # Pillow's readers raise a dozen kinds of error for broken files
-        hint = "Replace or remove it; `qtdog data verify` lists all such files."
-        raise DataError(f"{path} cannot be read as an image ({_reason(error)}). {hint}") from error
+        raise DataError(f"{path} cannot be read as an image ({_reason(error)}). {HINT}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -48,6 +61,8 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         shift = 8 if values.max(initial=0) > 255 else 0
         return Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":  # nothing says which value is white; Pillow would clip
+        raise ValueError("its pixels are floating-point numbers; store them with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")
     return image
@@ -72,4 +87,4 @@ def to_square(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]
 
 def decode_resized(path: Path, size: int, channels: int = 3) -> npt.NDArray[np.uint8]:
     """Return an image file as uint8 (size, size, channels): `decode`, then `to_square` (DataError as `decode`)."""
-    return to_square(decode(path, channels), size)
+    return to_square(decode(path, channels, size), size)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qtdog.core.errors import DataError, nearest
 from qtdog.core.files import sha256_file
 from qtdog.data.dataset import DomainDataset, sample_arrays
-from qtdog.data.decode import decode
+from qtdog.data.decode import decode, decode_resized
 from qtdog.data.sheet import Datasheet
 
 
@@ -50,9 +50,17 @@ class FileDataset(DomainDataset):
         """Return the path of image i."""
         return self.root / self.keys[i]
 
+    def files(self) -> tuple[str, list[str]]:
+        """Return the folder, with links resolved, and the path of each image."""
+        return str(self._resolved), [f"{self._resolved}/{key}" for key in self.keys]
+
     def read(self, i: int) -> npt.NDArray[np.uint8]:
         """Return image i, uint8 (H, W, C) (DataError if it cannot be read)."""
         return decode(self.path(i), self.sheet.channels)
+
+    def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
+        """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
+        return decode_resized(self.path(i), size, self.sheet.channels)
 
     def sample_signature(self, i: int) -> str:
         """Return the folder of the data set, and size and times of file i, which is not read."""

@@ -49,10 +49,21 @@ def is_image_name(name: str) -> bool:
 
 def images_below(folder: Path) -> list[Path]:
     """Return all images below a folder, in torchvision's `ImageFolder` order: by folder, then by file name."""
-    found = []
+    return [folder / name for name in names_below(folder)]
+
+
+def names_below(folder: Path) -> list[str]:
+    """Return the paths of all images below a folder, relative to it, with forward slashes, in the order of that.
+
+    Strings, because half a million `Path` objects would take longer than everything else at the start.
+    """
+    found: list[str] = []
+    base = len(str(folder)) + 1
     for top, _, names in sorted(os.walk(folder, followlinks=True)):
-        if not any(part.startswith(".") for part in Path(top).relative_to(folder).parts):
-            found += [Path(top, name) for name in sorted(names) if is_image_name(name)]
+        inside = top[base:].replace(os.sep, "/")
+        if not any(part.startswith(".") for part in inside.split("/")):
+            prefix = f"{inside}/" if inside else ""
+            found += [prefix + name for name in sorted(names) if is_image_name(name)]
     return found
 
 
@@ -69,8 +80,8 @@ def _scan(root: Path) -> tuple[dict[str, list[str]], list[Record]]:
         if labels:  # a folder without any is no domain: notes, lists of files
             classes[domain.name] = [label.name for label in labels]
         for label in labels:
-            keys = [path.relative_to(root).as_posix() for path in images_below(label)]
-            records += [Record(domain.name, label.name, key) for key in keys]
+            place = f"{domain.name}/{label.name}/"
+            records += [Record(domain.name, label.name, place + name) for name in names_below(label)]
     return classes, records
 
 

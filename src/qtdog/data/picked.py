@@ -44,6 +44,11 @@ class PickedImages(DomainDataset):
         """Return picked image i as uint8 (size, size, C) (DataError if it cannot be read)."""
         return self._dataset.read_resized(self._places[i], size)
 
+    def files(self) -> tuple[str, list[str]] | None:
+        """Return the whole data set's folder and the files of the picked images, or None if images are no files."""
+        whole = self._dataset.files()
+        return None if whole is None else (whole[0], [whole[1][place] for place in self._places])
+
     def sample_signature(self, i: int) -> str:
         """Return the whole data set's fingerprint of picked image i."""
         return self._dataset.sample_signature(self._places[i])

@@ -10,8 +10,10 @@ import numpy as np
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import write_atomic
-from qtdog.data.cache import SETTLED_NS, cache_root
+from qtdog.data.cache import cache_root
 from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.decode import HINT
+from qtdog.data.index import SETTLED_NS
 from qtdog.data.picked import PickedImages
 
 
@@ -60,5 +62,5 @@ def _reason(dataset: DomainDataset, i: int) -> str:
     try:
         dataset.read(i)
     except DataError as error:
-        return str(error)
+        return str(error).removesuffix(HINT).rstrip()
     return ""
