@@ -31,6 +31,7 @@ class _About(BaseModel):
     training_steps: int = Field(ge=0)
     training_runs: float = Field(ge=0)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    cascade_threshold: float | None = Field(default=None, gt=0, le=1)
 
 
 def load_any(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedModel | EnsembleModel:

@@ -26,6 +26,8 @@ class EnsembleInfo:
         training_steps: updates behind all members, a shared beginning counted once.
         training_runs: the same in lengths of one member's run.
         temperature: of the probabilities, fitted on the sources' held-out images; 1 where that was not possible.
+        cascade_threshold: confidence at which no further member need be asked (`ensemble.cascade`), chosen on the
+            same images; None where that was not possible.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class EnsembleInfo:
     training_steps: int
     training_runs: float
     temperature: float = 1.0
+    cascade_threshold: float | None = None
 
     @property
     def backbone(self) -> str:
