@@ -16,6 +16,7 @@ from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.ensemble.calibrate import calibrate
+from qtdog.ensemble.cascade import plan_cascade
 from qtdog.ensemble.cost import Cost, cost
 from qtdog.ensemble.exam import Answers, Exam, Kept
 from qtdog.ensemble.kinds import KINDS, check_kind
@@ -126,14 +127,15 @@ def _all_members(members: Sequence[Member], order: Order, exam: Exam | None) -> 
     info = EnsembleInfo(order.kind, infos, none, price.training_steps, price.training_runs)
     device = "cpu" if exam is None else exam.device
     model = build_model(order.file, [member.packed for member in members], info, device=device)
-    measured, trust = _measure_all(exam, model)
+    measured, trust, cascade = _measure_all(exam, model)
     about = {"kind": order.kind, "accuracy": measured.accuracy}
     about |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
-    about |= {"temperature": trust["temperature"]}
+    about |= {"temperature": trust["temperature"], "cascade_threshold": cascade["threshold"]}
     save_ensemble(order.file, [member.packed for member in members], about)
     _prove(model, members[0], order.file)
     size = asdict(ensemble_sizes(order.file))
-    return measured, price, {"size": size, "model_sha256": sha256_file(order.file), "calibration": trust}
+    details = {"size": size, "model_sha256": sha256_file(order.file), "calibration": trust, "cascade": cascade}
+    return measured, price, details
 
 
 def _one_model(members: Sequence[Member], order: Order, exam: Exam | None, warn: Callable[[str], None]) -> Outcome:
@@ -168,10 +170,10 @@ def _measure(exam: Exam | None, answers: Answers) -> Measured:
     return Measured(exam.source(answers), *exam.test(answers))
 
 
-def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dict[str, Any]]:
-    """Return the scores of the ensemble and of its members, and how far the ensemble's probabilities can be trusted."""
+def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dict[str, Any], dict[str, Any]]:
+    """Return the scores of the ensemble and its members, how far to trust its answers, and when to stop asking."""
     if exam is None:
-        return Measured({}, {}, {}), calibrate([], [])
+        return Measured({}, {}, {}), calibrate([], []), plan_cascade([], [], 1.0)
 
     def answer(images: torch.Tensor) -> torch.Tensor:
         return _with_mean(model.member_logits(images))
@@ -180,7 +182,8 @@ def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dic
     test: Kept = []
     measured = Measured(exam.source(answer, source), *exam.test(answer, test))
     members = [[(logits[1:], labels) for logits, labels in kept] for kept in (source, test)]
-    return measured, calibrate(*members)
+    trust = calibrate(*members)
+    return measured, trust, plan_cascade(*members, trust["temperature"])
 
 
 @torch.no_grad()
