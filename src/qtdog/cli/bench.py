@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qtdog.export.bench_stats import Spread
     from qtdog.export.bench_worker import Opened
     from qtdog.export.images import LabelledImages
+    from qtdog.training.shipped import ModelInfo
 
 FILES = "Model files: packed .safetensors, exported .onnx, .xml, .pt2 or .pte; or folders of finished runs."
 RUNTIME = (
@@ -91,7 +92,8 @@ def _images(data: str, domain: str | None, n_images: int) -> Callable[[Opened], 
         how = opened.info.preprocessing.model_copy(update={"image_size": opened.image_size})
         key = (where, how, opened.info.classes)
         if key not in made:
-            info = opened.info.model_copy(update={"preprocessing": how})
+            # what an export says of itself has every field that is read there
+            info = cast("ModelInfo", opened.info.model_copy(update={"preprocessing": how}))
             asked = Draw(n_images, 0, (where,), force_target=True)  # it is measured here, and nothing chosen by it
             made[key] = draw_images(dataset, info, asked, CountingBar("reading images"))
         return made[key]
@@ -132,19 +134,15 @@ def _show(found: Bench) -> None:
 
 
 def _time_row(row: Measured) -> list[str]:
-    from qtdog.export.bench_plot import label
-
     timing = row.timing
     rate = f"{timing.images_per_s:,.0f}" if timing.images_per_s >= 10 else f"{timing.images_per_s:.2f}"
     times = [f"{1e3 * seconds:.1f}" for seconds in (timing.p50_s, timing.p95_s)]
-    return [label(row), row.runtime, _spread(timing.ratio), *times, rate]
+    return [row.label, row.runtime, _spread(timing.ratio), *times, rate]
 
 
 def _cost_row(row: Measured) -> list[str]:
-    from qtdog.export.bench_plot import label
-
     memory, size = f"{row.model_bytes / 1e6:.0f} MB", f"{row.file_bytes / 1e6:.3g} MB"
-    return [label(row), _spread(row.timing.cpu_ratio), memory, size, _operators(row)]
+    return [row.label, _spread(row.timing.cpu_ratio), memory, size, _operators(row)]
 
 
 def _spread(ratio: Spread) -> str:

@@ -52,6 +52,12 @@ class Measured:
     operators: dict[str, Any] | None
     accuracy: float | None
 
+    @property
+    def label(self) -> str:
+        """A short name: of the file, or of the run's folder."""
+        path = Path(self.path)
+        return path.parent.name if path.name == "model.safetensors" else path.name
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -182,7 +188,11 @@ class _Worker:
         self.process = context.Process(target=serve, args=(there, job), daemon=True)
         self.process.start()
         there.close()
-        self.opened: Opened = self._answer()
+        try:
+            self.opened: Opened = self._answer()
+        except BaseException:
+            self.end()
+            raise
 
     def ask(self, request: Any) -> Any:
         self.pipe.send(request)

@@ -9,7 +9,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from qtdog.export.bench import Bench, Measured
+from qtdog.export.bench import Bench
 from qtdog.export.bench_stats import pareto
 
 
@@ -35,7 +35,7 @@ def plot_bench(bench: Bench, path: Path) -> None:
     axis.errorbar(latencies, heights, xerr=[[0] * len(rows), tails], fmt="o", capsize=3)
     axis.plot([latencies[k] for k in best], [heights[k] for k in best], color="tab:grey", linestyle="--", zorder=0)
     for row, x, y in zip(rows, latencies, heights, strict=True):
-        axis.annotate(f"{label(row)}\n{row.runtime}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        axis.annotate(f"{row.label}\n{row.runtime}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
     axis.set_xlabel(f"latency of {bench.batch} image(s), {bench.threads} thread(s): median, and up to p95 (ms)")
     axis.set_ylabel("accuracy (%)" if with_accuracy else "file (MB)")
     axis.set_xlim(left=0)
@@ -45,9 +45,3 @@ def plot_bench(bench: Bench, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def label(row: Measured) -> str:
-    """Return a short name of a measured model: its file, or the run's folder."""
-    path = Path(row.path)
-    return path.parent.name if path.name == "model.safetensors" else path.name
