@@ -83,7 +83,8 @@ def load_index(place: Path) -> Index:
     try:
         if place.stat().st_size > MAX_INDEX_BYTES:
             return empty
-        with np.load(place, allow_pickle=False) as saved:
+        # opened here: NumPy leaves the file open if it is no archive
+        with place.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
             names = saved["names"].tobytes().decode("utf-8", errors="surrogateescape")
             index = Index(names.split("\0") if names else [], saved["stats"], saved["hashes"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):

@@ -47,6 +47,8 @@ class Problem:
 def dataset_layer(dataset: DomainDataset, *, with_preset: bool) -> Tree:
     """Return what the data set's datasheet says about training on it: the layer below every other."""
     layer: Tree = {"data": {"augment": dataset.sheet.augment}}
+    if dataset.sheet.steps:
+        layer["train"] = {"steps": dataset.sheet.steps, "eval_every": dataset.sheet.eval_every}
     if with_preset and dataset.sheet.preset:
         preset = load_preset(dataset.sheet.preset)
         layer = preset | {"data": layer["data"] | preset.get("data", {})}

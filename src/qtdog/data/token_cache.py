@@ -1,0 +1,88 @@
+"""Tokenise once: all texts of a data set as numbers in one file, which training reads rows of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qtdog.core.errors import DataError
+from qtdog.core.files import atomic_folder
+from qtdog.data.buffers import BufferPool
+from qtdog.data.cache import DecodedCache, cache_root
+from qtdog.data.dataset import Progress
+from qtdog.data.text_domains import TextDomains
+
+TOKENS = "tokens.u16"
+N_TOGETHER = 1024
+N_BYTES = 2
+
+
+class TokenCache(DecodedCache):
+    """n texts of one length in one file.
+
+    Args:
+        path: a file of n · length unsigned 16-bit numbers, little-endian.
+        n: texts.
+        length: tokens of each.
+    """
+
+    def __init__(self, path: Path, n: int, length: int) -> None:
+        super().__init__(path, (n, length, 1, N_BYTES))
+
+    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int], pool: BufferPool | None = None) -> Tensor:
+        """Return the token numbers of the texts at `indices`, int64 (b, length); errors as in `DecodedCache.gather`."""
+        numbers = super().gather(indices, pool).numpy().view("<u2").reshape(len(indices), self.shape[1])
+        return torch.from_numpy(numbers.astype(np.int64))
+
+
+def open_tokens(
+    dataset: TextDomains,
+    tokenise: Callable[[Sequence[str]], npt.NDArray[np.integer]],
+    *,
+    name: str,
+    length: int,
+    progress: Progress = None,
+    folder: Path | None = None,
+) -> TokenCache:
+    """Return the data set's texts as numbers, tokenising them now unless that was done before.
+
+    Args:
+        dataset: the texts.
+        tokenise: texts → numbers (n, length), 0 behind the end.
+        name: of the tokeniser; with the content and the length it is the key.
+        length: tokens of each text.
+        progress: of tokenising.
+        folder: of the caches; default `cache_root()`.
+
+    Raises:
+        DataError: the tokeniser gives numbers that do not fit 16 bits, or rows of another length.
+        RunError: the cache folder cannot be written.
+    """
+    folder = folder or cache_root()
+    key = hashlib.sha256(json.dumps([dataset.content_sha256(), name, length]).encode()).hexdigest()
+    place = folder / "tokens" / key[:24]
+    file = place / TOKENS
+    if not file.is_file() or file.stat().st_size != N_BYTES * length * len(dataset):
+        shutil.rmtree(place, ignore_errors=True)
+        with atomic_folder(place) as temporary, (temporary / TOKENS).open("wb") as stream:
+            for start in range(0, len(dataset), N_TOGETHER):
+                rows = np.arange(start, min(len(dataset), start + N_TOGETHER))
+                stream.write(_checked(tokenise(dataset.texts(rows)), (len(rows), length)).astype("<u2").tobytes())
+                if progress is not None:
+                    progress(int(rows[-1]) + 1, len(dataset))
+    return TokenCache(file, len(dataset), length)
+
+
+def _checked(tokens: npt.NDArray[np.integer], shape: tuple[int, int]) -> npt.NDArray[np.integer]:
+    if tokens.shape != shape or tokens.min() < 0 or tokens.max() >= 1 << (8 * N_BYTES):
+        raise DataError(f"the tokeniser gave numbers {tokens.min()} … {tokens.max()} of shape {tokens.shape}, not 16 "
+                        f"bits of shape {shape}")  # fmt: skip
+    return tokens

@@ -1,0 +1,113 @@
+"""A new user's images: three sites, two classes, mixed kinds of files, one of them broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHORT = ("--image-size", 12, "--batch-size", 4, "--steps", 2, "--set", "train.eval_every=1")
+NET = ("--backbone", "digits_cnn", "--weights", "none", *SHORT)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Make 3 sites × 2 classes × 6 images: PNG, JPEG, WebP, grey, 16-bit and RGBA; and a list with a month each."""
+    rng = np.random.default_rng(0)
+    rows = ["path,label,site,month"]
+    for site in ("harbour", "hill", "valley"):
+        for label in ("benign", "malignant"):
+            folder = tmp_path / "scans" / site / label
+            folder.mkdir(parents=True)
+            for i, kind in enumerate(("png", "jpg", "webp", "png", "png", "png")):
+                pixels = rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels)
+                if i == 3:
+                    image = image.convert("L")
+                elif i == 4:
+                    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
+                elif i == 5:
+                    image = image.convert("RGBA")
+                image.save(folder / f"{i}.{kind}")
+                rows.append(f"{site}/{label}/{i}.{kind},{label},{site},2024-0{1 + i % 2}")
+    (tmp_path / "scans" / "list.csv").write_text("\n".join(rows))
+    return tmp_path / "scans"
+
+
+def test_a_broken_image_is_named_and_left_out_on_demand(qtdog, scans, tmp_path):
+    broken = scans / "hill" / "malignant" / "2.webp"
+    broken.write_bytes(broken.read_bytes()[:60])
+    outcome = qtdog("train", "--data", scans, "--target", "valley", *NET, "--out", tmp_path / "a")
+    assert outcome.code == 1
+    assert str(broken) in outcome.err
+    assert "--skip-unreadable goes on" in outcome.err
+    run = tmp_path / "b"
+    outcome = qtdog("train", "--data", scans, "--target", "valley", *NET, "--skip-unreadable", "--out", run)
+    assert outcome.code == 0
+    assert "1 unreadable images are left out" in outcome.err
+    (skipped,) = json.loads((run / "skipped.json").read_text())
+    assert skipped["image"] == "hill/malignant/2.webp"
+    assert "cannot be read as an image" in skipped["reason"]
+    assert json.loads((run / "result.json").read_text())["n_skipped"] == 1
+    assert qtdog("eval", run / "model.safetensors", scans).code == 1
+    outcome = qtdog("eval", run / "model.safetensors", scans, "--skip-unreadable", "--json")
+    assert outcome.code == 0
+    assert {name: score["n"] for name, score in json.loads(outcome.out)["domains"].items()} == {
+        "harbour": 12,
+        "hill": 11,
+        "valley": 12,
+    }
+    outcome = qtdog("predict", run / "model.safetensors", scans / "valley", "--json")
+    assert outcome.code == 0
+    assert len(json.loads(outcome.out)) == 12
+
+
+def test_an_interrupted_run_goes_on_without_the_broken_image(qtdog, scans, tmp_path):
+    (scans / "hill" / "malignant" / "2.webp").write_bytes(b"")
+    run = tmp_path / "b"
+    assert qtdog("train", "--data", scans, "--target", "valley", *NET, "--skip-unreadable", "--out", run).code == 0
+    (run / "result.json").unlink()
+    assert qtdog("train", "--resume", "--out", run).code == 0
+
+
+def test_a_sound_data_set_gives_the_same_run_either_way(qtdog, scans, tmp_path):
+    first = qtdog("train", "--data", scans, "--target", "valley", *NET, "--out", tmp_path / "a", "--json")
+    again = (
+        "train",
+        "--data",
+        scans,
+        "--target",
+        "valley",
+        *NET,
+        "--skip-unreadable",
+        "--out",
+        tmp_path / "b",
+        "--json",
+    )
+    assert json.loads(first.out)["config_hash"] == json.loads(qtdog(*again).out)["config_hash"]
+    assert not (tmp_path / "b" / "skipped.json").exists()
+
+
+def test_any_column_may_hold_the_domains(qtdog, scans, tmp_path):
+    outcome = qtdog("data", "card", f"{scans}/list.csv:month", "--json")
+    assert json.loads(outcome.out)["counts"] == {m: {"benign": 9, "malignant": 9} for m in ("2024-01", "2024-02")}
+    args = ("--target", "2024-02", *NET, "--out", tmp_path / "run")
+    assert qtdog("train", "--data", f"{scans}/list.csv:month", *args).code == 0
+    outcome = qtdog("train", "--data", scans / "list.csv", "--target", "hill")
+    assert outcome.code == 1
+    assert "the column 'domain' is missing" in outcome.err
+    assert "list.csv:site'" in outcome.err
+    outcome = qtdog("data", "card", f"{scans}/list.csv:mnth")
+    assert outcome.code == 1
+    assert "rename 'month'?" in outcome.err
+
+
+def test_rare_classes_may_weigh_more(qtdog, scans, tmp_path):
+    args = ("--target", "valley", *NET, "--set", "data.class_weights=balanced", "--out", tmp_path / "run")
+    assert qtdog("train", "--data", scans, *args).code == 0
+    outcome = qtdog("train", "--data", scans, *NET, "--set", "data.class_weights=balance")
+    assert outcome.code == 2
+    assert "did you mean 'balanced'" in outcome.err

@@ -1,0 +1,70 @@
+"""Unreadable images are left out on demand, by name."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from qtdog.core.errors import DataError
+from qtdog.data import index, readable
+from qtdog.data.digits import RotatedDigits
+from qtdog.data.folder import open_folder
+from qtdog.data.readable import without_unreadable
+from qtdog.data.subset import DomainSubset
+
+
+def test_the_broken_ones_are_left_out_and_told(image_tree, tmp_path):
+    os.truncate(image_tree / "night" / "cat" / "3.png", 70)
+    (image_tree / "indoor" / "dog" / "0.png").write_text("<html>")
+    (image_tree / "indoor" / "dog" / "x.png").symlink_to("nowhere.png")
+    whole = open_folder(image_tree)
+    kept = without_unreadable(whole, folder=tmp_path / "c")
+    assert [key for key, _ in kept.skipped] == ["indoor/dog/0.png", "indoor/dog/x.png", "night/cat/3.png"]
+    assert all("--skip-unreadable" not in reason for _, reason in kept.skipped)
+    assert len(kept) == 52
+    assert kept.domains == whole.domains
+    assert kept.sheet == whole.sheet
+    for i in (0, 20, 51):
+        j = whole.keys.index(kept.keys[i])
+        assert np.array_equal(kept.read(i), whole.read(j))
+        assert kept.class_index[i] == whole.class_index[j]
+        assert kept.domain_index[i] == whole.domain_index[j]
+
+
+def test_a_sound_data_set_is_returned_as_it_is(image_tree, tmp_path):
+    whole = open_folder(image_tree)
+    assert without_unreadable(whole, folder=tmp_path / "c") is whole
+    digits = RotatedDigits()
+    assert without_unreadable(digits, folder=tmp_path / "c") is digits
+
+
+def test_what_was_found_is_remembered_until_something_changes(image_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(readable, "SETTLED_NS", -(10**18))
+    path = image_tree / "night" / "cat" / "3.png"
+    good = path.read_bytes()
+    os.truncate(path, 70)
+    first = without_unreadable(open_folder(image_tree), folder=tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(readable, "_reason", lambda *_: pytest.fail("read again"))
+        assert without_unreadable(open_folder(image_tree), folder=tmp_path / "c").skipped == first.skipped
+    path.write_bytes(good)
+    assert len(without_unreadable(open_folder(image_tree), folder=tmp_path / "c")) == 54
+
+
+def test_nothing_readable_is_an_error(image_tree, tmp_path):
+    for path in image_tree.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="no image of photos can be read; the first: "):
+        without_unreadable(open_folder(image_tree), folder=tmp_path / "c")
+
+
+def test_the_skipped_of_a_part_are_still_told(image_tree, tmp_path):
+    os.truncate(image_tree / "night" / "cat" / "3.png", 70)
+    kept = without_unreadable(open_folder(image_tree), folder=tmp_path / "c")
+    assert DomainSubset(kept, ["indoor"]).skipped == kept.skipped
+
+
+def test_index_and_readable_share_one_idea_of_settled():
+    assert readable.SETTLED_NS == index.SETTLED_NS
