@@ -117,6 +117,13 @@ def test_float_fork_keeps_what_was_selected_before(make, digits, tmp_path):
     assert result["forked_from_step"] == 4
 
 
+def test_quantization_after_training_ships_what_was_chosen_before_the_fork(make, digits, tmp_path):
+    config = make(quantizer={"name": "rtn", "start_step": None}, optimizer={"lr": 0.5})  # gets worse with each step
+    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"), until=6)
+    result, _ = assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    assert result["selected_step"] < 6
+
+
 def test_time_of_the_prefix_is_not_counted_again(make, prefix, digits, tmp_path):
     late = replace(prefix, state=prefix.state | {"trained_s": 1e6})
     result, expected = assert_fork_is_the_run(make(), digits, tmp_path, late)

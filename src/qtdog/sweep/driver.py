@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -156,7 +156,9 @@ class Driver:
 
     def _lose(self, task: Task, outcome: Outcome) -> Outcome:
         """Let a task whose process died be tried again, unless that happens each time."""
-        self._lost[task.name] += self._stopping is None
+        if self._stopping is not None:  # it was asked to stop before it could be asked politely
+            return replace(outcome, status="stopped", reason="")
+        self._lost[task.name] += 1
         if self._lost[task.name] < MAX_LOST:
             return outcome
         return Outcome(task.name, "failed", f"{MAX_LOST} times {outcome.reason}", "lost", outcome.seconds)

@@ -110,8 +110,15 @@ class LocalEngine:
         reason = f"the process that starts workers ended ({nursery.returncode})"
         lost = [Outcome(name, "lost", reason) for name in self._running]
         self._running.clear()
-        self._nursery, self._buffer = None, b""
+        self._forget(nursery)
         return lost
+
+    def _forget(self, nursery: subprocess.Popen[bytes]) -> None:
+        for pipe in (nursery.stdin, nursery.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+        self._nursery, self._buffer = None, b""
 
     def stop(self) -> None:
         """Ask all workers to save their state and end."""
@@ -122,10 +129,12 @@ class LocalEngine:
     def close(self) -> None:
         """End the nursery; workers that are left stop by themselves."""
         self.stop()
-        if self._nursery is None:
+        nursery = self._nursery
+        if nursery is None:
             return
         try:
-            self._nursery.wait(timeout=5)
+            nursery.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self._nursery.kill()
-            self._nursery.wait()
+            nursery.kill()
+            nursery.wait()
+        self._forget(nursery)

@@ -11,7 +11,7 @@ from qtdog.conversion.attach import sites
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import RunError
 from qtdog.core.settings import differences
-from qtdog.training.averagers import Averager
+from qtdog.training.averagers import Averager, snapshot
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.optimizer_state import plain_names, restore_moments_
 from qtdog.training.parts import Parts
@@ -52,7 +52,8 @@ def begin_fork_(parts: Parts, checkpoint: Checkpoint) -> RunState:
     selectable = parts.selectable
     state = RunState.from_json(checkpoint.step, checkpoint.state)
     state.lines = [line | {"selectable": selectable} for line in state.lines]
-    state.selected = checkpoint.tensors.get("selected") if selectable else None
+    selected = checkpoint.tensors.get("selected") if selectable else None
+    state.selected = None if selected is None else snapshot(parts.network) | _places(parts.network, selected)
     state.trained_s = 0.0
     state.saved_step = 0  # in this run's folder nothing is saved yet
     _count_(parts, state)
@@ -180,6 +181,11 @@ def load_plain_(network: nn.Module, plain: dict[str, Tensor]) -> None:
         >>> torch.equal(network.weight, source.weight)
         True
     """
+    network.load_state_dict(_places(network, plain), strict=False)
+
+
+def _places(network: nn.Module, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a network's plain form under the names that they have in it (KeyError as above)."""
     state = network.state_dict()
     places = {f"{site.prefix}original": site.plain_name for site in sites(network)}
     theirs = tuple(site.prefix for site in sites(network))
@@ -187,4 +193,4 @@ def load_plain_(network: nn.Module, plain: dict[str, Tensor]) -> None:
     different = sorted(set(names.values()) ^ plain.keys())
     if different:
         raise KeyError(f"they have not the same weights; only one has {', '.join(different[:5])}")
-    network.load_state_dict({key: plain[name] for key, name in names.items()}, strict=False)
+    return {key: plain[name] for key, name in names.items()}

@@ -1,0 +1,245 @@
+"""The local engine: same results as separate runs, whatever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from qtdog.core.errors import RunError
+from qtdog.sweep import driver as driver_module
+from qtdog.sweep.driver import Driver
+from qtdog.sweep.notes import Outcome, read_failures
+from qtdog.sweep.plan import make_plan
+from qtdog.sweep.state import is_done, standings, unfinished
+from qtdog.sweep.study import Study
+from qtdog.sweep.work import perform
+from qtdog.training.run import Voice
+from qtdog.training.run_folder import RunFolder
+
+
+class Quiet:
+    """A board that keeps what it is told."""
+
+    def __init__(self):
+        self.ends = []
+
+    def show(self, progress):
+        pass
+
+    def ended(self, task, outcome):
+        self.ends.append((task.name, outcome))
+
+
+def measured(out, plan):
+    """Return what each run came to, without what time decides."""
+    found = {}
+    for task in plan.tasks:
+        if task.kind == "run":
+            folder = RunFolder(task.folder(out))
+            lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+            result = folder.read_result()
+            assert result is not None
+            found[task.name] = (result["model_sha256"], [line | {"trained_s": 0} for line in lines])
+    return found
+
+
+def in_this_process(plan, out):
+    for task in plan.tasks:
+        outcome = perform(task, out, plan.dataset, Voice(warn=print))
+        assert outcome.status == "done", outcome
+    return out
+
+
+METHODS = {
+    "float": {"presets": ["float"]},
+    "lsq": {"presets": ["lsq"]},
+    "lsq-decay": {"presets": ["lsq-decay"]},
+    "freeze": {"presets": ["freeze"]},
+    "sma": {"presets": ["float"], "set": {"averager.name": "sma", "averager.params": {"start": 2}}},
+    "lsq+swad": {"presets": ["lsq"], "set": {"averager.name": "swad"}},
+    "swad": {"presets": ["float"], "set": {"averager.name": "swad"}},
+    "rtn": {"presets": ["rtn"]},
+}
+
+
+def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path):
+    how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}}
+    separate, shared = make_tiny(**how), make_tiny(**how, share_prefix=True)
+    expected = measured(in_this_process(separate, tmp_path / "separate"), separate)
+    found = measured(in_this_process(shared, tmp_path / "shared"), shared)
+    assert found == expected
+    # quantized from step 2 of 6: eight runs of 6 steps; of the eight, swad counts from the first step on, and rtn goes
+    # on from the float run's step 5
+    assert sum(task.steps for task in separate.tasks) == 8 * 6
+    assert sum(task.steps for task in shared.tasks) == 2 + 6 * 4 + 6 + 1
+    for task in shared.tasks:
+        result = RunFolder(task.folder(tmp_path / "shared")).read_result()
+        if task.kind == "run" and result is not None:
+            assert result["forked_from_step"] == task.step
+
+
+def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):
+    plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
+    first, *runs = plan.tasks
+    perform(first, tmp_path, plan.dataset, Voice())
+    file = next(first.folder(tmp_path).glob("checkpoint/step-00000002/network.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    told = []
+    assert perform(runs[0], tmp_path, plan.dataset, Voice(warn=told.append)).status == "done"
+    assert "training from step 0 instead" in told[0]
+
+
+def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, monkeypatch):
+    changes = {"set": {"train.steps": 60, "train.checkpoint_every": 2}, "share_prefix": True}
+    plan = make_tiny(**changes, grid={"target": "75", "seed": 0})
+    expected = measured(in_this_process(plan, tmp_path / "whole"), plan)
+    out, study = tmp_path / "killed", tmp_path / "tiny.yaml"
+    study.write_text(yaml.safe_dump(plan.study.model_dump(mode="json", exclude_defaults=True)))
+    command = [sys.executable, "-m", "qtdog", "sweep", str(study), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("*/checkpoint/step-*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert unfinished(plan.tasks, out)
+    engine, board, killed = local(plan, out), Quiet(), []
+
+    def kill_two(progress):
+        for name, pid in engine.pids.items():
+            if len(killed) < 2 and list((out / name).glob("checkpoint/step-*")):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(name)
+
+    monkeypatch.setattr(driver_module, "POLL_S", 0.01)
+    monkeypatch.setattr(driver_module, "BUSY_S", 0.2)  # the orphans of the first driver stop by themselves
+    monkeypatch.setattr(board, "show", kill_two)
+    progress = Driver(plan.tasks, out, engine, board).run()
+    assert len(killed) == 2
+    assert not progress.failed
+    assert [name for name, outcome in board.ends if outcome.status == "lost"] == killed
+    assert "SIGKILL" in next(outcome.reason for _, outcome in board.ends if outcome.status == "lost")
+    assert measured(out, plan) == expected
+
+
+class Scripted:
+    """An engine that ends each task as a function says."""
+
+    def __init__(self, end, out, slots=1):
+        self.slots, self.end, self.out, self.begun, self.running, self.stopped = slots, end, out, [], [], False
+
+    def start(self, task):
+        self.begun.append(task.name)
+        self.running.append(task)
+
+    def poll(self, timeout_s):
+        ended, self.running = [self.end(task) for task in self.running], []
+        for outcome in ended:
+            if outcome.status == "done":
+                folder = self.out / outcome.name
+                (folder / "checkpoint" / "step-00000002").mkdir(parents=True)
+                for name in ("result.json", "model.safetensors", "checkpoint/step-00000002/checkpoint.json"):
+                    (folder / name).write_text("{}")
+        return ended
+
+    def stop(self):
+        self.stopped = True
+
+    def close(self):
+        pass
+
+
+def test_a_run_that_fails_stops_no_other_but_what_needs_it(make_tiny, tmp_path):
+    plan = make_tiny(share_prefix=True)
+    bad = plan.tasks[0].name  # the beginning of two of the four runs
+
+    def end(task):
+        return Outcome(task.name, "failed", "no luck", "RunError") if task.name == bad else Outcome(task.name, "done")
+
+    engine = Scripted(end, tmp_path)
+    progress = Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    assert len(progress.done) == 3
+    assert [task.begin for task in progress.blocked()] == [bad, bad]
+    assert read_failures(tmp_path)[bad].reason == "no luck"
+    assert standings(plan.tasks, tmp_path)[bad] == "failed"
+    again = Scripted(lambda task: Outcome(task.name, "done"), tmp_path)
+    Driver(plan.tasks, tmp_path, again, Quiet()).run()
+    assert len(again.begun) == 3  # only what is missing or failed
+    assert read_failures(tmp_path) == {}
+
+
+def test_a_process_that_dies_each_time_counts_as_a_failure(make_tiny, tmp_path):
+    plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75"})
+    engine = Scripted(lambda task: Outcome(task.name, "lost", "its process died of SIGKILL"), tmp_path)
+    progress = Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    assert len(engine.begun) == driver_module.MAX_LOST
+    assert progress.failed[plan.tasks[0].name].reason == "5 times its process died of SIGKILL"
+
+
+def test_a_full_disk_stops_the_sweep(make_tiny, tmp_path):
+    plan = make_tiny()
+    engine = Scripted(lambda task: Outcome(task.name, "disk", "the disk is full", "RunError"), tmp_path)
+    with pytest.raises(RunError, match="the sweep stopped, since it cannot write: the disk is full"):
+        Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    assert engine.stopped
+    assert len(engine.begun) == 1
+    assert read_failures(tmp_path) == {}
+
+
+def test_a_folder_in_use_is_looked_at_again_later(make_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver_module, "BUSY_S", 0.05)
+    plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75"})
+    ends = iter(["busy", "busy", "done"])
+    engine = Scripted(lambda task: Outcome(task.name, next(ends)), tmp_path)
+    Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    assert len(engine.begun) == 3
+    assert is_done(plan.tasks[0], tmp_path)
+
+
+def test_limit_begins_no_more_than_so_many(make_tiny, tmp_path):
+    plan = make_tiny()
+    engine = Scripted(lambda task: Outcome(task.name, "done"), tmp_path)
+    progress = Driver(plan.tasks, tmp_path, engine, Quiet(), limit=3).run()
+    assert len(engine.begun) == len(progress.done) == 3
+
+
+def test_an_ensemble_is_made_of_finished_members(make_tiny, tmp_path):
+    ensembles = [
+        {"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..1"},
+        {"name": "DiWA", "method": "one-start", "kind": "diwa", "members": "0..1"},
+    ]
+    methods = {"lsq": {"presets": ["lsq"]}, "one-start": {"presets": ["float"], "set": {"model.init_seed": 0}}}
+    plan = make_tiny(methods=methods, ensembles=ensembles)
+    in_this_process(plan, tmp_path)
+    made = [task for task in plan.tasks if task.kind == "ensemble"]
+    assert [task.name.split("-")[0] for task in made] == ["eoq", "diwa"]
+    for task in made:
+        result = json.loads((task.folder(tmp_path) / "result.json").read_text())
+        assert [member["folder"] for member in result["members"]] == [f"../{name}" for name in task.needs]
+        assert is_done(task, tmp_path)
+    assert unfinished(plan.tasks, tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_told_apart_from_other_failures(make_tiny, tmp_path, monkeypatch):
+    plan = make_tiny()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qtdog.core.files.tempfile.mkstemp", full)
+    outcome = perform(plan.tasks[0], tmp_path, plan.dataset, Voice())
+    assert (outcome.status, outcome.error) == ("disk", "RunError")
+    assert "the disk is full" in outcome.reason
+
+
+def test_a_plan_is_the_same_each_time(make_tiny):
+    assert (
+        make_tiny(share_prefix=True).tasks
+        == make_plan(Study.model_validate(make_tiny().study.model_dump() | {"share_prefix": True})).tasks
+    )
