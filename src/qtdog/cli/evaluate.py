@@ -45,13 +45,13 @@ def evaluate(
     """
     from qtdog.cli.console import out, print_json, print_table
     from qtdog.cli.progress import CountingBar
-    from qtdog.data.open import open_dataset
+    from qtdog.data.open_any import open_any
     from qtdog.data.readable import without_unreadable
     from qtdog.ensemble.load import load_any
     from qtdog.report.table import percent
 
     shipped = load_any(model)
-    dataset = open_dataset(data, min_domains=1)
+    dataset = open_any(data, min_domains=1)
     if skip_unreadable:
         dataset = without_unreadable(dataset, CountingBar("reading images"))
     known: list[Doubt] = []
@@ -145,16 +145,18 @@ def score_domains(
 
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
-    from qtdog.data.cache import open_cache
     from qtdog.data.loader import eval_batches
     from qtdog.ensemble.answers import collect
+    from qtdog.training.inputs import check_reads, open_inputs
 
     how = shipped.info.preprocessing
     if dataset.sheet.channels != how.channels:
         found = dataset.sheet.channels
         raise DataError(f"the model takes images of {how.channels} channels, {dataset.sheet.name} has {found}")
     labels = model_labels(shipped.info.classes, dataset)
-    cache = open_cache(dataset, how.image_size, progress=CountingBar("decoding images"))
+    check_reads(shipped.info.backbone, dataset)
+    sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
+    cache = open_inputs(dataset, shipped.info.backbone, **sizes, progress=CountingBar("decoding images"))
     device = Accelerator().device
     model = shipped.to(device)
     scores = {}

@@ -13,7 +13,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.settings import Tree, build_config, load_preset, parse_assignment
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_dataset
+from qtdog.data.open_any import open_any
 from qtdog.data.readable import without_unreadable
 from qtdog.training.problem import dataset_layer, resolve
 from qtdog.training.run_folder import RunFolder
@@ -90,7 +90,7 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     assigned = [parse_assignment(text) for text in request.assignments]
     saved = _saved(request)
     source = build_config([*saved, *own, flags, *assigned]).data.source
-    dataset = open_dataset(source, min_domains=1)
+    dataset = open_any(source, min_domains=1)
     base = saved or [dataset_layer(dataset, with_preset=not own)]
     return dataset, build_config([*base, *own, flags, *assigned])
 

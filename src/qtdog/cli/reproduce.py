@@ -99,11 +99,11 @@ def open_data(question: Question, *, may_be_missing: bool) -> DomainDataset | No
     from qtdog.cli.console import warn
     from qtdog.core.errors import DataError
     from qtdog.core.settings import load_preset
-    from qtdog.data.open import open_dataset
+    from qtdog.data.open_any import open_any
 
     source, meant = question.config(question.rows[0]).data.source, load_preset(question.table.preset)["data"]["source"]
     try:
-        found = open_dataset(source)
+        found = open_any(source)
     except DataError:
         if may_be_missing and source == meant:
             return None

@@ -50,6 +50,7 @@ class DataConfig(Section):
     image_size: int = Field(
         default=224, ge=8, le=1024, description="pixels; images are resized, never cropped, to a square"
     )
+    max_tokens: int = Field(default=512, ge=4, le=512, description="tokens of a text; longer ones are cut")
     augment: Literal["domainbed", "none"] = Field(default="domainbed", description="training augmentation")
     batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
     focus: str = Field(

@@ -193,6 +193,8 @@ def _prove(model: EnsembleModel | Network, member: Member, file: Path) -> None:
     device = next(model.parameters()).device
     shape = (N_PROOF, how.channels, how.image_size, how.image_size)
     images = torch.randn(shape, generator=torch_stream(0, "proof")).contiguous(memory_format=torch.channels_last)
+    if how.max_tokens:  # every vocabulary has the first eight numbers
+        images = torch.randint(1, 8, (N_PROOF, how.max_tokens), generator=torch_stream(0, "proof"))
     ours, theirs = model(images.to(device)), load_any(file, device=device)(images.to(device))
     same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
     if not same:

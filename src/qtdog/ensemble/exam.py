@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.config import Config
-from qtdog.data.cache import DecodedCache, Progress, open_cache
+from qtdog.data.cache import DecodedCache, Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing
 from qtdog.training.compose import make_accelerator
 from qtdog.training.evaluator import EVAL_BATCH
+from qtdog.training.inputs import open_inputs
 from qtdog.training.problem import Problem, make_problem, resolve
 from qtdog.training.records import Score, merge_scores
 
@@ -100,7 +101,8 @@ def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, prog
         DataError: the images are not those that the run was trained on, or cannot be read.
     """
     config = resolve(config, dataset, progress)
-    cache = open_cache(dataset, config.data.image_size, progress=progress)
+    how = {"image_size": config.data.image_size, "max_tokens": config.data.max_tokens}
+    cache = open_inputs(dataset, config.model.backbone, **how, progress=progress)
     device = make_accelerator(config).device
     return Exam(config, dataset, cache, make_problem(config, dataset), same_splits, device)
 

@@ -51,7 +51,7 @@ def find_stages(network: Network, image_shape: tuple[int, int, int]) -> list[Sta
         [('featurizer.layer1', 64), ('featurizer.layer2', 128)]
     """
     places = _in_groups(_without_stem(network.featurizer, _places(network.featurizer)))
-    maps = _maps(network, [place.name for place in places], image_shape)
+    maps = _maps(network, [place.name for place in places], image_shape) if places else {}
     is_nhwc = str(getattr(network.featurizer, "output_fmt", "")) == "NHWC"
     stages = [stage for place in places if (stage := _stage(place, maps.get(place.name), is_nhwc=is_nhwc))]
     if not stages:

@@ -14,7 +14,7 @@ from qtdog.conversion.attach import Attached, attach
 from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import import_members
-from qtdog.data.cache import DecodedCache, Progress, open_cache
+from qtdog.data.cache import DecodedCache, Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.data.sampler import batch_sizes
@@ -28,6 +28,7 @@ from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.quantizers.options import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.evaluator import Evaluator
+from qtdog.training.inputs import check_input, open_inputs
 from qtdog.training.parts import Parts, Trainable
 from qtdog.training.problem import Problem
 from qtdog.training.step_rules import STEP_RULES
@@ -69,6 +70,7 @@ def compose(
     averager = _averager(config)
     step_rule = make_step_rule(config.step_rule.params)
     _check_feature_layer(config)
+    check_input(config, dataset)
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
     setting = _setting(config, problem, network, accelerator.num_processes, dataset.sheet.channels)
@@ -77,7 +79,8 @@ def compose(
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
-        cache = open_cache(dataset, config.data.image_size, progress=progress)
+        how = {"image_size": config.data.image_size, "max_tokens": config.data.max_tokens}
+        cache = open_inputs(dataset, config.model.backbone, **how, progress=progress)
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     return Parts(

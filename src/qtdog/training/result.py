@@ -18,10 +18,12 @@ from qtdog.core.config import config_hash
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.text_domains import TextDomains
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.packing.sizes import file_sizes
 from qtdog.training.final import Final
+from qtdog.training.group_scores import group_scores
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem
 from qtdog.training.records import Record
@@ -57,6 +59,7 @@ def finish(
         "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],
         "environment": environment(),
     }
+    result |= group_scores(parts, problem, dataset)
     write_atomic(folder.result_file, json.dumps(result | final.extra, indent=1))
     return result | final.extra
 
@@ -66,6 +69,8 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
     layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     how = {"image_size": config.data.image_size, "channels": dataset.sheet.channels, "mean": mean, "std": std}
+    if isinstance(dataset, TextDomains):
+        how["max_tokens"] = config.data.max_tokens
     return {
         "backbone": config.model.backbone,
         "head": config.model.head,

@@ -27,12 +27,16 @@ class _Untrusted(BaseModel):
 
 
 class Preprocessing(_Untrusted):
-    """How an image becomes the network's input: decode, resize (bilinear, antialiased, no crop), scale, normalise."""
+    """How an image becomes the network's input: decode, resize (bilinear, antialiased, no crop), scale, normalise.
+
+    With `max_tokens` the model reads text, cut to so many tokens, and the rest has no meaning.
+    """
 
     image_size: int = Field(ge=8, le=1024)
     channels: Literal[1, 3]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    max_tokens: int = Field(default=0, ge=0, le=512)
 
 
 class ModelInfo(_Untrusted):
@@ -87,7 +91,7 @@ class ShippedModel(nn.Module):
         return self.network(images)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return the network's input (n, C, H, W) for uint8 images (n, H, W, C) of the right size."""
+        """Return the network's input (n, C, H, W) for uint8 images (n, H, W, C) of the right size; tokens as is."""
         how = self.info.preprocessing
         return normalise(images, how.mean, how.std)
 
