@@ -53,7 +53,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Made:
         MADE["make_run"](path, data={"target": target}, quantizer={"name": "none"}, model={"backbone": HOSTILE})
     MADE["make_ensemble"](runs / "eoq", [runs / f"5-photo-{trial}" for trial in range(3)])
     write_analysis(root / "analysis")
-    bench = {"rows": [{"file": str(runs / f"{m}-photo-0" / "model.onnx"), "p50_ms": 3.0 + m} for m in range(5)]}
+    times = [
+        {"path": str(runs / f"{m}-photo-0" / "model.onnx"), "runtime": "ort", "timing": {"p50_s": 0.003 + m / 1000}}
+        for m in range(5)
+    ]
+    bench = {"rows": times, "batch": 1, "threads": 2, "machine": {"cpu": HOSTILE}}
     (root / "bench.json").write_text(json.dumps(bench))
     started = time.process_time()
     found = find([runs])

@@ -31,12 +31,13 @@ def demo(
 
     results = [result for target in TARGETS for result in run_target(out, target, steps)]
     headers, rows = cost_table(by_method(results))
-    report = write_report(out, results)
+    pages = [write_page(out), write_report(out, results)]
     if as_json:
         print_json(results)
     else:
         print_table(headers, rows, title="accuracy (%) on digits at an unseen angle (degrees); one seed")
-    err.print(f"report  {report.resolve()}", highlight=False, soft_wrap=True, markup=False)
+    for page in pages:
+        err.print(f"report  {page.resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
 def run_target(out: Path, target: str, steps: int) -> list[dict[str, Any]]:
@@ -98,3 +99,14 @@ def write_report(out: Path, results: Sequence[dict[str, Any]]) -> Path:
     ]
     write_atomic(out / "report.md", "\n\n".join(text) + "\n")
     return out / "report.md"
+
+
+def write_page(out: Path) -> Path:
+    """Write `report.html` from everything finished in a folder, and return its path."""
+    from qtdog.core.files import write_atomic
+    from qtdog.report.find import find
+    from qtdog.report.page import PageOptions, build_page
+
+    page = out / "report.html"
+    write_atomic(page, build_page(find([out]), PageOptions(page, title="Rotated digits")))
+    return page

@@ -19,7 +19,7 @@ def report(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "qtdog report",
-    bench: Annotated[Path | None, typer.Option(help="JSON of 'qtdog bench', for accuracy over latency.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="bench.json of 'qtdog bench', for accuracy over latency.")] = None,
     split: Annotated[Split | None, typer.Option(help=SPLIT)] = None,
     best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=BEST)] = False,
 ) -> None:
@@ -43,8 +43,8 @@ def report(
         raise ConfigError(f"{out} is a folder; -o takes the file to write, like {out / 'report.html'}")
     found = find(runs)
     checked_datasets(found, per_dataset=True)
-    rows = [] if bench is None else read_bench(bench)
-    if rows and not latencies({"": found.entries}, rows):
+    measured = None if bench is None else read_bench(bench)
+    if measured is not None and not latencies({"": found.entries}, measured):
         warn(f"no file in {bench} lies in the folder of a run, so there is no chart of latencies")
     options = PageOptions(
         out=out,
@@ -52,7 +52,7 @@ def report(
         split=choose_split(found, None if split is None else split.value),
         pooled=best_of_settings,
         analyses=find_analyses(runs),
-        bench=rows,
+        bench=measured,
     )
     write_atomic(out, build_page(found, options))
     say_left_out(found)

@@ -8,7 +8,7 @@ from typing import Any
 from qtdog.report.block import AVERAGE, GAP, SOURCE, WORST, Block
 from qtdog.report.entry import Entry
 from qtdog.report.estimate import Estimate
-from qtdog.report.latency import Latency
+from qtdog.report.latency import Timed
 from qtdog.training.records import Record
 
 Rows = Mapping[str, Sequence[Entry]]
@@ -80,8 +80,8 @@ def size_chart(blocks: Sequence[Block]) -> Chart:
     return _cost_chart(blocks, sizes, "file (MB)")
 
 
-def latency_chart(blocks: Sequence[Block], latencies: Mapping[str, Latency]) -> Chart:
-    """Return accuracy over milliseconds per image batch, as `qtdog bench` measured them."""
+def latency_chart(blocks: Sequence[Block], latencies: Mapping[str, Timed]) -> Chart:
+    """Return accuracy over milliseconds per call, as `qtdog bench` measured them."""
     return _cost_chart(blocks, {name: one.p50_ms for name, one in latencies.items()}, "median latency (ms)")
 
 

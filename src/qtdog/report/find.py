@@ -13,6 +13,7 @@ from qtdog.report.read_run import read_run
 
 DEPTH = 2  # folders of folders of runs
 DOMAINBED_FILE = "results.jsonl"
+SHARED_STEPS = "-beginning"  # ends the name of a folder with the float steps that members share: no run of its own
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _read(path: Path, found: Found) -> None:
         found.entries += read_domainbed(path)
         return
     entry = read_run(path)
-    if entry is None:
-        found.unfinished.append(path)
-    else:
+    if entry is not None:
         found.entries.append(entry)
+    elif not path.name.endswith(SHARED_STEPS):
+        found.unfinished.append(path)

@@ -1,4 +1,4 @@
-"""Latencies that `qtdog bench` measured, by run."""
+"""Latencies that `qtdog bench` measured, by row of a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qtdog.core.errors import RunError
 from qtdog.report.entry import Entry
@@ -16,50 +15,72 @@ MAX_FILE_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True)
-class Latency:
-    """How long a forward pass takes.
+class Timed:
+    """One model file in one runtime.
 
     Attributes:
-        p50_ms: median, in milliseconds.
-        how: runtime and the like, for people.
+        path: of the file, or of the run's folder.
+        p50_ms: median time of a call, in milliseconds.
+        runtime: in which it ran.
     """
 
+    path: Path
     p50_ms: float
-    how: str
+    runtime: str
 
 
-def read_bench(file: Path) -> list[Mapping[str, Any]]:
-    """Return the rows of a JSON file of `qtdog bench`: each has at least `file` and `p50_ms`.
+@dataclass(frozen=True)
+class BenchFile:
+    """A file of `qtdog bench`.
+
+    Attributes:
+        timed: its rows.
+        setting: what all rows share, for people.
+    """
+
+    timed: tuple[Timed, ...]
+    setting: str
+
+
+def read_bench(file: Path) -> BenchFile:
+    """Return what the `bench.json` of `qtdog bench --out` says; paths in it are as from the folder one is in.
 
     Raises:
         RunError: the file is missing or something else.
     """
     if not file.is_file():
-        raise RunError(f"{file} does not exist; --bench takes the JSON of 'qtdog bench'")
+        raise RunError(f"{file} does not exist; --bench takes the bench.json of 'qtdog bench --out'")
     if file.stat().st_size > MAX_FILE_BYTES:
-        raise RunError(f"{file} has {file.stat().st_size:,} bytes, and is no JSON of 'qtdog bench'")
+        raise RunError(f"{file} has {file.stat().st_size:,} bytes, and is no file of 'qtdog bench'")
     try:
-        rows = json.loads(file.read_text())["rows"]
-        for row in rows:
-            if not (isinstance(row["file"], str) and 0 < float(row["p50_ms"]) < math.inf):
-                raise ValueError(f"row {row!r:.80}")
+        told = json.loads(file.read_text())
+        timed = tuple(_timed(row["path"], row["timing"]["p50_s"], row["runtime"]) for row in told["rows"])
+        setting = f"batch {int(told['batch'])}, {int(told['threads'])} thread(s), {told['machine']['cpu']}"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{file} is no JSON of 'qtdog bench' ({error!r})") from error
-    return rows
+        raise RunError(f"{file} is no file of 'qtdog bench' ({error!r})") from error
+    return BenchFile(timed, setting)
 
 
-def latencies(rows: Mapping[str, Sequence[Entry]], bench: Sequence[Mapping[str, Any]]) -> dict[str, Latency]:
-    """Return the latency of each row of a table of which a run was measured; of several rows of one file the fastest.
+def _timed(path: str, p50_s: float, runtime: str) -> Timed:
+    if not 0 < float(p50_s) < math.inf:
+        raise ValueError(f"a call took {p50_s} s")
+    return Timed(Path(path), 1000 * float(p50_s), str(runtime))
+
+
+def latencies(rows: Mapping[str, Sequence[Entry]], bench: BenchFile) -> dict[str, Timed]:
+    """Return the time of each row of a table of which a model was measured; of several the fastest.
+
+    A file belongs to the run in whose folder it lies, or below.
 
     Args:
         rows: entries by name of a row.
-        bench: from `read_bench`; a file belongs to the run whose folder it lies in, or below.
+        bench: what was measured.
     """
-    found: dict[str, Latency] = {}
+    places = [({one.path.resolve(), *one.path.resolve().parents}, one) for one in bench.timed]
+    found: dict[str, Timed] = {}
     for label, group in rows.items():
         folders = {entry.path.resolve() for entry in group}
-        mine = [one for one in bench if folders & {Path(one["file"]).resolve(), *Path(one["file"]).resolve().parents}]
+        mine = [one for place, one in places if folders & place]
         if mine:
-            best = min(mine, key=lambda one: float(one["p50_ms"]))
-            found[label] = Latency(float(best["p50_ms"]), str(best.get("runtime", "")))
+            found[label] = min(mine, key=lambda one: one.p50_ms)
     return found

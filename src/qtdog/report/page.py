@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qtdog.report.embed import asset, csp_hash, data_uri, json_for_html, link
 from qtdog.report.entry import Entry
 from qtdog.report.find import Found
 from qtdog.report.labels import label_rows
-from qtdog.report.latency import latencies
+from qtdog.report.latency import BenchFile, latencies
 from qtdog.report.marks import estimate_text
 from qtdog.report.table import NO_TARGET
 from qtdog.report.web_table import block_table, numbers_table, runs_table, settings_table
@@ -38,7 +38,7 @@ class PageOptions:
         split: `whole` or `80`.
         pooled: one row per method, as in `block.make_block`.
         analyses: to show.
-        bench: rows of `latency.read_bench`.
+        bench: latencies, or None.
     """
 
     out: Path
@@ -46,7 +46,7 @@ class PageOptions:
     split: str = "whole"
     pooled: bool = False
     analyses: Sequence[Analysis] = ()
-    bench: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    bench: BenchFile | None = None
 
 
 def build_page(found: Found, options: PageOptions) -> str:
@@ -104,15 +104,16 @@ def _group(number: int, entries: Sequence[Entry], options: PageOptions) -> dict[
 def _charts(
     rows: Mapping[str, Sequence[Entry]], blocks: Sequence[Block], options: PageOptions, name: str
 ) -> list[dict[str, Any]]:
-    measured = latencies(rows, options.bench)
-    how = sorted({one.how for one in measured.values() if one.how})
+    measured = latencies(rows, options.bench) if options.bench else {}
+    runtimes = ", ".join(sorted({one.runtime for one in measured.values()}))
+    setting = f"{options.bench.setting}; {runtimes}" if options.bench else ""
     about = {
         "dots": (
             "Accuracy of each method",
             "Large: average over unseen domains ± standard error. Small: each one.",
         ),
         "size": ("Accuracy and size", "The line joins what nothing beats in both: smaller and more accurate."),
-        "latency": ("Accuracy and latency", f"As 'qtdog bench' measured it{': ' if how else ''}{', '.join(how)}."),
+        "latency": ("Accuracy and latency", f"Median of a call as 'qtdog bench' measured it: {setting}."),
         "curves": ("Accuracy over steps", "A panel per unseen domain. Solid: the unseen domain. Dashed: the sources."),
     }
     made = {
