@@ -3,8 +3,8 @@
     python benchmarks/ensemble_size.py [--backbones NAME …] [--members N] [--bits B] [--json FILE]
 
 Members differ in every weight that trains, the floats of batch norm and classifier included; the frozen statistics of
-batch norm are alike, as they are for members with the same pretraining. Weights are random: the size does not depend on
-them.
+batch norm are alike, as they are for members with the same pretraining. Weights are random: at 7 bits their codes have
+an entropy of 4.36 bits, those of trained ones 4.37.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(name, options.members, options.bits, Path(folder)) for name in options.backbones]
     print(f"{options.members} members of {options.bits} bits")
-    print(f"{'backbone':24} {'file':>9} {'one float32':>12} {'times':>6} {'shared':>8} {'in memory':>10} {'load':>6}")
+    columns = f"{'file':>9} {'one float32':>12} {'times':>6} {'÷ bound':>8} {'shared':>8} {'in memory':>10} {'load':>6}"
+    print(f"{'backbone':24} {columns}")
     for row in rows:
         file, one, shared, memory = (
             f"{row[key] / 1e6:.2f} MB" for key in ("bytes", "float32_bytes", "shared_bytes", "float_bytes")
         )
-        times, load = f"{row['float32_models']:.3f}", f"{row['load_s']:.2f} s"
-        print(f"{row['backbone']:24} {file:>9} {one:>12} {times:>6} {shared:>8} {memory:>10} {load:>6}")
+        times, bound, load = f"{row['float32_models']:.3f}", f"{row['over_entropy']:.3f}", f"{row['load_s']:.2f} s"
+        print(f"{row['backbone']:24} {file:>9} {one:>12} {times:>6} {bound:>8} {shared:>8} {memory:>10} {load:>6}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

@@ -17,6 +17,7 @@ from qtdog.cli.distill import distill
 from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
 from qtdog.cli.export import export
+from qtdog.cli.inspect_file import inspect_file
 from qtdog.cli.listing import listing
 from qtdog.cli.predict import predict
 from qtdog.cli.report import report
@@ -60,6 +61,7 @@ app.command()(bits)
 app.command()(distill)
 app.command()(export)
 app.command()(bench)
+app.command(name="inspect")(inspect_file)
 app.command()(dart)
 app.command()(table)
 app.command()(report)
