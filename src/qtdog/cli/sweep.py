@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from qtdog.sweep.engine import Engine
     from qtdog.sweep.notes import Outcome
@@ -23,6 +24,19 @@ LIMIT = "Begin at most so many runs, then stop."
 WORKERS = "Runs at a time. Default: one per core, divided by --threads."
 THREADS = "Threads of each run. Default: so that all workers together use the cores."
 PANEL = "Machines"
+DRY = "Say what would be done and how long it would take; start nothing."
+CLUSTER = "With --dry-run: estimate time and cost on so many devices, like 64xH100."
+ADDRESS = "Of a Ray cluster: auto, or ray://host:10001. Default: this machine."
+GPUS = "GPUs of each run, for ray and slurm; with ray a fraction shares one."
+HOURS = "Of each Slurm job; a run that is not finished goes on in a new one."
+
+
+class EngineName(StrEnum):
+    """Who runs the runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+    SLURM = "slurm"
 
 
 def sweep(
@@ -32,8 +46,15 @@ def sweep(
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     only: Annotated[str | None, typer.Option(help=ONLY)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help=LIMIT)] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help=DRY)] = False,
+    cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help=CLUSTER)] = None,
+    engine: Annotated[EngineName, typer.Option(help="Who runs the runs.", rich_help_panel=PANEL)] = EngineName.LOCAL,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS, rich_help_panel=PANEL)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help=THREADS, rich_help_panel=PANEL)] = None,
+    gpus: Annotated[float, typer.Option(min=0, help=GPUS, rich_help_panel=PANEL)] = 0.0,
+    address: Annotated[str | None, typer.Option(help=ADDRESS, rich_help_panel=PANEL)] = None,
+    partition: Annotated[str, typer.Option(help="Of Slurm.", rich_help_panel=PANEL)] = "",
+    hours: Annotated[float, typer.Option(min=0.1, help=HOURS, rich_help_panel=PANEL)] = 4.0,
 ) -> None:
     """Make all runs of a study that are missing; stopped or killed, the same command goes on.
 
@@ -42,25 +63,32 @@ def sweep(
 
       qtdog sweep studies/pacs.yaml --data data/pacs --workers 2 --only "lsq target=sketch"
 
+      qtdog sweep studies/pacs.yaml --data data/pacs --dry-run --cluster 64xH100
+
       qtdog sweep status studies/digits.yaml
     """
+    from qtdog.cli.sweep_dry import dry_run
+    from qtdog.cli.sweep_engines import Machines, make_engine, show_batch_script
     from qtdog.cli.sweep_study import open_plan
+    from qtdog.core.errors import ConfigError
     from qtdog.sweep.plan import select
 
+    if cluster and not dry:
+        raise ConfigError("--cluster is for --dry-run; a real cluster is reached with --engine ray or slurm")
+    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours)
+    machines.check()
     plan, folder = open_plan(study, data, out)
     tasks = select(plan.tasks, only) if only else list(plan.tasks)
-    sweep_tasks(plan, tasks, folder, local_engine(plan, folder, workers, threads), limit=limit)
+    if dry:
+        dry_run(plan, tasks, folder, cluster=cluster, workers=machines.n_workers)
+        show_batch_script(machines, folder)
+        return
+    sweep_tasks(plan, tasks, folder, lambda: make_engine(machines, plan, folder), limit=limit)
 
 
-def local_engine(plan: Plan, folder: Path, workers: int | None, threads: int | None) -> Engine:
-    """Return the engine of this machine, by default with one worker per core."""
-    from qtdog.sweep.local import LocalEngine, default_threads, n_cores
-
-    n_workers = workers or max(1, n_cores() // (threads or 1))
-    return LocalEngine(folder, plan.source, workers=n_workers, threads=threads or default_threads(n_workers))
-
-
-def sweep_tasks(plan: Plan, tasks: Sequence[Task], folder: Path, engine: Engine, *, limit: int | None = None) -> None:
+def sweep_tasks(
+    plan: Plan, tasks: Sequence[Task], folder: Path, engine: Callable[[], Engine], *, limit: int | None = None
+) -> None:
     """Do what is missing of some tasks, show how it goes, and say how it ended.
 
     Raises:
@@ -77,7 +105,7 @@ def sweep_tasks(plan: Plan, tasks: Sequence[Task], folder: Path, engine: Engine,
     check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images"))
     keep_labels(plan.study.name, plan.labels, folder)
     with make_board(folder) as board:
-        progress = Driver(tasks, folder, engine, board, limit=limit).run()
+        progress = Driver(tasks, folder, engine(), board, limit=limit).run()
     conclude(plan, progress.failed, progress.blocked(), folder)
 
 

@@ -97,7 +97,8 @@ def retry(
     import shutil
 
     from qtdog.cli.console import out as console
-    from qtdog.cli.sweep import local_engine, sweep_tasks
+    from qtdog.cli.sweep import sweep_tasks
+    from qtdog.cli.sweep_engines import Machines, make_engine
     from qtdog.cli.sweep_study import open_plan
     from qtdog.sweep.notes import read_failures
     from qtdog.sweep.plan import select, with_needs
@@ -111,7 +112,8 @@ def retry(
     if fresh:
         for task in tasks:
             shutil.rmtree(task.folder(folder), ignore_errors=True)
-    sweep_tasks(plan, with_needs(plan.tasks, tasks), folder, local_engine(plan, folder, workers, threads))
+    machines = Machines(workers=workers, threads=threads)
+    sweep_tasks(plan, with_needs(plan.tasks, tasks), folder, lambda: make_engine(machines, plan, folder))
 
 
 def diff(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from qtdog.core.errors import Interrupted, QtdogError, RunError
 from qtdog.sweep.engine import Engine
-from qtdog.sweep.notes import Outcome, forget_failure, keep_failure
+from qtdog.sweep.notes import Outcome, forget_failure, keep_failure, keep_journal
 from qtdog.sweep.state import is_done, unfinished
 from qtdog.sweep.task import Task
 from qtdog.training.signals import StopRequest
@@ -147,6 +147,7 @@ class Driver:
         if outcome.status == "done":
             progress.done.add(task.name)
             forget_failure(task.name, self._out)
+            keep_journal(outcome, task.steps, self._out)
         elif outcome.status == "failed":
             progress.failed[task.name] = outcome
             keep_failure(outcome, self._out)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qtdog.core.files import write_atomic
+from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.sweep.study import Labels
 
 Status = Literal["done", "failed", "busy", "stopped", "disk", "lost"]
@@ -73,6 +73,28 @@ def read_failures(out: Path) -> dict[str, Outcome]:
         try:
             found[file.stem] = Outcome(**json.loads(file.read_text()))
         except (ValueError, TypeError):
+            continue
+    return found
+
+
+def keep_journal(outcome: Outcome, steps: int, out: Path) -> None:
+    """Add one line on a task that was done: what it took."""
+    file = state_folder(out) / "journal.jsonl"
+    line = {"name": outcome.name, "seconds": outcome.seconds, "trained_s": outcome.trained_s, "steps": steps}
+    with clear_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def read_journal(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what the tasks that were done took, by name; a damaged line is left out."""
+    file, found = state_folder(out) / "journal.jsonl", {}
+    for text in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            line = json.loads(text)
+            found[line["name"]] = line
+        except (ValueError, KeyError, TypeError):
             continue
     return found
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtdog.core.config import Config
-from qtdog.sweep.notes import Outcome
+from qtdog.sweep.notes import Outcome, read_journal
 from qtdog.sweep.state import is_done, step_of
 from qtdog.sweep.task import Task
 from qtdog.training.run_folder import RunFolder
+
+OVERHEAD = 1.2  # until something was measured
 
 
 def cost_class(config: Config) -> tuple[object, ...]:
@@ -29,16 +31,27 @@ class Pace:
 
     Args:
         tasks: of the sweep.
-        out: its folder; finished runs there are read.
+        out: its folder; finished runs and the journal there are read.
+
+    Attributes:
+        overhead: time of a run as a multiple of that of its steps: start, evaluations, checkpoints.
+        n: number of runs that were measured.
     """
 
     def __init__(self, tasks: Sequence[Task], out: Path) -> None:
         self._out = out
         self._sums: dict[tuple[object, ...], tuple[float, int]] = {}
-        self._wall: list[tuple[float, float]] = []
+        journal = [line for line in read_journal(out).values() if line["trained_s"] > 0 and line["steps"] > 0]
+        trained_s = sum(line["trained_s"] for line in journal)
+        self.overhead = sum(line["seconds"] for line in journal) / trained_s if trained_s else OVERHEAD
         for task in tasks:
             if task.kind == "run" and is_done(task, out):
                 self._count(task, finished_step_s(task, out))
+
+    @property
+    def n(self) -> int:
+        """Number of runs that were measured."""
+        return sum(count for _, count in self._sums.values())
 
     def _count(self, task: Task, step_s: float | None) -> None:
         if step_s is None or task.config is None:
@@ -48,9 +61,9 @@ class Pace:
         self._sums[key] = (total + step_s, n + 1)
 
     def add(self, task: Task, outcome: Outcome) -> None:
-        """Count a task that was done just now, evaluations and start included."""
-        if task.config is not None and task.steps > 0 and outcome.trained_s > 0:
-            self._count(task, outcome.seconds / task.steps)
+        """Count a task that was done just now."""
+        if task.steps > 0 and outcome.trained_s > 0:
+            self._count(task, outcome.trained_s / task.steps)
 
     def step_s(self, config: Config) -> float | None:
         """Return the mean seconds per step of runs like this one; of all runs, if there is none; None without any."""
@@ -71,7 +84,7 @@ class Pace:
             last = task.step if task.kind == "prefix" else task.config.train.steps
             begun = step_of(task, self._out) if task in running else 0
             first = max(begun, task.step if task.kind == "run" else 0)
-            total += step_s * max(0, last - first)
+            total += self.overhead * step_s * max(0, last - first)
         return total / max(1, len(running))
 
 

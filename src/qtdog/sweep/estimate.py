@@ -1,0 +1,159 @@
+"""How long a study would take, and what it would cost, on machines that are not here."""
+
+from __future__ import annotations
+
+import heapq
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError, nearest
+from qtdog.data.dataset import DomainDataset
+from qtdog.sweep.task import Task
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.loop import begin_step, update
+from qtdog.training.problem import make_problem
+
+START_S = 5.0  # of a run: reading the network's weights, opening the data, writing the file
+PROBE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device.
+
+    Attributes:
+        speed: training steps per second as a multiple of those measured here with one worker.
+        usd_per_hour: price.
+    """
+
+    speed: float
+    usd_per_hour: float
+
+
+# Assumptions, not measurements: order of magnitude for networks like ResNet-50 against one core of a server, and list
+# prices of the hour. Small networks gain far less.
+DEVICES = {
+    "core": Device(1.0, 0.04),
+    "T4": Device(20.0, 0.5),
+    "L4": Device(40.0, 0.8),
+    "A100": Device(120.0, 2.0),
+    "H100": Device(250.0, 3.0),
+    "H200": Device(280.0, 3.8),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many devices of one kind, each with one run at a time."""
+
+    n: int
+    name: str
+
+    @property
+    def device(self) -> Device:
+        """Its kind."""
+        return DEVICES[self.name]
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Return the cluster that a text like "64xH100" means.
+
+    Raises:
+        ConfigError: not of that form, or an unknown device.
+
+    Example:
+        >>> parse_cluster("64xH100")
+        Cluster(n=64, name='H100')
+    """
+    found = re.fullmatch(r"(\d+)\s*[x×]\s*(\w+)", text.strip())
+    names = {name.lower(): name for name in DEVICES}
+    if not found or int(found[1]) < 1:
+        raise ConfigError(f"--cluster takes a number and a device, like 64xH100, not '{text}'")
+    if found[2].lower() not in names:
+        close = nearest(found[2], DEVICES)
+        hint = f" Did you mean '{close}'?" if close else ""
+        raise ConfigError(f"unknown device '{found[2]}'.{hint} Known: {', '.join(DEVICES)}")
+    return Cluster(int(found[1]), names[found[2].lower()])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a simulation came to.
+
+    Attributes:
+        wall_s: from the first start to the last end.
+        busy_s: of all devices together.
+        n_tasks: how many.
+        critical_s: of the longest chain of tasks that need each other: no number of devices gets below it.
+    """
+
+    wall_s: float
+    busy_s: float
+    n_tasks: int
+    critical_s: float
+
+
+def simulate(tasks: Sequence[Task], slots: int, seconds: Callable[[Task], float]) -> Schedule:
+    """Return how long tasks take on `slots` devices, begun in their order as soon as what they need is done.
+
+    Args:
+        tasks: to do; what they need and is not among them counts as done.
+        slots: devices.
+        seconds: duration of a task.
+
+    Example:
+        >>> tasks = [Task("p", "prefix", 0), Task("a", "run", 0, begin="p"), Task("b", "run", 0, begin="p")]
+        >>> simulate(tasks, 2, lambda task: 10.0)
+        Schedule(wall_s=20.0, busy_s=30.0, n_tasks=3, critical_s=20.0)
+    """
+    names = {task.name for task in tasks}
+    waiting, running, now = list(tasks), [], 0.0
+    ends: dict[str, float] = {}
+    chains: dict[str, float] = {}
+    busy = 0.0
+    while waiting or running:
+        ready = (task for task in waiting if all(name in ends or name not in names for name in task.needs))
+        task = next(ready, None) if len(running) < slots else None
+        if task is not None:
+            waiting.remove(task)
+            duration = seconds(task)
+            busy += duration
+            chains[task.name] = duration + max((chains.get(name, 0.0) for name in task.needs), default=0.0)
+            heapq.heappush(running, (now + duration, task.name))
+            continue
+        now, name = heapq.heappop(running)
+        ends[name] = now
+    return Schedule(now, busy, len(tasks), max(chains.values(), default=0.0))
+
+
+def probe(config: Config, dataset: DomainDataset) -> float:
+    """Return the seconds of one training step of a configuration on this machine, measured over three.
+
+    Raises:
+        ConfigError, DataError, ModelError: as in `training.compose.compose`.
+    """
+    short = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
+    parts = compose(short, dataset, make_problem(short, dataset), make_accelerator(short))
+    parts.network.train()
+    started = 0.0
+    for step in range(PROBE_STEPS + 1):
+        if step == 1:  # the first one makes buffers
+            started = time.perf_counter()
+        begin_step(parts, step)
+        update(parts, parts.batches.batch(step), step)
+    return (time.perf_counter() - started) / PROBE_STEPS
+
+
+def task_seconds(task: Task, step_s: Mapping[str, float], *, speed: float, overhead: float) -> float:
+    """Return how long a task takes.
+
+    Args:
+        task: a run, a beginning, or an ensemble (as long as a run's start).
+        step_s: seconds per step here, by task name.
+        speed: of the device.
+        overhead: time of a run as a multiple of that of its steps (evaluations, checkpoints).
+    """
+    return START_S + task.steps * step_s.get(task.name, 0.0) * overhead / speed
