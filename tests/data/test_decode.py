@@ -6,6 +6,7 @@ from PIL import Image
 from torchvision.transforms import Resize
 
 from qtdog.core.errors import DataError
+from qtdog.data import decode as module
 from qtdog.data.decode import decode, decode_resized, to_square
 
 
@@ -81,3 +82,30 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match=r"bomb\.png is too large to be safe"):
         decode(tmp_path / "bomb.png")
+
+
+def test_a_very_large_jpeg_is_made_smaller_while_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient = np.linspace(0, 255, 480 * 640 * 3).reshape(480, 640, 3).astype(np.uint8)
+    Image.fromarray(gradient).save(tmp_path / "a.jpg", quality=95)
+    whole = decode_resized(tmp_path / "a.jpg", 32).astype(int)
+    monkeypatch.setattr(module, "LARGE_PIXELS", 100_000)
+    assert decode(tmp_path / "a.jpg").shape == (480, 640, 3)
+    assert decode(tmp_path / "a.jpg", size=32).shape == (120, 160, 3)  # an eighth would be less than twice 32
+    assert np.abs(decode_resized(tmp_path / "a.jpg", 32).astype(int) - whole).max() <= 3
+    Image.fromarray(gradient).save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png", size=32).shape == (480, 640, 3)
+
+
+def test_a_large_turned_jpeg_is_still_put_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_PIXELS", 100)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=exif)
+    height, width, _ = decode(tmp_path / "a.jpg", size=8).shape
+    assert height > width
+
+
+def test_pixels_without_a_white_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="floating-point numbers; store them with 8 or 16 bits"):
+        decode(tmp_path / "a.tif")

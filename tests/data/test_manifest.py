@@ -128,3 +128,37 @@ def test_one_domain_only(image_tree: Path) -> None:
     with pytest.raises(DataError, match=r"list\.csv has 1 domain \(night\)"):
         open_manifest(path)
     assert len(open_manifest(path, min_domains=1)) == 2
+
+
+def test_another_column_may_hold_the_domains(image_tree: Path) -> None:
+    path = image_tree / "list.csv"
+    path.write_text("path,label,Month\nnight/cat/0.png,cat,1\nnight/cat/1.png,cat,2\n")
+    assert open_manifest(path, domain_column="month").domains == ("1", "2")
+    with pytest.raises(
+        DataError, match=r"the column 'domain' is missing.*list\.csv:month'.* Found: path, label, month"
+    ):
+        open_manifest(path)
+    path = image_tree / "list.jsonl"
+    path.write_text('{"path": "night/cat/0.png", "class": "cat", "Site": 7, "domain": "x"}\n')
+    assert open_manifest(path, min_domains=1, domain_column="site").domains == ("7",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "path,class,domain\nnight/cat/0.png,cat,a\nnight/cat/0.png,dog,a\n"),
+        ("a.csv", "path,class,domain\nnight/cat/0.png,cat,a\nnight/cat/1.png,cat|dog,b\n"),
+        ("a.jsonl", '{"path": "night/cat/0.png", "class": ["cat", "dog"], "domain": "a"}\n'),
+    ],
+)
+def test_several_classes_for_one_image_are_refused_with_a_clear_word(image_tree: Path, name: str, text: str) -> None:
+    (image_tree / name).write_text(text)
+    with pytest.raises(DataError, match=r"several classes for one image \(multi-label\) are not supported"):
+        open_manifest(image_tree / name)
+
+
+def test_a_class_with_a_separator_in_its_name_is_no_two_classes(image_tree: Path) -> None:
+    (image_tree / "a.csv").write_text(
+        'path,class,domain\nnight/cat/0.png,"salt, sea",a\nnight/cat/1.png,"salt, rock",b\n'
+    )
+    assert open_manifest(image_tree / "a.csv").classes == ("salt, rock", "salt, sea")

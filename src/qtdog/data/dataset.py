@@ -20,6 +20,8 @@ Progress = Callable[[int, int], None] | None
 """Called as progress(done, total) while something takes long."""
 
 N_THREADS = 4
+BLOCK = 16
+"""So many images go to a thread at once: handing over a small one takes longer than reading it."""
 T = TypeVar("T")
 
 
@@ -143,10 +145,16 @@ def map_samples(function: Callable[[int], T], n: int, progress: Progress = None)
     results: list[T] = []
     with ThreadPoolExecutor(N_THREADS) as pool:
         for start in range(0, n, 1024):  # in portions, so that an error or Ctrl-C does not wait for all the rest
-            results.extend(pool.map(function, range(start, min(n, start + 1024))))
+            end = min(n, start + 1024)
+            blocks = pool.map(lambda first, end=end: _block(function, first, end), range(start, end, BLOCK))
+            results.extend(result for block in blocks for result in block)
             if progress is not None:
                 progress(len(results), n)
     return results
+
+
+def _block(function: Callable[[int], T], first: int, end: int) -> list[T]:
+    return [function(i) for i in range(first, min(end, first + BLOCK))]
 
 
 def sample_arrays(
