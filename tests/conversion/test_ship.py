@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import timm
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.ship import load_into, save
 from qtdog.core.errors import ModelError
+from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.packing.sizes import file_sizes
 
 
@@ -43,3 +46,17 @@ def test_diverged_weights_are_not_shipped(tmp_path):
     with pytest.raises(ModelError, match="diverged"):
         save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_weight_of_a_thousand_names_is_refused_before_it_takes_memory(tmp_path):
+    model = nn.Linear(4000, 500)
+    attach(model).enable()
+    save(model, tmp_path / "m")
+    packed = load_packed(tmp_path / "m")
+    weight = packed.quantized["weight"]
+    names = {f"copy{index}": weight for index in range(1000)}  # 8 GB once dequantized
+    save_packed(tmp_path / "m", packed.quantized | names, packed.rest, {})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match="is not in the model"):
+        load_into(tmp_path / "m", nn.Linear(4000, 500))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

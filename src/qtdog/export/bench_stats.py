@@ -63,6 +63,8 @@ class Timing:
         cpu_ratio: the same of processor time; with one thread hardly touched by what else the machine does.
         n_calls: how many were timed.
         n_rounds: in how many rounds.
+        round_s: mean wall time of a call, of each round: from these any other ratio can be made.
+        round_cpu_s: the same of processor time.
     """
 
     p50_s: float
@@ -73,6 +75,8 @@ class Timing:
     cpu_ratio: Spread
     n_calls: int
     n_rounds: int
+    round_s: tuple[float, ...]
+    round_cpu_s: tuple[float, ...]
 
 
 def summarise(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timing:
@@ -98,14 +102,22 @@ def summarise(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timin
         p95_s=float(np.quantile(calls, 0.95)),
         images_per_s=float(batch * calls.size / calls.sum()),
         cpu_s=float(np.median([turn.mean_cpu_s for turn in turns])),
-        ratio=_spread([ours.mean_s / base.mean_s for ours, base in pairs]),
-        cpu_ratio=_spread([ours.mean_cpu_s / base.mean_cpu_s for ours, base in pairs]),
+        ratio=spread([ours.mean_s / base.mean_s for ours, base in pairs]),
+        cpu_ratio=spread([ours.mean_cpu_s / base.mean_cpu_s for ours, base in pairs]),
         n_calls=int(calls.size),
         n_rounds=len(turns),
+        round_s=tuple(turn.mean_s for turn in turns),
+        round_cpu_s=tuple(turn.mean_cpu_s for turn in turns),
     )
 
 
-def _spread(ratios: Sequence[float]) -> Spread:
+def spread(ratios: Sequence[float]) -> Spread:
+    """Return median and quartiles.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
+        Spread(median=3.0, low=2.0, high=4.0)
+    """
     low, median, high = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))
     return Spread(median, low, high)
 
