@@ -113,14 +113,14 @@ def seven_bits(weight: IntegerWeight) -> tuple[Codes, Floats, bool]:
         ([[1, -64], [-2, -3]], True)
     """
     unit = weight.unit
-    smallest = float(np.abs(unit).min(where=unit != 0, initial=1.0))  # a power of two, on every grid
+    smallest = 1.0 if weight.points is None else float(np.abs(weight.points[weight.points != 0]).min())
     whole = unit / smallest
     sign = np.sign(weight.spread_scale)
     if np.abs(whole).max() <= SAFE and (whole == np.round(whole)).all():
-        return (whole * sign).astype(np.int8), _positive(np.abs(weight.scale) * smallest), True
+        return (whole * sign).astype(np.int8), _positive(np.abs(weight.scale) * np.float32(smallest)), True
     values = weight.dequantize()
     others = tuple(dim for dim in range(values.ndim) if dim != weight.axis)
-    scale = _positive(np.abs(values).max(others) / (SAFE - 1))
+    scale = _positive(np.abs(values).max(others) / np.float32(SAFE - 1))
     codes = np.round(values / scale.reshape(weight.spread_scale.shape))
     return codes.astype(np.int8), scale, False
 

@@ -54,7 +54,7 @@ def _convert(module: Deployed, example: torch.Tensor, subject: Subject) -> Any:
             optimize=True,
             verbose=False,
         )
-    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # the exporter's own errors are RuntimeErrors
         raise ModelError(f"{subject.path} cannot be exported to ONNX: {unsupported(error)}") from error
     assert program is not None
     return program.model

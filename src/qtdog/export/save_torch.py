@@ -65,7 +65,7 @@ def _program(module: Deployed, subject: Subject, *, free_batch: bool) -> Any:
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=shapes)
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # the exporter's own errors are RuntimeErrors
         raise ModelError(f"{subject.path} cannot be exported by torch.export: {unsupported(error)}") from error
 
 

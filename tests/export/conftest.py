@@ -1,0 +1,107 @@
+"""Small packed models with everything that an export must get right, made without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qtdog.conversion.attach import attach
+from qtdog.conversion.ship import save
+from qtdog.export.images import LabelledImages
+from qtdog.export.subject import Subject, read_subject
+from qtdog.models.backbones import create_network, preprocessing
+from qtdog.models.network import Network
+from qtdog.packing.ensemble_file import save_ensemble
+from qtdog.packing.packed_file import load_packed
+
+SIZE = 32
+CLASSES = ("bird", "cat", "dog")
+
+
+def settle_batch_norm_(network: Network, seed: int) -> None:
+    """Give every batch norm statistics of its input, and factors of which some turn the sign and one is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+            factors = 0.5 + torch.rand(module.weight.shape, generator=generator)
+            factors[::5] *= -1
+            factors[1] = 0
+            module.weight.data = factors
+            module.bias.data = torch.randn(factors.shape, generator=generator) * 0.2
+            module.training = True
+    with torch.no_grad():
+        network(torch.randn(16, 3, SIZE, SIZE, generator=generator))
+    network.eval()
+
+
+def make_packed(path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quantizer: str = "lsq", **more: str) -> Path:
+    """Write a packed model with random weights, quantized, and return the file."""
+    network = create_network(
+        backbone, n_classes=3, channels=3, image_size=SIZE, weights="none", freeze_bn=True, seed=seed
+    )
+    settle_batch_norm_(network, seed)
+    # far-apart logits, so that a rounding cannot change the class
+    network.classifier.weight.data *= 30
+    attach(network, bits=bits, quantizer=quantizer, exclude=["classifier"], **more).enable()
+    mean, std = preprocessing(backbone)
+    told = {
+        "backbone": backbone,
+        "classes": list(CLASSES),
+        "preprocessing": {"image_size": SIZE, "channels": 3, "mean": list(mean), "std": list(std)},
+        "source_domains": ["indoor", "night"],
+        "target_domain": "outdoor",
+        "accuracy": {"source": None, "test": None},
+        "pretraining": "none",
+        "bits": bits,
+        "step": seed,
+        "config_hash": str(seed),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(network, path, metadata=told)
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that makes a packed model once for all tests."""
+    made: dict[str, Path] = {}
+
+    def make(backbone: str, **options: object) -> Path:
+        key = f"{backbone} {sorted(options.items())}"
+        if key not in made:
+            made[key] = make_packed(tmp_path_factory.mktemp("packed") / "model.safetensors", backbone, **options)  # pyright: ignore[reportArgumentType]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def subject(packed: Callable[..., Path]) -> Callable[..., Subject]:
+    """Return a function that makes a packed model and reads it."""
+    return lambda backbone, **options: read_subject(packed(backbone, **options))
+
+
+@pytest.fixture(scope="session")
+def ensemble_file(packed: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three members in one file, with a temperature."""
+    path = tmp_path_factory.mktemp("ensemble") / "model.safetensors"
+    members = [load_packed(packed("test_resnet", seed=seed)) for seed in range(3)]
+    none = {"source": None, "test": None}
+    about = {"kind": "eoq", "accuracy": none, "training_steps": 0, "training_runs": 0.0, "temperature": 2.0}
+    save_ensemble(path, members, about)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos() -> LabelledImages:
+    """Forty-eight images with smooth structure, and labels without meaning."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(0, 256, (48, 3, 4, 4))).float()
+    fine = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear").permute(0, 2, 3, 1)
+    return LabelledImages(fine.to(torch.uint8).numpy(), rng.integers(0, 3, 48), ("indoor", "night"))
