@@ -167,9 +167,13 @@ def domain_images(subject: Subject, domain: str, n: int | None, seed: int, progr
     pool = np.sort(split.everything if domain == subject.target else split.heldout)
     if n is not None and n < len(pool):
         pool = np.sort(numpy_stream(seed, "analysis", domain).choice(pool, n, replace=False))
+    return _gathered(subject, pool, progress)
+
+
+def _gathered(subject: Subject, indices: np.ndarray, progress: Progress = None) -> Images:
     cache = open_cache(subject.dataset, subject.config.data.image_size, progress=progress)
-    labels = torch.from_numpy(subject.dataset.class_index[pool].astype(np.int64))
-    return Images(cache.gather(pool), labels, tuple(subject.dataset.keys[i] for i in pool))
+    labels = torch.from_numpy(subject.dataset.class_index[indices].astype(np.int64))
+    return Images(cache.gather(indices), labels, tuple(subject.dataset.keys[i] for i in indices))
 
 
 def all_images(subject: Subject, n: int | None, seed: int, progress: Progress = None) -> dict[str, Images]:
@@ -179,3 +183,22 @@ def all_images(subject: Subject, n: int | None, seed: int, progress: Progress = 
         ConfigError, DataError: as in `domain_images`.
     """
     return {domain: domain_images(subject, domain, n, seed, progress) for domain in subject.domains}
+
+
+def training_images(subject: Subject, n: int, seed: int) -> Images:
+    """Return a fixed subset of the training images of every source, one source after another, never of the target.
+
+    Args:
+        subject: the run.
+        n: of each source; all if there are fewer.
+        seed: of the draw.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    pools = subject.problem.train_pools()
+    drawn = [
+        np.sort(numpy_stream(seed, "analysis", "train", domain).choice(pool, min(n, len(pool)), replace=False))
+        for domain, pool in pools.items()
+    ]
+    return _gathered(subject, np.concatenate(drawn))

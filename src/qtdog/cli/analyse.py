@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from qtdog.cli.analyse_flatness import flatness
+from qtdog.cli.analyse_hessian import hessian
+from qtdog.cli.analyse_surface import surface
 
 analyse_app = typer.Typer(
     no_args_is_help=True,
@@ -13,3 +15,5 @@ analyse_app = typer.Typer(
     epilog="Every command writes OUT/KIND/: points, a table, figures (PNG, PDF) and analysis.json for the report.",
 )
 analyse_app.command()(flatness)
+analyse_app.command()(hessian)
+analyse_app.command()(surface)
