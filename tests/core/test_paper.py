@@ -48,6 +48,8 @@ def test_every_row_is_a_configuration_of_members_that_exist(table: PaperTable, r
         assert set(section.params) <= set(registry[section.name].HYPERPARAMETERS)
     AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
     assert config.quantizer.name == "none" or QUANTIZERS[config.quantizer.name]
+    target, domains = config.data.target, CARDS[config.data.source].domains or ("unseen",)
+    assert target in ("all", *domains)
     named = [name.partition("/")[2] for name in row.values]
     assert set(filter(None, named)) <= set(CARDS[config.data.source].domains or ())
     assert all(10 <= value < 100 for value in row.values.values())
@@ -105,6 +107,8 @@ def test_every_option_that_a_preset_sets_is_read_somewhere():
         ("paper/clip-officehome", "CLIPood", "unseen", 87.0),
         ("paper/resnext-vlcs", "EoQ", "mean_of_five", 72.9),
         ("paper/table12-terraincognita", "QT-DoG", "in_domain", 91.1),
+        ("paper/amazon", "QT-DoG", "percentile_10_out", 55.9),
+        ("paper/camelyon17", "ERM", "source", 93.2),
     ],
 )
 def test_values_are_those_of_the_paper(preset: str, method: str, measure: str, value: float):

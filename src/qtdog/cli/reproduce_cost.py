@@ -9,6 +9,7 @@ from qtdog.cli.reproduce_plan import Job
 from qtdog.core.config import Config
 from qtdog.data.cards import CARDS
 from qtdog.models.cost import training_flops
+from qtdog.models.text import TEXT_BACKBONES
 
 
 @dataclass(frozen=True)
@@ -56,4 +57,6 @@ def cost_of(jobs: Iterable[Job]) -> Cost:
 
 def _network_of(config: Config) -> tuple[str, int, int]:
     sheet = CARDS[config.data.source] if config.data.source in list(CARDS) else None
-    return config.model.backbone, 3 if sheet is None else sheet.channels, config.data.image_size
+    is_text = config.model.backbone in TEXT_BACKBONES
+    size = config.data.max_tokens if is_text else config.data.image_size
+    return config.model.backbone, 3 if sheet is None else sheet.channels, size

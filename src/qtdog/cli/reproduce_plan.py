@@ -111,4 +111,5 @@ def _job(question: Question, row: PaperRow, config: Config, dataset: DomainDatas
 def _n_sources(config: Config, dataset: DomainDataset | None) -> int:
     if dataset is not None:
         return sum(domain != config.data.target and dataset.trains_on(domain) for domain in dataset.domains)
-    return len(set(CARDS[config.data.source].domains or ()) - {config.data.target})
+    # of texts the seen side is the one source
+    return len(set(CARDS[config.data.source].domains or ("seen",)) - {config.data.target})

@@ -78,8 +78,8 @@ def _told(row: PaperRow, found: Sequence[Sequence[Any]], needed: int) -> str:
 def value_of(result: Mapping[str, Any], measure: str) -> float:
     """Return what a result says of a measure, as a share.
 
-    Of a single run `unseen` is the accuracy on the 80 % of the unseen domain that single models are published with; of
-    an ensemble it is that on the whole domain.
+    Of a single run `unseen` is the accuracy on the 80 % of the unseen domain that DomainBed's protocol trains on when
+    it is a source, as single models are published; of an ensemble it is that on the whole domain.
 
     Example:
         >>> value_of({"test_accuracy": 0.5, "test_accuracy_80": {"sketch": 0.25}}, "unseen")

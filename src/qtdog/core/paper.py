@@ -14,6 +14,7 @@ from qtdog.core.settings import paper_part, preset_names
 FOLDER = "paper/"
 MEASURES = {
     "unseen": "unseen domain",
+    "unseen_all": "unseen domain, all of it",
     "in_domain": "in domain, last 20 % of each source",
     "source": "held-out part of the sources",
     "percentile_10_in": "10th percentile over known reviewers",
