@@ -53,11 +53,11 @@ def test_latex_compiles(fresh: dict[str, str], name: str, tmp_path: Path):
     assert told.returncode == 0, told.stdout[-2000:]
 
 
-def frame(study: Path, selection: str) -> pd.DataFrame:
+def frame(study: Path, selection: str) -> Any:
     """Read metrics.jsonl with pandas alone and choose checkpoints anew: one row per run."""
     chosen = []
     for file in sorted(study.glob("*/metrics.jsonl")):
-        lines = pd.DataFrame([json.loads(text) for text in file.read_text().splitlines()])
+        lines: Any = pd.DataFrame([json.loads(text) for text in file.read_text().splitlines()])
         method, target, trial = (*file.parent.name.split("-"), "0")[:3]
         lines = lines[lines.selectable]
         if selection == "mean":
@@ -87,7 +87,8 @@ def test_numbers_are_those_of_pandas(study: Path, selection: str, method: str):
     for name, values in expected.items():
         got = row.cells[name]
         assert got.n == 3
-        assert np.allclose([got.mean, got.error], [values.mean(), values.std(ddof=0) / np.sqrt(3)], atol=1e-12)
+        assert got.mean == pytest.approx(values.mean(), abs=1e-12)
+        assert got.error == pytest.approx(values.std(ddof=0) / np.sqrt(3), abs=1e-12)
 
 
 def test_a_trial_that_lacks_a_domain_gives_no_average(study: Path):
@@ -173,7 +174,8 @@ def test_domainbed_is_read_as_its_own_tables_do(domainbed: Path):
             best = max(mine, key=lambda x: np.mean([x[f"env{i}_out_acc"] for i in sources]))
             accuracies.append(best[f"env{number}_in_acc"])
         cell = row.cells[target]
-        assert np.allclose([cell.mean, cell.error], [np.mean(accuracies), np.std(accuracies) / np.sqrt(2)])
+        assert cell.mean == pytest.approx(np.mean(accuracies))
+        assert cell.error == pytest.approx(np.std(accuracies) / np.sqrt(2))
     assert row.n_models == 2
 
 

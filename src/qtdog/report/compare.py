@@ -107,7 +107,8 @@ def _interval(differences: np.ndarray) -> tuple[float | None, float | None]:
         n_resamples=N_RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
-        random_state=numpy_stream(0, "bootstrap"),
+        # called rng since scipy 1.15, which takes the old name too
+        random_state=numpy_stream(0, "bootstrap"),  # pyright: ignore[reportCallIssue]
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
@@ -118,7 +119,7 @@ def _p_value(differences: np.ndarray) -> float | None:
     told = told[told != 0]
     if not len(told):
         return None
-    return signed_rank(told) if len(told) <= MAX_EXACT else float(stats.wilcoxon(told).pvalue)
+    return signed_rank(told) if len(told) <= MAX_EXACT else float(stats.wilcoxon(told)[1])
 
 
 def signed_rank(differences: np.ndarray) -> float:
