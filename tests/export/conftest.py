@@ -40,7 +40,9 @@ def settle_batch_norm_(network: Network, seed: int) -> None:
     network.eval()
 
 
-def make_packed(path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quantizer: str = "lsq", **more: str) -> Path:
+def make_packed(
+    path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quantizer: str = "lsq", **more: str
+) -> Path:
     """Write a packed model with random weights, quantized, and return the file."""
     network = create_network(
         backbone, n_classes=3, channels=3, image_size=SIZE, weights="none", freeze_bn=True, seed=seed
@@ -49,7 +51,7 @@ def make_packed(path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quan
     # far-apart logits, so that a rounding cannot change the class
     network.classifier.weight.data *= 30
     attach(network, bits=bits, quantizer=quantizer, exclude=["classifier"], **more).enable()
-    mean, std = preprocessing(backbone)
+    mean, std = preprocessing(backbone, channels=3)
     told = {
         "backbone": backbone,
         "classes": list(CLASSES),

@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qtdog.ensemble.cascade import CascadeModel
     from qtdog.ensemble.model import EnsembleModel
     from qtdog.training.shipped import ShippedModel
 
@@ -30,13 +31,18 @@ class Format(StrEnum):
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders that are searched for images.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, or folders of images. For text: .txt files, a text per line.")
+    ],
     *,
     style: Annotated[Format, typer.Option("--format", help="How to write the predictions.")] = Format.TABLE,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     reject: Annotated[
         float, typer.Option(min=0, max=0.99, help="Abstain on this share of the images, the least certain ones.")
     ] = 0.0,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Ask an ensemble's members only until the first ones agree confidently.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of the screen.")] = None,
 ) -> None:
     """Write class, probability and doubt for each image.
@@ -51,27 +57,42 @@ def predict(
       qtdog predict model.safetensors new-site/ --format csv --out predictions.csv
 
       qtdog predict ensemble.safetensors new-site/ --reject 0.1     (no class for the least certain tenth)
+
+      qtdog predict ensemble.safetensors new-site/ --cascade        (fewer forward passes)
+
+      qtdog predict reviews.safetensors today.txt                   (a model of text: each line is one)
     """
+    from qtdog.cli.cascade import cascading, say_members
     from qtdog.cli.console import fail
     from qtdog.cli.evaluate import say_cost
+    from qtdog.cli.predict_text import text_predictions
     from qtdog.core.errors import QtdogError
     from qtdog.ensemble.load import load_any
 
     shipped = load_any(model)
     say_cost(model, shipped)
+    shipped = cascading(shipped) if cascade else shipped
     rows: list[dict[str, Any]] = []
     failures = 0
-    for row in predictions(shipped, find_images(images)):
+    told = text_predictions if shipped.info.preprocessing.max_tokens else image_predictions
+    for row in told(shipped, images):
         if isinstance(row, QtdogError):
             failures += 1
             fail(str(row))
         else:
             rows.append(row)
+    if cascade:
+        say_members(rows, shipped)
     abstain_(rows, reject)
     _write(rows, Format.JSON if as_json else style, out)
     if failures:
         fail(f"{failures} of {failures + len(rows)} images could not be read")
         raise typer.Exit(1)
+
+
+def image_predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, paths: Sequence[Path]) -> Iterator[Any]:
+    """Yield `predictions` of the images among and below `paths`."""
+    yield from predictions(shipped, find_images(paths))
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -90,7 +111,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predictions(shipped: ShippedModel | EnsembleModel, files: Sequence[Path]) -> Iterator[Any]:
+def predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, files: Sequence[Path]) -> Iterator[Any]:
     """Yield for each file, in order, a row (`image`, `class`, `probability`, `entropy`, …), or the error it gave."""
     import numpy as np
     import torch
@@ -109,17 +130,29 @@ def predictions(shipped: ShippedModel | EnsembleModel, files: Sequence[Path]) ->
             except QtdogError as error:
                 rows.append(error)
         if arrays:
-            told = _told(shipped, torch.from_numpy(np.stack(arrays)))
+            told = answer_columns(shipped, torch.from_numpy(np.stack(arrays)))
             for row, values in zip((row for row in rows if isinstance(row, dict)), told, strict=True):
                 row |= values
         yield from rows
 
 
-def _told(shipped: ShippedModel | EnsembleModel, images: Tensor) -> list[dict[str, Any]]:
-    from qtdog.ensemble.answers import answers, member_logits, temperature_of
+def answer_columns(shipped: ShippedModel | EnsembleModel | CascadeModel, images: Tensor) -> list[dict[str, Any]]:
+    """Return for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length), what the model says of it."""
+    from qtdog.cli.cascade import cascade_rows
+    from qtdog.ensemble.answers import member_logits
+    from qtdog.ensemble.cascade import CascadeModel
 
     device = next(shipped.parameters()).device
-    logits = member_logits(shipped, shipped.prepare(images).to(device))
+    inputs = shipped.prepare(images).to(device)
+    if isinstance(shipped, CascadeModel):
+        return cascade_rows(shipped, inputs)
+    return logit_rows(shipped, member_logits(shipped, inputs))
+
+
+def logit_rows(shipped: ShippedModel | EnsembleModel, logits: Tensor) -> list[dict[str, Any]]:
+    """Return what a model says of each image whose logits (members, n, n_classes) are given."""
+    from qtdog.ensemble.answers import answers, temperature_of
+
     found = answers(logits, temperature_of(shipped))
     best = found.probabilities.max(1)
     columns = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtdog.conversion.ship import fill
-from qtdog.core.errors import FormatError
+from qtdog.core.errors import FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.deployed import OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
@@ -74,16 +74,24 @@ def read_subject(path: Path) -> Subject:
 
     Raises:
         FormatError: missing, truncated, hostile, of another version, or members that do not go together.
+        ModelError: it reads text.
     """
     if not is_ensemble(path):
         packed = load_packed(path)
-        return Subject(path, (packed,), (read_info(path, packed.metadata),))
+        return Subject(path, (packed,), (_image_info(path, packed),))
     whole = load_ensemble(path)
-    infos = tuple(read_info(path, member.metadata) for member in whole.members)
+    infos = tuple(_image_info(path, member) for member in whole.members)
     for name in STRUCTURE:
         if any(getattr(info, name) != getattr(infos[0], name) for info in infos):
             raise FormatError(f"{path}: the members of an ensemble have one {name}, found several")
     return Subject(path, whole.members, infos, _temperature(path, whole.about.get("temperature", 1.0)))
+
+
+def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
+    info = read_info(path, packed.metadata)
+    if info.preprocessing.max_tokens:
+        raise ModelError(f"{path} reads text; only models of images can be exported")
+    return info
 
 
 def _temperature(path: Path, value: object) -> float:
