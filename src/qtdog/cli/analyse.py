@@ -6,6 +6,8 @@ import typer
 
 from qtdog.cli.analyse_flatness import flatness
 from qtdog.cli.analyse_hessian import hessian
+from qtdog.cli.analyse_noise import noise
+from qtdog.cli.analyse_stability import stability
 from qtdog.cli.analyse_surface import surface
 
 analyse_app = typer.Typer(
@@ -17,3 +19,5 @@ analyse_app = typer.Typer(
 analyse_app.command()(flatness)
 analyse_app.command()(hessian)
 analyse_app.command()(surface)
+analyse_app.command()(noise)
+analyse_app.command()(stability)

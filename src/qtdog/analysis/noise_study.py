@@ -1,0 +1,155 @@
+"""Quantization noise of finished runs, layer by layer, against the uniform law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+
+from qtdog.analysis.figures import legend, panels, plain, save, style
+from qtdog.analysis.latent import latent_weights
+from qtdog.analysis.noise import N_BINS, describe, layer_noise
+from qtdog.analysis.outcome import Outcome, write_outcome
+from qtdog.analysis.points import Points
+from qtdog.analysis.subject import ID_DIGITS, read_run
+from qtdog.core.config import Config, config_hash
+from qtdog.core.errors import RunError
+from qtdog.core.files import sha256_file
+from qtdog.data.dataset import Progress
+from qtdog.packing.packed_file import load_packed
+from qtdog.training.run_folder import RunFolder
+
+COLUMNS = ("n", "kl", "floor", "mean", "mean_error", "positive_frac", "std", "clipped_frac", "moved_frac", "counts")
+ALL = "all layers"
+
+
+def measure_noise(
+    paths: Sequence[Path],
+    labels: Sequence[str],
+    folder: Path,
+    *,
+    progress: Progress = None,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Compare w_q - w with the uniform law, per layer and pooled, in units of each weight's own step size.
+
+    No image is needed: the codes are in the shipped file, the weights before rounding in the checkpoint.
+
+    Args:
+        paths: folders of quantized runs.
+        labels: how each is called.
+        folder: where points, table and figure go.
+        progress: is told of layers.
+        check: called before each layer; may raise to break off.
+
+    Raises:
+        RunError: no folder of a finished run, a run without checkpoint, or a float run.
+        ModelError: a grid without a common step size.
+    """
+    points = Points(folder, ("run", "layer"), COLUMNS, {"n_bins": N_BINS})
+    runs, numbers, pooled = [], [], {}
+    for path, label in zip(paths, labels, strict=True):
+        run, config = read_run(path)
+        identity = _identity(run)
+        _measure(run, config, identity, points, progress=progress, check=check)
+        rows = points.of(run=identity)
+        numbers += [{"run": label} | _row(row) for row in rows]
+        pooled[label] = next(_counts(row) for row in rows if row["layer"] == ALL)
+        told = {"label": label, "folder": str(path), "config_hash": config_hash(config), "model": identity}
+        runs.append(told)
+    outcome = Outcome(
+        kind="noise",
+        title="Quantization noise against the uniform law",
+        settings={"n_bins": N_BINS},
+        runs=runs,
+        numbers=numbers,
+        figures=draw_noise(numbers, pooled, folder),
+        notes=(
+            "kl is in nats; truly uniform noise of as many weights gives floor on average, and excess is kl - floor.",
+            "Noise of the weights inside the grid, each in units of its own step size; clipped ones are counted apart.",
+        ),
+    )
+    return write_outcome(folder, outcome)
+
+
+def _identity(run: RunFolder) -> str:
+    if not run.model_file.is_file():
+        raise RunError(f"{run.path} is not finished: it has no {run.model_file.name}. Go on with --resume.")
+    return sha256_file(run.model_file)[:ID_DIGITS]
+
+
+def _measure(
+    run: RunFolder, config: Config, identity: str, points: Points, *, progress: Progress, check: Callable[[], None]
+) -> None:
+    if (identity, ALL) in points:  # written last
+        return
+    quantized = load_packed(run.model_file).quantized
+    if not quantized:
+        raise RunError(f"{run.path} ships float weights: there is no rounding to look at")
+    latent = latent_weights(run, config)
+    pooled: list[npt.NDArray[np.float64]] = []
+    outside = np.zeros(3)  # weights, clipped, moved
+    for done, (name, value) in enumerate(quantized.items()):
+        check()
+        noise, clipped, moved = layer_noise(latent[name], value)
+        pooled.append(noise)
+        outside += np.array([1.0, clipped, moved]) * value.codes.numel()
+        if (identity, name) not in points and len(noise):
+            _add(points, (identity, name), noise, clipped, moved)
+        if progress is not None:
+            progress(done + 1, len(quantized))
+    _add(points, (identity, ALL), np.concatenate(pooled), outside[1] / outside[0], outside[2] / outside[0])
+
+
+def _add(points: Points, key: tuple[str, str], noise: npt.NDArray[np.float64], clipped: float, moved: float) -> None:
+    counts, _ = np.histogram(noise, bins=N_BINS, range=(-0.5, 0.5))
+    found = asdict(describe(noise, float(clipped), float(moved)))
+    points.add_(key, [*found.values(), " ".join(map(str, counts.tolist()))])
+
+
+def _row(row: Mapping[str, str]) -> dict[str, Any]:
+    numbers = {name: float(row[name]) for name in COLUMNS[1:-1]}
+    return {"layer": row["layer"], "n": int(row["n"]), "excess": numbers["kl"] - numbers["floor"]} | numbers
+
+
+def _counts(row: Mapping[str, str]) -> list[int]:
+    return [int(count) for count in row["counts"].split()]
+
+
+def draw_noise(numbers: Sequence[Mapping[str, Any]], pooled: Mapping[str, Sequence[int]], folder: Path) -> list[str]:
+    """Draw the pooled noise, the KL of each layer with its floor, and the clipped shares; return file names."""
+    figure, axes = panels(3)
+    for n, (label, counts) in enumerate(pooled.items()):
+        layers = [row for row in numbers if row["run"] == label and row["layer"] != ALL]
+        _histogram(axes[0], counts, plain(label), style(n)["color"])
+        sizes = [row["n"] for row in layers]
+        axes[1].scatter(sizes, [row["kl"] for row in layers], s=14, c=style(n)["color"], marker=style(n)["marker"])
+        shares = sorted(100 * row["clipped_frac"] for row in layers)
+        axes[2].plot(range(1, len(shares) + 1), shares, markersize=3, **style(n))
+    _dress(axes, [row["n"] for row in numbers])
+    legend(figure, axes[0])
+    return save(figure, folder, "noise")
+
+
+def _histogram(axis: Axes, counts: Sequence[int], label: str, colour: str) -> None:
+    edges = np.linspace(-0.5, 0.5, len(counts) + 1)
+    axis.stairs(np.array(counts) * len(counts) / sum(counts), edges, label=label, color=colour)
+
+
+def _dress(axes: Sequence[Axes], sizes: Sequence[int]) -> None:
+    axes[0].axhline(1.0, color="#666666", linestyle=":", label="uniform law")
+    axes[0].set_xlabel("(rounded - latent weight) / step size")
+    axes[0].set_ylabel("density, all layers")
+    axes[0].set_ylim(bottom=0)
+    span = np.geomspace(min(sizes), max(sizes), 50)
+    axes[1].plot(span, (N_BINS - 1) / (2 * span), color="#666666", linestyle=":")
+    axes[1].set(xscale="log", yscale="log", xlabel="weights of the layer", ylabel="KL to uniform (nats); dotted: floor")
+    axes[2].set_xlabel("layers, sorted by it")
+    axes[2].set_ylabel("clipped weights (%)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
