@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_who_stops_early_has_members_that_agree_and_are_sure(logits, threshold):
 @given(logit_blocks)
 def test_a_higher_threshold_asks_no_fewer_members(logits):
     depths = [depth(logits, threshold, 1.0) for threshold in (0.3, 0.6, 0.9, NEVER)]
-    assert all((low <= high).all() for low, high in zip(depths, depths[1:], strict=False))
+    assert all((low <= high).all() for low, high in itertools.pairwise(depths))
     assert (depths[-1] == len(logits)).all()
 
 

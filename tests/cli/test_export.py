@@ -1,0 +1,46 @@
+"""`qtdog export` as a user runs it, on a finished run of the embedded digits."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+
+RUN = ("train", "--data", "rotated-digits", "--target", "75", "--steps", "6", "--image-size", "12")
+
+
+@pytest.fixture
+def run_folder(qtdog, tmp_path):
+    outcome = qtdog(*RUN, "--set", "data.batch_size=8", "--set", "train.eval_every=2", "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    return tmp_path / "run"
+
+
+def test_a_run_becomes_a_file_that_predicts_alike(qtdog, run_folder, tmp_path):
+    outcome = qtdog("export", run_folder, "-o", tmp_path / "m.onnx", "--check", 64)
+    assert outcome.code == 0, outcome.err
+    assert "100.00" in outcome.out
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    told = json.loads(session.get_modelmeta().custom_metadata_map["qtdog"])
+    assert set(told["parity"]["domains"]) == {"0", "15", "30", "45", "60"}
+    assert session.run(None, {"images": np.zeros((2, 12, 12, 1), dtype=np.uint8)})[0].shape == (2, 10)
+
+
+def test_wrong_orders_say_what_to_do_and_leave_nothing(qtdog, run_folder, tmp_path):
+    out = tmp_path / "m.onnx"
+    target = qtdog("export", run_folder, "-o", out, "--domain", "75", "--format", "onnx-int8")
+    assert target.code == 2
+    assert "'75' was held out in training" in target.err
+    assert "--force-target" in target.err
+    unknown = qtdog("export", run_folder, "-o", out, "--format", "onnx8")
+    assert unknown.code == 2
+    assert "did you mean 'onnx'" in unknown.err or "did you mean 'onnx-int8'" in unknown.err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "it is empty of folders" in qtdog("export", run_folder, "-o", out, "--data", empty).err
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in qtdog("export", run_folder, "-o", tmp_path / "file" / "m.onnx").err
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((run_folder / "model.safetensors").read_bytes())
+    assert "--data" in qtdog("export", alone, "-o", out).err
+    assert not out.exists()
