@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,7 @@ HEADERS = [
     "7 bits, file",
     "ratio",
     "bits per weight",
-    "step",
-    "pretraining",
+    "its own weights saw",
 ]
 
 
@@ -65,24 +63,22 @@ def inputs(name: str) -> Tensor:
     return torch.randn(N_IMAGES, 1 if name.endswith("_cnn") else 3, size, size, generator=generator)
 
 
-def train_step(network: Network, quantizers: Attached, batch: Tensor) -> float:
-    """Make one update, and return how long it took, in seconds."""
+def train_step_(network: Network, quantizers: Attached, batch: Tensor) -> None:
+    """Make one update."""
     optimizer = torch.optim.SGD(quantizers.param_groups(1e-3), lr=1e-3)
-    started = time.perf_counter()
     cross_entropy(network(batch), torch.arange(len(batch))).backward()
     optimizer.step()
-    return time.perf_counter() - started
 
 
 @torch.no_grad()
 def measure(name: str, bits: int, folder: Path) -> dict[str, Any]:
-    """Return parameters, sizes and seconds of one backbone."""
+    """Return parameters and sizes of one backbone."""
     network, batch = make(name), inputs(name)
     n_parameters = sum(parameter.numel() for parameter in network.parameters())
     quantizers = attach(network, bits=bits, exclude=("classifier",))
     quantizers.enable()
     with torch.enable_grad():
-        step_s = train_step(network, quantizers, batch)
+        train_step_(network, quantizers, batch)
     unreached = [key for key, value in network.named_parameters() if value.grad is None]
     if unreached:
         raise SystemExit(f"{name}: no gradient reaches {', '.join(unreached)}")
@@ -92,7 +88,7 @@ def measure(name: str, bits: int, folder: Path) -> dict[str, Any]:
     if not torch.equal(network.eval()(batch), loaded(batch)):
         raise SystemExit(f"{name}: the loaded model answers differently")
     told = {"n_layers": len(quantizers.layers), "pretraining": pretraining_of(name)}
-    size = {"input": list(batch.shape[1:]), "n_parameters": n_parameters, "step_s": round(step_s, 3)}
+    size = {"input": list(batch.shape[1:]), "n_parameters": n_parameters}
     return {"backbone": name} | size | told | asdict(file_sizes(path))
 
 
@@ -107,7 +103,6 @@ def row(found: dict[str, Any]) -> list[str]:
         f"{found['bytes']:,}",
         f"{found['ratio']:.2f}",
         f"{found['bits_per_weight']:.2f}",
-        f"{found['step_s']:.2f} s",
         found["pretraining"].partition(" (")[0] or "none",
     ]
 
