@@ -79,13 +79,22 @@ class Points:
         Raises:
             RunError: the disk is full or not writable.
         """
-        cells = [_text(part) for part in (*key, *values)]
+        self.add_all_([(key, values)])
+
+    def add_all_(self, pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> None:
+        """Keep several rows, pairs of key and values, as `add_` does, in one go.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        rows = [[_text(part) for part in (*key, *values)] for key, values in pairs]
         with clear_disk_errors(self.file), self.file.open("a") as stream:
-            stream.write(_line(cells))
+            stream.write("".join(map(_line, rows)))
             stream.flush()
             os.fsync(stream.fileno())
-        self.rows.append(dict(zip(self.columns, cells, strict=True)))
-        self._done.add(self._key_of(self.rows[-1]))
+        added = [dict(zip(self.columns, cells, strict=True)) for cells in rows]
+        self.rows += added
+        self._done |= {self._key_of(row) for row in added}
 
     def of(self, **key: Any) -> list[Row]:
         """Return the rows in which the named columns have these values, in the order in which they were measured."""

@@ -111,7 +111,7 @@ def draw_stability(runs: Sequence[Run], folder: Path) -> list[str]:
 
 
 def _dress(axes: Sequence[Axes]) -> None:
-    axes[0].set_ylabel("accuracy on the sources, held-out images (%)")
+    axes[0].set_ylabel("accuracy on the sources (%)")
     axes[1].set_ylabel("accuracy on the unseen domain (%)")
     axes[2].set_xlabel("accuracy on the sources (%)")
     axes[2].set_ylabel("accuracy on the unseen domain (%)")

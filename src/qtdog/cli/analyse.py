@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from qtdog.cli.analyse_cam import cam
 from qtdog.cli.analyse_flatness import flatness
 from qtdog.cli.analyse_hessian import hessian
 from qtdog.cli.analyse_noise import noise
+from qtdog.cli.analyse_slices import slices
 from qtdog.cli.analyse_stability import stability
 from qtdog.cli.analyse_surface import surface
 
@@ -16,8 +18,5 @@ analyse_app = typer.Typer(
     help="Ask why runs do what they do: flatness, curvature, rounding noise, stability, attention, mistakes.",
     epilog="Every command writes OUT/KIND/: points, a table, figures (PNG, PDF) and analysis.json for the report.",
 )
-analyse_app.command()(flatness)
-analyse_app.command()(hessian)
-analyse_app.command()(surface)
-analyse_app.command()(noise)
-analyse_app.command()(stability)
+for _command in (flatness, hessian, surface, noise, stability, cam, slices):
+    analyse_app.command()(_command)
