@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qtdog.sweep.driver import Progress
 from qtdog.sweep.local import LocalEngine
+from qtdog.sweep.notes import Outcome
 from qtdog.sweep.plan import Plan, make_plan
 from qtdog.sweep.study import Study
+from qtdog.sweep.task import Task
+from qtdog.sweep.work import perform
+from qtdog.training.run import Voice
+from qtdog.training.run_folder import RunFolder
 
 TINY = {
     "data.image_size": 8,
@@ -47,3 +55,44 @@ def local() -> Callable[..., LocalEngine]:
         return LocalEngine(out, plan.source, workers=workers, threads=1)
 
     return make
+
+
+class Quiet:
+    """A board that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, Outcome]] = []
+
+    def show(self, progress: Progress) -> None:
+        """Do nothing."""
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        """Keep it."""
+        self.ends.append((task.name, outcome))
+
+
+def measured(out: Path, plan: Plan) -> dict[str, Any]:
+    """Return what each run came to, without what time decides."""
+    found = {}
+    for task in plan.tasks:
+        if task.kind == "run":
+            folder = RunFolder(task.folder(out))
+            lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+            result = folder.read_result()
+            assert result is not None
+            found[task.name] = (result["model_sha256"], [line | {"trained_s": 0} for line in lines])
+    return found
+
+
+def in_this_process(plan: Plan, out: Path) -> Path:
+    """Do every task of a plan here and now."""
+    for task in plan.tasks:
+        outcome = perform(task, out, plan.dataset, Voice(warn=print))
+        assert outcome.status == "done", outcome
+    return out
+
+
+@pytest.fixture
+def running() -> SimpleNamespace:
+    """Return what runs small sweeps and looks at what came of them: Quiet, measured, in_this_process."""
+    return SimpleNamespace(Quiet=Quiet, measured=measured, in_this_process=in_this_process)

@@ -15,47 +15,13 @@ import yaml
 from qtdog.core.errors import RunError
 from qtdog.sweep import driver as driver_module
 from qtdog.sweep.driver import Driver
-from qtdog.sweep.notes import Outcome, read_failures
+from qtdog.sweep.notes import Outcome, Status, read_failures
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.state import is_done, standings, unfinished
 from qtdog.sweep.study import Study
 from qtdog.sweep.work import perform
 from qtdog.training.run import Voice
 from qtdog.training.run_folder import RunFolder
-
-
-class Quiet:
-    """A board that keeps what it is told."""
-
-    def __init__(self):
-        self.ends = []
-
-    def show(self, progress):
-        pass
-
-    def ended(self, task, outcome):
-        self.ends.append((task.name, outcome))
-
-
-def measured(out, plan):
-    """Return what each run came to, without what time decides."""
-    found = {}
-    for task in plan.tasks:
-        if task.kind == "run":
-            folder = RunFolder(task.folder(out))
-            lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
-            result = folder.read_result()
-            assert result is not None
-            found[task.name] = (result["model_sha256"], [line | {"trained_s": 0} for line in lines])
-    return found
-
-
-def in_this_process(plan, out):
-    for task in plan.tasks:
-        outcome = perform(task, out, plan.dataset, Voice(warn=print))
-        assert outcome.status == "done", outcome
-    return out
-
 
 METHODS = {
     "float": {"presets": ["float"]},
@@ -69,11 +35,11 @@ METHODS = {
 }
 
 
-def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path):
+def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running):
     how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}}
     separate, shared = make_tiny(**how), make_tiny(**how, share_prefix=True)
-    expected = measured(in_this_process(separate, tmp_path / "separate"), separate)
-    found = measured(in_this_process(shared, tmp_path / "shared"), shared)
+    expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
+    found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
     assert found == expected
     # quantized from step 2 of 6: eight runs of 6 steps; of the eight, swad counts from the first step on, and rtn goes
     # on from the float run's step 5
@@ -96,10 +62,10 @@ def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path,
     assert "training from step 0 instead" in told[0]
 
 
-def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, monkeypatch):
+def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, monkeypatch, running):
     changes = {"set": {"train.steps": 60, "train.checkpoint_every": 2}, "share_prefix": True}
     plan = make_tiny(**changes, grid={"target": "75", "seed": 0})
-    expected = measured(in_this_process(plan, tmp_path / "whole"), plan)
+    expected = running.measured(running.in_this_process(plan, tmp_path / "whole"), plan)
     out, study = tmp_path / "killed", tmp_path / "tiny.yaml"
     study.write_text(yaml.safe_dump(plan.study.model_dump(mode="json", exclude_defaults=True)))
     command = [sys.executable, "-m", "qtdog", "sweep", str(study), "--out", str(out)]
@@ -109,7 +75,7 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_p
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert unfinished(plan.tasks, out)
-    engine, board, killed = local(plan, out), Quiet(), []
+    engine, board, killed = local(plan, out), running.Quiet(), []
 
     def kill_two(progress):
         for name, pid in engine.pids.items():
@@ -125,7 +91,7 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_p
     assert not progress.failed
     lost = [outcome.reason for _, outcome in board.ends if outcome.status == "lost"]
     assert lost == ["its process died of SIGKILL"] * 2
-    assert measured(out, plan) == expected
+    assert running.measured(out, plan) == expected
 
 
 class Scripted:
@@ -155,7 +121,7 @@ class Scripted:
         pass
 
 
-def test_a_run_that_fails_stops_no_other_but_what_needs_it(make_tiny, tmp_path):
+def test_a_run_that_fails_stops_no_other_but_what_needs_it(make_tiny, tmp_path, running):
     plan = make_tiny(share_prefix=True)
     bad = plan.tasks[0].name  # the beginning of two of the four runs
 
@@ -163,60 +129,61 @@ def test_a_run_that_fails_stops_no_other_but_what_needs_it(make_tiny, tmp_path):
         return Outcome(task.name, "failed", "no luck", "RunError") if task.name == bad else Outcome(task.name, "done")
 
     engine = Scripted(end, tmp_path)
-    progress = Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
     assert len(progress.done) == 3
     assert [task.begin for task in progress.blocked()] == [bad, bad]
     assert read_failures(tmp_path)[bad].reason == "no luck"
     assert standings(plan.tasks, tmp_path)[bad] == "failed"
     again = Scripted(lambda task: Outcome(task.name, "done"), tmp_path)
-    Driver(plan.tasks, tmp_path, again, Quiet()).run()
+    Driver(plan.tasks, tmp_path, again, running.Quiet()).run()
     assert len(again.begun) == 3  # only what is missing or failed
     assert read_failures(tmp_path) == {}
 
 
-def test_a_process_that_dies_each_time_counts_as_a_failure(make_tiny, tmp_path):
+def test_a_process_that_dies_each_time_counts_as_a_failure(make_tiny, tmp_path, running):
     plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75"})
     engine = Scripted(lambda task: Outcome(task.name, "lost", "its process died of SIGKILL"), tmp_path)
-    progress = Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
     assert len(engine.begun) == driver_module.MAX_LOST
     assert progress.failed[plan.tasks[0].name].reason == "5 times its process died of SIGKILL"
 
 
-def test_a_full_disk_stops_the_sweep(make_tiny, tmp_path):
+def test_a_full_disk_stops_the_sweep(make_tiny, tmp_path, running):
     plan = make_tiny()
     engine = Scripted(lambda task: Outcome(task.name, "disk", "the disk is full", "RunError"), tmp_path)
     with pytest.raises(RunError, match="the sweep stopped, since it cannot write: the disk is full"):
-        Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+        Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
     assert engine.stopped
     assert len(engine.begun) == 1
     assert read_failures(tmp_path) == {}
 
 
-def test_a_folder_in_use_is_looked_at_again_later(make_tiny, tmp_path, monkeypatch):
+def test_a_folder_in_use_is_looked_at_again_later(make_tiny, tmp_path, monkeypatch, running):
     monkeypatch.setattr(driver_module, "BUSY_S", 0.05)
     plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75"})
-    ends = iter(["busy", "busy", "done"])
+    statuses: list[Status] = ["busy", "busy", "done"]
+    ends = iter(statuses)
     engine = Scripted(lambda task: Outcome(task.name, next(ends)), tmp_path)
-    Driver(plan.tasks, tmp_path, engine, Quiet()).run()
+    Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
     assert len(engine.begun) == 3
     assert is_done(plan.tasks[0], tmp_path)
 
 
-def test_limit_begins_no_more_than_so_many(make_tiny, tmp_path):
+def test_limit_begins_no_more_than_so_many(make_tiny, tmp_path, running):
     plan = make_tiny()
     engine = Scripted(lambda task: Outcome(task.name, "done"), tmp_path)
-    progress = Driver(plan.tasks, tmp_path, engine, Quiet(), limit=3).run()
+    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet(), limit=3).run()
     assert len(engine.begun) == len(progress.done) == 3
 
 
-def test_an_ensemble_is_made_of_finished_members(make_tiny, tmp_path):
+def test_an_ensemble_is_made_of_finished_members(make_tiny, tmp_path, running):
     ensembles = [
         {"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..1"},
         {"name": "DiWA", "method": "one-start", "kind": "diwa", "members": "0..1"},
     ]
     methods = {"lsq": {"presets": ["lsq"]}, "one-start": {"presets": ["float"], "set": {"model.init_seed": 0}}}
     plan = make_tiny(methods=methods, ensembles=ensembles)
-    in_this_process(plan, tmp_path)
+    running.in_this_process(plan, tmp_path)
     made = [task for task in plan.tasks if task.kind == "ensemble"]
     assert [task.name.split("-")[0] for task in made] == ["eoq", "diwa"]
     for task in made:

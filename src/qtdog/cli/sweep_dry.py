@@ -69,10 +69,11 @@ def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace) -> dict[str, float
 
 def _rows(missing: Sequence[Task], step_s: dict[str, float], overhead: float, where: Cluster) -> list[list[str]]:
     from qtdog.cli.sweep_board import time_text
-    from qtdog.sweep.estimate import simulate, task_seconds
+    from qtdog.sweep.estimate import START_S, simulate, task_seconds
 
     device = where.device
-    found = simulate(missing, where.n, lambda task: task_seconds(task, step_s, speed=device.speed, overhead=overhead))
+    how = {"overhead": overhead, "speed": device.speed, "start_s": 0.0 if where.name == "core" else START_S}
+    found = simulate(missing, where.n, lambda task: task_seconds(task, step_s, **how))
     cost = found.wall_s / 3600 * where.n * device.usd_per_hour
     idle = 1 - found.busy_s / (found.wall_s * where.n) if found.wall_s else 0.0
     return [
@@ -95,5 +96,5 @@ def _checked(plan: Plan, folder: Path, step_s: dict[str, float], overhead: float
     if not known:
         return []
     actual = sum(journal[task.name]["seconds"] for task in known)
-    guessed = sum(task_seconds(task, step_s, speed=1.0, overhead=overhead) for task in known)
+    guessed = sum(task_seconds(task, step_s, overhead=overhead) for task in known)
     return [f"Checked on {len(known)} finished: estimated {time_text(guessed)}, took {time_text(actual)}."]

@@ -16,7 +16,7 @@ from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
 from qtdog.training.problem import make_problem
 
-START_S = 5.0  # of a run: reading the network's weights, opening the data, writing the file
+START_S = 5.0  # of a run on a cluster: imports, reading the network's weights, opening the data
 PROBE_STEPS = 3
 
 
@@ -147,13 +147,16 @@ def probe(config: Config, dataset: DomainDataset) -> float:
     return (time.perf_counter() - started) / PROBE_STEPS
 
 
-def task_seconds(task: Task, step_s: Mapping[str, float], *, speed: float, overhead: float) -> float:
+def task_seconds(
+    task: Task, step_s: Mapping[str, float], *, overhead: float, speed: float = 1.0, start_s: float = 0.0
+) -> float:
     """Return how long a task takes.
 
     Args:
-        task: a run, a beginning, or an ensemble (as long as a run's start).
+        task: a run, a beginning, or an ensemble (which has no steps).
         step_s: seconds per step here, by task name.
+        overhead: time of a run as a multiple of that of its steps (start, evaluations, checkpoints).
         speed: of the device.
-        overhead: time of a run as a multiple of that of its steps (evaluations, checkpoints).
+        start_s: what the start of a run takes besides.
     """
-    return START_S + task.steps * step_s.get(task.name, 0.0) * overhead / speed
+    return start_s + task.steps * step_s.get(task.name, 0.0) * overhead / speed

@@ -1,0 +1,126 @@
+"""The sweep commands as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import yaml
+
+from qtdog.sweep.plan import make_plan
+from qtdog.sweep.study import read_study
+from qtdog.sweep.work import perform
+from qtdog.training.run import Voice
+
+SET = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 4, "train.eval_every": 1}
+STUDY = {
+    "name": "tiny",
+    "base": {"presets": ["digits"], "set": SET},
+    "methods": {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"]}},
+    "grid": {"target": "75", "seed": "0..1"},
+}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(STUDY))
+    return file
+
+
+@pytest.fixture
+def half_done(study, tmp_path):
+    """Do the runs of seed 0, in the default folder."""
+    plan = make_plan(read_study(study))
+    for task in plan.tasks:
+        if task.labels[0]["seed"] == 0:
+            assert perform(task, tmp_path / "runs" / "tiny", plan.dataset, Voice()).status == "done"
+    return study
+
+
+def test_a_sweep_runs_goes_on_and_says_how_it_ended(qtdog, half_done):
+    done = qtdog("sweep", half_done, "--workers", "1", "--only", "lsq seed=1")
+    assert done.code == 0, done.err
+    assert "3 of 4 done in runs/tiny" in done.out
+    again = qtdog("sweep", half_done, "--only", "seed=0")
+    assert again.code == 0
+    found = json.loads(qtdog("runs", "study = 'tiny'", "--json").out)
+    assert sorted((row["method"], row["seed"]) for row in found) == [("float", 0), ("lsq", 0), ("lsq", 1)]
+
+
+def test_status_counts_and_changes_nothing(qtdog, half_done, tmp_path):
+    before = sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir())
+    found = json.loads(qtdog("sweep", "status", half_done, "--json").out)
+    assert found["counts"] == {"done": 2, "missing": 2}
+    text = qtdog("sweep", "status", half_done, "--all").out
+    assert "float target=75 seed=1" in text
+    assert sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir()) == before
+
+
+def test_a_dry_run_estimates_from_finished_runs_and_starts_nothing(qtdog, half_done, tmp_path):
+    done = qtdog("sweep", half_done, "--dry-run", "--cluster", "8xH100")
+    assert done.code == 0, done.err
+    assert "missing: 2 runs" in done.out
+    assert "2 finished runs" in done.out
+    assert "Assumed, not measured" in done.out
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 2
+
+
+def test_a_dry_run_without_runs_probes_a_few_steps(qtdog, study, tmp_path):
+    done = qtdog("sweep", study, "--dry-run", "--workers", "3")
+    assert "a few steps made just now" in done.out
+    assert "3 workers of this machine" in done.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_table_says_mean_and_difference(qtdog, half_done):
+    text = qtdog("sweep", "table", half_done, "--format", "markdown").out
+    assert "| lsq |" in text
+    assert "− float" in text
+    numbers = json.loads(qtdog("sweep", "table", half_done, "--format", "json", "--reference", "lsq").out)
+    assert numbers["test_accuracy"]["differences"]["float"]["n"] == 1
+    assert len(numbers["runs"]) == 2
+
+
+def test_runs_as_csv_for_a_spreadsheet(qtdog, half_done):
+    text = qtdog("runs", "bits = 7", "--csv", "--columns", "quantizer,seed,test_accuracy").out
+    assert [row["quantizer"] for row in csv.DictReader(io.StringIO(text))] == ["lsq"]
+
+
+def test_diff_merge_and_retry(qtdog, half_done, tmp_path):
+    assert "2 runs in both" in qtdog("sweep", "diff", half_done, tmp_path / "runs" / "tiny").out
+    assert "2 copied" in qtdog("sweep", "merge", tmp_path / "runs" / "tiny", "--into", tmp_path / "all").out
+    assert "nothing failed" in qtdog("sweep", "retry", half_done).out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("sweep", "gone.yaml"), "the study file gone.yaml does not exist"),
+        (("sweep", "tiny.yaml", "--only", "nothing"), "means no run of the study"),
+        (("sweep", "tiny.yaml", "--cluster", "64xH100"), "--cluster is for --dry-run"),
+        (("sweep", "tiny.yaml", "--dry-run", "--cluster", "64"), "takes a number and a device"),
+        (("sweep", "tiny.yaml", "--address", "auto"), "--address is for --engine ray"),
+        (("sweep", "table", "tiny.yaml"), "no run of the study is finished"),
+        (("runs", "a", "--out", "gone"), "gone is no folder"),
+        (("sweep", "merge", "gone", "--into", "all"), "gone is no folder"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_starts(qtdog, study, args, message, tmp_path):
+    done = qtdog(*args)
+    assert done.code in (1, 2)
+    assert message in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistakes_in_the_study_are_told_all_at_once(qtdog, study, tmp_path):
+    methods = {"a": {"presets": ["lqs"]}, "b": {"set": {"objective.name": "emr"}}, "c": {"set": {"train.stepz": 1}}}
+    study.write_text(yaml.safe_dump(STUDY | {"methods": methods}))
+    done = qtdog("sweep", study)
+    assert done.code == 2
+    assert "did you mean 'lsq'" in done.err
+    assert "did you mean 'steps'" in done.err
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,217 @@
+"""The index is a cache of the run folders, and can only be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+
+import pytest
+
+from qtdog.core.errors import ConfigError
+from qtdog.sweep import index as index_module
+from qtdog.sweep.diff import diff, of_folder, of_plan
+from qtdog.sweep.index import index_file, refresh
+from qtdog.sweep.merge import merge
+from qtdog.sweep.notes import Outcome, keep_failure, keep_labels
+from qtdog.sweep.query import ask
+from qtdog.sweep.summary import pairs, results, values
+from qtdog.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Return a plan and a folder in which it is done; not to be changed."""
+    from qtdog.sweep.plan import make_plan
+    from qtdog.sweep.study import Study
+    from qtdog.sweep.work import perform
+    from qtdog.training.run import Voice
+
+    sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1}
+    tree = {
+        "name": "tiny",
+        "base": {"presets": ["digits"], "set": sets},
+        "methods": {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"]}, "rtn": {"presets": ["rtn"]}},
+        "grid": {"target": "75", "seed": "0..1"},
+        "ensembles": [{"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..1"}],
+        "share_prefix": True,
+    }
+    plan, out = make_plan(Study.model_validate(tree)), tmp_path_factory.mktemp("runs") / "tiny"
+    for task in plan.tasks:
+        assert perform(task, out, plan.dataset, Voice()).status == "done"
+    keep_labels(plan.study.name, plan.labels, out)
+    return plan, out
+
+
+@pytest.fixture
+def copied(swept, tmp_path):
+    """Return the plan, and a copy of its folder that may be changed."""
+    return swept[0], shutil.copytree(swept[1], tmp_path / "runs" / "tiny")
+
+
+def test_every_run_is_there_once_with_what_it_measured(copied):
+    plan, out = copied
+    found = ask(refresh(out), "kind = 'run'")
+    runs = [task for task in plan.tasks if task.kind == "run"]
+    assert sorted(str(row["folder"]) for row in found) == sorted(task.name for task in runs)
+    for task in runs:
+        row = next(row for row in found if row["folder"] == task.name)
+        folder = RunFolder(out / task.name)
+        result, records = folder.read_result(), folder.read_metrics()
+        assert result is not None
+        assert (row["study"], row["method"], row["seed"]) == ("tiny", *(task.labels[0][k] for k in ("method", "seed")))
+        assert row["test_accuracy"] == result["test_accuracy"]
+        assert row["size_bytes"] == result["size"]["bytes"]
+        assert row["state"] == "done"
+        late = [record.test_accuracy or 0.0 for record in records if record.seen.step > 3]
+        expected = None if row["method"] == "rtn" else pytest.approx(sum(late) / len(late))
+        assert row["mean_after_start"] == expected
+        assert row["bits"] == (None if row["method"] == "float" else 7)
+
+
+def test_ensembles_are_rows_and_shared_steps_are_not(copied):
+    _, out = copied
+    (row,) = ask(refresh(out), "method = 'EoQ'")
+    assert (row["kind"], row["members"], row["target"]) == ("ensemble", 2, "75")
+    assert ask(refresh(out), "folder like 'prefix-%'") == []
+
+
+def test_only_what_changed_is_read_again_and_what_is_gone_goes(copied, monkeypatch):
+    plan, out = copied
+    refresh(out.parent)
+    read = []
+    real = index_module.read_row
+    monkeypatch.setattr(
+        index_module, "read_row", lambda folder, failure: read.append(folder.name) or real(folder, failure)
+    )
+    refresh(out.parent)
+    assert read == []
+    task = next(task for task in plan.tasks if task.kind == "run")
+    result = json.loads((out / task.name / "result.json").read_text())
+    (out / task.name / "result.json").write_text(json.dumps(result | {"test_accuracy": 0.125}))
+    assert ask(refresh(out.parent), "test_accuracy = 0.125")[0]["folder"] == f"tiny/{task.name}"
+    assert read == [task.name]
+    shutil.rmtree(out / task.name)
+    assert ask(refresh(out.parent), f"folder = 'tiny/{task.name}'") == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database", None])
+def test_a_damaged_or_deleted_index_is_made_anew(copied, damage):
+    _, out = copied
+    before = ask(refresh(out))
+    file = index_file(out)
+    file.unlink() if damage is None else file.write_bytes(damage)
+    assert ask(refresh(out)) == before
+
+
+def test_an_index_of_another_version_is_made_anew(copied):
+    _, out = copied
+    before = ask(refresh(out))
+    database = sqlite3.connect(index_file(out))
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    assert ask(refresh(out)) == before
+
+
+def test_failures_and_their_reasons_are_found(copied):
+    plan, out = copied
+    task = next(task for task in plan.tasks if task.kind == "run")
+    (out / task.name / "result.json").unlink()
+    keep_failure(Outcome(task.name, "failed", "no luck"), out)
+    (row,) = ask(refresh(out), "state = 'failed'", columns=["folder", "error"])
+    assert row == {"folder": task.name, "error": "no luck"}
+
+
+def test_foreign_and_damaged_files_are_no_runs(copied):
+    _, out = copied
+    before = ask(refresh(out))
+    for name, text in (("a", "]["), ("b", "[1]"), ("c", "data: 3")):
+        (out / name).mkdir()
+        (out / name / "config.yaml").write_text(text)
+        (out / name / "result.json").write_text(text)
+    assert ask(refresh(out)) == before
+
+
+ATTACKS = [
+    ("1); DROP TABLE folders; --", "one statement at a time"),
+    ("1) UNION SELECT name FROM pragma_table_list --", "no condition"),
+    ("(SELECT load_extension('x'))", "can only be read"),
+    ("(SELECT writefile('x', 'y'))", "no such function"),
+    ("bitz = 7", "unknown column 'bitz'; did you mean 'bits'"),
+    ('objective = "coral', "no condition in SQL"),
+    ("(WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c) > 0", "can only be read"),
+    (f"(SELECT count(*) FROM {', '.join(f'runs r{i}' for i in range(14))}) > 0", "longer than"),
+]
+
+
+@pytest.mark.parametrize(("condition", "message"), ATTACKS)
+def test_the_index_can_only_be_read(swept, condition, message, monkeypatch):
+    monkeypatch.setattr("qtdog.sweep.query.MAX_S", 0.2)
+    file = refresh(swept[1])
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        ask(file, condition)
+    assert file.read_bytes() == before
+
+
+def test_an_order_cannot_write_either(swept):
+    file = refresh(swept[1])
+    with pytest.raises(ConfigError):
+        ask(file, order="1; DELETE FROM folders")
+    with pytest.raises(ConfigError, match="unknown column 'a'"):
+        ask(file, columns=["a"])
+
+
+def test_a_comment_in_the_condition_does_not_swallow_the_rest(swept):
+    assert len(ask(refresh(swept[1]), "method = 'lsq' -- and more")) == 2
+
+
+def test_merging_copies_what_is_missing_and_keeps_what_is_farther(copied, tmp_path):
+    plan, ours = copied
+    theirs = shutil.copytree(ours, tmp_path / "theirs")
+    first, second, third, *_ = (task.name for task in plan.tasks if task.kind == "run")
+    shutil.rmtree(ours / first)
+    (ours / second / "result.json").unlink()
+    (theirs / third / "result.json").unlink()
+    result = json.loads((theirs / second / "result.json").read_text())
+    found = merge([theirs], ours)
+    assert sorted(found.copied) == sorted([first, second])
+    assert third in found.kept
+    assert json.loads((ours / second / "result.json").read_text()) == result
+    assert not [path for path in ours.iterdir() if path.suffix == ".tmp"]
+    assert merge([theirs], ours).copied == []
+    (theirs / first / "result.json").write_text(json.dumps(result | {"model_sha256": "other"}))
+    assert merge([theirs], ours).conflicts == [first]
+
+
+def test_a_run_in_use_is_not_replaced(copied, tmp_path):
+    plan, ours = copied
+    theirs = shutil.copytree(ours, tmp_path / "theirs")
+    name = next(task.name for task in plan.tasks if task.kind == "run")
+    (ours / name / "result.json").unlink()
+    with RunFolder(ours / name).lock():
+        assert merge([theirs], ours).busy == [name]
+
+
+def test_diff_of_a_study_and_its_folder_is_nothing(swept, make_tiny):
+    plan, out = swept
+    same = diff(of_plan(plan), of_folder(out))
+    assert (same.common, same.changed, same.only_first, same.only_second) == (6, {}, (), ())
+    sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1, "optimizer.lr": 0.5}
+    found = diff(of_plan(plan), of_plan(make_tiny(set=sets | {"train.checkpoint_every": None})))
+    assert found.changed == {("optimizer.lr: 0.001 → 0.5",): 4}
+    assert len(found.only_first) == 2
+
+
+def test_a_summary_has_every_run_and_pairs_agree_in_target_and_seed(swept):
+    plan, out = swept
+    found = results(plan, out)
+    table = values(found, "test_accuracy")
+    assert list(table) == ["float", "lsq", "rtn", "EoQ"]
+    assert set(table["lsq"]["75"]) == {(0,), (1,)}
+    compared = {method: (first, second) for method, first, second in pairs(table, "float")}
+    assert compared["lsq"][0] == list(table["float"]["75"].values())
+    assert compared["lsq"][1] == list(table["lsq"]["75"].values())
+    assert "rtn" not in values(found, "mean_after_start")
+    with pytest.raises(ConfigError, match="unknown method 'flota'; did you mean 'float'"):
+        list(pairs(table, "flota"))

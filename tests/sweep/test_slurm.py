@@ -1,0 +1,43 @@
+"""Slurm through submitit: the batch script of a dry run, and the same code without Slurm."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from qtdog.core.errors import ConfigError
+from qtdog.sweep.driver import Driver
+from qtdog.sweep.slurm_engine import Job, SlurmEngine, Work, batch_script, import_submitit
+
+
+def test_the_batch_script_asks_for_what_was_asked(tmp_path):
+    pytest.importorskip("submitit")
+    script = batch_script(Job(threads=4, gpus=2, hours=1.5, partition="gpu"), tmp_path)
+    for line in ("--cpus-per-task=4", "--gpus-per-node=2", "--time=90", "--partition=gpu", "--signal=USR2@120"):
+        assert f"#SBATCH {line}" in script
+    assert "gpus" not in batch_script(Job(), tmp_path)
+
+
+def test_jobs_give_the_same_results(make_tiny, tmp_path, running):
+    pytest.importorskip("submitit")
+    plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
+    expected = running.measured(running.in_this_process(plan, tmp_path / "here"), plan)
+    out = tmp_path / "jobs"
+    engine = SlurmEngine(out, plan.source, workers=1, job=Job(), cluster="debug")
+    progress = Driver(plan.tasks, out, engine, running.Quiet()).run()
+    assert not progress.failed
+    assert running.measured(out, plan) == expected
+
+
+def test_a_job_whose_time_is_over_goes_on_in_a_new_one():
+    pytest.importorskip("submitit")
+    work = Work("out", "rotated-digits", 1)
+    again = work.checkpoint({"name": "a"})
+    assert (again.function, again.args) == (work, ({"name": "a"},))
+
+
+def test_without_submitit_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match=r"pip install 'qtdog\[slurm\]'"):
+        import_submitit()
