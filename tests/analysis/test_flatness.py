@@ -1,11 +1,12 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.directions import random_direction
-from qtdog.analysis.flatness import Flatness, local_flatness, weight_norm
+from qtdog.analysis.directions import filter_direction, random_direction
+from qtdog.analysis.flatness import Flatness, local_flatness, summarise, weight_norm
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ModelError
 
@@ -106,3 +107,43 @@ def test_weight_norm_joins_all_parameters():
     network = nn.Linear(3, 2)
     joined = torch.cat([p.detach().flatten() for p in network.parameters()])
     assert weight_norm(network) == pytest.approx(joined.norm().item())
+
+
+def test_opposite_directions_cancel_the_slope_and_their_error_is_that_of_pairs():
+    bowl = Bowl()
+    (plain,) = local_flatness(bowl, bowl.loss, [0.5], n_directions=40)
+    (paired,) = local_flatness(bowl, bowl.loss, [0.5], n_directions=40, antithetic=True)
+    assert paired.standard_error < plain.standard_error / 3
+    assert abs(paired.increase - bowl.expected(0.5)) < 4 * paired.standard_error
+    increases = torch.tensor([[5.0], [-1.0], [4.0], [2.0]])
+    assert summarise([1.0], increases, antithetic=True)[0].standard_error == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_pairs_need_two_of_them_and_an_even_number(n: int):
+    with pytest.raises(ValueError, match="even and at least 4"):
+        local_flatness(nn.Linear(2, 2), lambda: 0.0, [1.0], n_directions=n, antithetic=True)
+
+
+def test_a_filter_radius_does_not_see_the_scale_of_the_weights():
+    torch.manual_seed(0)
+    network, images = nn.Linear(6, 3), torch.randn(20, 6)
+    network.bias.data.zero_()
+
+    def loss(scale: float) -> Callable[[], float]:  # the same function of the input whatever the scale of the weights
+        return lambda: nn.functional.cross_entropy(network(images) / scale, torch.zeros(20, dtype=torch.long)).item()
+
+    small = local_flatness(network, loss(1.0), [0.3], n_directions=8, radius="filter")
+    absolute = local_flatness(network, loss(1.0), [0.3], n_directions=8)
+    network.weight.data.mul_(10)
+    large = local_flatness(network, loss(10.0), [0.3], n_directions=8, radius="filter")
+    assert large[0].increase == pytest.approx(small[0].increase, rel=1e-4)
+    assert local_flatness(network, loss(10.0), [0.3], n_directions=8)[0].increase < absolute[0].increase / 5
+
+
+def test_a_filter_direction_has_the_lengths_of_the_filters_and_leaves_biases():
+    torch.manual_seed(0)
+    weights = [torch.randn(4, 3, 2, 2), torch.randn(4)]
+    kernel, bias = filter_direction(weights, 0, 0)
+    assert torch.allclose(kernel.flatten(1).norm(dim=1), weights[0].flatten(1).norm(dim=1))
+    assert bias.abs().sum() == 0

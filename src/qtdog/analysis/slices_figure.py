@@ -61,7 +61,7 @@ def draw_mistakes(
     for axis, mistake in zip(flat, mistakes, strict=False):
         found = images[mistake.domain]
         show_image(axis, found.pixels[found.keys.index(mistake.key)].numpy())
-        said = f"{classes[mistake.predicted]} {100 * mistake.confidence:.0f} %\nis {classes[mistake.label]}"
+        said = f"said {classes[mistake.predicted]} ({100 * mistake.confidence:.0f} %)\nis {classes[mistake.label]}"
         axis.set_title(plain(said), fontsize=7)
     figure.suptitle(plain(f"{subject.label}: surest mistakes"), fontsize=9)
     return save(figure, folder, name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import kendalltau, rankdata, spearmanr
 
 from qtdog.training.records import Record
 
@@ -98,7 +98,10 @@ def interval(one: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tu
     if not _varied(one, other):
         return None, None
     drawn = rng.integers(len(one), size=(N_BOOTSTRAP, len(one)))
-    found = [rho for row in drawn if (rho := rank_correlation(one[row], other[row])) is not None]
+    ranks = [rankdata(side[drawn], axis=1) for side in (one, other)]
+    centred = [rank - rank.mean(1, keepdims=True) for rank in ranks]
+    lengths = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
+    found = (centred[0] * centred[1]).sum(1)[lengths > 0] / lengths[lengths > 0]
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(found, [tail, 1 - tail])
     return float(low), float(high)
