@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def settle_batch_norm_(network: Network, seed: int) -> None:
 
 
 def make_packed(
-    path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quantizer: str = "lsq", **more: str
+    path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quantizer: str = "lsq", **more: Any
 ) -> Path:
     """Write a packed model with random weights, quantized, and return the file."""
     network = create_network(
@@ -74,10 +75,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that makes a packed model once for all tests."""
     made: dict[str, Path] = {}
 
-    def make(backbone: str, **options: object) -> Path:
+    def make(backbone: str, **options: Any) -> Path:
         key = f"{backbone} {sorted(options.items())}"
         if key not in made:
-            made[key] = make_packed(tmp_path_factory.mktemp("packed") / "model.safetensors", backbone, **options)  # pyright: ignore[reportArgumentType]
+            made[key] = make_packed(tmp_path_factory.mktemp("packed") / "model.safetensors", backbone, **options)
         return made[key]
 
     return make

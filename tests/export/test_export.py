@@ -67,7 +67,8 @@ def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(subject, 
     assert told["preprocessing"]["image_size"] == 32
     assert told["parity"]["n_images"] == len(photos.pixels)
     for n in (1, 5):
-        logits, probabilities = session.run(["logits", "probabilities"], {"images": photos.pixels[:n]})
+        outputs = session.run(["logits", "probabilities"], {"images": photos.pixels[:n]})
+        logits, probabilities = (np.asarray(output) for output in outputs)
         assert logits.shape == probabilities.shape == (n, 3)
         np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     assert json.loads((tmp_path / "m.onnx.json").read_text())["parity"] == told["parity"]
@@ -155,6 +156,14 @@ def test_a_file_that_answers_otherwise_is_refused_and_the_old_one_kept(subject, 
         export(subject("test_resnet"), tmp_path / "m.pt2", "torch", photos)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
     assert (tmp_path / "m.pt2").read_text() == "before"
+
+
+def test_a_float_model_has_nothing_to_compute_with_in_integers(subject, photos, tmp_path):
+    whole = subject("test_resnet")
+    state = whole.members[0]
+    bare = Subject(whole.path, (dataclasses.replace(state, quantized={}),), whole.infos)
+    with pytest.raises(ModelError, match="is a float model"):
+        export(bare, tmp_path / "m.onnx", "onnx-int8", photos)
 
 
 def test_too_few_images_are_refused(subject, photos, tmp_path):

@@ -1,4 +1,6 @@
+import dataclasses
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,20 @@ from qtdog.export.parity import FLOAT, INTEGER, Parity
 from qtdog.export.runtimes import open_runtime
 
 
-def parity(**changes) -> Parity:
-    told = {"n_images": 1000, "domains": ("a",), "agreement_frac": 1.0, "max_difference": {"logits": 0.0}}
-    told |= {"rms_difference": 0.0, "largest_logit": 10.0, "accuracy_packed": 0.9, "accuracy_exported": 0.9}
-    return Parity(**(told | {"n_lost": 0, "n_gained": 0} | changes))
+def parity(**changes: Any) -> Parity:
+    same = Parity(
+        n_images=1000,
+        domains=("a",),
+        agreement_frac=1.0,
+        max_difference={"logits": 0.0},
+        rms_difference=0.0,
+        largest_logit=10.0,
+        accuracy_packed=0.9,
+        accuracy_exported=0.9,
+        n_lost=0,
+        n_gained=0,
+    )
+    return dataclasses.replace(same, **changes)
 
 
 def test_limits_let_pass_what_is_alike_and_name_what_is_not():

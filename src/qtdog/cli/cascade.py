@@ -41,11 +41,11 @@ def cascade_rows(model: CascadeModel, inputs: Tensor) -> list[dict[str, Any]]:
     return [rows[place] for place in sorted(rows)]
 
 
-def say_members(rows: Sequence[dict[str, Any]], model: CascadeModel) -> None:
+def say_members(rows: Sequence[dict[str, Any]], n_members: int) -> None:
     """Print how many members were asked on average to standard error; nothing without an answer."""
     from qtdog.cli.console import err
 
     if rows:
         mean = sum(row["members"] for row in rows) / len(rows)
-        text = f"cascade: {mean:.2f} of {len(model.model.members)} members asked on average"
+        text = f"cascade: {mean:.2f} of {n_members} members asked on average"
         err.print(text, highlight=False)

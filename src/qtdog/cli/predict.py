@@ -71,18 +71,18 @@ def predict(
 
     shipped = load_any(model)
     say_cost(model, shipped)
-    shipped = cascading(shipped) if cascade else shipped
+    asked: Any = cascading(shipped) if cascade else shipped
     rows: list[dict[str, Any]] = []
     failures = 0
     told = text_predictions if shipped.info.preprocessing.max_tokens else image_predictions
-    for row in told(shipped, images):
+    for row in told(asked, images):
         if isinstance(row, QtdogError):
             failures += 1
             fail(str(row))
         else:
             rows.append(row)
     if cascade:
-        say_members(rows, shipped)
+        say_members(rows, len(asked.model.members))
     abstain_(rows, reject)
     _write(rows, Format.JSON if as_json else style, out)
     if failures:

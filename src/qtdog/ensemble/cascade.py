@@ -159,7 +159,11 @@ def depth(logits: Tensor, threshold: float, temperature: float) -> Tensor:
         >>> depth(logits, 0.9, 1.0).tolist()
         [1, 3]
     """
-    enough = confidence(logits, temperature) >= threshold
+    return _depth(confidence(logits, temperature), threshold)
+
+
+def _depth(found: Tensor, threshold: float) -> Tensor:
+    enough = found >= threshold
     enough[-1] = True
     return enough.to(torch.uint8).argmax(0) + 1
 
@@ -214,14 +218,18 @@ def choose_threshold(
         >>> round(found.value, 3), found.accuracy, found.members
         (1.0, 1.0, 2.0)
     """
-    best = measure(logits, labels, NEVER, temperature)
-    found = confidence(logits[:-1], temperature)
-    values = found[found > 0].unique().flip(0)
+    found = confidence(logits, temperature)
+    right = (logits.cumsum(0).argmax(-1) == labels).double()  # of the first j members together
+    accuracy_all = (logits.mean(0).argmax(1) == labels).double().mean().item()
+    best = Threshold(NEVER, accuracy_all, accuracy_all, float(len(logits)))
+    early = found[:-1]
+    values = early[early > 0].unique().flip(0)
     for value in values[:: -(-len(values) // N_TRIES) or 1].tolist():
-        tried = measure(logits, labels, value, temperature)
-        if tried.accuracy < tried.accuracy_all - allowed_loss:
+        depths = _depth(found, value)
+        accuracy = right.gather(0, depths[None] - 1).mean().item()
+        if accuracy < accuracy_all - allowed_loss:
             break
-        best = tried
+        best = Threshold(value, accuracy, accuracy_all, depths.double().mean().item())
     return best
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qtdog.core.errors import DataError, RunError
+from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
 from qtdog.export.activations import make_plan
 from qtdog.export.formats import FORMATS, Format
@@ -78,20 +78,19 @@ def export(
 
     Raises:
         DataError: fewer than 2 images.
-        ModelError: a library is missing, or an operator has no form in the format.
+        ModelError: a library is missing, an operator has no form in the format, or a float model is to become integer.
         RunError: the file does not answer like the packed model (nothing is left), or cannot be written.
     """
     kind = FORMATS[name]
-    if len(images.pixels) < 2:
-        raise DataError(f"an export is checked on images, at least 2; there are {len(images.pixels)}")
+    _check(subject, kind, images)
     n_first = min(n_calibration, len(images.pixels) // 2)
     calibration, check = images.split(n_first) if kind.integer else (None, images)
     info = subject.info(name)
-    graph, info = _graph(subject, info, calibration, watch) if kind.graph else (None, info)
     with clear_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         try:
+            graph, info = _graph(subject, info, calibration, watch) if kind.graph else (None, info)
             draft = folder / out.name
             kind.save(subject, graph, draft, info)
             parity = _measure(subject, draft, check, watch)
@@ -105,6 +104,14 @@ def export(
     made = Exported(out, info, parity, n_bytes, subject.path.stat().st_size)
     write_atomic(out.with_name(f"{out.name}.json"), json.dumps(made.to_json(), indent=1))
     return made
+
+
+def _check(subject: Subject, kind: Format, images: LabelledImages) -> None:
+    if len(images.pixels) < 2:
+        raise DataError(f"an export is checked on images, at least 2; there are {len(images.pixels)}")
+    if kind.integer and not subject.codes():
+        text = f"{subject.path} is a float model: it has no integer codes to compute with"
+        raise ModelError(f"{text}. Train with --quantizer, or export it to a float format")
 
 
 def _graph(
