@@ -17,6 +17,7 @@ from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.packing import packed_file
 from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.packing.sizes import file_sizes
+from qtdog.packing.zstd_frame import compress
 
 
 def sample(bits=7):
@@ -196,6 +197,18 @@ def test_malicious_json_is_refused(path, text):
         path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + length :])
         with pytest.raises(FormatError):
             load_packed(path)
+
+
+def test_a_description_that_expands_beyond_measure_is_refused(path, replace):
+    """Parsed it would take 350 MB, out of a file of some kilobytes."""
+    for text in ("[" + "[]," * (2**24 // 3 - 1) + "0]", " " * 2**24, " " * (2**24 + 1)):
+        replace(path, "description", compress(text.encode(), 1))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(FormatError, match="beyond the limit"):
+            load_packed(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+    with pytest.raises(FormatError, match="make the metadata smaller"):
+        save_packed(path, *sample(), {"text": " " * 2**24})
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])

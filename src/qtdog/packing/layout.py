@@ -9,7 +9,7 @@ from typing import Any
 
 from qtdog.core.quantized import QuantSpec
 from qtdog.packing.codecs import BITS
-from qtdog.packing.header import TensorInfo
+from qtdog.packing.header import MAX_HEADER_BYTES, TensorInfo
 
 PLAIN_VERSION = 2  # every tensor plain, codes bit-packed; float models are written so
 CODED_VERSION = 3  # codes and values entropy-coded
@@ -54,6 +54,16 @@ class Layout:
     aliases: dict[str, str]
     metadata: dict[str, Any]
     pools: dict[str, str]
+
+
+def may_describe(n_bytes: int, n_stored: int) -> bool:
+    """Return whether a description of `n_bytes` may lie in a frame of `n_stored`: parsed it takes 20 times its length.
+
+    Example:
+        >>> may_describe(2**20, 100), may_describe(2**21, 100), may_describe(2**21, 2**13), may_describe(2**25, 2**24)
+        (True, False, True, False)
+    """
+    return n_bytes <= min(MAX_HEADER_BYTES, max(2**20, 256 * n_stored))
 
 
 def stored_names(name: str) -> tuple[str, str]:

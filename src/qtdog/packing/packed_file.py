@@ -21,7 +21,17 @@ from qtdog.packing.codecs import decode_codes, encode_codes
 from qtdog.packing.contents import DTYPE_NAMES, check_codes, check_quantized, check_rest, check_scale
 from qtdog.packing.description import coded_text, plain_text
 from qtdog.packing.header import MAX_HEADER_BYTES, TensorInfo
-from qtdog.packing.layout import CODED_VERSION, DESCRIPTION, KEY, Entry, Layout, pool_name, pooled, stored_names
+from qtdog.packing.layout import (
+    CODED_VERSION,
+    DESCRIPTION,
+    KEY,
+    Entry,
+    Layout,
+    may_describe,
+    pool_name,
+    pooled,
+    stored_names,
+)
 from qtdog.packing.pools import THOROUGH_LEVEL, decode_pool, encode_pool
 from qtdog.packing.read_layout import read_layout
 from qtdog.packing.ties import find_aliases
@@ -103,8 +113,9 @@ def _coded(path: Path, model: PackedModel, aliases: dict[str, str]) -> bytes:
         pools[dtype], streams[pool_name(dtype)] = encode_pool(dtype, tensors)
     rest = {name: TensorInfo(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in model.rest.items()}
     text = coded_text(Layout(entries, rest, aliases, model.metadata, pools)).encode()
-    _check_length(path, len(text))
     frame = compress(text, THOROUGH_LEVEL)
+    if not may_describe(len(text), len(frame)):
+        raise FormatError(f"{path}: names and metadata take {len(text)} bytes; make the metadata smaller")
     streams[DESCRIPTION] = torch.from_numpy(np.frombuffer(frame, dtype=np.uint8).copy())
     content = safetensors.torch.save(streams, {KEY: strict_json.canonical({"format_version": CODED_VERSION})})
     _check_length(path, int.from_bytes(content[:8], "little"))

@@ -13,7 +13,7 @@ from qtdog.core.quantized import LEVELS, MAX_BITS, MIN_BITS, QuantSpec
 from qtdog.packing import strict_json
 from qtdog.packing.bits import packed_bytes
 from qtdog.packing.codecs import BITS, CODECS, may_expand
-from qtdog.packing.header import DTYPE_BYTES, MAX_HEADER_BYTES, Header, TensorInfo, is_count, is_shape, read_header
+from qtdog.packing.header import DTYPE_BYTES, Header, TensorInfo, is_count, is_shape, read_header
 from qtdog.packing.layout import (
     CODED_VERSION,
     DESCRIPTION,
@@ -21,6 +21,7 @@ from qtdog.packing.layout import (
     READABLE,
     Entry,
     Layout,
+    may_describe,
     pool_name,
     pooled,
     stored_names,
@@ -124,8 +125,8 @@ def _described(path: Path, header: Header) -> str:
         with safe_open(path, "pt") as stream:
             frame = stream.get_tensor(DESCRIPTION).numpy().tobytes()
         n_bytes = content_bytes(frame)
-        if n_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"it claims {n_bytes} bytes, and the limit is {MAX_HEADER_BYTES}")
+        if not may_describe(n_bytes, len(frame)):
+            raise ValueError(f"it claims {n_bytes} bytes from {len(frame)}, which is beyond the limit")
         return decompress(frame, n_bytes).decode()
     except (SafetensorError, OSError, ValueError) as error:
         raise FormatError(f"{path}: the tensor '{DESCRIPTION}' cannot be read: {error}. Get the file again") from error
