@@ -16,7 +16,8 @@ def open_page(browser: Any, report: Any) -> Iterator[Open]:
     contexts, said, fetched = [], [], []
 
     def open_it(*, width: int = 1280, height: int = 900, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        how = {"viewport": {"width": width, "height": height}, "reduced_motion": "reduce"}
+        context = browser.new_context(**how, **options)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
@@ -150,7 +151,7 @@ def test_behind_each_chart_stands_its_table(open_page: Open):
     page.get_by_label("last", exact=True).check(force=True)
     for chart in ("g0-dots", "g0-size", "g0-latency", "g0-curves"):
         page.locator(f"#{chart} summary").click()
-        assert page.locator(f"#{chart}-data tbody tr").count() > 0
+        page.locator(f"#{chart}-data tbody tr").first.wait_for()  # made when it is opened
         assert page.locator(f"#{chart}-data caption").count() == 1
     page.locator("#g0-size-data thead button").nth(1).click()
     sizes = [float(text) for text in column(page, "g0-size-data", 1)]

@@ -88,6 +88,12 @@ def make_ensemble(path: Path, members: Sequence[Path]) -> Path:
     return path
 
 
+def domainbed_level(trial: int, setting: int, target: int, step: int, *where: Any) -> float:
+    """Return an accuracy that rises with the steps, is better with the second setting and worse on the target."""
+    base = 0.5 + step / 1000 + 0.05 * setting - 0.1 * (where[0] == target)
+    return base + 0.02 * swing(trial, setting, target, step, *where)
+
+
 def make_domainbed(file: Path) -> Path:
     """Write a `results.jsonl` of one algorithm: two trials, two settings, every domain unseen once."""
     lines = []
@@ -95,12 +101,11 @@ def make_domainbed(file: Path) -> Path:
         args = {"dataset": "PACS", "algorithm": "ERM", "test_envs": [target], "trial_seed": trial}
         args |= {"hparams_seed": setting, "seed": 7 * trial + setting, "holdout_fraction": 0.2, "steps": 201}
         for step in (0, 100, 200):
-            line: dict[str, Any] = {"args": args, "step": step, "loss": 1.0}
-            for domain in range(4):
-                level = 0.5 + step / 1000 + 0.05 * setting - 0.1 * (domain == target)
-                for part in ("in", "out"):
-                    line[f"env{domain}_{part}_acc"] = level + 0.02 * swing(trial, setting, target, step, domain, part)
-            lines.append(json.dumps(line))
+            key = (trial, setting, target, step)
+            accuracies = {
+                f"env{d}_{part}_acc": domainbed_level(*key, d, part) for d in range(4) for part in ("in", "out")
+            }
+            lines.append(json.dumps({"args": args, "step": step, "loss": 1.0} | accuracies))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n")
     return file

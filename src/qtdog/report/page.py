@@ -61,7 +61,7 @@ def build_page(found: Found, options: PageOptions) -> str:
         >>> page = build_page(find([Path("runs/pacs")]), PageOptions(Path("report.html")))  # doctest: +SKIP
     """
     groups = [_group(number, found.of(name), options) for number, name in enumerate(found.datasets)]
-    style, script = asset("style.css"), asset("tables.js") + asset("charts.js")
+    style, script = asset("style.css"), "".join(map(asset, ("tables.js", "panel.js", "charts.js")))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("report.html")).render(
         title=options.title,
