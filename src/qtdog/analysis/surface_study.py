@@ -31,7 +31,7 @@ class SurfacePlan:
 
     Attributes:
         n_dims: 1 for a line, 2 for a plane.
-        n_points: on each axis.
+        n_points: on each axis; those of the runs themselves are added.
         reach: around one run, how far each axis goes to both sides, as a share of each filter's length; between two,
             how far the line goes beyond each of them, as a share of their distance.
         n_images: of each domain.
@@ -53,14 +53,15 @@ class SurfacePlan:
             raise ConfigError("--points must be at least 3, and --reach not negative")
 
     def ticks(self, *, line: bool) -> list[float]:
-        """Return the coordinates on an axis: of the line between two runs (0 and 1), or around an origin.
+        """Return the coordinates on an axis, evenly spread, and the runs' own: 0 and 1 of a line between two, else 0.
 
         Example:
             >>> SurfacePlan(n_points=3, reach=0.5).ticks(line=True), SurfacePlan(n_points=3).ticks(line=False)
-            ([-0.5, 0.5, 1.5], [-0.25, 0.0, 0.25])
+            ([-0.5, 0.0, 0.5, 1.0, 1.5], [-0.25, 0.0, 0.25])
         """
         ends = (-self.reach, 1 + self.reach) if line else (-self.reach, self.reach)
-        return [round(float(x), 9) for x in np.linspace(*ends, self.n_points)]
+        spread = {round(float(x), 9) for x in np.linspace(*ends, self.n_points)}
+        return sorted(spread | {0.0, 1.0} if line else spread | {0.0})
 
 
 def measure_surface(

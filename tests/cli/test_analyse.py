@@ -1,0 +1,170 @@
+"""`qtdog analyse` on short runs: every command, what it keeps, what it refuses, and stopping in the middle."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qtdog.analysis import flatness_study, hessian_study
+from qtdog.core.errors import Interrupted
+from qtdog.core.settings import build_config, load_preset
+from qtdog.data.digits import RotatedDigits
+from qtdog.training.problem import resolve
+from qtdog.training.run import run
+from qtdog.training.run_folder import RunFolder
+
+SHORT = {
+    "data": {"target": "75", "batch_size": 4, "image_size": 12},
+    "train": {"steps": 6, "eval_every": 2},
+}
+LSQ = {"quantizer": {"name": "lsq", "bits": 4, "start_step": 2}}
+FLAT = ("--directions", 4, "--images", 5, "--radius", "absolute", "--radii", "0,1,3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a float and a quantized run, and one that averages."""
+    root, dataset = tmp_path_factory.mktemp("runs"), RotatedDigits()
+    sections = {"float": {"quantizer": {"name": "none"}}, "lsq": LSQ, "swa": LSQ | {"averager": {"name": "swa"}}}
+    for name, section in sections.items():
+        config = resolve(build_config([load_preset("digits"), SHORT, section]), dataset)
+        run(config, dataset, RunFolder(root / name))
+    return {name: root / name for name in sections}
+
+
+def said(folder: Path) -> dict:
+    return json.loads((folder / "analysis.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "names"),
+    [
+        ("flatness", FLAT, {"on", "gamma", "increase", "standard_error"}),
+        (
+            "hessian",
+            ("--images", 1, "--vectors", 10, "--probes", 2, "--eigenvalues", 1),
+            {"trace", "standard_error", "top_eigenvalue"},
+        ),
+        ("surface", ("--points", 3, "--images", 5), {"x", "y", "sources", "target"}),
+        ("stability", (), {"spearman", "largest_drop", "best"}),
+        ("cam", ("--images", 3, "--shown", 2), {"deletion", "random_deletion", "insertion"}),
+        ("slices", ("--images", 20, "--mistakes", 3), {"gap", "worst_class", "worst_domain"}),
+    ],
+)
+def test_every_command_leaves_numbers_figures_and_a_description(qtdog, runs, tmp_path, kind, options, names):
+    found = qtdog("analyse", kind, runs["float"], runs["lsq"], *options, "--out", tmp_path, "--json")
+    assert found.code == 0, found.err
+    folder = tmp_path / kind
+    outcome = said(folder)
+    assert json.loads(found.out) == outcome
+    assert outcome["kind"] == kind
+    assert [entry["label"] for entry in outcome["runs"]] == ["erm + float", "erm + lsq 4 bit"]
+    assert names <= set(outcome["numbers"][0])
+    assert {Path(name).suffix for name in outcome["figures"]} == {".png", ".pdf"}
+    assert all((folder / name).stat().st_size > 1000 for name in outcome["figures"])
+    with (folder / outcome["data"][0]).open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(outcome["numbers"])
+
+
+def test_noise_is_that_of_the_shipped_codes_also_of_an_average(qtdog, runs, tmp_path):
+    assert qtdog("analyse", "noise", runs["lsq"], runs["swa"], "--out", tmp_path).code == 0
+    outcome = said(tmp_path / "noise")
+    pooled = [row for row in outcome["numbers"] if row["layer"] == "all layers"]
+    assert len(pooled) == 2
+    for row in pooled:  # other weights than those that were rounded would not lie next to their codes
+        assert row["moved_frac"] == 0
+        assert row["excess"] == pytest.approx(row["kl"] - row["floor"])
+
+
+def test_a_stopped_flatness_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
+    asked = ("analyse", "flatness", runs["float"], runs["lsq"], *FLAT)
+    assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
+    real, calls = flatness_study.losses_by_domain, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 11:
+            raise Interrupted("stop")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(flatness_study, "losses_by_domain", stopping)
+    stopped = qtdog(*asked, "--out", tmp_path / "parts")
+    assert stopped.code == 130
+    assert "the same command goes on" in stopped.err
+    assert not (tmp_path / "parts" / "flatness" / "analysis.json").exists()
+    assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
+    assert len(calls) == 1 + 2 * (1 + 4 * 2)  # nothing twice but the pass that was stopped
+    for name in ("points.csv", "flatness.csv", "flatness.png", "flatness.pdf"):
+        parts, whole = (tmp_path / part / "flatness" / name for part in ("parts", "whole"))
+        assert parts.read_bytes() == whole.read_bytes()
+    assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
+    assert len(calls) == 1 + 2 * (1 + 4 * 2)
+
+
+def test_a_stopped_hessian_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
+    asked = ("analyse", "hessian", runs["float"], "--images", 1, "--vectors", 15, "--error", 1e-9, "--probes", 0)
+    assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
+    real = hessian_study.top_eigenvalues
+    monkeypatch.setattr(hessian_study, "top_eigenvalues", lambda *args, **kwargs: _stop())
+    assert qtdog(*asked, "--out", tmp_path / "parts").code == 130
+    monkeypatch.setattr(hessian_study, "top_eigenvalues", real)
+    monkeypatch.setattr(hessian_study, "vector_products", lambda *args, **kwargs: pytest.fail("computed again"))
+    assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
+    assert said(tmp_path / "parts" / "hessian") == said(tmp_path / "whole" / "hessian")
+    assert said(tmp_path / "parts" / "hessian")["numbers"][0]["n_vectors"] == 15
+
+
+def _stop():
+    raise Interrupted("stop")
+
+
+def test_a_plane_around_one_run(qtdog, runs, tmp_path):
+    asked = ("analyse", "surface", runs["lsq"], "--plane", "--points", 3, "--images", 4, "--out", tmp_path)
+    assert qtdog(*asked).code == 0
+    numbers = said(tmp_path / "surface")["numbers"]
+    assert [(row["x"], row["y"]) for row in numbers][:4] == [(-0.25, -0.25), (-0.25, 0), (-0.25, 0.25), (0, -0.25)]
+
+
+def test_a_run_without_checkpoint_is_refused_by_noise_alone(qtdog, runs, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(runs["lsq"], bare)
+    shutil.rmtree(bare / "checkpoint")
+    found = qtdog("analyse", "noise", bare, "--out", tmp_path / "out")
+    assert (found.code, "has no checkpoint" in found.err) == (1, True)
+    asked = ("analyse", "surface", bare, "--points", 3, "--images", 2)
+    assert qtdog(*asked, "--out", tmp_path / "out").code == 0
+
+
+def test_what_makes_no_sense_is_refused(qtdog, runs, tmp_path, image_tree):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(runs["lsq"], unfinished)
+    (unfinished / "model.safetensors").unlink()
+    cases = {
+        ("flatness", unfinished): "is not finished",
+        ("noise", runs["float"]): "ships float weights",
+        ("flatness", tmp_path / "nowhere"): "is no folder",
+        ("stability", image_tree): "has no config.yaml",
+        ("slices", runs["lsq"], "--data", image_tree): "other images",
+        ("flatness", runs["lsq"], runs["lsq"]): "named twice",
+        ("flatness", runs["lsq"], "--directions", 5): "--directions",
+        ("flatness", runs["lsq"], "--radii", "0,1"): "--radius",
+        ("flatness", runs["lsq"], "--radius", "filter", "--radii", "0,x"): "got '0,x'",
+        ("surface", *runs.values()): "one run or between two",
+        ("cam", runs["lsq"], "--domain", "99"): "--domain",
+        ("hessian", runs["lsq"], "--probes", 1): "--probes",
+    }
+    for words, text in cases.items():
+        found = qtdog("analyse", *words, "--out", tmp_path / "out")
+        assert found.code in (1, 2), words
+        assert text in found.err, (words, found.err)
+
+
+def test_other_settings_in_the_same_folder_are_refused(qtdog, runs, tmp_path):
+    asked = ("analyse", "surface", runs["lsq"], "--points", 3, "--out", tmp_path)
+    assert qtdog(*asked, "--images", 2).code == 0
+    found = qtdog(*asked, "--images", 3)
+    assert (found.code, "n_images: 2 → 3" in found.err) == (1, True)
