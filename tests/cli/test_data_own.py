@@ -25,13 +25,9 @@ def scans(tmp_path: Path) -> Path:
             for i, kind in enumerate(("png", "jpg", "webp", "png", "png", "png")):
                 pixels = rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)
                 image = Image.fromarray(pixels)
-                if i == 3:
-                    image = image.convert("L")
-                elif i == 4:
-                    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
-                elif i == 5:
-                    image = image.convert("RGBA")
-                image.save(folder / f"{i}.{kind}")
+                sixteen_bit = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
+                kinds = {3: image.convert("L"), 4: sixteen_bit, 5: image.convert("RGBA")}
+                kinds.get(i, image).save(folder / f"{i}.{kind}")
                 rows.append(f"{site}/{label}/{i}.{kind},{label},{site},2024-0{1 + i % 2}")
     (tmp_path / "scans" / "list.csv").write_text("\n".join(rows))
     return tmp_path / "scans"

@@ -172,11 +172,11 @@ def folders(sheet: Datasheet, pattern: str, per_class: int = 3) -> dict[str, byt
 def domainnet(sheet: Datasheet) -> dict[str, bytes]:
     """Six archives, each with one image too many, and the twelve lists."""
     files: dict[str, bytes] = {}
-    classes = (sheet.classes or ())[:3]
+    classes = tuple(sheet.classes or ())[:3]
     small = Datasheet("d", "D", domains=sheet.domains, classes=classes)
     for domain in sheet.domains or ():
         inside = {k: v for k, v in folders(small, "{domain}/{label}/{i}.jpg", 5).items() if k.startswith(f"{domain}/")}
-        files[f"{domain}.zip"] = zip_of(inside | {f"{domain}/{classes[0]}/duplicate.jpg": b"a copy"})
+        files[f"{domain}.zip"] = zip_of(inside | {f"{domain}/{classes[-1]}/duplicate.jpg": b"a copy"})
         lines = [f"{name} {classes.index(name.split('/')[1])}\n" for name in inside]
         files[f"{domain}_train.txt"] = "".join(lines[:-2]).encode()
         files[f"{domain}_test.txt"] = "".join(lines[-2:]).encode()

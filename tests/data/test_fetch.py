@@ -54,7 +54,8 @@ def qtdog(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
             main()
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        return code, *capsys.readouterr()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return call
 

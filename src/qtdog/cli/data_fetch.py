@@ -38,6 +38,7 @@ def fetch(
     """
     from qtdog.cli.console import err, print_json
     from qtdog.core.errors import Interrupted
+    from qtdog.data.adopt import require_new
     from qtdog.data.cards import CARDS
     from qtdog.data.download import describe
     from qtdog.data.fetch import fetch as run
@@ -46,6 +47,7 @@ def fetch(
     sheet = CARDS[name]
     target = to or data_home() / name
     if sheet.archives:
+        require_new(target)
         _agree(sheet, yes)
     try:
         with _bars() as steps:

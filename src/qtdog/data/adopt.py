@@ -39,14 +39,20 @@ def adopt(
         DataError: the data set is not there, `target` is not empty, or a file cannot be read.
         RunError: the disk is full.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} is there already; give another folder (--to), or remove it")
+    require_new(target)
     layout = _layout(source, sheet)
     with atomic_folder(target) as temporary:
         _place(layout.images, temporary, PLACERS[how], progress)
         write_hashes(temporary, origin | {"layout": layout.name}, progress)
         target.rmdir() if target.is_dir() else None  # an empty one would be kept instead of ours
     return layout.name
+
+
+def require_new(target: Path) -> None:
+    """Raise DataError unless a folder can be made at `target`: nothing or an empty folder is there."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        text = f"{target} is there already: check it with 'qtdog data verify {target}'"
+        raise DataError(f"{text}, give another folder (--to), or remove it")
 
 
 def _layout(source: Path, sheet: Datasheet) -> Layout:

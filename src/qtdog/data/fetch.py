@@ -19,7 +19,7 @@ from typing import Any
 
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
-from qtdog.data.adopt import adopt
+from qtdog.data.adopt import adopt, require_new
 from qtdog.data.dataset import Progress
 from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, describe, download
 from qtdog.data.home import data_home
@@ -80,8 +80,7 @@ def fetch(sheet: Datasheet, target: Path, *, steps: Steps | None = None, timeout
     if not sheet.archives:
         how = f"qtdog data import FOLDER --as {sheet.name}"
         raise DataError(f"{sheet.name} cannot be downloaded. {sheet.note} {how}".replace("  ", " "))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} is there already: check it with 'qtdog data verify {target}', or remove it")
+    require_new(target)
     work = target.parent / f".{target.name}.fetch"
     with _alone(work):
         known = remembered(sheet.name)

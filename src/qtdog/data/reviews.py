@@ -55,11 +55,15 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str,
             raise DataError(f"{path} has no column {', '.join(missing)}")
         try:
             for row in reader:
-                if any(row[name] is None for name in columns):
-                    raise DataError(f"{path}, line {reader.line_num} is cut short")
-                yield reader.line_num, row
+                yield reader.line_num, _whole(row, columns, f"{path}, line {reader.line_num}")
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}, line {reader.line_num} cannot be read: {error}") from error
+
+
+def _whole(row: dict[str, str], columns: tuple[str, ...], where: str) -> dict[str, str]:
+    if any(row[name] is None for name in columns):
+        raise DataError(f"{where} is cut short")
+    return row
 
 
 def _part(value: str, where: str) -> int:

@@ -42,7 +42,15 @@ TAR_READERS: dict[str, Callable[[Path], Any]] = {
     ".tar.bz2": bz2.BZ2File,
     ".tar.xz": lzma.LZMAFile,
 }
-BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
+BROKEN = (
+    zipfile.BadZipFile,
+    NotImplementedError,  # a compression that zipfile does not know
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    gzip.BadGzipFile,
+)
 
 
 class Member(NamedTuple):
@@ -77,10 +85,7 @@ def unpack(path: Path, folder: Path, progress: Progress = None) -> int:
             sizes = _check(path, members(), limit)
         _require_space(folder, sum(sizes))
         with _members(path, limit) as members, clear_disk_errors(folder):
-            for done, member in enumerate(members(), start=1):
-                _write(member, folder)
-                if progress is not None and (done % 100 == 0 or done == len(sizes)):
-                    progress(done, len(sizes))
+            _write_all(members(), folder, len(sizes), progress)
     except BROKEN as error:
         raise DataError(f"{path.name} is damaged: {str(error) or type(error).__name__}") from error
     except OSError as error:
@@ -214,6 +219,13 @@ def _require_space(folder: Path, n_bytes: int) -> None:
         raise DataError(
             f"{n_bytes / 1e9:,.2f} GB are needed in {existing}, but only {free / 1e9:,.2f} GB are free there"
         )
+
+
+def _write_all(members: Iterator[Member], folder: Path, n: int, progress: Progress) -> None:
+    for done, member in enumerate(members, start=1):
+        _write(member, folder)
+        if progress is not None and (done % 100 == 0 or done == n):
+            progress(done, n)
 
 
 def _write(member: Member, folder: Path) -> None:
