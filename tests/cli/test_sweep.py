@@ -56,7 +56,7 @@ def test_status_counts_and_changes_nothing(qtdog, half_done, tmp_path):
     found = json.loads(qtdog("sweep", "status", half_done, "--json").out)
     assert found["counts"] == {"done": 2, "missing": 2}
     text = qtdog("sweep", "status", half_done, "--all").out
-    assert "float target=75 seed=1" in text
+    assert "float seed=1 target=75" in text
     assert sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir()) == before
 
 
@@ -72,7 +72,7 @@ def test_a_dry_run_estimates_from_finished_runs_and_starts_nothing(qtdog, half_d
 def test_a_dry_run_without_runs_probes_a_few_steps(qtdog, study, tmp_path):
     done = qtdog("sweep", study, "--dry-run", "--workers", "3")
     assert "a few steps made just now" in done.out
-    assert "3 workers of this machine" in done.out
+    assert "3 workers of this machine" in " ".join(done.out.split())
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,11 @@ def test_the_shipped_studies_can_be_read(path):
         alone = {task.labels[0]["method"] for task in runs if not task.begin}
         assert alone <= {"float-one-start"}
         assert len({task.name for task in plan.tasks}) == len(plan.tasks)
+
+
+def test_the_study_in_the_documentation_is_one():
+    page = (Path(__file__).parents[2] / "docs" / "tasks" / "sweeps.md").read_text()
+    first, second = re.findall(r"```yml\n(.*?)```", page, re.DOTALL)
+    study = Study.model_validate(yaml.safe_load(first) | yaml.safe_load(second))
+    assert study.search is not None
+    assert study.grid["seed"] == [0, 1, 2, 3, 4]

@@ -1,0 +1,56 @@
+"""Two processes on the CPU (gloo) make the run that one makes, within what the order of additions allows."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qtdog.cli.plan import Request, make_plan
+from qtdog.training.checkpoint import checkpoint_folders
+from qtdog.training.run import run
+from qtdog.training.run_folder import RunFolder
+
+STEPS, START = 6, 3
+FLAGS = {"target": "75", "image_size": 8, "batch_size": 4, "steps": STEPS, "start_step": START}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def in_two_processes(out: Path) -> None:
+    words = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [*launch, "-m", "qtdog", "train", *words, "--set", "train.eval_every=2", "--out", str(out)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("model  ") == 1  # only the first process speaks
+
+
+def test_two_processes_match_one(tmp_path):
+    dataset, (planned,) = make_plan(Request(FLAGS, (), ["train.eval_every=2"], out=tmp_path / "one"))
+    expected = run(planned.config, dataset, planned.folder)
+    in_two_processes(tmp_path / "two")
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    result = json.loads(two.result_file.read_text())
+    assert result["config_hash"] == expected["config_hash"]
+    assert result["selected_step"] == expected["selected_step"]
+    for ours, theirs in zip(one.read_metrics(), two.read_metrics(), strict=True):
+        assert ours.seen.step == theirs.seen.step
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-5)
+        assert ours.seen.source_loss == pytest.approx(theirs.seen.source_loss, rel=1e-4)
+    networks = [load_file(checkpoint_folders(folder.checkpoints)[-1] / "network.safetensors") for folder in (one, two)]
+    assert networks[0].keys() == networks[1].keys()
+    for name, ours in networks[0].items():
+        torch.testing.assert_close(networks[1][name], ours, rtol=1e-3, atol=1e-4, msg=name)
