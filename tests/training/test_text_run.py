@@ -128,6 +128,7 @@ def test_only_texts_of_the_seen_side_are_trained_and_selected_on(dataset: TextDo
 
     problem = make_problem(text_config(short_config, dataset), dataset)
     assert problem.sources == ("seen",)
+    assert dataset.parts is not None
     parts = {"train": problem.train_pools()["seen"], "id_val": problem.selection_sets()["seen"]}
     names = np.array(["train", "id_val", "id_test", "val", "test"])
     for name, rows in parts.items():
@@ -165,6 +166,7 @@ def test_two_text_models_make_an_ensemble(dataset: TextDomains, tmp_path: Path, 
     assert 0 <= result["test_accuracy"] <= 1
     rows = list(text_predictions(load_any(tmp_path / "eoq" / "model.safetensors"), [_note(tmp_path)]))
     assert {"class", "mutual_information"} <= set(rows[0])
+    assert result["pretraining"] == "none"
 
 
 def _note(folder: Path) -> Path:

@@ -127,7 +127,8 @@ def announce(dataset: Any) -> None:
     from qtdog.data.cards import check_counts
 
     n_domains, n_classes = len(dataset.domains), len(dataset.classes)
-    text = f"{dataset.sheet.title} — {len(dataset):,} images, {n_domains} domains, {n_classes} classes"
+    what = "texts" if dataset.sheet.kind == "reviews" else "images"
+    text = f"{dataset.sheet.title} — {len(dataset):,} {what}, {n_domains} domains, {n_classes} classes"
     err.print(escape(text), highlight=False)
     for difference in check_counts(dataset):
         warn(difference)

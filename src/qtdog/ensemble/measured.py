@@ -39,6 +39,7 @@ def describe(members: Sequence[Member], measured: Measured, folder: Path) -> dic
     return {
         "n_members": len(members),
         "dataset": first.result.get("dataset"),
+        "pretraining": " / ".join(dict.fromkeys(member.info.pretraining for member in members)),
         "target_domain": first.info.target_domain,
         "source_domains": list(first.info.source_domains),
         "no_source_score": heldout_note(members),
