@@ -79,7 +79,7 @@ def test_weights_from_a_file_of_a_model_with_heads(hub: Path, tmp_path: Path):
 
 
 def test_what_cannot_be_had_says_what_to_do(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ModelError, match="there are no pretrained weights for 'distilbert-mini'.*--weights none"):
+    with pytest.raises(ModelError, match=r"there are no pretrained weights for 'distilbert-mini'.*--weights none"):
         create("distilbert-mini", "imagenet")
     gone = replace(TEXT_BACKBONES[NAME], hub_name=str(tmp_path / "gone"))
     monkeypatch.setitem(TEXT_BACKBONES, NAME, gone)

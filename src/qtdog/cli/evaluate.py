@@ -139,6 +139,7 @@ def score_domains(
         doubts: where to put the doubt of each domain's images besides.
 
     Raises:
+        ConfigError: the data set is of texts and the model takes images, or the other way round.
         DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
     """
     from accelerate import Accelerator
@@ -150,11 +151,11 @@ def score_domains(
     from qtdog.training.inputs import check_reads, open_inputs
 
     how = shipped.info.preprocessing
+    check_reads(shipped.info.backbone, dataset)
     if dataset.sheet.channels != how.channels:
         found = dataset.sheet.channels
         raise DataError(f"the model takes images of {how.channels} channels, {dataset.sheet.name} has {found}")
     labels = model_labels(shipped.info.classes, dataset)
-    check_reads(shipped.info.backbone, dataset)
     sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
     cache = open_inputs(dataset, shipped.info.backbone, **sizes, progress=CountingBar("decoding images"))
     device = Accelerator().device

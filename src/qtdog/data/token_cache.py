@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from qtdog.data.text_domains import TextDomains
 TOKENS = "tokens.u16"
 N_TOGETHER = 1024
 N_BYTES = 2
+Tokenise = Callable[[Sequence[str]], npt.NDArray[np.integer]]
 
 
 class TokenCache(DecodedCache):
@@ -45,7 +46,7 @@ class TokenCache(DecodedCache):
 
 def open_tokens(
     dataset: TextDomains,
-    tokenise: Callable[[Sequence[str]], npt.NDArray[np.integer]],
+    tokenise: Tokenise,
     *,
     name: str,
     length: int,
@@ -73,16 +74,21 @@ def open_tokens(
     if not file.is_file() or file.stat().st_size != N_BYTES * length * len(dataset):
         shutil.rmtree(place, ignore_errors=True)
         with atomic_folder(place) as temporary, (temporary / TOKENS).open("wb") as stream:
-            for start in range(0, len(dataset), N_TOGETHER):
-                rows = np.arange(start, min(len(dataset), start + N_TOGETHER))
-                stream.write(_checked(tokenise(dataset.texts(rows)), (len(rows), length)).astype("<u2").tobytes())
-                if progress is not None:
-                    progress(int(rows[-1]) + 1, len(dataset))
+            for tokens in _portions(dataset, tokenise, progress):
+                stream.write(_checked(tokens, length).astype("<u2").tobytes())
     return TokenCache(file, len(dataset), length)
 
 
-def _checked(tokens: npt.NDArray[np.integer], shape: tuple[int, int]) -> npt.NDArray[np.integer]:
-    if tokens.shape != shape or tokens.min() < 0 or tokens.max() >= 1 << (8 * N_BYTES):
-        raise DataError(f"the tokeniser gave numbers {tokens.min()} … {tokens.max()} of shape {tokens.shape}, not 16 "
-                        f"bits of shape {shape}")  # fmt: skip
+def _portions(dataset: TextDomains, tokenise: Tokenise, progress: Progress) -> Iterator[npt.NDArray[np.integer]]:
+    for start in range(0, len(dataset), N_TOGETHER):
+        end = min(len(dataset), start + N_TOGETHER)
+        yield tokenise(dataset.texts(np.arange(start, end)))
+        if progress is not None:
+            progress(end, len(dataset))
+
+
+def _checked(tokens: npt.NDArray[np.integer], length: int) -> npt.NDArray[np.integer]:
+    if tokens.ndim != 2 or tokens.shape[1] != length or tokens.min() < 0 or tokens.max() >= 1 << (8 * N_BYTES):
+        found = f"numbers {tokens.min()} … {tokens.max()} of shape {tokens.shape}"
+        raise DataError(f"the tokeniser gave {found}, not 16 bits in rows of {length}")
     return tokens
