@@ -19,6 +19,8 @@ def test_the_batch_script_asks_for_what_was_asked(tmp_path):
     assert "gpus" not in batch_script(Job(), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves its logs open
 def test_jobs_give_the_same_results(make_tiny, tmp_path, running):
     pytest.importorskip("submitit")
     plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})

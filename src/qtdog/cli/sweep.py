@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtdog.cli.train import LOG
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -48,6 +50,7 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help=LIMIT)] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help=DRY)] = False,
     cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help=CLUSTER)] = None,
+    log: Annotated[list[str] | None, typer.Option(metavar="LOGGER", help=LOG)] = None,
     engine: Annotated[EngineName, typer.Option(help="Who runs the runs.", rich_help_panel=PANEL)] = EngineName.LOCAL,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS, rich_help_panel=PANEL)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help=THREADS, rich_help_panel=PANEL)] = None,
@@ -75,7 +78,7 @@ def sweep(
 
     if cluster and not dry:
         raise ConfigError("--cluster is for --dry-run; a real cluster is reached with --engine ray or slurm")
-    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours)
+    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
     machines.check()
     plan, folder = open_plan(study, data, out)
     tasks = select(plan.tasks, only) if only else list(plan.tasks)

@@ -11,6 +11,7 @@ from qtdog.sweep.local import LocalEngine, default_threads, n_cores
 from qtdog.sweep.plan import Plan
 from qtdog.sweep.ray_engine import RayEngine
 from qtdog.sweep.slurm_engine import Job, SlurmEngine, batch_script
+from qtdog.training.loggers.logger import watched
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Machines:
         address: of a Ray cluster.
         partition: of Slurm.
         hours: of each Slurm job.
+        loggers: who is told of the runs' numbers.
     """
 
     engine: str = "local"
@@ -34,6 +36,7 @@ class Machines:
     address: str | None = None
     partition: str = ""
     hours: float = 4.0
+    loggers: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse flags that the engine would not read.
@@ -43,6 +46,9 @@ class Machines:
         """
         readers = {"--address": ("ray",), "--gpus": ("ray", "slurm"), "--partition": ("slurm",)}
         given = {"--address": self.address, "--gpus": self.gpus, "--partition": self.partition}
+        watched(self.loggers, Path())
+        if self.loggers and self.engine != "local":
+            raise ConfigError("--log is for --engine local; on a cluster look at the run folders")
         for flag, engines in readers.items():
             if given[flag] and self.engine not in engines:
                 raise ConfigError(f"{flag} is for --engine {' or '.join(engines)}; leave it out for {self.engine}")
@@ -71,7 +77,8 @@ def make_engine(machines: Machines, plan: Plan, folder: Path) -> Engine:
         return RayEngine(folder, plan.source, **how)
     if machines.engine == "slurm":
         return SlurmEngine(folder, plan.source, workers=machines.workers or 64, job=_job(machines))
-    return LocalEngine(folder, plan.source, workers=machines.n_workers, threads=machines.n_threads)
+    how = {"workers": machines.n_workers, "threads": machines.n_threads, "loggers": machines.loggers}
+    return LocalEngine(folder, plan.source, **how)
 
 
 def show_batch_script(machines: Machines, folder: Path) -> None:

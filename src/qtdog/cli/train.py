@@ -19,6 +19,7 @@ OUT = "The run folder itself (with several runs: the folder that holds them). De
 MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
 SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed."
 FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
+LOG = "Send numbers to tensorboard, wandb or mlflow as well; may be given several times."
 RESUME = "Go on from the last checkpoint; with --out alone the saved configuration is used."
 
 
@@ -81,6 +82,7 @@ def train(
     member_splits: Annotated[Splits, typer.Option(help=SPLITS, rich_help_panel="Training")] = Splits.SAME,
     fork_at: Annotated[str | None, typer.Option(metavar="start|STEP", help=FORK_AT, rich_help_panel="Training")] = None,
     out: Annotated[Path | None, typer.Option(help=OUT, rich_help_panel="Run")] = None,
+    log: Annotated[list[str] | None, typer.Option(metavar="LOGGER", help=LOG, rich_help_panel="Run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME, rich_help_panel="Run")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel="Run")] = False,
 ) -> None:
@@ -110,7 +112,7 @@ def train(
     announce(dataset)
     if out is not None and len(plan) > 1:
         _remember(out, plan, request.crew)
-    results = run_all(dataset, plan, resume=resume)
+    results = run_all(dataset, plan, resume=resume, loggers=log or ())
     ensembles = join_all(dataset, plan, out) if request.crew.members > 1 else []
     if out is not None and len(plan) > 1:
         _keep_table(out, results, ensembles)
@@ -136,12 +138,15 @@ def announce(dataset: Any) -> None:
         warn(f"{len(dataset.skipped):,} unreadable images are left out, such as {dataset.skipped[0][1]}")
 
 
-def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool) -> list[dict[str, Any]]:
+def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Make every planned run, one after another, and return their results with folder and method."""
-    from qtdog.cli.console import warn
+    from dataclasses import replace
+
+    from qtdog.cli.console import SPEAKS, warn
     from qtdog.cli.progress import CountingBar, training_bar
     from qtdog.ensemble.teach import open_teacher
     from qtdog.report.table import method_name
+    from qtdog.training.loggers.logger import watched
     from qtdog.training.run import Voice, run
 
     voice = Voice(training_bar, CountingBar("decoding images"), warn, CountingBar("quantizing after training"))
@@ -152,7 +157,8 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool) -> list[dict[str
         if shared is not None and folder.read_result() is None:
             start = shared.checkpoint(config, dataset, voice)
         teacher = open_teacher(config, dataset)
-        result = run(config, dataset, folder, resume=resume, voice=voice, fork_from=start, teacher=teacher)
+        heard = replace(voice, watcher=watched(loggers if SPEAKS else (), folder.path, training_bar))
+        result = run(config, dataset, folder, resume=resume, voice=heard, fork_from=start, teacher=teacher)
         if shared is not None:
             shared.check(result, folder)
         told = {"method": method_name(config.model_dump()), "folder": str(folder.path)}

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ class LocalEngine:
         source: what opens the data set.
         workers: runs at a time.
         threads: of each.
+        loggers: who is told of the runs' numbers.
     """
 
-    def __init__(self, out: Path, source: str, *, workers: int, threads: int) -> None:
-        self.slots = workers
+    def __init__(self, out: Path, source: str, *, workers: int, threads: int, loggers: Sequence[str] = ()) -> None:
+        self.slots, self._loggers = workers, tuple(loggers)
         self._out, self._source, self._threads = out, source, threads
         self._nursery: subprocess.Popen[bytes] | None = None
         self._running: dict[str, int] = {}  # by task; 0 until the process is known
@@ -71,7 +73,8 @@ class LocalEngine:
     def _open(self) -> subprocess.Popen[bytes]:
         if self._nursery is not None:
             return self._nursery
-        command = [sys.executable, "-m", "qtdog.sweep.nursery", str(self._out), str(self._threads), self._source]
+        told = [str(self._out), str(self._threads), self._source, *self._loggers]
+        command = [sys.executable, "-m", "qtdog.sweep.nursery", *told]
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._threads))
         log = state_folder(self._out) / "logs" / "nursery.log"
         log.parent.mkdir(parents=True, exist_ok=True)

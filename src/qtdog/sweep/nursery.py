@@ -1,6 +1,6 @@
 """The process from which a local sweep's workers are forked: it has imported everything, and each worker runs one task.
 
-    python -m qtdog.sweep.nursery OUT THREADS SOURCE
+    python -m qtdog.sweep.nursery OUT THREADS SOURCE [LOGGER …]
 
 Standard input: one JSON task per line. Standard output: one JSON outcome per line; a worker that died says nothing, and
 the nursery reports it as lost. At the end of its input (its parent ended, however) it asks all workers to stop and
@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,17 +26,26 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_dataset
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.task import Task
-from qtdog.sweep.work import perform
-from qtdog.training.run import Voice
+from qtdog.sweep.work import perform, quiet_voice
 
 POLL_S = 0.05
 STDIN, STDOUT = 0, 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a sweep have in common: its folder, its data, their threads, who is told of their numbers."""
+
+    out: Path
+    dataset: DomainDataset
+    threads: int
+    loggers: tuple[str, ...]
+
+
 def main() -> None:
     """Serve until the input ends."""
-    out, threads, source = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    dataset = open_dataset(source, min_domains=1)
+    out, threads, source, *loggers = sys.argv[1:]
+    job = Job(Path(out), open_dataset(source, min_domains=1), int(threads), tuple(loggers))
     workers: dict[int, str] = {}
     buffer = b""
     _say({"ready": os.getpid()})
@@ -48,12 +57,12 @@ def main() -> None:
             *lines, buffer = (buffer + chunk).split(b"\n")
             for line in lines:
                 task = Task.from_json(json.loads(line))
-                workers[_fork(task, out, dataset, threads)] = task.name
+                workers[_fork(task, job)] = task.name
         _bury(workers)
     _stop(workers)
 
 
-def _fork(task: Task, out: Path, dataset: DomainDataset, threads: int) -> int:
+def _fork(task: Task, job: Job) -> int:
     nursery = os.getpid()
     pid = os.fork()
     if pid:
@@ -61,21 +70,21 @@ def _fork(task: Task, out: Path, dataset: DomainDataset, threads: int) -> int:
         return pid
     code = 1
     try:
-        _work(task, out, dataset, threads, nursery)
+        _work(task, job, nursery)
         code = 0
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def _work(task: Task, out: Path, dataset: DomainDataset, threads: int, nursery: int) -> None:
+def _work(task: Task, job: Job, nursery: int) -> None:
     """Be a worker: one task, then the end."""
     os.setsid()  # Ctrl-C is for the sweep, which then asks its workers to stop
     answer = os.dup(STDOUT)
-    _log_to(state_folder(out) / "logs" / f"{task.name}.log")
+    _log_to(state_folder(job.out) / "logs" / f"{task.name}.log")
     threading.Thread(target=_stop_with, args=(nursery,), daemon=True).start()
-    torch.set_num_threads(threads)
-    outcome = perform(task, out, dataset, Voice(warn=lambda text: print(text, file=sys.stderr, flush=True)))
+    torch.set_num_threads(job.threads)
+    outcome = perform(task, job.out, job.dataset, quiet_voice(job.loggers, task.folder(job.out)))
     os.write(
         answer, json.dumps(asdict(outcome), ensure_ascii=False).encode() + b"\n"
     )  # short enough to be written in one piece

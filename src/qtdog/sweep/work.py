@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qtdog.sweep.notes import Outcome, Status
 from qtdog.sweep.task import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
 from qtdog.training.fork import train_prefix
+from qtdog.training.loggers.logger import watched
 from qtdog.training.run import Voice, run
 from qtdog.training.run_folder import RunFolder
 
@@ -51,6 +53,15 @@ def perform(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> Outc
         status, caught = ("disk" if is_disk_error(error) else "failed"), error
     reason = str(caught) or type(caught).__name__
     return Outcome(task.name, status, reason[:1000], type(caught).__name__, seconds=_since(started))
+
+
+def quiet_voice(loggers: Sequence[str], folder: Path) -> Voice:
+    """Return how a run speaks where nobody watches: warnings to standard error, numbers to the loggers.
+
+    Raises:
+        ConfigError: an unknown logger.
+    """
+    return Voice(watched(loggers, folder), warn=lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def is_disk_error(error: BaseException) -> bool:

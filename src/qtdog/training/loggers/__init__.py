@@ -1,0 +1,1 @@
+"""Programs that show how runs go, each an extra."""

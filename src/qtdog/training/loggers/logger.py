@@ -1,0 +1,127 @@
+"""What a logger is, and how several listen to one run."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from qtdog.core.config import Config, config_hash
+from qtdog.core.registry import Registry, import_members
+from qtdog.training.loop import Watcher
+from qtdog.training.records import Record
+
+Watching = Callable[[Config, int], contextlib.AbstractContextManager[Watcher]]
+LOSS_EVERY = 10  # steps between losses that are sent
+
+
+class Logger(ABC):
+    """Sends numbers of one run to a program that shows them; abstract. It never changes a run.
+
+    Args:
+        config: of the run.
+        folder: of the run; its name or hash identifies it, so that a resumed run goes on where it was.
+        step: updates made before.
+
+    Raises:
+        ConfigError: the library is not installed; the text names the extra.
+    """
+
+    @abstractmethod
+    def __init__(self, config: Config, folder: Path, step: int) -> None: ...
+
+    @abstractmethod
+    def send(self, step: int, values: dict[str, float]) -> None:
+        """Send some numbers that belong to the state after `step` updates."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Send what is left."""
+
+    def on_step(self, step: int, loss: float, n_images: int) -> None:
+        """Send every tenth training loss."""
+        if step % LOSS_EVERY == 0:
+            self.send(step, {"train/loss": loss})
+
+    def on_record(self, record: Record) -> None:
+        """Send an evaluation: accuracy and loss of sources and unseen domain."""
+        self.send(record.seen.step, record_values(record))
+
+
+LOGGERS: Registry[type[Logger]] = Registry("logger")
+
+
+def record_values(record: Record) -> dict[str, float]:
+    """Return the numbers of an evaluation by name: each domain's, and the sources' means.
+
+    Example:
+        >>> from qtdog.training.records import Score, SourceRecord
+        >>> record = Record(SourceRecord(5, True, {"a": Score(0.5, 1.0, 4)}), {"b": Score(0.25, 2.0, 4)}, {}, None)
+        >>> record_values(record)
+        {'source/accuracy': 0.5, 'source/loss': 1.0, 'unseen/accuracy': 0.25, 'accuracy/a': 0.5, 'accuracy/b': 0.25}
+    """
+    values = {"source/accuracy": record.seen.source_accuracy, "source/loss": record.seen.source_loss}
+    if record.test_accuracy is not None:
+        values["unseen/accuracy"] = record.test_accuracy
+    scores = record.seen.source | record.test
+    return values | {f"accuracy/{domain}": score.accuracy for domain, score in scores.items()}
+
+
+def run_name(config: Config) -> str:
+    """Return what a run is called: method, unseen domain, seed and the hash of its configuration.
+
+    Example:
+        >>> run_name(Config()).split("-")[:4]
+        ['erm', 'lsq7', 'none', 'seed0']
+    """
+    how = config.quantizer
+    grid = "float" if how.name == "none" else f"{how.name}{how.bits}"
+    parts = [config.objective.name, grid, config.data.target, f"seed{config.train.seed}", config_hash(config)]
+    return "-".join(parts)
+
+
+class Several:
+    """A watcher that tells several."""
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self._watchers = watchers
+
+    def on_step(self, step: int, loss: float, n_images: int) -> None:
+        """Tell all of an update."""
+        for watcher in self._watchers:
+            watcher.on_step(step, loss, n_images)
+
+    def on_record(self, record: Record) -> None:
+        """Tell all of an evaluation."""
+        for watcher in self._watchers:
+            watcher.on_record(record)
+
+
+def watched(names: Sequence[str], folder: Path, watching: Watching | None = None) -> Watching | None:
+    """Return what makes the watchers of a run: the loggers called `names`, and that of `watching`.
+
+    Args:
+        names: of `LOGGERS`; each may be there once.
+        folder: of the run.
+        watching: what watches it anyway (a progress bar).
+
+    Raises:
+        ConfigError: an unknown name, with the nearest one; when the run begins, a library that is not installed.
+    """
+    import_members("qtdog.training.loggers")
+    kinds = [LOGGERS[name] for name in dict.fromkeys(names)]
+    if not kinds:
+        return watching
+
+    @contextlib.contextmanager
+    def several(config: Config, step: int) -> Iterator[Watcher]:
+        with contextlib.ExitStack() as stack:
+            watchers: list[Watcher] = [] if watching is None else [stack.enter_context(watching(config, step))]
+            for kind in kinds:
+                logger = kind(config, folder, step)
+                stack.callback(logger.close)
+                watchers.append(logger)
+            yield Several(watchers)
+
+    return several

@@ -1,0 +1,111 @@
+"""Loggers get the numbers of a run, and a run is the same with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from qtdog.core.errors import ConfigError
+from qtdog.data.digits import RotatedDigits
+from qtdog.data.subset import DomainSubset
+from qtdog.training.loggers.logger import LOGGERS, Logger, watched
+from qtdog.training.problem import resolve
+from qtdog.training.run import Voice, run
+from qtdog.training.run_folder import RunFolder
+
+
+class Kept(Logger):
+    """A logger that keeps what it gets."""
+
+    sent: dict[str, dict[int, float]]
+    closed = 0
+
+    def __init__(self, config, folder, step):
+        type(self).sent = {}
+
+    def send(self, step, values):
+        for name, value in values.items():
+            self.sent.setdefault(name, {})[step] = value
+
+    def close(self):
+        type(self).closed += 1
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return DomainSubset(RotatedDigits(), ["0", "15", "75"])
+
+
+@pytest.fixture
+def config(short_config, digits):
+    return resolve(short_config(train={"steps": 20, "eval_every": 10}), digits)
+
+
+def test_a_logger_gets_losses_and_evaluations_and_changes_nothing(config, digits, tmp_path, monkeypatch):
+    watched([], tmp_path)  # the members have entered their names
+    monkeypatch.setitem(LOGGERS._members, "kept", Kept)
+    logged, plain = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    result = run(config, digits, logged, voice=Voice(watched(["kept", "kept"], logged.path)))
+    assert result["model_sha256"] == run(config, digits, plain)["model_sha256"]
+    assert Kept.closed == 1
+    assert list(Kept.sent["train/loss"]) == [10, 20]
+    for record in logged.read_metrics():
+        assert Kept.sent["source/accuracy"][record.seen.step] == record.seen.source_accuracy
+        assert Kept.sent["unseen/accuracy"][record.seen.step] == record.test_accuracy
+        assert Kept.sent["accuracy/15"][record.seen.step] == record.seen.source["15"].accuracy
+
+
+def test_tensorboard_files_hold_the_numbers(config, digits, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder(tmp_path / "run")
+    run(config, digits, folder, voice=Voice(watched(["tensorboard"], folder.path)))
+    events = EventAccumulator(str(folder.path / "tensorboard"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("unseen/accuracy")}
+    assert found == pytest.approx({record.seen.step: record.test_accuracy for record in folder.read_metrics()})
+
+
+def test_mlflow_keeps_the_numbers_and_goes_on_with_a_resumed_run(config, digits, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    for step in (0, 4):
+        logger = LOGGERS["mlflow"](config, tmp_path, step)
+        logger.send(step, {"a": 1.0 + step})
+        logger.close()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("qtdog")
+    assert experiment is not None
+    (kept,) = client.search_runs([experiment.experiment_id])
+    assert [(one.step, one.value) for one in client.get_metric_history(kept.info.run_id, "a")] == [(0, 1.0), (4, 5.0)]
+    assert kept.data.params["quantizer.bits"] == "7"
+
+
+def test_wandb_offline_keeps_a_folder(config, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = LOGGERS["wandb"](config, tmp_path, 0)
+    logger.send(1, {"a": 1.0})
+    logger.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
+)
+def test_without_its_library_a_logger_names_the_extra(name, module, config, tmp_path, monkeypatch):
+    watched([], tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'qtdog\[{name}\]'"):
+        LOGGERS[name](config, tmp_path, 0)
+
+
+def test_an_unknown_logger_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match="unknown logger 'tensorbord'; did you mean 'tensorboard'"):
+        watched(["tensorbord"], tmp_path)
+    assert json.dumps(list(LOGGERS)) == '["mlflow", "tensorboard", "wandb"]'
