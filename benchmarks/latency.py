@@ -5,8 +5,8 @@
 
 Networks have random weights, with batch-norm statistics of their own: latency does not depend on the weights. Exports
 are calibrated on noise. The ONNX files run in onnxruntime and in OpenVINO; all of one backbone in turns, each in a
-process of its own (`qtdog bench` does the same with any files). FOLDER keeps the files, and what is there already is not
-made again. The cascade is not in these numbers: every member runs.
+process of its own (`qtdog bench` does the same with any files). FOLDER keeps the files, and what is there already is
+not made again. The cascade is not in these numbers: every member runs.
 """
 
 from __future__ import annotations
