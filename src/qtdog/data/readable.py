@@ -15,13 +15,14 @@ from qtdog.data.dataset import DomainDataset, Progress, map_samples
 from qtdog.data.decode import HINT
 from qtdog.data.index import SETTLED_NS
 from qtdog.data.picked import PickedImages
+from qtdog.data.text_domains import TextDomains
 
 
 def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder: Path | None = None) -> DomainDataset:
     """Return the data set without the images that cannot be decoded; `skipped` of the result names them and why.
 
     Every image is decoded once; what was found is remembered by the data set's signature. A data set without any
-    broken image is returned as it is.
+    broken image is returned as it is, and so is one of texts.
 
     Args:
         dataset: the whole.
@@ -32,6 +33,8 @@ def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder
         DataError: no image can be read, or one is gone.
         RunError: the cache folder cannot be written.
     """
+    if isinstance(dataset, TextDomains):
+        return dataset
     skipped = _unreadable(dataset, progress, folder or cache_root())
     if not skipped:
         return dataset
