@@ -75,7 +75,7 @@ def paper_tables() -> list[PaperTable]:
 
     Example:
         >>> sorted({table.study for table in paper_tables()})[:2]
-        ['bits', 'clip']
+        ['amazon', 'bits']
     """
     return [read_table(name) for name in preset_names() if name.startswith(FOLDER)]
 
