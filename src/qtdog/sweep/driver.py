@@ -102,18 +102,21 @@ class Driver:
         with StopRequest() as stop:
             try:
                 while not self._finished():
-                    self._fill()
-                    for outcome in self._engine.poll(POLL_S):
-                        self._take(outcome)
-                    self._board.show(self.progress)
-                    if stop.signal is not None and self._stopping is None:
-                        self._stop(_interrupted(stop.signal))
+                    self._turn(stop.signal)
             finally:
                 self._engine.close()
         self._board.show(self.progress)
         if self._stopping is not None:
             raise self._stopping
         return self.progress
+
+    def _turn(self, signal: int | None) -> None:
+        self._fill()
+        for outcome in self._engine.poll(POLL_S):
+            self._take(outcome)
+        self._board.show(self.progress)
+        if signal is not None and self._stopping is None:
+            self._stop(_interrupted(signal))
 
     def _finished(self) -> bool:
         progress = self.progress
