@@ -22,7 +22,7 @@ SHORT = {
     "train": {"steps": 6, "eval_every": 2},
 }
 LSQ = {"quantizer": {"name": "lsq", "bits": 4, "start_step": 2}}
-FLAT = ("--directions", 4, "--images", 5, "--radius", "absolute", "--radii", "0,1,3")
+FLAT = ("--directions", 4, "--images", 5, "--radii", "0,3", "--filter-radii", "0.1")
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,9 @@ def test_what_makes_no_sense_is_refused(qtdog, runs, tmp_path, image_tree):
         ("slices", runs["lsq"], "--data", image_tree): "other images",
         ("flatness", runs["lsq"], runs["lsq"]): "named twice",
         ("flatness", runs["lsq"], "--directions", 5): "--directions",
-        ("flatness", runs["lsq"], "--radii", "0,1"): "--radius",
-        ("flatness", runs["lsq"], "--radius", "filter", "--radii", "0,x"): "got '0,x'",
+        ("flatness", runs["lsq"], "--radii", "", "--filter-radii", ""): "one at least",
+        ("flatness", runs["lsq"], "--radii", "-1"): "0 or more",
+        ("flatness", runs["lsq"], "--filter-radii", "0,x"): "got '0,x'",
         ("surface", *runs.values()): "one run or between two",
         ("cam", runs["lsq"], "--domain", "99"): "--domain",
         ("hessian", runs["lsq"], "--probes", 1): "--probes",

@@ -49,7 +49,7 @@ def faithfulness(predict: Predict, image: Tensor, heat: Tensor, label: int, *, n
         >>> sees = lambda images: torch.stack([images[:, 0, 0, 0] * 20 - 10, images[:, 0, 0, 0] * 0], 1)
         >>> found = faithfulness(sees, image, image[0], 0)  # the map points at the one pixel that counts
         >>> round(found.deletion, 2), round(found.insertion, 2)
-        (0.03, 0.97)
+        (0.03, 0.98)
     """
     order = heat.flatten().argsort(descending=True, stable=True)
     rank = torch.empty_like(order)

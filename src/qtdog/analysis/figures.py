@@ -46,8 +46,8 @@ def plain(text: str) -> str:
     r"""Return a name as it is: a dollar sign in it begins no formula.
 
     Example:
-        >>> plain("a$b")
-        'a\\\\$b'
+        >>> print(plain("a$b"))
+        a\$b
     """
     return text.replace("$", r"\$")
 

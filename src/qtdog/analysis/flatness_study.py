@@ -22,7 +22,7 @@ from qtdog.data.dataset import Progress
 
 RADII: dict[Radius, tuple[float, ...]] = {
     "absolute": tuple(5.0 * k for k in range(13)),  # 0, 5 … 60, as the paper
-    "filter": tuple(k / 80 for k in range(13)),  # up to 15 % of each filter
+    "filter": tuple(k / 40 for k in range(5)),  # up to 10 % of each filter
 }
 XLABELS = {"absolute": "radius γ (units of the weights)", "filter": "radius γ (share of each filter's length)"}
 KEY = ("run", "radius", "direction", "gamma")
@@ -55,9 +55,9 @@ class FlatnessPlan:
             check_directions(self.n_directions, antithetic=True)
         except ValueError as error:
             raise ConfigError(f"--directions: {error}") from error
-        wrong = [gamma for gammas in self.gammas.values() for gamma in gammas if gamma < 0]
-        if wrong or not all(self.gammas.values()):
-            raise ConfigError(f"radii are numbers of 0 or more, not {wrong[0] if wrong else 'none'}")
+        given = [gamma for gammas in self.gammas.values() for gamma in gammas]
+        if not given or min(given) < 0:
+            raise ConfigError("radii are numbers of 0 or more, and one at least: see --radii and --filter-radii")
 
     @property
     def places(self) -> list[Place]:

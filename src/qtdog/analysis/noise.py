@@ -57,6 +57,7 @@ def layer_noise(latent: Tensor, value: QuantizedTensor) -> tuple[npt.NDArray[np.
         ModelError: a grid without a common step size (INQ's powers of two): its noise has no unit.
 
     Example:
+        >>> import torch
         >>> from qtdog.core.quantized import QuantSpec
         >>> codes = QuantizedTensor(torch.tensor([[1, 1]], dtype=torch.int8), torch.tensor([2.0]), QuantSpec(2))
         >>> noise, clipped, moved = layer_noise(torch.tensor([[1.5, 9.0]]), codes)

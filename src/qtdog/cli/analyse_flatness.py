@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from qtdog.cli.analyse_common import OUT, AsJson, Data, NImages, Out, Runs, Seed, show, stoppable, subjects_of
 
-
-class Kind(StrEnum):
-    """In what a radius is measured."""
-
-    ABSOLUTE = "absolute"
-    FILTER = "filter"
-    BOTH = "both"
-
-
-RADII = "Radii, separated by commas, for one --radius. Default: 0,5,…,60, and 0,0.0125,…,0.15 of each filter."
+RADII = "Radii in the units of the weights, separated by commas; '' for none."
+FILTER_RADII = "Radii as shares of each filter's length; '' for none."
 
 
 def flatness(
     runs: Runs,
     *,
     directions: Annotated[int, typer.Option(help="Random directions, in opposite pairs; both count.")] = 100,
-    radius: Annotated[Kind, typer.Option(help="Units of the weights, share of each filter's length, or both.")] = (
-        Kind.BOTH
-    ),
-    radii: Annotated[str | None, typer.Option(help=RADII)] = None,
+    radii: Annotated[str, typer.Option(help=RADII)] = "0,5,10,15,20,25,30,35,40,45,50,55,60",
+    filter_radii: Annotated[str, typer.Option(help=FILTER_RADII)] = "0,0.025,0.05,0.075,0.1",
     images: NImages = 256,
     seed: Seed = 0,
     data: Data = None,
@@ -43,16 +32,13 @@ def flatness(
     Examples:
       qtdog analyse flatness runs/float runs/lsq
 
-      qtdog analyse flatness runs/float runs/lsq --directions 20 --images 64 --radius absolute --radii 0,10,20
+      qtdog analyse flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
     """
-    from qtdog.analysis.flatness_study import RADII, FlatnessPlan, measure_flatness
+    from qtdog.analysis.flatness_study import FlatnessPlan, measure_flatness
     from qtdog.cli.progress import CountingBar
-    from qtdog.core.errors import ConfigError
 
-    kinds = ("absolute", "filter") if radius is Kind.BOTH else (radius.value,)
-    if radii is not None and len(kinds) > 1:
-        raise ConfigError("--radii are of one kind: add --radius absolute or --radius filter")
-    gammas = {kind: RADII[kind] if radii is None else parse_numbers(radii, "--radii") for kind in kinds}
+    asked = {"absolute": parse_numbers(radii, "--radii"), "filter": parse_numbers(filter_radii, "--filter-radii")}
+    gammas = {kind: values for kind, values in asked.items() if values}
     plan = FlatnessPlan(gammas, directions, images, seed)
     folder = out / "flatness"
     with stoppable(folder) as check:
@@ -74,7 +60,7 @@ def few(values: Sequence[float]) -> set[float]:
 
 
 def parse_numbers(text: str, option: str) -> tuple[float, ...]:
-    """Return numbers from a list like `0,5,10`, ascending, each once.
+    """Return numbers from a list like `0,5,10`, ascending, each once; none of an empty text.
 
     Raises:
         ConfigError: no such list.
@@ -86,6 +72,6 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     from qtdog.core.errors import ConfigError
 
     try:
-        return tuple(sorted({float(part) for part in text.split(",")}))
+        return tuple(sorted({float(part) for part in text.split(",")})) if text else ()
     except ValueError as error:
         raise ConfigError(f"{option} takes numbers like 0,5,10; got '{text}'") from error
