@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -119,7 +120,10 @@ def _p_value(differences: np.ndarray) -> float | None:
     told = told[told != 0]
     if not len(told):
         return None
-    return signed_rank(told) if len(told) <= MAX_EXACT else float(stats.wilcoxon(told)[1])
+    if len(told) <= MAX_EXACT:
+        return signed_rank(told)
+    found: Any = stats.wilcoxon(told)
+    return float(found.pvalue)
 
 
 def signed_rank(differences: np.ndarray) -> float:
