@@ -7,8 +7,10 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 from torch import nn
 
+from qtdog.cli.predict import predictions
 from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.export.deployed import OUTPUTS, Deployed
 from qtdog.export.export import export
@@ -19,6 +21,7 @@ from qtdog.export.integer_weight import SAFE
 from qtdog.export.runtimes import open_runtime
 from qtdog.export.subject import Subject, read_subject
 from qtdog.models.network import Network
+from qtdog.training.shipped import load
 
 SUFFIX = {"openvino": ".xml", "torch": ".pt2"}
 
@@ -74,6 +77,21 @@ def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(subject, 
     assert json.loads((tmp_path / "m.onnx.json").read_text())["parity"] == told["parity"]
 
 
+def test_image_files_get_the_class_that_predict_gives_them(subject, photos, image_tree, tmp_path):
+    packed = subject("test_resnet")
+    files = sorted(image_tree.rglob("*.png"))[:9]
+    expected = [row["class"] for row in predictions(load(packed.path), files)]
+    made = export(packed, tmp_path / "m.onnx", "onnx", photos)
+    session = onnxruntime.InferenceSession(str(made.path))
+    found = []
+    for file in files:
+        image = Image.open(file).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+        (logits,) = session.run(["logits"], {"images": np.asarray(image)[None]})
+        found.append(made.info.classes[int(np.asarray(logits).argmax())])
+    assert found == expected
+    assert len(set(found)) > 1
+
+
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_the_other_float_formats_answer_alike(name, subject, photos, tmp_path):
     made = export(subject("test_resnet"), tmp_path / f"m{SUFFIX[name]}", name, photos)
@@ -97,6 +115,7 @@ def test_the_integer_graph_is_merged_whole_and_never_saturates(subject, photos, 
     n_convolutions = sum(node.op_type == "Conv" for node in onnx.load(made.path).graph.node)
     assert len(weights) == n_convolutions > 5
     assert all(array.dtype == np.int8 and np.abs(array.astype(int)).max() <= SAFE for array in weights)
+    # a bias whose scale is not that of input and weight is wrong, and keeps its convolution from being merged
     left = optimised(made.path, tmp_path)
     assert left.count("QLinearConv") == n_convolutions
     assert not {"Conv", "FusedConv"} & set(left)

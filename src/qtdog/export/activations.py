@@ -54,7 +54,8 @@ def make_plan(model: Any, weights: Collection[str]) -> Plan:
             ends.add(_end(node, plan).name)
         elif node.op_type == "MaxPool" and node.inputs[0].name in plan.points:
             plan.add(node.outputs[0])
-            plan.shared[node.outputs[0].name] = node.inputs[0].name
+            before = node.inputs[0].name
+            plan.shared[node.outputs[0].name] = plan.shared.get(before, before)
     return plan
 
 

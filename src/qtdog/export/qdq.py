@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qtdog.export.activations import Plan, activation_function
+from qtdog.export.activations import CLIPS, Plan, activation_function
 from qtdog.export.integer_weight import SAFE, IntegerWeight, seven_bits
 from qtdog.export.libraries import library
 from qtdog.export.onnx_graph import constant
@@ -29,6 +29,7 @@ def quantize_(model: Any, plan: Plan, weights: Mapping[str, IntegerWeight], rang
         weights: the integers by initialiser.
         ranges: by activation.
     """
+    ranges = {name: ranges[plan.shared.get(name, name)] for name in plan.points}
     rounded: list[str] = []
     ready: dict[str, tuple[Any, Any]] = {}
     for name in {node.inputs[1].name for node in plan.nodes}:
@@ -42,7 +43,7 @@ def quantize_(model: Any, plan: Plan, weights: Mapping[str, IntegerWeight], rang
     for name in set(ready):
         model.graph.initializers.pop(name)
     for name, value in plan.points.items():
-        _round_(model, name, value, ranges[plan.shared.get(name, name)])
+        _round_(model, name, value, ranges[name])
     return sorted(rounded)
 
 
@@ -104,7 +105,9 @@ def _round_(model: Any, name: str, value: Any, found: Range) -> None:
 def _implied(value: Any, found: Range) -> Any:
     """Return what to round: the input of a Relu or Clip whose bounds the rounding keeps by itself."""
     node = value.producer()
-    if node is None or value.is_graph_output() or activation_function(node.inputs[0]) is not node:
+    if node is None or node.op_type not in CLIPS or value.is_graph_output():
+        return value
+    if activation_function(node.inputs[0]) is not node:
         return value
     low, high = _bounds(node)
     top = (LEVELS - found.zero_point) * found.scale
