@@ -6,58 +6,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from qtdog.cli.main import main
 from qtdog.core.errors import DataError, RunError
 from qtdog.data import cards
 from qtdog.data.cards import CARDS
 from qtdog.data.fetch import Fetched, fetch, remember, remembered
 from qtdog.data.hashes import files_below
 from qtdog.data.open import open_dataset, open_texts
-from qtdog.data.sheet import Archive, Datasheet
 from qtdog.data.verify import verify
 
 NAMES = [name for name in CARDS if name != "rotated-digits"]
 IMAGES = [name for name in NAMES if name != "amazon-reviews"]
-
-
-@pytest.fixture
-def card(server: Any, published: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Datasheet]:
-    """Return a function: name → its card, with its files served here and the counts of the small copy."""
-
-    def make(name: str, **how: Any) -> Datasheet:
-        files = published(name)
-        archives = tuple(Archive(file, (server.add(file, content, **how),)) for file, content in files.items())
-        sheet = replace(CARDS[name], archives=archives, expected_counts=None, expected_total=None)
-        if name == "domainnet":
-            sheet = replace(sheet, classes=(sheet.classes or ())[:3])
-        monkeypatch.setitem(CARDS._members, name, sheet)
-        return sheet
-
-    return make
-
-
-@pytest.fixture
-def qtdog(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qtdog", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def below(folder: Path) -> list[str]:
@@ -285,3 +248,31 @@ def test_a_damaged_note_of_hashes_is_said(home):
     (home / "fetched.json").write_text("[1]")
     with pytest.raises(DataError, match=r"fetched\.json is damaged .*remove it"):
         remember("pacs", Fetched(home, [], [], ""))
+
+
+def test_a_copy_is_imported_and_its_counts_are_checked(card, home, qtdog, monkeypatch, tmp_path):
+    sheet = card("pacs")
+    fetch(sheet, tmp_path / "theirs")
+    code, _, err = qtdog("data", "import", tmp_path / "theirs", "--as", "pacs")
+    assert code == 0
+    assert "84 images, laid out before as DOMAIN/CLASS/image (DomainBed, TLlib)" in err
+    assert len(open_dataset("pacs")) == 84
+    assert json.loads((home / "pacs" / ".qtdog" / "origin.json").read_text())["imported_from"] == "theirs"
+    monkeypatch.setitem(CARDS._members, "pacs", replace(sheet, expected_counts={"sketch": 3929}))
+    code, _, err = qtdog("data", "import", tmp_path / "theirs", "--as", "pacs", "--copy", "--to", tmp_path / "other")
+    assert code == 1
+    assert "domain sketch has 21 images, the datasheet says 3,929" in err
+    assert qtdog("data", "import", tmp_path / "their", "--as", "pacs")[0] == 1
+    assert qtdog("data", "import", tmp_path / "theirs", "--as", "pcas")[0] == 2
+
+
+def test_what_is_here_is_told(card, home, qtdog):
+    sheet = card("pacs")
+    fetch(sheet, home / "pacs")
+    here = {one["name"]: one["here"] for one in json.loads(qtdog("data", "list", "--json")[1])}
+    assert (here["pacs"], here["vlcs"], here["rotated-digits"]) == (str(home / "pacs"), "", "built in")
+    code, out, _ = qtdog("data", "card", "domainnet")
+    assert code == 0
+    assert "expected 586,575" in out
+    assert "protocol 15,000 steps, evaluated every 1,000" in out
+    assert "art_painting" in qtdog("data", "card", "pacs")[1]
