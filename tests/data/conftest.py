@@ -35,7 +35,7 @@ class Served:
         kind: the content type.
         status: of every answer.
         moved_to: where it went.
-        announces: the length that is claimed, if not the true one.
+        sized: whether the length is announced.
     """
 
     content: bytes = b""
@@ -46,6 +46,7 @@ class Served:
     kind: str = "application/octet-stream"
     status: int = 200
     moved_to: str = ""
+    sized: bool = True
 
 
 class Server:
@@ -96,7 +97,8 @@ class Server:
             request.send_error(416)
             return
         request.send_response(status)
-        request.send_header("Content-Length", str(len(file.content) - start))
+        if file.sized:
+            request.send_header("Content-Length", str(len(file.content) - start))
         request.send_header("Content-Type", file.kind)
         request.send_header("ETag", file.etag)
         if status == 206:

@@ -182,3 +182,11 @@ def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
 def test_google_drive_is_asked_without_its_page():
     assert resolve("gdrive:XYZ").endswith("download?id=XYZ&export=download&confirm=t")
     assert resolve("https://example.org/a:b") == "https://example.org/a:b"
+
+
+def test_a_server_that_does_not_say_how_long_the_file_is(server, tmp_path):
+    server.add("a", CONTENT, sized=False)
+    seen: list[Any] = []
+    assert get(server, tmp_path, "a", progress=lambda *told: seen.append(told)).path.read_bytes() == CONTENT
+    assert seen[0][2] is None
+    assert seen[-1] == ("a.zip", len(CONTENT), len(CONTENT))

@@ -185,6 +185,8 @@ def _attempt(part: _Part, progress: Bytes | None, timeout_s: float) -> None:
         done = _copy(part, response, (start, total), progress)
     if total is not None and done != total:
         raise _Broken(f"the connection ended after {done:,} of {total:,} bytes")
+    if total is None and progress is not None:
+        progress(part.path.name.removesuffix(".part"), done, done)  # only now the size is known
 
 
 def _open(part: _Part, timeout_s: float) -> HTTPResponse:
