@@ -23,14 +23,19 @@ from qtdog.analysis.subject import all_images, open_subjects
 ALLOWED = 1300
 
 
-def main() -> None:
-    """Measure and print one JSON document."""
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--images", type=int, default=8, help="of each domain")
     parser.add_argument("--directions", type=int, default=4)
     parser.add_argument("--passes", type=int, default=20, help="plain passes that are timed, before and after")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print one JSON document."""
+    given = arguments()
     (subject,) = open_subjects([given.run], ["run"])
     images = all_images(subject, given.images, 0)
     losses_by_domain(subject.model, images)  # warm up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -18,7 +19,7 @@ MARKERS = "osD^vPX*"
 MAX_PANELS_WIDE = 4
 
 
-def style(n: int) -> dict[str, str]:
+def style(n: int) -> dict[str, Any]:
     """Return colour and marker of curve number `n`: after eight they begin anew, with another pairing.
 
     Example:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qtdog.analysis.directions import Displaced, Radius
+from qtdog.analysis.directions import Displaced
 from qtdog.analysis.figures import legend, panels, plain, save, style
 from qtdog.analysis.flatness import check_directions, numbered, summarise, weight_norm
 from qtdog.analysis.outcome import Outcome, write_outcome
@@ -20,7 +20,7 @@ from qtdog.analysis.subject import Subject, all_images
 from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import Progress
 
-RADII: dict[Radius, tuple[float, ...]] = {
+RADII: dict[str, tuple[float, ...]] = {
     "absolute": tuple(5.0 * k for k in range(13)),  # 0, 5 … 60, as the paper
     "filter": tuple(k / 40 for k in range(5)),  # up to 10 % of each filter
 }
@@ -44,7 +44,7 @@ class FlatnessPlan:
         ConfigError: numbers that make no sense.
     """
 
-    gammas: Mapping[Radius, tuple[float, ...]] = field(default_factory=lambda: RADII)
+    gammas: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RADII)
     n_directions: int = 100
     n_images: int = 256
     seed: int = 0
@@ -116,15 +116,13 @@ def _measure(
         return
     images = all_images(subject, plan.n_images, plan.seed)
     with Displaced(subject.model.network) as moved:
-        held: tuple[Any, list[Tensor]] = (None, [])
+        direction = lru_cache(maxsize=1)(moved.direction)  # the radii and the opposite of one follow each other
         for i, (kind, n, gamma) in missing:
-            if (kind, n, gamma) == BASE:
-                moved.to_()
-            else:
+            steps = []
+            if n != BASE[1]:
                 number, sign = numbered(int(n), antithetic=True)
-                if held[0] != (kind, number):
-                    held = (kind, number), moved.direction(plan.seed, number, kind)
-                moved.to_((sign * gamma, held[1]))
+                steps = [(sign * gamma, direction(plan.seed, number, kind))]
+            moved.to_(*steps)
             _add(points, subject, (kind, n, gamma), losses_by_domain(subject.model, images, check=check))
             if progress is not None:
                 progress(i + 1, len(places))
@@ -156,7 +154,7 @@ def _loss(row: Mapping[str, str], domains: tuple[str, ...]) -> float:
     return role_mean({domain: float(row[domain]) for domain in domains}, domains)
 
 
-def draw_flatness(numbers: Sequence[Mapping[str, Any]], kind: Radius, folder: Path) -> list[str]:
+def draw_flatness(numbers: Sequence[Mapping[str, Any]], kind: str, folder: Path) -> list[str]:
     """Draw F_γ over γ, a panel for sources and one for the target, bands of one standard error; return the files."""
     shown = [row for row in numbers if row["radius"] == kind]
     roles = list(dict.fromkeys(row["on"] for row in shown))
@@ -173,7 +171,7 @@ def draw_flatness(numbers: Sequence[Mapping[str, Any]], kind: Radius, folder: Pa
     return save(figure, folder, "flatness" if kind == "absolute" else "flatness-filter")
 
 
-def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], label: str, look: Mapping[str, str]) -> None:
+def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], label: str, look: Mapping[str, Any]) -> None:
     gammas, means = [row["gamma"] for row in rows], [row["increase"] for row in rows]
     errors = [row["standard_error"] for row in rows]
     axis.plot(gammas, means, label=label, markersize=4, **look)

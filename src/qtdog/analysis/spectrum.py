@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -135,9 +136,10 @@ def top_eigenvalues(product: HessianProduct, k: int, *, seed: int = 0, tolerance
         given = torch.from_numpy(np.asarray(vector, dtype=np.float32).reshape(-1)).to(product.device, product.dtype)
         return (product @ given).cpu().double().numpy()
 
-    operator = LinearOperator(product.shape, matvec=multiply, dtype=np.float64)
+    make, solve = cast(Any, LinearOperator), cast(Any, eigsh)  # scipy's types do not know these arguments
+    operator = make(product.shape, matvec=multiply, dtype=np.float64)
     start = numpy_stream(seed, "eigenvalues").standard_normal(product.shape[0])
-    values, vectors = eigsh(operator, k=k, which="LA", tol=tolerance, v0=start)
+    values, vectors = solve(operator, k=k, which="LA", tol=tolerance, v0=start)
     found = [
         Eigenvalue(float(value), float(np.linalg.norm(multiply(vector) - value * vector)))
         for value, vector in zip(values, vectors.T, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
@@ -71,7 +72,7 @@ def stability(records: Sequence[Record], rng: np.random.Generator) -> Stability 
         spearman=rank_correlation(source, target),
         spearman_low=low,
         spearman_high=high,
-        kendall=_known(kendalltau(source, target).statistic) if _varied(source, target) else None,
+        kendall=_known(cast(Any, kendalltau(source, target)).statistic) if _varied(source, target) else None,
         selected=float(target[source.argmax()]),
         best=float(target.max()),
     )
@@ -84,7 +85,7 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
         >>> round(rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([5.0, 7.0, 90.0])), 6)
         1.0
     """
-    return _known(spearmanr(one, other).statistic) if _varied(one, other) else None
+    return _known(cast(Any, spearmanr(one, other)).statistic) if _varied(one, other) else None
 
 
 def interval(one: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[float | None, float | None]:
