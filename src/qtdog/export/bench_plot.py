@@ -31,17 +31,17 @@ def plot_bench(bench: Bench, path: Path) -> None:
     if not with_accuracy:
         heights = [row.file_bytes / 1e6 for row in rows]
     best = pareto(latencies, [-height if with_accuracy else height for height in heights])
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    axis.errorbar(latencies, heights, xerr=[[0] * len(rows), tails], fmt="o", capsize=3)
+    figure, axis = plt.subplots(figsize=(7, 4.8))
+    for row, x, y, tail in zip(rows, latencies, heights, tails, strict=True):
+        axis.errorbar(x, y, xerr=[[0], [tail]], fmt="o", capsize=3, label=f"{row.label}, {row.runtime}")
     axis.plot([latencies[k] for k in best], [heights[k] for k in best], color="tab:grey", linestyle="--", zorder=0)
-    for row, x, y in zip(rows, latencies, heights, strict=True):
-        axis.annotate(f"{row.label}\n{row.runtime}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
     axis.set_xlabel(f"latency of {bench.batch} image(s), {bench.threads} thread(s): median, and up to p95 (ms)")
     axis.set_ylabel("accuracy (%)" if with_accuracy else "file (MB)")
     axis.set_xlim(left=0)
-    axis.margins(x=0.25, y=0.15)
+    axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05 + 0.05 * ((len(rows) + 2) // 3), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
