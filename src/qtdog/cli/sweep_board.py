@@ -48,7 +48,8 @@ class Board:
             self._pace.add(task, outcome)
         if self._live is None or outcome.status == "failed":
             text = f"{outcome.status:7} {name_of(task)}  {outcome.seconds:.1f} s"
-            reason = f"  {outcome.reason.splitlines()[0]}" if outcome.reason else ""
+            told = outcome.reason and outcome.status != "stopped"
+            reason = f"  {outcome.reason.splitlines()[0]}" if told else ""
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
 
     def _running(self, progress: Progress) -> Table:
