@@ -45,7 +45,8 @@ def _bars(axis: Axes, numbers: Sequence[Mapping[str, Any]], name: str, error: st
     axis.set_xticks(range(len(numbers)), [str(n + 1) for n in range(len(numbers))])
     axis.set_xlabel("run, in the order of the legend")
     axis.set_xlim(-0.6, len(numbers) - 0.4)
-    axis.set_ylim(bottom=min(0.0, *(row[name] - row[error] for row in numbers), 0.0))
+    highest = max(row[name] + row[error] for row in numbers)
+    axis.set_ylim(min(0.0, *(row[name] - row[error] for row in numbers), 0.0), 1.1 * max(highest, 0.0) or 1.0)
     axis.grid(alpha=0.3)
 
 
