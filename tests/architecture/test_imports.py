@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "report", "ensemble", "analysis", "training", "conversion")
+ROOMS = ("cli", "sweep", "report", "ensemble", "analysis", "export", "training", "conversion")
 ROOMS += ("data", "models", "quantizers", "objectives", "packing", "core")
 
 
