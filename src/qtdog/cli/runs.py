@@ -95,8 +95,8 @@ def cell_text(name: str, value: object) -> str:
     """Return a value for people: accuracies in percent.
 
     Example:
-        >>> cell_text("test_accuracy", 0.8765), cell_text("bits", None), cell_text("lr", 0.0004)
-        ('87.7', '', '0.0004')
+        >>> cell_text("test_accuracy", 0.876), cell_text("bits", None), cell_text("lr", 0.0004)
+        ('87.6', '', '0.0004')
     """
     if value is None:
         return ""
