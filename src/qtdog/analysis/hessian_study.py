@@ -47,7 +47,7 @@ class HessianPlan:
 
     on: str = "sources"
     n_images: int = 64
-    max_vectors: int = 100
+    max_vectors: int = 500
     error_frac: float = 0.05
     n_eigenvalues: int = 3
     n_probes: int = 4

@@ -21,7 +21,7 @@ def hessian(
     runs: Runs,
     *,
     on: Annotated[Role, typer.Option(help="Held-out images of the sources, or the target.")] = Role.SOURCES,
-    vectors: Annotated[int, typer.Option(help="Random vectors of the trace, at most.")] = 100,
+    vectors: Annotated[int, typer.Option(help="Random vectors of the trace, at most.")] = 500,
     error: Annotated[float, typer.Option(help="Standard error of the trace that is enough, as a share of it.")] = 0.05,
     eigenvalues: Annotated[int, typer.Option(help="How many of the largest.")] = 3,
     probes: Annotated[int, typer.Option(help="Random vectors of the spectral density; 0 for none.")] = 4,
