@@ -54,8 +54,8 @@ def make_plan(model: Any, weights: Collection[str]) -> Plan:
             ends.add(_end(node, plan).name)
         elif node.op_type == "MaxPool" and node.inputs[0].name in plan.points:
             plan.add(node.outputs[0])
-            before = node.inputs[0].name
-            plan.shared[node.outputs[0].name] = plan.shared.get(before, before)
+            before = str(node.inputs[0].name)
+            plan.shared[str(node.outputs[0].name)] = plan.shared.get(before, before)
     return plan
 
 
