@@ -40,7 +40,7 @@ class Board:
             return
         self._shown = now
         self._pace = self._pace or Pace(progress.tasks, self._out)
-        self._live.update(Group(self._running(progress), self._counts(progress)))
+        self._live.update(Group(self._running(progress), self._counts(progress)), refresh=True)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """Note one task's end; print it where there is no table."""
