@@ -41,7 +41,8 @@ docs: setup ## build the documentation into site/
 	@echo "Open site/index.html"
 
 # long studies are commands of their own: see their first lines
-BENCHMARKS := $(filter-out benchmarks/contract.py benchmarks/controls.py,$(wildcard benchmarks/*.py))
+LONG := contract latency sweep_kill many_images backbones
+BENCHMARKS := $(filter-out $(LONG:%=benchmarks/%.py) benchmarks/rescore.py,$(wildcard benchmarks/*.py))
 
 bench: setup ## run every benchmark
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
