@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 
 import pytest
 import yaml
+from rich.console import Console
+from rich.live import Live
 
+from qtdog.cli.sweep_board import Board
+from qtdog.sweep.driver import Progress
+from qtdog.sweep.notes import Outcome
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.study import read_study
 from qtdog.sweep.work import perform
@@ -124,3 +130,19 @@ def test_mistakes_in_the_study_are_told_all_at_once(qtdog, study, tmp_path):
     assert "did you mean 'lsq'" in done.err
     assert "did you mean 'steps'" in done.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_live_table_says_what_runs_and_what_failed_before_the_end(study, tmp_path):
+    plan = make_plan(read_study(study))
+    stream = io.StringIO()
+    with Live(console=Console(file=stream, force_terminal=True, width=100), auto_refresh=False) as live:
+        board = Board(tmp_path, live)
+        progress = Progress(plan.tasks, list(plan.tasks[1:]))
+        progress.running = {plan.tasks[0].name: (plan.tasks[0], time.monotonic() - 5)}
+        progress.failed = {"x": Outcome("x", "failed", "no luck")}
+        board.show(progress)
+        shown = stream.getvalue()
+    assert "float seed=0 target=75" in shown
+    assert "0/4" in shown
+    assert "0 of 4 done, 1 running" in shown
+    assert "1 failed" in shown
