@@ -31,7 +31,7 @@ def test_classes_are_spread_evenly() -> None:
 
 
 def test_the_assignment_is_fixed_and_looks_random() -> None:
-    labels = load_digits(return_X_y=True)[1]
+    labels = np.asarray(load_digits(return_X_y=True)[1])
     domains = assign_domains(labels)
     assert np.array_equal(domains, assign_domains(labels))
     assert len(set(domains[:30].tolist())) > 3

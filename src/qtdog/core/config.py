@@ -54,7 +54,8 @@ class DataConfig(Section):
     augment: Literal["domainbed", "none"] = Field(default="domainbed", description="training augmentation")
     batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
     focus: str = Field(
-        default="", description="source domain that gets half of each batch, as in a branch of DART; '' for equal shares"
+        default="",
+        description="source domain that gets half of each batch, as in a branch of DART; '' for equal shares",
     )
     class_weights: Literal["none", "sqrt", "balanced"] = Field(
         default="none",

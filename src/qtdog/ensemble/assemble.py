@@ -181,9 +181,9 @@ def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dic
     source: Kept = []
     test: Kept = []
     measured = Measured(exam.source(answer, source), *exam.test(answer, test))
-    members = [[(logits[1:], labels) for logits, labels in kept] for kept in (source, test)]
-    trust = calibrate(*members)
-    return measured, trust, plan_cascade(*members, trust["temperature"])
+    seen, unseen = ([(logits[1:], labels) for logits, labels in kept] for kept in (source, test))
+    trust = calibrate(seen, unseen)
+    return measured, trust, plan_cascade(seen, unseen, trust["temperature"])
 
 
 @torch.no_grad()
