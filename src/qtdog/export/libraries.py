@@ -13,7 +13,7 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "openvino": "openvino",
-    "executorch": None,
+    "executorch": "executorch",
 }
 
 
@@ -34,6 +34,5 @@ def library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         root = name.partition(".")[0]
-        extra = EXTRAS[root]
-        command = f"pip install 'qtdog[{extra}]'" if extra else f"pip install {root}"
+        command = f"pip install 'qtdog[{EXTRAS[root]}]'"
         raise ModelError(f"this needs the library {root}, which cannot be imported ({error}): {command}") from error
