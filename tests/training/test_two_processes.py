@@ -32,8 +32,7 @@ def in_two_processes(out: Path) -> None:
     words = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     command = [*launch, "-m", "qtdog", "train", *words, "--set", "train.eval_every=2", "--out", str(out)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("model  ") == 1  # only the first process speaks
 
@@ -54,3 +53,13 @@ def test_two_processes_match_one(tmp_path):
     assert networks[0].keys() == networks[1].keys()
     for name, ours in networks[0].items():
         torch.testing.assert_close(networks[1][name], ours, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_an_error_of_any_process_is_told():
+    environment = os.environ | {"RANK": "1"}
+    words = [sys.executable, "-m", "qtdog", "train", "--target", "74"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    assert "error (process 1): " in done.stderr
+    assert "75" in done.stderr
+    assert not done.stdout

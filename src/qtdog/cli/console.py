@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# Of several processes (`accelerate launch`) only the first one speaks.
-SPEAKS = os.environ.get("RANK", "0") == "0"
+# Of several processes (`accelerate launch`) only the first one speaks, but each may fail.
+RANK = os.environ.get("RANK", "0")
+SPEAKS = RANK == "0"
 
 out = Console(quiet=not SPEAKS)
 err = Console(stderr=True, quiet=not SPEAKS)
@@ -26,8 +27,10 @@ def warn(text: str) -> None:
 
 
 def fail(text: str) -> None:
-    """Print an error to standard error."""
-    err.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    """Print an error to standard error, of whichever process."""
+    where = "" if SPEAKS else f" (process {RANK})"
+    console = Console(stderr=True)
+    console.print(f"[bold red]error{where}:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -45,7 +46,9 @@ def make_accelerator(config: Config) -> Accelerator:
     # Step sizes take part only from the start step on; until then they have no gradient to wait for.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     precision = {"fp32": "no", "bf16": "bf16"}[config.train.precision]
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+    # Several processes on a machine without a GPU would each train alone, did nobody say that they are meant to meet.
+    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
 
 
 def compose(
