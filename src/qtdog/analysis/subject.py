@@ -17,7 +17,7 @@ from qtdog.core.files import sha256_file
 from qtdog.core.random import numpy_stream
 from qtdog.data.cache import Progress, content_sha256, open_cache
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_dataset
+from qtdog.data.readable import open_readable
 from qtdog.training.problem import Problem, make_problem
 from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import ShippedModel, load
@@ -124,7 +124,8 @@ def open_subjects(
         if not folder.model_file.is_file():
             raise RunError(f"{folder.path} is not finished: it has no {folder.model_file.name}. Go on with --resume.")
     source = data or runs[0][1].data.source
-    dataset = open_dataset(source)
+    skip = any(config.data.skip_unreadable for _, config in runs)
+    dataset = open_readable(source, skip_unreadable=skip, progress=progress)
     content = content_sha256(dataset, progress=progress)
     for folder, config in runs:
         if config.data.content != content:

@@ -113,11 +113,14 @@ def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
     from qtdog.cli.plan import FLAGS, Request, configure
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.train import announce
+    from qtdog.data.readable import without_unreadable
     from qtdog.training.problem import resolve
 
     flags = {name: given[name] for name in FLAGS if name in given}
     dataset, config = configure(Request(flags, given["preset"] or (), given["assign"] or ()))
     sources = without_target(dataset, config.data.target)
+    if config.data.skip_unreadable:
+        sources = without_unreadable(sources, CountingBar("reading images"))
     config = config.model_copy(update={"data": config.data.model_copy(update={"target": "none"})})
     announce(sources)
     plan = BitPlan(

@@ -83,14 +83,15 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
     from qtdog.cli.console import warn
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
-    from qtdog.data.open_any import open_any
+    from qtdog.data.readable import open_readable
     from qtdog.ensemble.exam import open_exam
     from qtdog.ensemble.member import share_splits
 
     config = members[0].config
     try:
-        dataset = open_any(data or config.data.source, min_domains=1)
-        progress = CountingBar("decoding images")
+        progress, skip = CountingBar("decoding images"), config.data.skip_unreadable
+        source = data or config.data.source
+        dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=progress)
         return open_exam(config, dataset, same_splits=share_splits(members), progress=progress)
     except DataError as error:
         if data is not None:

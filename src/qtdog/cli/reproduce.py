@@ -97,13 +97,15 @@ def open_data(question: Question, *, may_be_missing: bool) -> DomainDataset | No
         DataError: it is not here, or is malformed.
     """
     from qtdog.cli.console import warn
+    from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
     from qtdog.core.settings import load_preset
-    from qtdog.data.open_any import open_any
+    from qtdog.data.readable import open_readable
 
-    source, meant = question.config(question.rows[0]).data.source, load_preset(question.table.preset)["data"]["source"]
+    asked, meant = question.config(question.rows[0]).data, load_preset(question.table.preset)["data"]["source"]
+    source = asked.source
     try:
-        found = open_any(source)
+        found = open_readable(source, skip_unreadable=asked.skip_unreadable, progress=CountingBar("reading images"))
     except DataError:
         if may_be_missing and source == meant:
             return None

@@ -100,11 +100,13 @@ def sweep_tasks(
     """
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.sweep_board import make_board
+    from qtdog.cli.train import warn_skipped
     from qtdog.sweep.check import check_tasks
     from qtdog.sweep.driver import Driver
     from qtdog.sweep.notes import keep_labels
     from qtdog.sweep.state import unfinished
 
+    warn_skipped(plan.dataset)
     check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images"))
     keep_labels(plan.study.name, plan.labels, folder)
     with make_board(folder) as board:

@@ -134,6 +134,13 @@ def announce(dataset: Any) -> None:
     err.print(escape(text), highlight=False)
     for difference in check_counts(dataset):
         warn(difference)
+    warn_skipped(dataset)
+
+
+def warn_skipped(dataset: Any) -> None:
+    """Say how many images are left out because they cannot be read; nothing if none is."""
+    from qtdog.cli.console import warn
+
     if dataset.skipped:
         warn(f"{len(dataset.skipped):,} unreadable images are left out, such as {dataset.skipped[0][1]}")
 

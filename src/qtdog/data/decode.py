@@ -18,7 +18,10 @@ LARGE_PIXELS = 16_000_000
 """A JPEG file with more pixels is made smaller while it is decoded, if less will do."""
 SPARE = 2
 """It is left at least so many times as large as asked for: the antialiased resize that follows does the rest."""
-HINT = "Replace or remove it; `qtdog data verify` lists all such files, and training with --skip-unreadable goes on."
+HINT = (
+    "Replace or remove it; `qtdog data verify` lists all such files, and training with --skip-unreadable goes on "
+    "(a study with data.skip_unreadable: true)."
+)
 
 
 def decode(path: Path, channels: int = 3, size: int | None = None) -> npt.NDArray[np.uint8]:

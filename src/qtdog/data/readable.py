@@ -14,8 +14,32 @@ from qtdog.data.cache import cache_root
 from qtdog.data.dataset import DomainDataset, Progress, map_samples
 from qtdog.data.decode import HINT
 from qtdog.data.index import SETTLED_NS
+from qtdog.data.open_any import open_any
 from qtdog.data.picked import PickedImages
 from qtdog.data.text_domains import TextDomains
+
+
+def open_readable(
+    source: str, *, skip_unreadable: bool, min_domains: int = 2, progress: Progress = None
+) -> DomainDataset:
+    """Return the data set called `source` as a configuration with `data.skip_unreadable` takes it.
+
+    Args:
+        source: what a user types after `--data`.
+        skip_unreadable: leave out the images that cannot be decoded.
+        min_domains: refuse fewer domains.
+        progress: of reading images.
+
+    Raises:
+        DataError: as in `data.open_any.open_any` and `without_unreadable`.
+        RunError: the cache folder cannot be written.
+
+    Example:
+        >>> len(open_readable("rotated-digits", skip_unreadable=False))
+        1797
+    """
+    dataset = open_any(source, min_domains=min_domains)
+    return without_unreadable(dataset, progress) if skip_unreadable else dataset
 
 
 def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder: Path | None = None) -> DomainDataset:

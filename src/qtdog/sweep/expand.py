@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,16 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
     return [row[-1] for row in sorted(rows, key=lambda row: row[:-1])]
 
 
+def skips_unreadable(study: Study) -> bool:
+    """Return whether a study, or one of its methods, leaves out unreadable images: it then does so for all of them."""
+    for method in study.methods.values():
+        with contextlib.suppress(ConfigError):  # `expand` says what is wrong
+            presets = [load_preset(name) for name in (*study.base.presets, *method.presets)]
+            if build_config([*presets, *_assigned(study.base), *_assigned(method)]).data.skip_unreadable:
+                return True
+    return False
+
+
 def raise_all(errors: Sequence[str]) -> None:
     """Raise one ConfigError that lists all errors, each once; nothing if there are none."""
     unique = list(dict.fromkeys(errors))
@@ -94,7 +105,8 @@ def rank_of(order: Sequence[Axes], labels: Labels) -> int:
 def _layers(study: Study, method: Method, dataset: DomainDataset, source: str) -> list[Tree]:
     own = [load_preset(name) for name in (*study.base.presets, *method.presets)]
     first = dataset_layer(dataset, with_preset=not study.base.presets)
-    return [first, *own, {"data": {"source": source}}, *_assigned(study.base), *_assigned(method)]
+    place = {"data": {"source": source, "skip_unreadable": bool(dataset.skipped)}}
+    return [first, *own, place, *_assigned(study.base), *_assigned(method)]
 
 
 def _assigned(layer: Layer) -> list[Tree]:

@@ -2,7 +2,7 @@
 
     python -m qtdog.sweep.nursery OUT THREADS SOURCE [LOGGER …]
 
-Standard input: one JSON task per line. Standard output: one JSON outcome per line; a worker that died says nothing, and
+Standard input: one JSON task and the GPU that it may use per line. Standard output: one JSON outcome per line; a worker that died says nothing, and
 the nursery reports it as lost. At the end of its input (its parent ended, however) it asks all workers to stop and
 waits for them; a worker whose nursery is gone stops by itself. Stopping means: a checkpoint first.
 """
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_dataset
+from qtdog.data.open_any import open_any
+from qtdog.sweep.crew import GPU_VARIABLE
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform, quiet_voice
@@ -45,7 +46,7 @@ class Job:
 def main() -> None:
     """Serve until the input ends."""
     out, threads, source, *loggers = sys.argv[1:]
-    job = Job(Path(out), open_dataset(source, min_domains=1), int(threads), tuple(loggers))
+    job = Job(Path(out), open_any(source, min_domains=1), int(threads), tuple(loggers))
     workers: dict[int, str] = {}
     buffer = b""
     _say({"ready": os.getpid()})
@@ -56,13 +57,14 @@ def main() -> None:
                 break
             *lines, buffer = (buffer + chunk).split(b"\n")
             for line in lines:
-                task = Task.from_json(json.loads(line))
-                workers[_fork(task, job)] = task.name
+                order = json.loads(line)
+                task = Task.from_json(order["task"])
+                workers[_fork(task, job, order["gpu"])] = task.name
         _bury(workers)
     _stop(workers)
 
 
-def _fork(task: Task, job: Job) -> int:
+def _fork(task: Task, job: Job, gpu: str) -> int:
     nursery = os.getpid()
     pid = os.fork()
     if pid:
@@ -70,6 +72,7 @@ def _fork(task: Task, job: Job) -> int:
         return pid
     code = 1
     try:
+        os.environ[GPU_VARIABLE] = gpu  # nothing has asked CUDA for its devices yet
         _work(task, job, nursery)
         code = 0
     finally:

@@ -11,8 +11,8 @@ from qtdog.core.config import config_hash
 from qtdog.core.errors import ConfigError
 from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_dataset
-from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of
+from qtdog.data.readable import open_readable
+from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of, skips_unreadable
 from qtdog.sweep.sharing import share_prefixes
 from qtdog.sweep.study import Ensemble, Labels, Scalar, Study
 from qtdog.sweep.task import Join, Task
@@ -50,14 +50,14 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     Args:
         study: the study.
         data: where its images are; None for where the study says, or the embedded digits.
-        progress: of hashing images.
+        progress: of reading images.
 
     Raises:
         ConfigError: as in `expand`, or members of an ensemble that the study has no run of.
-        DataError: as in `data.open.open_dataset` and `expand`.
+        DataError: as in `data.readable.open_readable` and `expand`.
     """
     source = data or study.data or "rotated-digits"
-    dataset = open_dataset(source, min_domains=1)
+    dataset = open_readable(source, skip_unreadable=skips_unreadable(study), min_domains=1, progress=progress)
     runs = _runs(expand(study, dataset, source, progress))
     errors: list[str] = []
     ensembles = [task for one in study.ensembles for task in _ensembles(study, one, runs, errors)]

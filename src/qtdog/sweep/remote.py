@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_dataset
+from qtdog.data.open_any import open_any
 from qtdog.sweep.artefacts import Parcels, pack, unpack
 from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform
@@ -23,7 +23,7 @@ Answer = dict[str, Any]
 
 @lru_cache(maxsize=2)
 def _dataset(source: str) -> DomainDataset:
-    return open_dataset(source, min_domains=1)
+    return open_any(source, min_domains=1)
 
 
 def do_task(tree: dict[str, Any], out: str, source: str, threads: int) -> Answer:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.readable import without_unreadable
 from qtdog.ensemble.assemble import Order, assemble, finished
 from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.member import read_member, share_splits
@@ -34,12 +35,14 @@ def perform(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> Outc
     Args:
         task: what to do; what it needs is done.
         out: the sweep's folder.
-        dataset: the data that the task's configuration names.
+        dataset: the data that the task's configuration names, whole: `data.skip_unreadable` is done here.
         voice: how runs speak.
     """
     started = time.perf_counter()
     status: Status
     try:
+        if _skips_unreadable(task, out):
+            dataset = without_unreadable(dataset, voice.progress)
         trained_s = _WORK[task.kind](task, out, dataset, voice)
         return Outcome(task.name, "done", seconds=_since(started), trained_s=trained_s)
     except FolderInUseError as error:
@@ -72,6 +75,12 @@ def is_disk_error(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return "No space left" in str(error)
+
+
+def _skips_unreadable(task: Task, out: Path) -> bool:
+    """Return whether a task's own configuration, or that of an ensemble's members, leaves out unreadable images."""
+    config = task.config if task.join is None else RunFolder(out / task.join.members[0]).read_config()
+    return config is not None and config.data.skip_unreadable
 
 
 def _since(started: float) -> float:
