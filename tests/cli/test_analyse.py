@@ -106,20 +106,25 @@ def test_a_stopped_flatness_goes_on_and_ends_the_same(qtdog, runs, tmp_path, mon
 
 
 def test_a_stopped_hessian_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
-    asked = ("analyse", "hessian", runs["float"], "--images", 1, "--vectors", 15, "--error", 1e-9, "--probes", 0)
+    asked = ("analyse", "hessian", runs["float"], "--images", 2, "--vectors", 12, "--error", 1e-9, "--probes", 0)
     assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
-    real = hessian_study.top_eigenvalues
-    monkeypatch.setattr(hessian_study, "top_eigenvalues", lambda *args, **kwargs: _stop())
+    real, calls = hessian_study.vector_products, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:
+            raise Interrupted("stop")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hessian_study, "vector_products", stopping)
     assert qtdog(*asked, "--out", tmp_path / "parts").code == 130
-    monkeypatch.setattr(hessian_study, "top_eigenvalues", real)
-    monkeypatch.setattr(hessian_study, "vector_products", lambda *args, **kwargs: pytest.fail("computed again"))
+    monkeypatch.setattr(hessian_study, "top_eigenvalues", lambda *args, **kwargs: pytest.fail("computed again"))
     assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
+    assert len(calls) == 14 + 2 * 10  # nothing twice but the portion that was stopped: 5 sources of 2 images each
     assert said(tmp_path / "parts" / "hessian") == said(tmp_path / "whole" / "hessian")
-    assert said(tmp_path / "parts" / "hessian")["numbers"][0]["n_vectors"] == 15
-
-
-def _stop():
-    raise Interrupted("stop")
+    (row,) = said(tmp_path / "parts" / "hessian")["numbers"]
+    assert row["n_vectors"] == 12
+    assert row["image_error"] > 0
 
 
 def test_a_plane_around_one_run(qtdog, runs, tmp_path):

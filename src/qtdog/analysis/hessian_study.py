@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import variance
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from qtdog.analysis.deflation import deflated_trace, overlaps
 from qtdog.analysis.hessian_figure import draw_hessian
 from qtdog.analysis.hessian_trace import mean_losses, vector_products
 from qtdog.analysis.outcome import Outcome, write_outcome
@@ -23,6 +26,7 @@ from qtdog.data.dataset import Progress
 
 KEY = ("run", "on", "quantity", "number")
 BATCH = 64
+MIN_GROUPS = 4  # of each domain, so that the spread over its images is known
 CHUNK = 5
 MIN_VECTORS = 10
 
@@ -64,22 +68,34 @@ class HessianPlan:
 
 @dataclass(frozen=True)
 class Curvature:
-    """A run's loss as the plan asks for it.
+    """A run's loss as the plan asks for it: the mean over domains, each counting once.
 
     Attributes:
-        parameters: all of the network.
-        losses: gives the loss by batches, anew at each call.
+        network: in evaluation mode.
+        domains: groups of images and labels of each domain.
         check: may raise to break off.
     """
 
-    parameters: Sequence[Tensor]
-    losses: Callable[[], Any]
+    network: nn.Module
+    domains: Sequence[Sequence[tuple[Tensor, Tensor]]]
     check: Callable[[], None]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All of the network."""
+        return list(self.network.parameters())
 
     @property
     def product(self) -> HessianProduct:
         """The Hessian as an operator."""
-        return HessianProduct(self.parameters, self.losses, self.check)
+        return HessianProduct(self.parameters, lambda: (loss for part in self.domains for loss in self.of(part)))
+
+    def of(self, groups: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, float]]:
+        """Yield the loss of each group of a domain and its weight in the whole."""
+        n_images = sum(len(labels) for _, labels in groups)
+        for loss in mean_losses(self.network, groups, n_images * len(self.domains)):
+            self.check()
+            yield loss
 
 
 def measure_hessian(
@@ -92,8 +108,9 @@ def measure_hessian(
 ) -> dict[str, Any]:
     """Measure the Hessian of the mean cross-entropy of every run at its dequantized weights; return `analysis.json`.
 
-    Random vectors are added until the standard error of the trace is small enough. Each vector, the largest eigenvalues
-    and each probe of the density are kept in `points.csv` and not computed again.
+    The largest eigenvalues come first: they are taken out of the spread of the trace (`analysis.deflation`). Random
+    vectors are added until the standard error of the trace is small enough. Each vector, the eigenvalues and each probe
+    of the density are kept in `points.csv` and not computed again.
 
     Args:
         subjects: the runs, of one data set.
@@ -108,7 +125,7 @@ def measure_hessian(
         RunError: the folder holds points of other settings, or cannot be written.
     """
     settings = {"n_images": plan.n_images, "seed": plan.seed, "n_steps": plan.n_steps}
-    points = Points(folder, KEY, ("values", "weights"), settings)
+    points = Points(folder, KEY, ("values", "details"), settings)
     each = plan.max_vectors + 1 + plan.n_probes
     numbers = []
     for s, subject in enumerate(subjects):
@@ -125,6 +142,7 @@ def measure_hessian(
         figures=draw_hessian(numbers, densities, folder),
         notes=(
             "Dequantized weights, evaluation mode, all parameters.",
+            "standard_error: of the random vectors, for these images. image_error: of the draw of the images.",
             "residual: some eigenvalue lies within this distance of top_eigenvalue.",
         ),
     )
@@ -136,16 +154,11 @@ def _measure(
 ) -> None:
     curvature = _curvature(subject, plan, check)
     key = (subject.id, plan.on)
-    while len(found := _traces(points, subject, plan)) < plan.max_vectors and not _precise(found, plan):
-        wanted = range(len(found), min(len(found) + CHUNK, plan.max_vectors))
-        products = vector_products(curvature.parameters, curvature.losses(), wanted, seed=plan.seed).sum(1)
-        for n, value in zip(wanted, products.tolist(), strict=True):
-            points.add_((*key, "vector", n), (value, None))
-        told(wanted[-1] + 1)
-    if (*key, "eigenvalues", plan.n_eigenvalues) not in points:
-        top = top_eigenvalues(curvature.product, plan.n_eigenvalues, seed=plan.seed)
-        values, residuals = [pair.value for pair in top], [pair.residual for pair in top]
-        points.add_((*key, "eigenvalues", plan.n_eigenvalues), (_joined(values), _joined(residuals)))
+    _add_eigenvalues(points, key, curvature, plan)
+    told(1)
+    while (n := len(_vectors(points, subject, plan))) < plan.max_vectors and not _precise(points, subject, plan):
+        _add_vectors(points, key, curvature, range(n, min(n + CHUNK, plan.max_vectors)), plan.seed)
+        told(1 + n + CHUNK)
     told(plan.max_vectors + 1)
     for n in range(plan.n_probes):
         if (*key, "probe", n) not in points:
@@ -158,47 +171,94 @@ def _curvature(subject: Subject, plan: HessianPlan, check: Callable[[], None]) -
     if plan.on not in subject.roles:
         raise ConfigError(f"{subject.folder.path} has no target domain; take --on sources")
     parts = [domain_images(subject, domain, plan.n_images, plan.seed) for domain in subject.roles[plan.on]]
-    images = [batch for part in parts for batch in batches(subject.model, part, size=BATCH)]
-    n_images = sum(len(labels) for _, labels in images)
-    network = subject.model.network
-
-    def losses() -> Any:
-        for loss in mean_losses(network, images, n_images):
-            check()
-            yield loss
-
-    return Curvature(list(network.parameters()), losses, check)
+    domains = [list(batches(subject.model, part, size=_group_size(len(part.labels)))) for part in parts]
+    return Curvature(subject.model.network, domains, check)
 
 
-def _traces(points: Points, subject: Subject, plan: HessianPlan) -> list[float]:
-    return [float(row["values"]) for row in points.of(run=subject.id, on=plan.on, quantity="vector")]
+def _group_size(n_images: int) -> int:
+    return min(BATCH, math.ceil(n_images / MIN_GROUPS))
 
 
-def _precise(found: Sequence[float], plan: HessianPlan) -> bool:
+def _add_eigenvalues(points: Points, key: tuple[str, str], curvature: Curvature, plan: HessianPlan) -> None:
+    """Keep the eigenvalues, and what each random vector that may come has in common with theirs."""
+    k, asked = plan.n_eigenvalues, range(plan.max_vectors)
+    missing = [n for n in asked if (*key, f"overlaps {k}", n) not in points]
+    if not missing:
+        return
+    top = top_eigenvalues(curvature.product, k, seed=plan.seed)
+    vectors = torch.from_numpy(np.stack([pair.vector for pair in top], 1))
+    squares = overlaps(vectors, curvature.parameters, missing, seed=plan.seed).tolist()
+    rows = [((*key, f"overlaps {k}", n), (_joined(row), None)) for n, row in zip(missing, squares, strict=True)]
+    if (*key, "eigenvalues", k) not in points:
+        found = (_joined([pair.value for pair in top]), _joined([pair.residual for pair in top]))
+        rows.insert(0, ((*key, "eigenvalues", k), found))
+    points.add_all_(rows)
+
+
+def _add_vectors(points: Points, key: tuple[str, str], curvature: Curvature, wanted: Sequence[int], seed: int) -> None:
+    """Keep vᵀ H v of some random vectors, and in it the share of each group of images, by domain."""
+    leaves = curvature.parameters
+    shares = [
+        torch.stack([vector_products(leaves, [loss], wanted, seed=seed).sum(1) for loss in curvature.of(groups)], 1)
+        for groups in curvature.domains
+    ]
+    rows = []
+    for row, n in enumerate(wanted):
+        parts = [domain[row].tolist() for domain in shares]
+        rows.append(((*key, "vector", n), (sum(map(sum, parts)), "; ".join(map(_joined, parts)))))
+    points.add_all_(rows)
+
+
+def _vectors(points: Points, subject: Subject, plan: HessianPlan) -> list[Row]:
+    return points.of(run=subject.id, on=plan.on, quantity="vector")
+
+
+def _trace(points: Points, subject: Subject, plan: HessianPlan) -> tuple[float, float]:
+    """Return the trace and its standard error over the random vectors found so far."""
+    k, of = plan.n_eigenvalues, {"run": subject.id, "on": plan.on}
+    (top,) = points.of(**of, quantity="eigenvalues", number=k)
+    common = {row["number"]: _split(row["values"]) for row in points.of(**of, quantity=f"overlaps {k}")}
+    found = _vectors(points, subject, plan)
+    products = torch.tensor([float(row["values"]) for row in found], dtype=torch.float64)
+    squares = torch.tensor([common[row["number"]] for row in found], dtype=torch.float64)
+    return deflated_trace(products, squares, torch.tensor(_split(top["values"]), dtype=torch.float64))
+
+
+def _precise(points: Points, subject: Subject, plan: HessianPlan) -> bool:
     """Whether the trace is known well enough; asked only behind whole chunks, so that a stop changes nothing."""
-    if len(found) < MIN_VECTORS or len(found) % CHUNK:
+    n = len(_vectors(points, subject, plan))
+    if n < MIN_VECTORS or n % CHUNK:
         return False
-    return _standard_error(found) <= plan.error_frac * abs(statistics.fmean(found))
+    trace, error = _trace(points, subject, plan)
+    return error <= plan.error_frac * abs(trace)
 
 
-def _standard_error(found: Sequence[float]) -> float:
-    return statistics.stdev(found) / math.sqrt(len(found))
+def _image_error(rows: Sequence[Row]) -> float | None:
+    """Return the standard error of the trace over the images drawn, from the spread of the groups of each domain."""
+    found = [[_split(domain) for domain in row["details"].split(";")] for row in rows]
+    domains = [
+        [sum(shares) / len(found) for shares in zip(*domain, strict=True)] for domain in zip(*found, strict=True)
+    ]
+    if min(map(len, domains)) < 2:
+        return None
+    return math.sqrt(sum(len(shares) * variance(shares) for shares in domains))
 
 
 def _numbers(subject: Subject, plan: HessianPlan, points: Points) -> dict[str, Any]:
-    found = _traces(points, subject, plan)
+    found = _vectors(points, subject, plan)
     (top,) = points.of(run=subject.id, on=plan.on, quantity="eigenvalues", number=plan.n_eigenvalues)
-    trace, error = statistics.fmean(found), _standard_error(found)
+    trace, error = _trace(points, subject, plan)
     ranked = {f"eigenvalue_{n + 1}": value for n, value in enumerate(_split(top["values"]))}
     return {
         "run": subject.label,
         "on": plan.on,
         "trace": trace,
         "standard_error": error,
+        "image_error": _image_error(found),
         "n_vectors": len(found),
         "n_parameters": sum(parameter.numel() for parameter in subject.model.network.parameters()),
         "top_eigenvalue": _split(top["values"])[0],
-        "residual": _split(top["weights"])[0],
+        "residual": _split(top["details"])[0],
     } | ranked
 
 
@@ -208,7 +268,7 @@ def _probes(points: Points, subject: Subject, plan: HessianPlan) -> list[Ritz]:
 
 
 def _ritz(row: Row) -> Ritz:
-    return Ritz(tuple(_split(row["values"])), tuple(_split(row["weights"])))
+    return Ritz(tuple(_split(row["values"])), tuple(_split(row["details"])))
 
 
 def _joined(values: Sequence[float]) -> str:

@@ -108,11 +108,23 @@ def vector_products(
     return products
 
 
+def rademacher(leaves: Sequence[Tensor], seed: int, n: int) -> list[Tensor]:
+    """Return random vector number `n`: independent signs ±1, in the shapes, types and devices of the leaves.
+
+    Drawn on the CPU, so that every device sees the same.
+
+    Example:
+        >>> rademacher([torch.zeros(2, 3)], 0, 0)[0].abs().tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    generator = torch_stream(seed, "rademacher", n)
+    drawn = [torch.randint(2, leaf.shape, generator=generator, dtype=torch.int8) * 2 - 1 for leaf in leaves]
+    return [part.to(leaf) for part, leaf in zip(drawn, leaves, strict=True)]
+
+
 def _products(gradients: Sequence[Tensor], leaves: Sequence[Tensor], seed: int, n: int) -> Tensor:
     """Return v_lᵀ (H v)_l for each block l, with vector number n."""
-    generator = torch_stream(seed, "rademacher", n)
-    drawn = [torch.randint(2, leaf.shape, generator=generator) * 2 - 1 for leaf in leaves]
-    vectors = [part.to(leaf) for part, leaf in zip(drawn, leaves, strict=True)]
+    vectors = rademacher(leaves, seed, n)
     if not any(gradient.requires_grad for gradient in gradients):  # a loss without curvature
         return torch.zeros(len(leaves), dtype=torch.float64)
     curved = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -25,10 +25,12 @@ class Eigenvalue:
     Attributes:
         value: the estimate.
         residual: ‖H v - λ v‖ for its unit vector: some eigenvalue lies within this distance of `value`.
+        vector: v, of unit length, over all parameters joined.
     """
 
     value: float
     residual: float
+    vector: npt.NDArray[np.float64] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class HessianProduct:
         parameters: that H is about; leaves that the losses depend on.
         losses: gives pairs of a scalar loss with its graph and its weight, as `hessian_trace.mean_losses` does, anew at
             each call.
-        check: called before each product; may raise to break off.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -66,13 +67,8 @@ class HessianProduct:
         [6.0, 1.0]
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        losses: Callable[[], Iterable[tuple[Tensor, float]]],
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._parameters, self._losses, self._check = list(parameters), losses, check
+    def __init__(self, parameters: Sequence[Tensor], losses: Callable[[], Iterable[tuple[Tensor, float]]]) -> None:
+        self._parameters, self._losses = list(parameters), losses
         n = sum(parameter.numel() for parameter in self._parameters)
         self.shape = (n, n)
         self.device, self.dtype = self._parameters[0].device, self._parameters[0].dtype
@@ -83,7 +79,6 @@ class HessianProduct:
         shaped = [part.reshape(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
         total = torch.zeros_like(vector)
         for loss, weight in self._losses():
-            self._check()
             gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, materialize_grads=True)
             slope = sum((g * v).sum() for g, v in zip(gradients, shaped, strict=True) if g.requires_grad)
             if isinstance(slope, Tensor):  # else a loss without curvature
@@ -141,7 +136,7 @@ def top_eigenvalues(product: HessianProduct, k: int, *, seed: int = 0, tolerance
     start = numpy_stream(seed, "eigenvalues").standard_normal(product.shape[0])
     values, vectors = solve(operator, k=k, which="LA", tol=tolerance, v0=start)
     found = [
-        Eigenvalue(float(value), float(np.linalg.norm(multiply(vector) - value * vector)))
+        Eigenvalue(float(value), float(np.linalg.norm(multiply(vector) - value * vector)), vector)
         for value, vector in zip(values, vectors.T, strict=True)
     ]
     return sorted(found, key=lambda eigenvalue: -eigenvalue.value)

@@ -56,5 +56,5 @@ def hessian(
     with stoppable(folder) as check:
         bar = CountingBar("vectors, eigenvalues and probes")
         said = measure_hessian(subjects_of(runs, data), plan, folder, progress=bar, check=check)
-    columns = ["run", "trace", "standard_error", "n_vectors", "top_eigenvalue", "residual"]
+    columns = ["run", "trace", "standard_error", "image_error", "n_vectors", "top_eigenvalue", "residual"]
     show(said, folder, columns, as_json=as_json)
