@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qtdog.sweep.crew import Crew
 from qtdog.sweep.driver import Progress
 from qtdog.sweep.local import LocalEngine
 from qtdog.sweep.notes import Outcome
@@ -52,7 +53,7 @@ def local() -> Callable[..., LocalEngine]:
     """Return a function that makes the engine of this machine for a plan."""
 
     def make(plan: Plan, out: Path, workers: int = 2) -> LocalEngine:
-        return LocalEngine(out, plan.source, workers=workers, threads=1)
+        return LocalEngine(out, plan.source, Crew(workers, 1))
 
     return make
 

@@ -23,13 +23,13 @@ OUT = "Folder of the run folders. Default: runs/NAME of the study."
 DATA = "Where the images are, if not where the study says."
 ONLY = "Only runs whose labels or folder contain these words, like 'lsq target=sketch seed=0', and what they need."
 LIMIT = "Begin at most so many runs, then stop."
-WORKERS = "Runs at a time. Default: one per core, divided by --threads."
+WORKERS = "Runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
 THREADS = "Threads of each run. Default: so that all workers together use the cores."
 PANEL = "Machines"
 DRY = "Say what would be done and how long it would take; start nothing."
 CLUSTER = "With --dry-run: estimate time and cost on so many devices, like 64xH100."
 ADDRESS = "Of a Ray cluster: auto, or ray://host:10001. Default: this machine."
-GPUS = "GPUs of each run, for ray and slurm; with ray a fraction shares one."
+GPUS = "GPUs of each run; a fraction shares one. Default: on this machine one if there are any, on a cluster none."
 HOURS = "Of each Slurm job; a run that is not finished goes on in a new one."
 
 
@@ -54,7 +54,7 @@ def sweep(
     engine: Annotated[EngineName, typer.Option(help="Who runs the runs.", rich_help_panel=PANEL)] = EngineName.LOCAL,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS, rich_help_panel=PANEL)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help=THREADS, rich_help_panel=PANEL)] = None,
-    gpus: Annotated[float, typer.Option(min=0, help=GPUS, rich_help_panel=PANEL)] = 0.0,
+    gpus: Annotated[float | None, typer.Option(min=0, help=GPUS, rich_help_panel=PANEL)] = None,
     address: Annotated[str | None, typer.Option(help=ADDRESS, rich_help_panel=PANEL)] = None,
     partition: Annotated[str, typer.Option(help="Of Slurm.", rich_help_panel=PANEL)] = "",
     hours: Annotated[float, typer.Option(min=0.1, help=HOURS, rich_help_panel=PANEL)] = 4.0,
@@ -83,7 +83,7 @@ def sweep(
     plan, folder = open_plan(study, data, out)
     tasks = select(plan.tasks, only) if only else list(plan.tasks)
     if dry:
-        dry_run(plan, tasks, folder, cluster=cluster, workers=machines.n_workers)
+        dry_run(plan, tasks, folder, cluster=cluster, workers=machines.crew.workers)
         show_batch_script(machines, folder)
         return
     sweep_tasks(plan, tasks, folder, lambda: make_engine(machines, plan, folder), limit=limit)

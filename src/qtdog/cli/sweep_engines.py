@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtdog.core.errors import ConfigError
+from qtdog.sweep.crew import Crew, make_crew
 from qtdog.sweep.engine import Engine
-from qtdog.sweep.local import LocalEngine, default_threads, n_cores
+from qtdog.sweep.local import LocalEngine
 from qtdog.sweep.plan import Plan
 from qtdog.sweep.ray_engine import RayEngine
 from qtdog.sweep.slurm_engine import Job, SlurmEngine, batch_script
@@ -20,9 +21,9 @@ class Machines:
 
     Attributes:
         engine: local, ray or slurm.
-        workers: runs at a time; None for one per core, with ray for as many as there is room for.
+        workers: runs at a time; None for one per GPU or core, with ray for as many as there is room for.
         threads: of each; None for all cores shared out.
-        gpus: of each.
+        gpus: of each; None for one where there are any, with ray and slurm for none.
         address: of a Ray cluster.
         partition: of Slurm.
         hours: of each Slurm job.
@@ -32,7 +33,7 @@ class Machines:
     engine: str = "local"
     workers: int | None = None
     threads: int | None = None
-    gpus: float = 0.0
+    gpus: float | None = None
     address: str | None = None
     partition: str = ""
     hours: float = 4.0
@@ -44,8 +45,8 @@ class Machines:
         Raises:
             ConfigError: naming the flag.
         """
-        readers = {"--address": ("ray",), "--gpus": ("ray", "slurm"), "--partition": ("slurm",)}
-        given = {"--address": self.address, "--gpus": self.gpus, "--partition": self.partition}
+        readers = {"--address": ("ray",), "--partition": ("slurm",)}
+        given = {"--address": self.address, "--partition": self.partition}
         watched(self.loggers, Path())
         if self.loggers and self.engine != "local":
             raise ConfigError("--log is for --engine local; on a cluster look at the run folders")
@@ -54,14 +55,13 @@ class Machines:
                 raise ConfigError(f"{flag} is for --engine {' or '.join(engines)}; leave it out for {self.engine}")
 
     @property
-    def n_workers(self) -> int:
-        """Runs at a time on this machine."""
-        return self.workers or max(1, n_cores() // (self.threads or 1))
+    def crew(self) -> Crew:
+        """How the runs share this machine.
 
-    @property
-    def n_threads(self) -> int:
-        """Threads of each run on this machine."""
-        return self.threads or default_threads(self.n_workers)
+        Raises:
+            ConfigError: GPUs that it does not have.
+        """
+        return make_crew(workers=self.workers, threads=self.threads, gpus=self.gpus)
 
 
 def make_engine(machines: Machines, plan: Plan, folder: Path) -> Engine:
@@ -71,14 +71,14 @@ def make_engine(machines: Machines, plan: Plan, folder: Path) -> Engine:
         ConfigError, RunError: what it needs is not installed or not there.
     """
     if machines.engine == "ray":
-        workers = machines.workers if machines.address else machines.n_workers
-        threads = (machines.threads or 1) if machines.address else machines.n_threads
-        how = {"workers": workers, "threads": threads, "gpus": machines.gpus, "address": machines.address}
+        here = make_crew(workers=machines.workers, threads=machines.threads, gpus=0)
+        workers = machines.workers if machines.address else here.workers
+        threads = (machines.threads or 1) if machines.address else here.threads
+        how = {"workers": workers, "threads": threads, "gpus": machines.gpus or 0.0, "address": machines.address}
         return RayEngine(folder, plan.source, **how)
     if machines.engine == "slurm":
         return SlurmEngine(folder, plan.source, workers=machines.workers or 64, job=_job(machines))
-    how = {"workers": machines.n_workers, "threads": machines.n_threads, "loggers": machines.loggers}
-    return LocalEngine(folder, plan.source, **how)
+    return LocalEngine(folder, plan.source, machines.crew, loggers=machines.loggers)
 
 
 def show_batch_script(machines: Machines, folder: Path) -> None:
@@ -90,4 +90,4 @@ def show_batch_script(machines: Machines, folder: Path) -> None:
 
 
 def _job(machines: Machines) -> Job:
-    return Job(machines.threads or 1, int(machines.gpus), machines.hours, machines.partition)
+    return Job(machines.threads or 1, int(machines.gpus or 0), machines.hours, machines.partition)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, FormatError, RunError
-from qtdog.export.bench_machine import cpu_features, n_cores
+from qtdog.core.machine import n_cores
+from qtdog.export.bench_machine import cpu_features
 from qtdog.export.bench_stats import Timing, Turn, summarise
 from qtdog.export.bench_worker import Job, Opened, serve
 from qtdog.export.images import LabelledImages

@@ -13,25 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qtdog.sweep.crew import Crew
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.task import Task
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def default_threads(workers: int) -> int:
-    """Return the threads of each worker so that together they use the cores of this machine, and no more.
-
-    Example:
-        >>> default_threads(10**6)
-        1
-    """
-    return max(1, n_cores() // workers)
-
-
-def n_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LocalEngine:
@@ -43,15 +29,15 @@ class LocalEngine:
     Args:
         out: the sweep's folder.
         source: what opens the data set.
-        workers: runs at a time.
-        threads: of each.
+        crew: how they share the machine.
         loggers: who is told of the runs' numbers.
     """
 
-    def __init__(self, out: Path, source: str, *, workers: int, threads: int, loggers: Sequence[str] = ()) -> None:
-        self.slots, self._loggers = workers, tuple(loggers)
-        self._out, self._source, self._threads = out, source, threads
+    def __init__(self, out: Path, source: str, crew: Crew, *, loggers: Sequence[str] = ()) -> None:
+        self.slots, self._crew, self._loggers = crew.workers, crew, tuple(loggers)
+        self._out, self._source = out, source
         self._nursery: subprocess.Popen[bytes] | None = None
+        self._gpus: dict[str, str] = {}  # by running task
         self._running: dict[str, int] = {}  # by task; 0 until the process is known
         self._buffer = b""
 
@@ -62,8 +48,9 @@ class LocalEngine:
 
     def start(self, task: Task) -> None:
         """Begin a task in a process of its own."""
-        line = json.dumps(task.to_json()).encode() + b"\n"
-        self._running[task.name] = 0
+        gpu = self._crew.emptiest(self._gpus.values())
+        line = json.dumps({"task": task.to_json(), "gpu": gpu}).encode() + b"\n"
+        self._running[task.name], self._gpus[task.name] = 0, gpu
         nursery = self._open()
         assert nursery.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died this moment: `poll` will see that
@@ -73,9 +60,9 @@ class LocalEngine:
     def _open(self) -> subprocess.Popen[bytes]:
         if self._nursery is not None:
             return self._nursery
-        told = [str(self._out), str(self._threads), self._source, *self._loggers]
+        told = [str(self._out), str(self._crew.threads), self._source, *self._loggers]
         command = [sys.executable, "-m", "qtdog.sweep.nursery", *told]
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._threads))
+        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._crew.threads))
         log = state_folder(self._out) / "logs" / "nursery.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         pipe = subprocess.PIPE
@@ -106,6 +93,7 @@ class LocalEngine:
         if "status" not in line:
             return None
         self._running.pop(line["name"], None)
+        self._gpus.pop(line["name"], None)
         return Outcome(**line)
 
     def _bury(self, nursery: subprocess.Popen[bytes]) -> list[Outcome]:
@@ -113,6 +101,7 @@ class LocalEngine:
         reason = f"the process that starts workers ended ({nursery.returncode})"
         lost = [Outcome(name, "lost", reason) for name in self._running]
         self._running.clear()
+        self._gpus.clear()
         self._forget(nursery)
         return lost
 

@@ -2,9 +2,10 @@
 
     python -m qtdog.sweep.nursery OUT THREADS SOURCE [LOGGER …]
 
-Standard input: one JSON task and the GPU that it may use per line. Standard output: one JSON outcome per line; a worker that died says nothing, and
-the nursery reports it as lost. At the end of its input (its parent ended, however) it asks all workers to stop and
-waits for them; a worker whose nursery is gone stops by itself. Stopping means: a checkpoint first.
+Standard input: one JSON task and the GPU that it may use per line. Standard output: one JSON outcome per line; a
+worker that died says nothing, and the nursery reports it as lost. At the end of its input (its parent ended, however)
+it asks all workers to stop and waits for them; a worker whose nursery is gone stops by itself. Stopping means: a
+checkpoint first.
 """
 
 from __future__ import annotations
@@ -72,20 +73,22 @@ def _fork(task: Task, job: Job, gpu: str) -> int:
         return pid
     code = 1
     try:
-        os.environ[GPU_VARIABLE] = gpu  # nothing has asked CUDA for its devices yet
-        _work(task, job, nursery)
+        _work(task, job, nursery, gpu)
         code = 0
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def _work(task: Task, job: Job, nursery: int) -> None:
+def _work(task: Task, job: Job, nursery: int, gpu: str) -> None:
     """Be a worker: one task, then the end."""
+    os.environ[GPU_VARIABLE] = gpu  # in time: nothing has asked CUDA for its devices yet
     os.setsid()  # Ctrl-C is for the sweep, which then asks its workers to stop
     answer = os.dup(STDOUT)
     _log_to(state_folder(job.out) / "logs" / f"{task.name}.log")
     threading.Thread(target=_stop_with, args=(nursery,), daemon=True).start()
+    if gpu:
+        print(f"{task.name} on GPU {gpu}", flush=True)
     torch.set_num_threads(job.threads)
     outcome = perform(task, job.out, job.dataset, quiet_voice(job.loggers, task.folder(job.out)))
     os.write(
