@@ -1,10 +1,11 @@
 """Start-up time and memory of a data set of very many tiny images.
 
-    python benchmarks/many_images.py [--images 500000] [--json FILE]
+    python benchmarks/many_images.py [--images 500000] [--place FOLDER] [--json FILE]
 
 Makes a folder of that many files (hard links to a few hundred tiny PNG images) and measures, each in a process of its
-own: the first start, which reads and hashes every file; a later start; a start after a hundred files were added; and
-the resident memory while batches are drawn from the decoded cache. The folder is removed at the end.
+own: the first start, which reads and hashes every file; a later start; building the decoded cache and the resident
+memory while batches are drawn from it; and start and cache again after a hundred files were added. The folder is
+removed at the end.
 """
 
 from __future__ import annotations
@@ -109,19 +110,31 @@ def measure(n: int, place: Path) -> dict[str, Any]:
     make_images(root, n)
     print(f"{n:,} files made in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     time.sleep(2.5)  # a file that changed just now is not remembered yet
-    results = {"n_images": n, "first": apart("start", root, cache), "later": apart("start", root, cache)}
+    results = {"n_images": n} | {what: apart("start", root, cache) for what in ("first", "later")}
+    results["draw"] = apart("draw", root, cache)
     for i in range(100):
         (root / "domain0" / "class0" / f"new{i}.png").write_bytes(tiny(np.random.default_rng(i)))
     time.sleep(2.5)
     results["after_100_added"] = apart("start", root, cache)
-    results["draw"] = apart("draw", root, cache)
+    results["draw_after_100_added"] = apart("draw", root, cache)
+    results["disk_mb"] = disk_mb(place)
     return results
+
+
+def disk_mb(place: Path) -> float:
+    """Return the disk that the files below a folder take, each counted once whatever its number of names."""
+    found = {}
+    for top, _, names in os.walk(place):
+        stats = [os.stat(os.path.join(top, name)) for name in (*names, ".")]
+        found |= {stat.st_ino: stat.st_blocks * 512 for stat in stats}
+    return round(sum(found.values()) / 1e6, 1)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--place", type=Path, help="make the folder in this one; default: the system's temporary one")
     parser.add_argument("--json", type=Path, help="also write the results there")
     parser.add_argument("--do", nargs=3, metavar=("WHAT", "ROOT", "CACHE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -129,7 +142,7 @@ def main() -> None:
         what, root, cache = options.do
         print(json.dumps({"start": start, "draw": draw}[what](Path(root), Path(cache))))
         return
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir=options.place) as place:
         results = measure(options.images, Path(place))
     text = json.dumps(results, indent=1)
     print(text)

@@ -27,9 +27,9 @@ from qtdog.core.files import atomic_folder, write_atomic
 from qtdog.data.buffers import BufferPool
 from qtdog.data.dataset import N_THREADS, DomainDataset, Progress, map_samples
 from qtdog.data.decode import DECODE_VERSION
-from qtdog.data.index import SETTLED_NS, file_hashes
+from qtdog.data.index import SETTLED_NS, Hashes, file_hashes
+from qtdog.data.reuse import IMAGES, Positions, Rows, keep_hashes, reuse_rows
 
-IMAGES = "images.u8"
 MAX_LISTED = 20
 
 
@@ -92,27 +92,32 @@ def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder:
         DataError: an image cannot be read.
         RunError: the cache folder cannot be written.
     """
-    folder = folder or cache_root()
+    return _content(dataset, progress, folder or cache_root())[0]
+
+
+def _content(dataset: DomainDataset, progress: Progress, folder: Path) -> tuple[str, Hashes | None]:
+    """Return the data set's content, and the sha256 of each image's file if images are files."""
     files = dataset.files()
     if files is not None:
-        return dataset.content_sha256(hashes=_indexed(dataset, *files, folder, progress))
+        hashes = _indexed(dataset, *files, folder, progress)
+        text = hashes.tobytes().hex()
+        return dataset.content_sha256(hashes=[text[i : i + 64] for i in range(0, len(text), 64)]), hashes
     note = folder / "content" / dataset.signature()
     remembered = note.read_text() if note.is_file() else ""
     if len(remembered) == 64:
-        return remembered
+        return remembered, None
     content = dataset.content_sha256(progress)
     if time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
         write_atomic(note, content)
-    return content
+    return content, None
 
 
-def _indexed(dataset: DomainDataset, root: str, paths: list[str], folder: Path, progress: Progress) -> Sequence[str]:
+def _indexed(dataset: DomainDataset, root: str, paths: list[str], folder: Path, progress: Progress) -> Hashes:
     def hash_rows(rows: npt.NDArray[np.int64]) -> list[str]:
         places = rows.tolist()
         return map_samples(lambda i: dataset.sample_sha256(places[i]), len(places), progress)
 
-    text = file_hashes(root, paths, hash_rows, folder).tobytes().hex()
-    return [text[start : start + 64] for start in range(0, len(text), 64)]
+    return file_hashes(root, paths, hash_rows, folder)
 
 
 def open_cache(
@@ -121,26 +126,30 @@ def open_cache(
     """Return the data set's images at `image_size`, decoding them now unless that was done before.
 
     The key is the content (not the path or the time), the size, the channels and the version of the decoder: runs share
-    one cache, and a changed image makes a new one. Building is atomic; a broken cache is rebuilt.
+    one cache, and a changed image makes a new one, into which the other images are copied (`data.reuse`). Building is
+    atomic; a broken cache is rebuilt.
 
     Raises:
         DataError: images cannot be read (up to 20 are named), or the disk is too small.
         RunError: the cache folder cannot be written.
     """
     folder = folder or cache_root()
-    channels = dataset.sheet.channels
-    shape = (len(dataset), image_size, image_size, channels)
-    content = content_sha256(dataset, progress=progress, folder=folder)
-    key = hashlib.sha256(json.dumps([content, image_size, channels, DECODE_VERSION]).encode()).hexdigest()
+    rows = Rows(len(dataset), image_size, dataset.sheet.channels)
+    content, hashes = _content(dataset, progress, folder)
+    key = hashlib.sha256(json.dumps([content, image_size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
     place = folder / "decoded" / key[:24]
     file = place / IMAGES
-    n_bytes = int(np.prod(shape))
+    n_bytes = rows.n * rows.row_bytes
     if not file.is_file() or file.stat().st_size != n_bytes:
         shutil.rmtree(place, ignore_errors=True)
         _require_space(folder, n_bytes)
-        with atomic_folder(place) as temporary:
-            _build(dataset, image_size, temporary / IMAGES, progress)
-    return DecodedCache(file, shape)
+        with atomic_folder(place) as temporary, (temporary / IMAGES).open("wb") as stream:
+            missing = np.arange(rows.n)
+            if hashes is not None:
+                missing = reuse_rows(stream.fileno(), rows, hashes, place.parent)
+                keep_hashes(temporary, rows, hashes)
+            _decode(dataset, rows, missing, stream.fileno(), progress)
+    return DecodedCache(file, (rows.n, image_size, image_size, rows.channels))
 
 
 def _require_space(folder: Path, n_bytes: int) -> None:
@@ -153,29 +162,29 @@ def _require_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def _build(dataset: DomainDataset, size: int, path: Path, progress: Progress) -> None:
+def _decode(dataset: DomainDataset, rows: Rows, missing: Positions, handle: int, progress: Progress) -> None:
+    """Decode the images at `missing` into an open file."""
     errors: list[str] = []
     lock = threading.Lock()
-    row_bytes = size * size * dataset.sheet.channels
-    with path.open("wb") as stream, ThreadPoolExecutor(N_THREADS) as pool:
 
-        def write(i: int) -> None:
-            try:
-                pixels = np.ascontiguousarray(dataset.read_resized(i, size))
-            except DataError as error:
-                with lock:
-                    errors.append(str(error))
-                return
-            os.pwrite(stream.fileno(), pixels.data, i * row_bytes)
+    def write(i: int) -> None:
+        try:
+            pixels = np.ascontiguousarray(dataset.read_resized(i, rows.size))
+        except DataError as error:
+            with lock:
+                errors.append(str(error))
+            return
+        os.pwrite(handle, pixels.data, i * rows.row_bytes)
 
-        n = len(dataset)
-        for start in range(0, n, 256):  # in portions, so that Ctrl-C or twenty broken images do not wait for the rest
-            end = min(n, start + 256)
-            list(pool.map(write, range(start, end)))
+    n_reused = rows.n - len(missing)
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        for start in range(0, len(missing), 256):  # in portions: Ctrl-C or twenty broken images need not wait for all
+            part = missing[start : start + 256].tolist()
+            list(pool.map(write, part))
             if len(errors) >= MAX_LISTED:
                 break
             if progress is not None:
-                progress(end, n)
+                progress(n_reused + start + len(part), rows.n)
     if errors:
         _refuse(errors)
 
