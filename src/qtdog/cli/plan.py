@@ -107,8 +107,12 @@ def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDatase
         dataset = without_unreadable(dataset, progress)
     targets = dataset.domains if config.data.target == "all" else (config.data.target,)
     plan: list[Planned] = []
+    content = ""  # once for all runs: with many images it takes seconds
     for target in targets:
-        configs = [resolve(one, dataset, progress) for one in _members(config, target, request.crew)]
+        configs = []
+        for one in _members(config, target, request.crew):
+            configs.append(resolve(one, dataset, progress, content=content))
+            content = configs[-1].data.content
         plan += _crew_plan(request, configs, several=len(targets) > 1)
     return dataset, plan
 
