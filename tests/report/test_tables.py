@@ -125,6 +125,22 @@ def test_settings_that_differ_name_the_rows(make_run: Callable[..., Path], tmp_p
     ]
 
 
+def test_rows_are_sorted_by_name_whatever_the_folders_are_called(make_run: Callable[..., Path], tmp_path: Path):
+    for folder, changes in (
+        ("a", {"quantizer": {"bits": 4}}),
+        ("b", {"quantizer": {"name": "none"}, "model": {"init_seed": 3}}),  # classifiers that begin alike are a setting
+        ("c", {"quantizer": {"name": "none"}}),
+        ("d", {"quantizer": {"name": "none"}, "data": {"target": "photo", "trial": 1}}),
+    ):
+        make_run(tmp_path / folder, **({"data": {"target": "photo"}} | changes))
+    block = make_block(find([tmp_path / name for name in "adcb"]).entries, "last")
+    assert [(row.method, row.n_trials) for row in block.rows] == [
+        ("erm + float", 2),
+        ("erm + float (init_seed=3)", 1),
+        ("erm + lsq 4 bit", 1),
+    ]
+
+
 def test_of_several_settings_the_best_by_source_is_taken_and_counted(make_run: Callable[..., Path], tmp_path: Path):
     for lr, level in ((1e-4, 0.5), (1e-3, 0.7), (1e-2, 0.6)):
         make_run(tmp_path / f"{lr}", level=level, data={"target": "photo"}, optimizer={"lr": lr})

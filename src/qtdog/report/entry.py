@@ -16,7 +16,6 @@ NOT_SETTINGS = (
     "data.target",
     "data.trial",
     "data.workers",
-    "model.init_seed",
     "objective.teacher",
     "objective.teacher_sha256",
     "train.seed",

@@ -13,7 +13,8 @@ from qtdog.report.read_run import read_run
 
 DEPTH = 2  # folders of folders of runs
 DOMAINBED_FILE = "results.jsonl"
-SHARED_STEPS = "-beginning"  # ends the name of a folder with the float steps that members share: no run of its own
+# folders with the float steps that several runs share, of a sweep and of a crew: no runs of their own
+SHARED_STEPS = ("prefix-*", "*-beginning")
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Found:
     """What was found.
 
     Attributes:
-        entries: sorted by path.
+        entries: by name of the method, unseen domain, trial and seed: names of folders are hashes, and say nothing.
         unfinished: folders of runs that have no result yet.
     """
 
@@ -60,6 +61,7 @@ def find(paths: Sequence[Path]) -> Found:
         waiting = f"; {len(found.unfinished)} runs there are not finished" if found.unfinished else ""
         listed = ", ".join(str(path) for path in paths[:3])
         raise RunError(f"no finished run, ensemble or {DOMAINBED_FILE} in {listed}{waiting}")
+    found.entries.sort(key=lambda entry: (entry.method.lower(), entry.target, entry.trial, entry.seed))
     return found
 
 
@@ -86,5 +88,5 @@ def _read(path: Path, found: Found) -> None:
     entry = read_run(path)
     if entry is not None:
         found.entries.append(entry)
-    elif not path.name.endswith(SHARED_STEPS):
+    elif not any(path.match(pattern) for pattern in SHARED_STEPS):
         found.unfinished.append(path)

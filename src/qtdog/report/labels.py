@@ -12,7 +12,7 @@ Settings = Mapping[str, Any]
 
 
 def label_rows(entries: Sequence[Entry], *, pooled: bool = False) -> dict[str, list[Entry]]:
-    """Return the entries by row, in the order of their first appearance.
+    """Return the entries by row: methods in the order of their first appearance, settings of one by name.
 
     A row is a method with its settings. Where a method appears with several settings, its rows say in which values
     they are not the most common one: "erm + lsq 7 bit (step_mode=raw)".
@@ -37,7 +37,7 @@ def _split(method: str, group: Sequence[Entry]) -> dict[str, list[Entry]]:
         values = {key: value_text(entry.settings.get(key)) for key in keys}
         said = [f"{_short(key, keys)}={value}" for key, value in values.items() if value != common[key]]
         rows.setdefault(f"{method} ({', '.join(said)})" if said else method, []).append(entry)
-    return rows
+    return dict(sorted(rows.items()))
 
 
 def differing(settings: Sequence[Settings]) -> list[str]:

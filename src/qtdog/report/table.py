@@ -15,7 +15,7 @@ def percent(value: float | None) -> str:
         >>> percent(0.876), percent(None)
         ('87.6', '–')
     """
-    return "–" if value is None else f"{100 * value:.1f}"
+    return "–" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"  # + 0.0: no minus before a zero
 
 
 def size_text(size: Mapping[str, float]) -> str:
