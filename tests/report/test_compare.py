@@ -10,6 +10,7 @@ from scipy import stats
 from qtdog.core.errors import ConfigError
 from qtdog.report.compare import compare, compare_values, comparison_sheet
 from qtdog.report.find import find
+from qtdog.report.forest import plot_differences
 
 ACCURACIES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12)
 
@@ -102,3 +103,14 @@ def test_several_trials_of_one_domain_are_several_pairs(make_run: Callable[..., 
     found = compare(find([tmp_path]).entries, ("erm + float", "erm + lsq 7 bit"), "last")
     assert found is not None
     assert found.n == 2
+
+
+def test_differences_are_drawn_with_the_pairs(tmp_path):
+    one, two = compare_values([0.5, 0.6], [0.55, 0.7]), compare_values([0.5], [0.4])
+    for name in ("a.png", "b.svg"):
+        plot_differences({"selected": {"lsq": one, "sma": two}, "mean": {"lsq": one}}, "float", tmp_path / "new" / name)
+    text = (tmp_path / "new" / "b.svg").read_text()
+    assert "<svg" in text
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="xyz"):
+        plot_differences({"selected": {"lsq": one}}, "float", tmp_path / "a.xyz")

@@ -215,3 +215,12 @@ def test_a_summary_has_every_run_and_pairs_agree_in_target_and_seed(swept):
     assert "rtn" not in values(found, "mean_after_start")
     with pytest.raises(ConfigError, match="unknown method 'flota'; did you mean 'float'"):
         list(pairs(table, "flota"))
+
+
+@pytest.mark.parametrize("changes", [{"averager.name": "swad"}, {"quantizer.name": "inq"}, {}])
+def test_the_mean_after_the_start_is_of_what_ships(changes, make_tiny, running, tmp_path):
+    method = {"presets": ["inq" if "quantizer.name" in changes else "float"], "set": changes}
+    plan = make_tiny(methods={"one": method}, grid={"target": "75", "seed": [0]})
+    running.in_this_process(plan, tmp_path)
+    (found,) = results(plan, tmp_path)
+    assert (found.row.get("mean_after_start") is None) == bool(changes)

@@ -12,9 +12,12 @@ import typer
 from qtdog.cli.sweep import DATA, OUT, STUDY
 
 if TYPE_CHECKING:
+    from qtdog.report.compare import Comparison
     from qtdog.sweep.summary import Result
 
+PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."
 REFERENCE = "Method that the others are compared with, over the pairs of target and seed that both have."
+N_SUMMARY = 4  # columns behind the targets
 Cells = Mapping[str, Mapping[str, Mapping[tuple[object, ...], float]]]
 
 
@@ -33,14 +36,17 @@ def table(
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
     format_: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = Format.TEXT,
+    plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
 ) -> None:
     """Show what a study says so far: mean ± standard error per method and target, and paired differences.
 
     Twice: of the selected checkpoint, and of the mean over the evaluations after the start step, since one checkpoint
     swings by several points.
 
-    Example:
+    Examples:
       qtdog sweep table studies/digits.yaml --reference float
+
+      qtdog sweep table studies/digits.yaml --plot differences.png
     """
     from qtdog.cli.console import print_json
     from qtdog.cli.sweep_study import open_plan
@@ -53,6 +59,8 @@ def table(
         raise RunError(f"no run of the study is finished in {folder}: qtdog sweep {study}")
     name = reference or next(iter(plan.study.methods))
     tables = {measure: values(found, measure) for measure in MEASURES}
+    if plot:
+        _plot(tables, name, plot)
     if format_ is Format.JSON:
         print_json({measure: _numbers(cells, name) for measure, cells in tables.items()} | {"runs": _runs(found)})
         return
@@ -67,7 +75,30 @@ def _runs(found: list[Result]) -> list[dict[str, Any]]:
     return [{"method": one.method} | {name: one.row.get(name) for name in (*kept, *measured)} for one in found]
 
 
-def _compared(cells: Cells, reference: str) -> dict[str, Any]:
+def _plot(tables: Mapping[str, Cells], reference: str, path: Path) -> None:
+    """Draw what is known of the unseen domains.
+
+    Raises:
+        ConfigError: no picture can be written there, or no two methods can be compared.
+    """
+    from qtdog.core.errors import ConfigError
+    from qtdog.report.forest import plot_differences
+    from qtdog.sweep.summary import MEASURES
+
+    panels = {
+        title: compared
+        for measure, title in MEASURES.items()
+        if measure != "source_accuracy" and (compared := _compared(tables[measure], reference))
+    }
+    if not panels:
+        raise ConfigError(f"no finished run can be compared with one of {reference!r} yet: nothing to draw")
+    try:
+        plot_differences(panels, reference, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: {error}") from error
+
+
+def _compared(cells: Cells, reference: str) -> dict[str, Comparison]:
     from qtdog.report.compare import compare_values
     from qtdog.sweep.summary import pairs
 
@@ -99,9 +130,13 @@ def _show(cells: Cells, reference: str, title: str, *, markdown: bool) -> None:
     if markdown:
         typer.echo(f"{title}\n\n{to_markdown(headers, rows)}\n")
         return
-    print_table(headers, rows, title=title)
+    fits = sum(max(map(len, column)) + 2 for column in zip(headers, *rows, strict=True)) + 2 <= out.width
+    n_targets = len(headers) - 1 - N_SUMMARY
+    shown = range(len(headers)) if fits else [0, *range(1 + n_targets, len(headers))]
+    print_table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], title=title)
     about = f"− {reference}: mean difference over pairs of target and seed, with a 95 % bootstrap interval."
-    out.print(about, highlight=False, markup=False, soft_wrap=True)
+    narrow = "" if fits else " Each target: in a wider window, or with --format markdown."
+    out.print(about + narrow, highlight=False, markup=False, soft_wrap=True)
 
 
 def table_rows(cells: Cells, reference: str) -> tuple[list[str], list[list[str]]]:
@@ -127,8 +162,9 @@ def table_rows(cells: Cells, reference: str) -> tuple[list[str], list[list[str]]
     return headers, rows
 
 
-def _difference(one: Any) -> list[str]:
+def _difference(one: Comparison | None) -> list[str]:
     if one is None:
         return ["", ""]
-    interval = "" if one.low is None else f"{100 * one.low:+.1f} … {100 * one.high:+.1f}"
+    low, high = one.low, one.high
+    interval = "" if low is None or high is None else f"{100 * low:+.1f} … {100 * high:+.1f}"
     return [f"{100 * one.mean:+.1f} (n={one.n})", interval]

@@ -51,12 +51,14 @@ COLUMNS = {
     "error": "TEXT",
     "config": "TEXT",
 }
+AVERAGED_AT_END = ("swad",)
+VERSION = 2  # of what `read_row` computes, so that an older index is read anew
 FILES = ("config.yaml", "metrics.jsonl", "result.json", "diagnosis.json")
 
 
 def signature(folder: Path) -> str:
     """Return what changes whenever a run folder's row could: times and sizes of its small files."""
-    parts = []
+    parts = [f"v{VERSION}"]
     for name in FILES:
         try:
             stat = (folder / name).stat()
@@ -70,8 +72,9 @@ def read_row(folder: Path, failure: Outcome | None = None) -> Row | None:
     """Return what is known of the run or ensemble in a folder; None if it holds neither, or files that are damaged.
 
     Accuracies are fractions. `mean_after_start` and `std_after_start` (of the population) are over the evaluations
-    behind the start step that could have been selected; for a float run, behind 40 % of the steps. `step` is that of
-    the last evaluation, `state` one of done, failed and unfinished.
+    behind the start step, for a float run behind 40 % of the steps; None where such evaluations are not of what ships:
+    with SWAD and quantizers that work after training, and with INQ, which has not frozen all by then. `step` is that
+    of the last evaluation, `state` one of done, failed and unfinished.
 
     Args:
         folder: of the run.
@@ -139,7 +142,7 @@ def _result_row(result: dict[str, Any] | None) -> Row:
 
 def _metrics_row(file: Path, row: Row) -> Row:
     step = last_line(file).get("step")
-    if not file.is_file() or row["quantizer"] in AFTER_TRAINING:  # such evaluations were of the network before
+    if not file.is_file() or row["quantizer"] in AFTER_TRAINING or row["averager"] in AVERAGED_AT_END:
         return {"step": step}
     start, steps = row["start_step"], row["steps"]
     first = int(0.4 * float(steps or 0)) if start is None else int(start)
@@ -149,7 +152,9 @@ def _metrics_row(file: Path, row: Row) -> Row:
             told = json.loads(line)
         except ValueError:  # cut off by a crash
             continue
-        if told["step"] > first and told["selectable"] and told["test_accuracy"] is not None:
+        if told["step"] > first and told["test_accuracy"] is not None:
+            if not told["selectable"]:
+                return {"step": step}
             found.append(told["test_accuracy"])
     mean, std = _spread(found)
     return {"step": step, "mean_after_start": mean, "std_after_start": std}
