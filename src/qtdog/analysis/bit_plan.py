@@ -14,6 +14,7 @@ from qtdog.core.quantized import MAX_BITS, MIN_BITS
 from qtdog.core.settings import build_config
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.subset import DomainSubset
+from qtdog.data.text_domains import SEEN, TextDomains
 
 BRIEF_FRAC = 0.25  # of the steps after the start, if nothing else is asked for
 
@@ -118,13 +119,16 @@ def without_target(dataset: DomainDataset, target: str) -> DomainSubset:
     """Return the source domains alone, as if the target did not exist; 'none' makes every domain a source.
 
     Raises:
-        ConfigError: no such target, or fewer than two sources are left.
+        ConfigError: no such target, fewer than two sources are left, or a data set of texts.
 
     Example:
         >>> from qtdog.data.digits import RotatedDigits
         >>> without_target(RotatedDigits(), "75").domains
         ('0', '15', '30', '45', '60')
     """
+    if isinstance(dataset, TextDomains):
+        text = f"choosing bits leaves out one source domain after another, and {dataset.sheet.name} has only one"
+        raise ConfigError(f"{text}, '{SEEN}': compare trained runs by their held-out texts instead")
     if target != "none" and target not in dataset.domains:
         raise ConfigError(unknown("target domain", target, [*dataset.domains, "none"]))
     kept = [domain for domain in dataset.domains if domain != target]

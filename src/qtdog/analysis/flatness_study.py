@@ -138,20 +138,16 @@ def flatness_numbers(subject: Subject, plan: FlatnessPlan, points: Points) -> li
     norm = weight_norm(subject.model.network)
     numbers = []
     for role, domains in subject.roles.items():
-        base = _loss(rows[BASE], domains)
+        base = role_mean(rows[BASE], domains)
         for kind, gammas in plan.gammas.items():
             rises = [
-                [_loss(rows[kind, str(n), gamma], domains) - base if gamma else 0.0 for gamma in gammas]
+                [role_mean(rows[kind, str(n), gamma], domains) - base if gamma else 0.0 for gamma in gammas]
                 for n in range(plan.n_directions)
             ]
             found = summarise(gammas, torch.tensor(rises, dtype=torch.float64), antithetic=True)
             who = {"run": subject.label, "on": role, "radius": kind, "loss": base, "weight_norm": norm}
             numbers += [who | asdict(flat) for flat in found]
     return numbers
-
-
-def _loss(row: Mapping[str, str], domains: tuple[str, ...]) -> float:
-    return role_mean({domain: float(row[domain]) for domain in domains}, domains)
 
 
 def draw_flatness(numbers: Sequence[Mapping[str, Any]], kind: str, folder: Path) -> list[str]:

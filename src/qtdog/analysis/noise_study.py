@@ -16,10 +16,9 @@ from qtdog.analysis.latent import latent_weights
 from qtdog.analysis.noise import N_BINS, describe, layer_noise
 from qtdog.analysis.outcome import Outcome, write_outcome
 from qtdog.analysis.points import Points
-from qtdog.analysis.subject import ID_DIGITS, read_run
-from qtdog.core.config import Config, config_hash
+from qtdog.analysis.subject import about_run, model_id, read_run
+from qtdog.core.config import Config
 from qtdog.core.errors import RunError
-from qtdog.core.files import sha256_file
 from qtdog.data.dataset import Progress
 from qtdog.packing.packed_file import load_packed
 from qtdog.training.run_folder import RunFolder
@@ -55,13 +54,12 @@ def measure_noise(
     runs, numbers, pooled = [], [], {}
     for path, label in zip(paths, labels, strict=True):
         run, config = read_run(path)
-        identity = _identity(run)
+        identity = model_id(run)
         _measure(run, config, identity, points, progress=progress, check=check)
         rows = points.of(run=identity)
         numbers += [{"run": label} | _row(row) for row in rows]
         pooled[label] = next(_counts(row) for row in rows if row["layer"] == ALL)
-        told = {"label": label, "folder": str(path), "config_hash": config_hash(config), "model": identity}
-        runs.append(told)
+        runs.append(about_run(label, run, config) | {"model": identity})
     outcome = Outcome(
         kind="noise",
         title="Quantization noise against the uniform law",
@@ -75,12 +73,6 @@ def measure_noise(
         ),
     )
     return write_outcome(folder, outcome)
-
-
-def _identity(run: RunFolder) -> str:
-    if not run.model_file.is_file():
-        raise RunError(f"{run.path} is not finished: it has no {run.model_file.name}. Go on with --resume.")
-    return sha256_file(run.model_file)[:ID_DIGITS]
 
 
 def _measure(

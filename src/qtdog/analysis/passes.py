@@ -52,14 +52,14 @@ def losses_by_domain(
     }
 
 
-def role_mean(losses: Mapping[str, float], domains: tuple[str, ...]) -> float:
-    """Return the mean over some domains, each counting once whatever its size.
+def role_mean(losses: Mapping[str, float | str], domains: tuple[str, ...]) -> float:
+    """Return the mean over some domains, each counting once whatever its size; losses may be a row of `points.csv`.
 
     Example:
-        >>> role_mean({"a": 1.0, "b": 2.0, "c": 9.0}, ("a", "b"))
+        >>> role_mean({"a": 1.0, "b": "2.0", "c": 9.0}, ("a", "b"))
         1.5
     """
-    return sum(losses[domain] for domain in domains) / len(domains)
+    return sum(float(losses[domain]) for domain in domains) / len(domains)
 
 
 def shift(progress: Progress, before: int, total: int) -> Progress:

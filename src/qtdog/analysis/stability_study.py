@@ -13,8 +13,8 @@ from qtdog.analysis.figures import legend, mark_start, panels, plain, save, styl
 from qtdog.analysis.outcome import Outcome, write_outcome
 from qtdog.analysis.points import write_table
 from qtdog.analysis.stability import Stability, stability
-from qtdog.analysis.subject import read_run
-from qtdog.core.config import Config, config_hash
+from qtdog.analysis.subject import about_run, read_run
+from qtdog.core.config import Config
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.random import numpy_stream
 from qtdog.training.records import Record
@@ -37,12 +37,14 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
         DataError: the runs have different data sets.
     """
     runs: list[Run] = []
+    told = []
     for path, label in zip(paths, labels, strict=True):
         run, config = read_run(path)
         records = run.read_metrics()
         if not records:
             raise RunError(f"{path} has no evaluation yet (metrics.jsonl)")
         runs.append((label, config, records))
+        told.append(about_run(label, run, config))
     contents = {config.data.content for _, config, _ in runs}
     if len(contents) > 1:
         raise DataError("these runs have different data sets; compare runs on one data set")
@@ -50,12 +52,11 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
     numbers = [
         _numbers(label, config, stability(records, numpy_stream(seed, label))) for label, config, records in runs
     ]
-    named = zip(paths, runs, strict=True)
     outcome = Outcome(
         kind="stability",
         title="Stability of training, and how far selection on the sources can be trusted",
         settings={"seed": seed},
-        runs=[{"label": run[0], "folder": str(path), "config_hash": config_hash(run[1])} for path, run in named],
+        runs=told,
         numbers=numbers,
         figures=draw_stability(runs, folder),
         notes=(

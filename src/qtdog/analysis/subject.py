@@ -15,9 +15,10 @@ from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError, DataError, RunError
 from qtdog.core.files import sha256_file
 from qtdog.core.random import numpy_stream
-from qtdog.data.cache import Progress, content_sha256, open_cache
+from qtdog.data.cache import Progress, content_sha256
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.readable import open_readable
+from qtdog.training.inputs import open_inputs
 from qtdog.training.problem import Problem, make_problem
 from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import ShippedModel, load
@@ -30,7 +31,7 @@ class Images:
     """Some images of one domain.
 
     Attributes:
-        pixels: uint8 (n, H, W, C), on the CPU.
+        pixels: uint8 (n, H, W, C), on the CPU; of texts their tokens, int64 (n, length).
         labels: int64 (n,), positions in the classes of the data set.
         keys: the name of each in the data set.
     """
@@ -51,7 +52,7 @@ class Subject:
         model: what it ships: plain, dequantized weights, in evaluation mode.
         dataset: the images it was made from.
         problem: which domains are sources, which is the target, which images are held out.
-        id: the beginning of the sha256 of its model file: what was measured of it holds for this file.
+        id: of its model file, see `model_id`.
     """
 
     label: str
@@ -79,8 +80,23 @@ class Subject:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `analysis.json` says of the run."""
-        hashed = config_hash(self.config)
-        return {"label": self.label, "folder": str(self.folder.path), "config_hash": hashed, "model": self.id}
+        return about_run(self.label, self.folder, self.config) | {"model": self.id}
+
+
+def about_run(label: str, folder: RunFolder, config: Config) -> dict[str, Any]:
+    """Return what `analysis.json` says of a run, finished or not."""
+    return {"label": label, "folder": str(folder.path), "config_hash": config_hash(config)}
+
+
+def model_id(folder: RunFolder) -> str:
+    """Return the beginning of the sha256 of a run's model file: what is measured of the run holds for this file.
+
+    Raises:
+        RunError: the run is not finished.
+    """
+    if not folder.model_file.is_file():
+        raise RunError(f"{folder.path} is not finished: it has no {folder.model_file.name}. Go on with --resume.")
+    return sha256_file(folder.model_file)[:ID_DIGITS]
 
 
 def read_run(path: Path) -> tuple[RunFolder, Config]:
@@ -120,9 +136,7 @@ def open_subjects(
         FormatError, ModelError: as in `training.shipped.load`.
     """
     runs = [read_run(path) for path in paths]
-    for folder, _ in runs:
-        if not folder.model_file.is_file():
-            raise RunError(f"{folder.path} is not finished: it has no {folder.model_file.name}. Go on with --resume.")
+    ids = [model_id(folder) for folder, _ in runs]
     source = data or runs[0][1].data.source
     skip = any(config.data.skip_unreadable for _, config in runs)
     dataset = open_readable(source, skip_unreadable=skip, progress=progress)
@@ -139,9 +153,9 @@ def open_subjects(
             model=load(folder.model_file, device=device),
             dataset=dataset,
             problem=make_problem(config, dataset),
-            id=sha256_file(folder.model_file)[:ID_DIGITS],
+            id=identity,
         )
-        for label, (folder, config) in zip(labels, runs, strict=True)
+        for label, identity, (folder, config) in zip(labels, ids, runs, strict=True)
     ]
 
 
@@ -172,7 +186,9 @@ def domain_images(subject: Subject, domain: str, n: int | None, seed: int, progr
 
 
 def _gathered(subject: Subject, indices: np.ndarray, progress: Progress = None) -> Images:
-    cache = open_cache(subject.dataset, subject.config.data.image_size, progress=progress)
+    data, words = subject.config.data, subject.model.info.preprocessing.vocabulary
+    how = {"image_size": data.image_size, "max_tokens": data.max_tokens, "words": words, "progress": progress}
+    cache = open_inputs(subject.dataset, subject.config.model.backbone, **how)
     labels = torch.from_numpy(subject.dataset.class_index[indices].astype(np.int64))
     return Images(cache.gather(indices), labels, tuple(subject.dataset.keys[i] for i in indices))
 

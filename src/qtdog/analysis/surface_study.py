@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,10 +160,6 @@ def _refit(subjects: Sequence[Subject], plan: SurfacePlan, check: Callable[[], N
 def _numbers(subject: Subject, points: Points) -> list[dict[str, Any]]:
     rows = [(float(row["x"]), float(row["y"]), row) for row in points.rows]
     return [
-        {"x": x, "y": y} | {role: _loss(row, domains) for role, domains in subject.roles.items()}
+        {"x": x, "y": y} | {role: role_mean(row, domains) for role, domains in subject.roles.items()}
         for x, y, row in sorted(rows, key=lambda entry: entry[:2])
     ]
-
-
-def _loss(row: Mapping[str, str], domains: tuple[str, ...]) -> float:
-    return role_mean({domain: float(row[domain]) for domain in domains}, domains)
