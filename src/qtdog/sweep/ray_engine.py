@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, RunError
+from qtdog.core.extras import extra
 from qtdog.sweep.artefacts import inputs, unpack
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.remote import do_task, do_task_elsewhere
@@ -21,10 +22,8 @@ def import_ray() -> Any:
     Raises:
         ConfigError: it is not installed; the text names the extra.
     """
-    try:
+    with extra("ray", "--engine ray needs Ray", ConfigError):
         import ray
-    except ImportError as error:
-        raise ConfigError("--engine ray needs Ray: pip install 'qtdog[ray]'") from error
     return ray
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError
+from qtdog.core.extras import extra
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.remote import Answer, do_task
 from qtdog.sweep.task import Task
@@ -50,11 +51,9 @@ def import_submitit() -> Any:
     Raises:
         ConfigError: it is not installed; the text names the extra.
     """
-    try:
+    with extra("slurm", "--engine slurm needs submitit", ConfigError):
         import submitit
         import submitit.slurm.slurm
-    except ImportError as error:
-        raise ConfigError("--engine slurm needs submitit: pip install 'qtdog[slurm]'") from error
     return submitit
 
 

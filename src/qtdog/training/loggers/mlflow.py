@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError
+from qtdog.core.extras import extra
 from qtdog.training.loggers.logger import LOGGERS, Logger, run_name
 
 EXPERIMENT = "qtdog"
@@ -18,11 +19,9 @@ class MLflow(Logger):
     """Sends to the experiment `qtdog` of the server in MLFLOW_TRACKING_URI, or a file in the present folder."""
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
-        try:
+        with extra("mlflow", "--log mlflow needs MLflow", ConfigError):
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
-        except ImportError as error:
-            raise ConfigError("--log mlflow needs MLflow: pip install 'qtdog[mlflow]'") from error
         self._client, self._metric, digest = MlflowClient(), Metric, config_hash(config)
         found = self._client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
+from qtdog.core.extras import extra
 from qtdog.training.loggers.logger import LOGGERS, Logger
 
 
@@ -14,10 +15,8 @@ class TensorBoard(Logger):
     """Writes `tensorboard/` in the run folder: tensorboard --logdir runs."""
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
-        try:
+        with extra("tensorboard", "--log tensorboard needs TensorBoard", ConfigError):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("--log tensorboard needs TensorBoard: pip install 'qtdog[tensorboard]'") from error
         self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def send(self, step: int, values: dict[str, float]) -> None:

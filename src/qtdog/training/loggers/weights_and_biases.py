@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError
+from qtdog.core.extras import extra
 from qtdog.training.loggers.logger import LOGGERS, Logger, run_name
 
 
@@ -15,10 +16,8 @@ class WeightsAndBiases(Logger):
     """Sends to the project `qtdog` (WANDB_PROJECT), or keeps in the run folder with WANDB_MODE=offline."""
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
-        try:
+        with extra("wandb", "--log wandb needs Weights & Biases", ConfigError):
             import wandb
-        except ImportError as error:
-            raise ConfigError("--log wandb needs Weights & Biases: pip install 'qtdog[wandb]'") from error
         how = {"id": config_hash(config), "resume": "allow", "dir": folder, "config": config.model_dump(mode="json")}
         project = os.environ.get("WANDB_PROJECT", "qtdog")
         self._run = wandb.init(project=project, name=run_name(config), settings=wandb.Settings(silent=True), **how)
