@@ -16,6 +16,7 @@ MODEL = "A .safetensors file of 'qtdog train' or 'ensemble', or the folder that 
 FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
 DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
+CASCADE = "Ask an ensemble's members one after another, until they agree confidently; onnx and openvino formats."
 FORCE = "Accept the domain that was held out in training. What is measured on it afterwards is no longer unseen."
 
 
@@ -29,6 +30,7 @@ def export(
     calibrate: Annotated[int, typer.Option(min=1, help="Images that set the ranges of integer activations.")] = 256,
     check: Annotated[int, typer.Option(min=1, help="Images that the file is compared on.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of images.")] = 0,
+    cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     force_target: Annotated[bool, typer.Option("--force-target", help=FORCE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -43,6 +45,8 @@ def export(
       qtdog export runs/photos-c -o model.onnx --format onnx-int8 --data photos/
 
       qtdog export runs/five/c-eoq -o five.xml --format openvino-int8 --data photos/
+
+      qtdog export runs/five/c-eoq -o five.onnx --format onnx-int8 --data photos/ --cascade
     """
     from qtdog.cli.console import print_json
     from qtdog.cli.progress import CountingBar
@@ -55,7 +59,9 @@ def export(
     name = format_for(name, out)
     if out.is_dir() or not _is_place(out.parent):
         raise ConfigError(f"--out {out}: cannot be written; give the path of a file")
-    subject = read_subject(model / "model.safetensors" if model.is_dir() else model)
+    if cascade and not FORMATS[name].graph:
+        raise ConfigError(f"--cascade: a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
+    subject = read_subject(model / "model.safetensors" if model.is_dir() else model, cascade=cascade)
     n_images = check + (calibrate if FORMATS[name].integer else 0)
     draw = Draw(n_images, seed, tuple(domain or ()), force_target)
     images = draw_images(find_data(subject, data), subject.infos[0], draw, CountingBar("reading images"))
@@ -108,6 +114,9 @@ def _show(made: Exported) -> None:
         ["largest difference of a logit", logits],
         ["accuracy there (%)", accuracies],
     ]
+    if parity.members is not None:
+        means = " → ".join(f"{mean:.2f}" for mean in parity.members)
+        rows.append(["members asked, mean", f"{means} of {made.info.n_members}"])
     print_table(["", FORMATS[made.info.format].title], rows)
     for note in made.info.notes:
         warn(note)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qtdog.export.answer import Answer, settled
 from qtdog.models.network import Network
 from qtdog.training.shipped import Preprocessing
 
@@ -16,23 +17,46 @@ OUTPUTS = {
     True: ("logits", "probabilities", "entropy", "mutual_information", "agreement"),
 }
 """Names of the outputs, by whether there are several members."""
+ASKED = "members"
+"""Name of the output that a cascade has besides."""
+
+
+class Prepare(nn.Module):
+    """From pixels to the networks' input: x = (pixel / 255 - mean) / std.
+
+    Args:
+        how: the preprocessing.
+
+    Shapes:
+        uint8 (n, H, W, C) → float32 (n, C, H, W)
+    """
+
+    def __init__(self, how: Preprocessing) -> None:
+        super().__init__()
+        std = torch.tensor(how.std)
+        self.register_buffer("pixel_scale", 1 / (255 * std))
+        self.register_buffer("pixel_offset", torch.tensor(how.mean) / std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the networks' input for uint8 images."""
+        inputs = images.to(torch.float32) * self.get_buffer("pixel_scale") - self.get_buffer("pixel_offset")
+        return inputs.permute(0, 3, 1, 2)
 
 
 class Deployed(nn.Module):
-    """Members with preprocessing before and doubt behind them.
+    """Members with preprocessing before and `Answer` behind them.
 
-    x = (pixel / 255 - mean) / std; logits z = mean_m z_m; probabilities p = softmax(z / T). Several members also say
-    the entropy of p in nats, the mutual information H(mean_m p_m) - mean_m H(p_m) between class and member (Depeweg et
-    al., ICML 2018, Eq. 5), and the share of the members whose first choice is the ensemble's: as in `qtdog predict`,
-    written with operators that every runtime has.
+    With a threshold it is a cascade: members are asked one after another, each only about the images that the ones
+    before have not settled (`answer.settled`), and the number of members that were asked is one more output.
 
     Args:
         networks: the members, dequantized.
         how: their preprocessing.
-        temperature: T.
+        temperature: of the probabilities.
+        threshold: confidence at which no further member is asked; None to ask all.
 
     Shapes:
-        uint8 (n, H, W, C) → logits and probabilities (n, n_classes), each doubt (n,)
+        uint8 (n, H, W, C) → logits and probabilities (n, n_classes), each doubt and members (n,)
 
     Example:
         >>> head = nn.Linear(12, 3)
@@ -42,43 +66,41 @@ class Deployed(nn.Module):
         [(4, 3), (4, 3)]
     """
 
-    def __init__(self, networks: Sequence[Network], how: Preprocessing, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        how: Preprocessing,
+        temperature: float = 1.0,
+        threshold: float | None = None,
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(networks)
-        self.temperature = temperature
-        std = torch.tensor(how.std)
-        self.register_buffer("pixel_scale", 1 / (255 * std))
-        self.register_buffer("pixel_offset", torch.tensor(how.mean) / std)
+        self.prepare = Prepare(how)
+        self.answer = Answer(temperature)
+        self.threshold = threshold
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs, in the order of `OUTPUTS`, of uint8 images (n, H, W, C)."""
-        inputs = images.to(torch.float32) * self.get_buffer("pixel_scale") - self.get_buffer("pixel_offset")
-        inputs = inputs.permute(0, 3, 1, 2)
-        if len(self.members) == 1:
-            logits = self.members[0](inputs)
-            return logits, (logits / self.temperature).softmax(1)
-        each = [member(inputs) for member in self.members]
-        return self._together(each)
+        inputs = self.prepare(images)
+        if self.threshold is None:
+            return self.answer(torch.stack([member(inputs) for member in self.members], 1))
+        logits, asked = self._ask(inputs, self.threshold)
+        return *self.answer(logits, asked), asked
 
-    def _together(self, each: list[Tensor]) -> tuple[Tensor, ...]:
-        n = len(each)
-        logits = _mean(each)
-        log_p = (logits / self.temperature).log_softmax(1)
-        log_members = [(one / self.temperature).log_softmax(1) for one in each]
-        mixture = _mean([log_one.exp() for log_one in log_members])
-        # the smallest normal number stands in for 0, where the limit of p log p is 0
-        whole = -(mixture * mixture.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(1)
-        doubt = (whole - _mean([_entropy(log_one) for log_one in log_members])).clamp(min=0)
-        choice = logits.argmax(1)
-        agreeing = [(one.argmax(1) == choice).to(torch.float32) for one in each]
-        return logits, log_p.exp(), _entropy(log_p), doubt, sum(agreeing[1:], agreeing[0]) / n
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    # no stack: five tensors side by side would be copied once more
-    return sum(values[1:], values[0]) / len(values)
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p).sum(1)
+    def _ask(self, inputs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        """Return logits (n, members, n_classes), zero where a member was not asked, and how many were, (n,)."""
+        n, n_members = len(inputs), len(self.members)
+        logits = torch.zeros(n, 0, 0, device=inputs.device)
+        asked = torch.zeros(n, dtype=torch.int64, device=inputs.device)
+        left = torch.arange(n, device=inputs.device)
+        for index, member in enumerate(self.members):
+            one = member(inputs[left])
+            if not index:
+                logits = one.new_zeros(n, n_members, one.shape[1])
+            logits[left, index] = one
+            asked[left] = index + 1
+            left = left[~settled(logits[left, : index + 1], self.answer.temperature, threshold)]
+            if not len(left):
+                break
+        return logits, asked

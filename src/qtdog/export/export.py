@@ -15,18 +15,22 @@ import torch
 from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
 from qtdog.export.activations import make_plan
+from qtdog.export.deployed import Deployed
 from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
 from qtdog.export.info import ExportInfo
-from qtdog.export.onnx_graph import build_graph, find_codes, store_integers_
+from qtdog.export.integer_weight import IntegerWeight
+from qtdog.export.joined_graph import join
+from qtdog.export.onnx_graph import find_codes, member_graphs, store_integers_
 from qtdog.export.parity import Parity, compare
 from qtdog.export.qdq import quantize_
 from qtdog.export.ranges import measure_ranges
 from qtdog.export.runtime_onnx import open_points
-from qtdog.export.runtimes import open_runtime
+from qtdog.export.runtimes import open_runtime, open_subject
 from qtdog.export.subject import Subject
 
-Watch = Callable[[str], Callable[[int, int], None] | None]
+Told = Callable[[int, int], None] | None
+Watch = Callable[[str], Told]
 """From the title of something that takes long to what is told how far it is."""
 
 
@@ -117,18 +121,45 @@ def _check(subject: Subject, kind: Format, images: LabelledImages) -> None:
 def _graph(
     subject: Subject, info: ExportInfo, calibration: LabelledImages | None, watch: Watch
 ) -> tuple[Any, ExportInfo]:
-    graph = build_graph(subject)
-    found = find_codes(graph, subject.codes())
+    module = subject.module()
+    graphs = list(member_graphs(subject, module, watch("translating")))
+    codes = [find_codes(graph, member.quantized) for graph, member in zip(graphs, subject.members, strict=True)]
     if calibration is not None:
+        rounded = _quantize_(graphs, codes, module, calibration, watch("calibrating"))
+        info = info.model_copy(update={"calibration": _told(calibration), "notes": _notes(rounded)})
+    for graph, found in zip(graphs, codes, strict=True):
+        left = {name: weight for name, weight in found.items() if name in graph.graph.initializers}
+        store_integers_(graph, left)
+    return join(subject, module, graphs), info
+
+
+def _quantize_(
+    graphs: list[Any], codes: list[dict[str, IntegerWeight]], module: Deployed, images: LabelledImages, progress: Told
+) -> list[str]:
+    """Make each member compute in integers, in place, and return the weights that had to be rounded again."""
+    rounded: list[str] = []
+    for index, (graph, found) in enumerate(zip(graphs, codes, strict=True)):
         plan = make_plan(graph, found)
         names = list(plan.points)
-        read = open_points(graph, names)
-        ranges = measure_ranges(names, read, calibration.pixels, progress=watch("calibrating"))
-        rounded = quantize_(graph, plan, found, ranges)
-        info = info.model_copy(update={"calibration": _told(calibration), "notes": _notes(rounded)})
-    left = {name: weight for name, weight in found.items() if name in graph.graph.initializers}
-    store_integers_(graph, left)
-    return graph, info
+        read = _reader(module, open_points(graph, names))
+        ranges = measure_ranges(names, read, images.pixels, progress=_part(progress, index, len(graphs)))
+        rounded += [f"members.{index}.{name}" for name in quantize_(graph, plan, found, ranges)]
+    return rounded
+
+
+def _reader(module: Deployed, read: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    @torch.inference_mode()
+    def prepared(images: Any) -> list[Any]:
+        return read(module.prepare(torch.from_numpy(images)).numpy())
+
+    return prepared
+
+
+def _part(progress: Told, index: int, n_parts: int) -> Told:
+    """Return what shows part `index` of several equal ones."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(index * total + done, n_parts * total)
 
 
 def _told(calibration: LabelledImages) -> dict[str, Any]:
@@ -145,7 +176,7 @@ def _notes(rounded: list[str]) -> tuple[str, ...]:
 
 def _measure(subject: Subject, draft: Path, images: LabelledImages, watch: Watch) -> Parity:
     threads = torch.get_num_threads()
-    packed = open_runtime(subject.path, threads=threads)
+    packed = open_subject(subject, threads)
     return compare(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
 
 

@@ -28,6 +28,7 @@ class ExportInfo(BaseModel):
         target_domain: held out in training, or None.
         n_members: networks inside.
         temperature: the probabilities are softmax(logits / temperature).
+        cascade_threshold: confidence at which a cascade asks no further member; None where all are asked.
         outputs: names of the graph's outputs.
         calibration: for integer activations: `domains`, `n_images`, `method`, `seed`.
         parity: how the file compared with the packed model (`export.parity.Parity`), None before that was measured.
@@ -44,6 +45,7 @@ class ExportInfo(BaseModel):
     target_domain: str | None
     n_members: int = Field(ge=1, le=100)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    cascade_threshold: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     outputs: tuple[str, ...]
     calibration: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None

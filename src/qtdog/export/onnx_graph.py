@@ -5,59 +5,103 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.deployed import INPUT, OUTPUTS, Deployed
+from qtdog.export.deployed import Deployed
 from qtdog.export.integer_weight import IntegerWeight, fit
 from qtdog.export.libraries import library
 from qtdog.export.subject import Subject
 
 OPSET = 18
+Progress = Callable[[int, int], None] | None
 
 
-def build_graph(subject: Subject) -> Any:
-    """Return the float graph (`onnx_ir.Model`) of a packed model, batch norm folded into the convolutions.
+def member_graphs(subject: Subject, module: Deployed, progress: Progress = None) -> Iterator[Any]:
+    """Yield the float graph (`onnx_ir.Model`) of each member, batch norm folded into the convolutions.
 
-    The number of images is free.
+    From normalised images (n, C, H, W), n being free, to logits. Members have one architecture: it is translated once,
+    and filled with the weights of each.
+
+    Args:
+        subject: the packed model.
+        module: what `subject.module()` gave.
+        progress: called with members done and to do.
 
     Raises:
-        ModelError: the onnx extra is not installed, the backbone does not fit, or ONNX has no form of an operator; the
-            text names it.
+        ModelError: the onnx extra is not installed, or ONNX has no form of an operator; the text names it.
     """
     library("onnxscript")
     how = subject.infos[0].preprocessing
-    # laid out so that what the network sees is contiguous: otherwise pooling is written as a gather over strides, which
-    # OpenVINO computes wrongly behind integer layers
-    example = torch.zeros(2, how.channels, how.image_size, how.image_size, dtype=torch.uint8).permute(0, 2, 3, 1)
-    module = subject.module()
-    with quiet():
-        return _convert(module, example, subject)
+    example = torch.zeros(2, how.channels, how.image_size, how.image_size)
+    networks = list(module.members)
+    program = translate(networks[0], (example,), ["logits"], subject)
+    empty = program.model
+    for index, network in enumerate(networks):
+        program.model = empty.clone()
+        _fill_(program.model, network.state_dict())
+        with quiet():
+            program.optimize()
+        yield _with_entry(program.model)
+        if progress is not None:
+            progress(index + 1, len(networks))
 
 
-def _convert(module: Deployed, example: torch.Tensor, subject: Subject) -> Any:
+def translate(module: nn.Module, example: tuple[torch.Tensor, ...], outputs: list[str], subject: Subject) -> Any:
+    """Return a module as an ONNX program that is not optimised, for any number of images.
+
+    Args:
+        module: in evaluation mode.
+        example: its inputs, for 2 images.
+        outputs: their names.
+        subject: what it is a part of, for errors.
+
+    Raises:
+        ModelError: ONNX has no form of an operator; the text names it.
+    """
     try:
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: "n"},),
-            input_names=[INPUT],
-            output_names=list(OUTPUTS[len(subject.members) > 1]),
-            opset_version=OPSET,
-            optimize=True,
-            verbose=False,
-        )
+        with quiet():
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                dynamic_shapes=tuple({0: "n"} for _ in example),
+                output_names=outputs,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+            )
     except (RuntimeError, ValueError, TypeError) as error:  # the exporter's own errors are RuntimeErrors
         raise ModelError(f"{subject.path} cannot be exported to ONNX: {unsupported(error)}") from error
     assert program is not None
-    return program.model
+    return program
+
+
+def _fill_(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Replace the weights in a graph, in place."""
+    ir = library("onnx_ir")
+    for name, value in model.graph.initializers.items():
+        if name in state:
+            value.const_value = ir.tensor(state[name].detach().contiguous().numpy(), name=name)
+
+
+def _with_entry(model: Any) -> Any:
+    """Let a graph begin with an Identity, so that its input can be rounded like what any node gives."""
+    ir = library("onnx_ir")
+    (source,) = model.graph.inputs
+    entry = ir.node("Identity", [source])
+    entry.outputs[0].name, entry.outputs[0].dtype = "entry", source.dtype
+    ir.convenience.replace_all_uses_with(source, entry.outputs[0])
+    entry.replace_input_with(0, source)
+    model.graph.insert_before(model.graph[0], entry)
+    return model
 
 
 def unsupported(error: BaseException) -> str:
@@ -92,7 +136,7 @@ def find_codes(model: Any, codes: dict[str, QuantizedTensor]) -> dict[str, Integ
 
     Args:
         model: the float graph.
-        codes: by the names of `Subject.codes`.
+        codes: by the names of the weights.
     """
     found: dict[str, IntegerWeight] = {}
     renamed = {name: value for name, value in codes.items() if name not in model.graph.initializers}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qtdog.export.deployed import ASKED
 from qtdog.export.images import LabelledImages
 
 Ask = Callable[[npt.NDArray[np.uint8]], dict[str, Any]]
@@ -44,13 +45,15 @@ class Parity:
         n_images: compared.
         domains: of these images.
         agreement_frac: share with the same first choice.
-        max_difference: of each output, by name.
-        rms_difference: of the logits.
+        max_difference: of each output, by name; in a cascade, of the images that asked as many members of both.
+        rms_difference: of the logits, likewise.
         largest_logit: of the packed model, absolute.
         accuracy_packed: share of right answers of the packed model.
         accuracy_exported: of the exported file.
         n_lost: images that only the packed model gets right.
         n_gained: images that only the exported file gets right.
+        members: that a cascade asks on average, the packed one and the exported one; None without a cascade.
+        same_members_frac: share of the images that asked as many members of both; 1 without a cascade.
     """
 
     n_images: int
@@ -63,6 +66,8 @@ class Parity:
     accuracy_exported: float
     n_lost: int
     n_gained: int
+    members: tuple[float, float] | None = None
+    same_members_frac: float = 1.0
 
     @property
     def accuracy_loss(self) -> float:
@@ -116,17 +121,21 @@ def compare(packed: Ask, exported: Ask, images: LabelledImages, progress: Progre
         if progress is not None:
             progress(min(start + BATCH, len(images.pixels)), len(images.pixels))
     one, other = ({name: np.concatenate([part[name] for part in side]) for name in side[0]} for side in (ours, theirs))
+    same = one[ASKED] == other[ASKED] if ASKED in one else np.ones(len(images.pixels), dtype=bool)
+    apart = {name: one[name][same] - other[name][same] for name in one}
     choices = one["logits"].argmax(1), other["logits"].argmax(1)
     right = choices[0] == images.labels, choices[1] == images.labels
     return Parity(
         n_images=len(images.pixels),
         domains=images.domains,
         agreement_frac=float((choices[0] == choices[1]).mean()),
-        max_difference={name: float(np.abs(one[name] - other[name]).max()) for name in one},
-        rms_difference=float(np.sqrt(np.square(one["logits"] - other["logits"]).mean())),
+        max_difference={name: float(np.abs(difference).max(initial=0)) for name, difference in apart.items()},
+        rms_difference=float(np.sqrt(np.square(apart["logits"]).sum() / max(apart["logits"].size, 1))),
         largest_logit=float(np.abs(one["logits"]).max()),
         accuracy_packed=float(right[0].mean()),
         accuracy_exported=float(right[1].mean()),
         n_lost=int((right[0] & ~right[1]).sum()),
         n_gained=int((right[1] & ~right[0]).sum()),
+        members=(float(one[ASKED].mean()), float(other[ASKED].mean())) if ASKED in one else None,
+        same_members_frac=float(same.mean()),
     )

@@ -12,7 +12,7 @@ import torch
 
 from qtdog.core.errors import FormatError
 from qtdog.export.info import ExportInfo, parse_info
-from qtdog.export.subject import read_subject
+from qtdog.export.subject import Subject, read_subject
 from qtdog.models.placement import place_
 
 EXTRA_FILE = "qtdog.json"
@@ -27,7 +27,15 @@ def open_packed(path: Path, threads: int) -> Opened:
         FormatError: no sound packed file.
         ModelError: its backbone is not known here, or does not fit.
     """
-    subject = read_subject(path)
+    return open_module(read_subject(path), threads)
+
+
+def open_module(subject: Subject, threads: int) -> Opened:
+    """Return description, function and module of a packed file's content.
+
+    Raises:
+        ModelError: its backbone is not known here, or does not fit.
+    """
     module = subject.module()
     for network in module.members:
         place_(network, torch.device("cpu"))  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,8 @@ from qtdog.export.info import ExportInfo
 from qtdog.export.runtime_executorch import open_executorch
 from qtdog.export.runtime_onnx import open_onnxruntime
 from qtdog.export.runtime_openvino import open_openvino
-from qtdog.export.runtime_torch import open_packed, open_program
+from qtdog.export.runtime_torch import open_module, open_packed, open_program
+from qtdog.export.subject import Subject
 
 Pixels = npt.NDArray[np.uint8]
 Outputs = dict[str, npt.NDArray[np.float32]]
@@ -88,6 +89,20 @@ def runtimes_for(path: Path) -> tuple[str, ...]:
         known = ", ".join(SUFFIXES)
         raise FormatError(f"{path} ends in '{path.suffix}': a model file ends in one of {known}")
     return SUFFIXES[path.suffix]
+
+
+def open_subject(subject: Subject, threads: int) -> OpenModel:
+    """Return the content of a packed file opened in eager PyTorch.
+
+    Args:
+        subject: the content; with a threshold it answers as a cascade.
+        threads: that it may use, a setting of the whole process.
+
+    Raises:
+        ModelError: the backbone is not known here, or does not fit.
+    """
+    info, run, native = open_module(subject, threads)
+    return OpenModel(subject.path, "torch", info, native, run)
 
 
 def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int = 1) -> OpenModel:

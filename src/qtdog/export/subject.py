@@ -6,11 +6,12 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qtdog.conversion.ship import fill
-from qtdog.core.errors import FormatError, ModelError
+from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.deployed import OUTPUTS, Deployed
+from qtdog.export.deployed import ASKED, OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
@@ -28,12 +29,19 @@ class Subject:
         members: codes, step sizes and the rest, one for each network.
         infos: what each member says of itself.
         temperature: of the probabilities.
+        threshold: of the cascade; None to ask all members.
     """
 
     path: Path
     members: tuple[PackedModel, ...]
     infos: tuple[ModelInfo, ...]
     temperature: float = 1.0
+    threshold: float | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what comes out."""
+        return OUTPUTS[len(self.members) > 1] + (() if self.threshold is None else (ASKED,))
 
     def info(self, name: str) -> ExportInfo:
         """Return the description of an export to the format called `name`, nothing being measured yet."""
@@ -47,7 +55,8 @@ class Subject:
             target_domain=first.target_domain,
             n_members=len(self.members),
             temperature=self.temperature,
-            outputs=OUTPUTS[len(self.members) > 1],
+            cascade_threshold=self.threshold,
+            outputs=self.outputs,
         )
 
     def module(self) -> Deployed:
@@ -58,7 +67,7 @@ class Subject:
         """
         empty = empty_network(self.infos[0])
         networks = [fill(member, copy.deepcopy(empty), self.path) for member in self.members]
-        return Deployed(networks, self.infos[0].preprocessing, self.temperature)
+        return Deployed(networks, self.infos[0].preprocessing, self.temperature, self.threshold)
 
     def codes(self) -> dict[str, QuantizedTensor]:
         """Return the integer codes by the names that the weights have in `module()`."""
@@ -69,14 +78,21 @@ class Subject:
         }
 
 
-def read_subject(path: Path) -> Subject:
+def read_subject(path: Path, *, cascade: bool = False) -> Subject:
     """Return the content of a packed file, one model or an ensemble.
 
+    Args:
+        path: the file.
+        cascade: ask an ensemble's members one after another, with the threshold that lies in its file.
+
     Raises:
+        ConfigError: a cascade of one model, or of an ensemble without a threshold.
         FormatError: missing, truncated, hostile, of another version, or members that do not go together.
         ModelError: it reads text.
     """
     if not is_ensemble(path):
+        if cascade:
+            raise ConfigError(f"a cascade is made of an ensemble; {path} holds one model")
         packed = load_packed(path)
         return Subject(path, (packed,), (_image_info(path, packed),))
     whole = load_ensemble(path)
@@ -84,7 +100,8 @@ def read_subject(path: Path) -> Subject:
     for name in STRUCTURE:
         if any(getattr(info, name) != getattr(infos[0], name) for info in infos):
             raise FormatError(f"{path}: the members of an ensemble have one {name}, found several")
-    return Subject(path, whole.members, infos, _temperature(path, whole.about.get("temperature", 1.0)))
+    temperature = _number(path, "temperature", whole.about.get("temperature", 1.0))
+    return Subject(path, whole.members, infos, temperature, _threshold(path, whole.about) if cascade else None)
 
 
 def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
@@ -94,7 +111,15 @@ def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
     return info
 
 
-def _temperature(path: Path, value: object) -> float:
+def _threshold(path: Path, about: dict[str, Any]) -> float:
+    found = about.get("cascade_threshold")
+    if found is None:
+        text = f"{path} has no threshold for a cascade, which is chosen when an ensemble is made"
+        raise ConfigError(f"{text}: make it again with 'qtdog ensemble' from members with one data.trial")
+    return _number(path, "cascade_threshold", found)
+
+
+def _number(path: Path, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise FormatError(f"{path}: the temperature should be positive and finite, found {str(value)[:40]}")
+        raise FormatError(f"{path}: {name} should be positive and finite, found {str(value)[:40]}")
     return float(value)
