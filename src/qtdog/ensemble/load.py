@@ -18,7 +18,7 @@ from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
 from qtdog.models.placement import place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
-from qtdog.training.shipped import ModelInfo, ShippedModel, empty_network, load, read_info
+from qtdog.training.shipped import ModelInfo, ShippedModel, load, network_for, read_info
 
 
 class _About(BaseModel):
@@ -73,7 +73,7 @@ def build_model(
     Raises:
         ModelError: the backbone is not known here, or does not fit.
     """
-    empty = empty_network(info.members[0])
+    empty = network_for(path, members[0], info.members[0])
     networks = [fill(member, copy.deepcopy(empty), path) for member in members]
     return EnsembleModel([place_(network, torch.device(device)) for network in networks], info)
 

@@ -15,7 +15,7 @@ from qtdog.export.deployed import ASKED, OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
-from qtdog.training.shipped import ModelInfo, empty_network, read_info
+from qtdog.training.shipped import ModelInfo, network_for, read_info
 
 STRUCTURE = ("backbone", "feature_layer", "feature_params", "classes", "preprocessing")
 
@@ -65,7 +65,7 @@ class Subject:
         Raises:
             ModelError: the backbone is not known here, or does not fit.
         """
-        empty = empty_network(self.infos[0])
+        empty = network_for(self.path, self.members[0], self.infos[0])
         networks = [fill(member, copy.deepcopy(empty), self.path) for member in self.members]
         return Deployed(networks, self.infos[0].preprocessing, self.temperature, self.threshold)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 from qtdog.conversion.ship import fill
@@ -16,8 +16,11 @@ from qtdog.models.backbones import create_network
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network
 from qtdog.models.placement import place_
+from qtdog.models.size_limit import at_most
+from qtdog.models.text import TEXT_BACKBONES
+from qtdog.models.word_pieces import check_words
 from qtdog.packing.ensemble_file import is_ensemble
-from qtdog.packing.packed_file import load_packed
+from qtdog.packing.packed_file import PackedModel, load_packed
 
 
 class _Untrusted(BaseModel):
@@ -29,7 +32,8 @@ class _Untrusted(BaseModel):
 class Preprocessing(_Untrusted):
     """How an image becomes the network's input: decode, resize (bilinear, antialiased, no crop), scale, normalise.
 
-    With `max_tokens` the model reads text, cut to so many tokens, and the rest has no meaning.
+    With `max_tokens` the model reads text, cut to so many tokens, and image size, mean and std have no meaning.
+    `vocabulary` are then the word pieces in the order of their numbers; it is empty if a hash numbers the words.
     """
 
     image_size: int = Field(ge=8, le=1024)
@@ -37,6 +41,14 @@ class Preprocessing(_Untrusted):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     max_tokens: int = Field(default=0, ge=0, le=512)
+    vocabulary: tuple[str, ...] = Field(default=(), repr=False)
+
+    @field_validator("vocabulary")
+    @classmethod
+    def _whole(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        if words:
+            check_words(words)
+        return words
 
 
 class ModelInfo(_Untrusted):
@@ -118,8 +130,25 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedMode
         raise FormatError(f"{path} holds an ensemble, not one model: read it with qtdog.load_any")
     packed = load_packed(path)
     info = read_info(path, packed.metadata)
-    network = fill(packed, empty_network(info), path)
+    network = fill(packed, network_for(path, packed, info), path)
     return ShippedModel(place_(network, torch.device(device)), info).eval()
+
+
+def network_for(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
+    """Return what `empty_network` does for a file; one that names a far larger network than it holds takes no memory.
+
+    Args:
+        path: the file, for errors.
+        packed: its content.
+        info: what it says of itself.
+
+    Raises:
+        ModelError: as in `empty_network`, or the network is far larger than the content.
+    """
+    tensors = {id(value): value.codes for value in packed.quantized.values()}
+    tensors |= {id(value): value for value in packed.rest.values()}
+    with at_most(sum(value.numel() for value in tensors.values()), str(path)):
+        return empty_network(info)
 
 
 def empty_network(info: ModelInfo) -> Network:
@@ -148,7 +177,8 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
     """Return the validated description in a file's metadata.
 
     Raises:
-        FormatError: a field is missing or out of range, or the feature layer is not known here.
+        FormatError: a field is missing or out of range, the feature layer is not known here, or the vocabulary does not
+            fit the backbone.
     """
     try:
         info = ModelInfo.model_validate(metadata)
@@ -158,8 +188,18 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
         raise FormatError(f"{path} does not describe a qtdog model: {where}: {first['msg']}") from error
     if not len(info.preprocessing.mean) == len(info.preprocessing.std) == info.preprocessing.channels:
         raise FormatError(f"{path}: mean and std must have {info.preprocessing.channels} entries, one per channel")
+    _check_text(path, info)
     try:
         make_feature_layer(info.feature_layer, info.feature_params)
     except ConfigError as error:
         raise FormatError(f"{path} has a feature layer that is not known here: {error}") from error
     return info
+
+
+def _check_text(path: Path, info: ModelInfo) -> None:
+    text, how = TEXT_BACKBONES.get(info.backbone), info.preprocessing
+    if bool(how.max_tokens) != (text is not None):
+        raise FormatError(f"{path}: max_tokens is {how.max_tokens}, and that does not fit {info.backbone}")
+    n_words = 0 if text is None or text.hub_name is None else text.n_words
+    if len(how.vocabulary) > n_words:
+        raise FormatError(f"{path}: {info.backbone} takes {n_words} words, the vocabulary has {len(how.vocabulary)}")
