@@ -19,7 +19,7 @@ from qtdog.analysis.faithfulness import Faithfulness, faithfulness
 from qtdog.analysis.outcome import Outcome, write_outcome
 from qtdog.analysis.points import Points
 from qtdog.analysis.subject import Images, Subject, domain_images
-from qtdog.core.errors import ConfigError
+from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.random import numpy_stream
 from qtdog.data.dataset import Progress
 
@@ -69,6 +69,9 @@ def measure_cam(
         ModelError: grad-cam is not installed, or a backbone has no feature maps.
         RunError: the folder holds points of other settings, or cannot be written.
     """
+    for subject in subjects:
+        if subject.model.info.preprocessing.max_tokens:
+            raise ModelError(f"{subject.folder.path} reads text: it has no feature maps to show")
     domain = _domain(subjects, plan)
     images = domain_images(subjects[0], domain, plan.n_images, plan.seed)
     if any(domain_images(subject, domain, plan.n_images, plan.seed).keys != images.keys for subject in subjects):

@@ -47,8 +47,8 @@ def _matrix(axis: Axes, table: Confusion, classes: Sequence[str]) -> None:
 def draw_mistakes(
     mistakes: Sequence[Answer], images: Mapping[str, Images], subject: Subject, folder: Path, name: str
 ) -> list[str]:
-    """Draw the images of wrong answers with what was said of them; nothing, and no file, if there are none."""
-    if not mistakes:
+    """Draw the images of wrong answers with what was said of them; no file if there are none, or of texts."""
+    if not mistakes or subject.model.info.preprocessing.max_tokens:
         return []
     columns = min(COLUMNS, len(mistakes))
     rows = -(-len(mistakes) // columns)

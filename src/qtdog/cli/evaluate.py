@@ -157,7 +157,8 @@ def score_domains(
         raise DataError(f"the model takes images of {how.channels} channels, {dataset.sheet.name} has {found}")
     labels = model_labels(shipped.info.classes, dataset)
     sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
-    cache = open_inputs(dataset, shipped.info.backbone, **sizes, progress=CountingBar("decoding images"))
+    words, progress = how.vocabulary, CountingBar("decoding images")
+    cache = open_inputs(dataset, shipped.info.backbone, **sizes, words=words, progress=progress)
     device = Accelerator().device
     model = shipped.to(device)
     scores = {}

@@ -18,7 +18,7 @@ def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path
 
     Raises:
         DataError: a path is missing, or is a folder without such a file.
-        ModelError: the vocabulary cannot be had.
+        ModelError: the file holds no vocabulary, and it cannot be had from elsewhere.
     """
     import torch
 
@@ -26,7 +26,8 @@ def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path
     from qtdog.core.errors import DataError
     from qtdog.models.text import make_tokeniser
 
-    tokenise = make_tokeniser(shipped.info.backbone, shipped.info.preprocessing.max_tokens)
+    how = shipped.info.preprocessing
+    tokenise = make_tokeniser(shipped.info.backbone, how.max_tokens, how.vocabulary)
     for file in find_texts(paths):
         try:
             lines = read_lines(file)

@@ -49,6 +49,8 @@ def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
         return RotatedDigits()
     if source in list(CARDS):
         return _open_benchmark(source, locate(source), min_domains)
+    if is_text(source):
+        raise DataError(f"{source} is a data set of texts, and images are wanted here")
     match = COLUMN.fullmatch(source)
     path = Path(match["path"] if match else source).expanduser()
     if path.suffix.lower() in SUFFIXES and not path.is_dir():

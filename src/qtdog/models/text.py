@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError
+from qtdog.models.word_pieces import Tokeniser, Tokens, check_words, word_pieces
 
 PAD, START = 0, 1  # what fills a short text up; what a hashed text begins with
 MAX_TOKENS = 512  # positions that DistilBERT has
+N_WORDS = 30_522  # of DistilBERT's vocabulary
 WORD = re.compile(r"\w+|[^\w\s]")
-
-Tokens = npt.NDArray[np.int32]
-Tokeniser = Callable[[Sequence[str]], Tokens]
-"""Texts to token numbers, int32 (n, max_tokens), filled up with 0."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,11 @@ class TextBackbone:
     hub_name: str | None
     corpus: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n_words(self) -> int:
+        """Rows of its word table."""
+        return self.sizes.get("vocab_size", N_WORDS)
 
 
 _MINI = {"vocab_size": 8192, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}
@@ -93,12 +96,13 @@ def build_text_featurizer(name: str, *, pretrained: bool = False) -> TextFeaturi
         raise _not_had(f"the weights of '{name}'", hub_name, error) from error
 
 
-def make_tokeniser(name: str, max_tokens: int) -> Tokeniser:
+def make_tokeniser(name: str, max_tokens: int, words: Sequence[str] = ()) -> Tokeniser:
     """Return the function from texts to the token numbers that a backbone takes; longer texts are cut.
 
     Args:
         name: a name in `TEXT_BACKBONES`.
         max_tokens: length of each row, at most 512.
+        words: its vocabulary, as a model file holds it; empty to have it from the hub.
 
     Raises:
         ModelError: the vocabulary cannot be had.
@@ -109,18 +113,43 @@ def make_tokeniser(name: str, max_tokens: int) -> Tokeniser:
     """
     backbone = TEXT_BACKBONES[name]
     if backbone.hub_name is None:
-        n_words = backbone.sizes["vocab_size"]
+        n_words = backbone.n_words
         return lambda texts: np.stack([hashed(text, n_words, max_tokens) for text in texts])
+    return word_pieces(words or vocabulary(name), max_tokens)
+
+
+def vocabulary(name: str) -> tuple[str, ...]:
+    """Return the word pieces of a backbone in the order of their numbers; none if its words are numbered by a hash.
+
+    Args:
+        name: a name in `TEXT_BACKBONES`.
+
+    Raises:
+        ModelError: transformers is not installed, or the vocabulary cannot be had.
+
+    Example:
+        >>> vocabulary("distilbert-mini")
+        ()
+    """
+    hub_name = TEXT_BACKBONES[name].hub_name
+    return () if hub_name is None else _from_hub(name, hub_name)
+
+
+@lru_cache(maxsize=4)
+def _from_hub(name: str, hub_name: str) -> tuple[str, ...]:
+    """Return a vocabulary of the hub; once per process, so that the end of a run needs no connection."""
     try:
-        vocabulary: Any = _transformers(name).AutoTokenizer.from_pretrained(backbone.hub_name)
+        numbers: dict[str, int] = _transformers(name).AutoTokenizer.from_pretrained(hub_name).get_vocab()
     except ModelError:
         raise
     except Exception as error:  # as above
-        raise _not_had(f"the vocabulary of '{name}'", backbone.hub_name, error) from error
-    if vocabulary.pad_token_id != PAD:
-        raise ModelError(f"the vocabulary of '{name}' fills up with {vocabulary.pad_token_id}, the network takes {PAD}")
-    how = {"max_length": max_tokens, "truncation": True, "padding": "max_length", "return_tensors": "np"}
-    return lambda texts: vocabulary(list(texts), **how)["input_ids"].astype(np.int32)
+        raise _not_had(f"the vocabulary of '{name}'", hub_name, error) from error
+    words = tuple(sorted(numbers, key=numbers.__getitem__))
+    try:
+        check_words(words)
+    except ValueError as error:
+        raise ModelError(f"'{name}': {error}") from error
+    return words
 
 
 def hashed(text: str, n_words: int, max_tokens: int) -> Tokens:

@@ -67,7 +67,8 @@ class HealthWatch:
         self._warn(layers)
         now, best = records[-1], max(records, key=lambda record: record.source_accuracy)
         at_chance = now.source_accuracy <= self.chance * (1 + CHANCE_MARGIN)
-        had_learned = best.source_accuracy - self.chance >= FALL_FRAC * (1 - self.chance)
+        rise = best.source_accuracy - self.chance
+        had_learned = rise > 0 and rise >= FALL_FRAC * (1 - self.chance)
         if at_chance and had_learned:
             report = _report(layers, now, best, self.chance)
             raise CollapseError(_diagnosis(self.config, layers, now, best), report)

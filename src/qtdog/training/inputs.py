@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
 from qtdog.data.cache import DecodedCache, Progress, open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.text_domains import TextDomains
 from qtdog.data.token_cache import open_tokens
-from qtdog.models.text import TEXT_BACKBONES, make_tokeniser
+from qtdog.models.text import TEXT_BACKBONES, make_tokeniser, vocabulary
+from qtdog.models.word_pieces import vocabulary_id
 
 MIXES_PIXELS = ("mixup",)
 
@@ -48,7 +51,13 @@ def check_reads(backbone: str, dataset: DomainDataset) -> None:
 
 
 def open_inputs(
-    dataset: DomainDataset, backbone: str, *, image_size: int, max_tokens: int, progress: Progress = None
+    dataset: DomainDataset,
+    backbone: str,
+    *,
+    image_size: int,
+    max_tokens: int,
+    words: Sequence[str] = (),
+    progress: Progress = None,
 ) -> DecodedCache:
     """Return the data set as a backbone takes it, decoded or tokenised now unless that was done before.
 
@@ -57,6 +66,7 @@ def open_inputs(
         backbone: whose vocabulary numbers the words.
         image_size: of images, pixels.
         max_tokens: of texts.
+        words: the vocabulary that a model file holds; empty for the backbone's own.
         progress: of what takes long.
 
     Raises:
@@ -66,5 +76,7 @@ def open_inputs(
     """
     if not isinstance(dataset, TextDomains):
         return open_cache(dataset, image_size, progress=progress)
-    tokenise = make_tokeniser(backbone, max_tokens)
-    return open_tokens(dataset, tokenise, name=backbone, length=max_tokens, progress=progress)
+    words = words or vocabulary(backbone)
+    tokenise = make_tokeniser(backbone, max_tokens, words)
+    name = f"{backbone} {vocabulary_id(words)}" if words else backbone
+    return open_tokens(dataset, tokenise, name=name, length=max_tokens, progress=progress)

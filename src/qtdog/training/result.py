@@ -21,6 +21,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.text_domains import TextDomains
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
+from qtdog.models.text import vocabulary
 from qtdog.packing.sizes import file_sizes
 from qtdog.training.final import Final
 from qtdog.training.group_scores import group_scores
@@ -68,9 +69,10 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
     config = parts.config
     layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
-    how = {"image_size": config.data.image_size, "channels": dataset.sheet.channels, "mean": mean, "std": std}
+    size, channels = config.data.image_size, dataset.sheet.channels
+    how: dict[str, Any] = {"image_size": size, "channels": channels, "mean": mean, "std": std}
     if isinstance(dataset, TextDomains):
-        how["max_tokens"] = config.data.max_tokens
+        how |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
     return {
         "backbone": config.model.backbone,
         "head": config.model.head,
