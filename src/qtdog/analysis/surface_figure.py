@@ -14,7 +14,7 @@ from qtdog.analysis.figures import legend, panels, plain, save, style
 
 N_LEVELS = 15
 ROLES = {"sources": "sources (held-out images)", "target": "target (unseen domain)"}
-FILTER_SHARE = "share of each filter's length"
+FILTER_SHARE = "share of filter length"
 
 
 def draw_surface(numbers: Sequence[Mapping[str, Any]], labels: Sequence[str], folder: Path) -> list[str]:
