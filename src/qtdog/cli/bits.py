@@ -10,10 +10,24 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from qtdog.cli.bits_report import choice_table, layer_table, train_line
-from qtdog.cli.train import DATA, PRESET
+from qtdog.cli.flags import (
+    AsJson,
+    Assignments,
+    Averager,
+    Backbone,
+    BatchSize,
+    Data,
+    ImageSize,
+    LearningRate,
+    Objective,
+    Presets,
+    Seed,
+    StepRule,
+    Trial,
+    Weights,
+    panel,
+)
 
 if TYPE_CHECKING:
     from qtdog.analysis.bit_plan import BitPlan
@@ -36,40 +50,34 @@ class Mode(StrEnum):
     MIXED = "mixed"
 
 
-def _panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
-    return typer.Option(*spelling, help=text, rich_help_panel=name, **more)
-
-
 def bits(
     *,
-    mode: Annotated[Mode, _panel("Choice", "One bit-width for the network, or one per layer.")] = Mode.UNIFORM,
-    candidates: Annotated[str, _panel("Choice", "Bit-widths, separated by commas.")] = "8,7,6,5,4",
-    brief_steps: Annotated[int | None, _panel("Choice", BRIEF)] = None,
-    gamma: Annotated[float | None, _panel("Choice", GAMMA)] = None,
-    directions: Annotated[int, _panel("Choice", "Random directions of the flatness.")] = 20,
-    budget: Annotated[float | None, _panel("Choice", BUDGET)] = None,
-    vectors: Annotated[int, _panel("Choice", VECTORS, min=2)] = 20,
-    data: Annotated[str | None, _panel("Problem", DATA)] = None,
-    target: Annotated[str | None, _panel("Problem", TARGET)] = None,
-    trial: Annotated[int | None, _panel("Problem", "Which random 20 % of each domain is held out.")] = None,
-    image_size: Annotated[int | None, _panel("Problem", "Pixels.")] = None,
-    preset: Annotated[list[str] | None, _panel("Configuration", PRESET)] = None,
-    assign: Annotated[
-        list[str] | None, _panel("Configuration", "Any configuration value.", "--set", metavar="SECTION.KEY=VALUE")
-    ] = None,
-    backbone: Annotated[str | None, _panel("Method", "Any timm model, digits_cnn or mnist_cnn.")] = None,
-    weights: Annotated[str | None, _panel("Method", "'imagenet', 'none', or a .safetensors/.pth file.")] = None,
-    objective: Annotated[str | None, _panel("Method", "The loss.")] = None,
-    step_rule: Annotated[str | None, _panel("Method", "How the loss becomes an update.")] = None,
-    averager: Annotated[str | None, _panel("Method", "Which weights are kept.")] = None,
-    quantizer: Annotated[str | None, _panel("Method", "One with a grid that trains, such as lsq.")] = None,
-    start_step: Annotated[int | None, _panel("Method", START)] = None,
-    steps: Annotated[int | None, _panel("Training", "Updates of the run that the bits are for.")] = None,
-    batch_size: Annotated[int | None, _panel("Training", "Images per source domain per step.")] = None,
-    lr: Annotated[float | None, _panel("Training", "Learning rate.")] = None,
-    seed: Annotated[int | None, _panel("Training", "Of initialisation, batches and augmentation.")] = None,
-    out: Annotated[Path | None, _panel("Run", OUT)] = None,
-    as_json: Annotated[bool, _panel("Run", "Print JSON.", "--json")] = False,
+    mode: Annotated[Mode, panel("Choice", "One bit-width for the network, or one per layer.")] = Mode.UNIFORM,
+    candidates: Annotated[str, panel("Choice", "Bit-widths, separated by commas.")] = "8,7,6,5,4",
+    brief_steps: Annotated[int | None, panel("Choice", BRIEF)] = None,
+    gamma: Annotated[float | None, panel("Choice", GAMMA)] = None,
+    directions: Annotated[int, panel("Choice", "Random directions of the flatness.")] = 20,
+    budget: Annotated[float | None, panel("Choice", BUDGET)] = None,
+    vectors: Annotated[int, panel("Choice", VECTORS, min=2)] = 20,
+    data: Data = None,
+    target: Annotated[str | None, panel("Problem", TARGET)] = None,
+    trial: Trial = None,
+    image_size: ImageSize = None,
+    preset: Presets = None,
+    assign: Assignments = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
+    objective: Objective = None,
+    step_rule: StepRule = None,
+    averager: Averager = None,
+    quantizer: Annotated[str | None, panel("Method", "One with a grid that trains, such as lsq.")] = None,
+    start_step: Annotated[int | None, panel("Method", START)] = None,
+    steps: Annotated[int | None, panel("Training", "Updates of the run that the bits are for.")] = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    out: Annotated[Path | None, panel("Run", OUT)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Choose the bits for a target from the sources alone.
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from qtdog.cli.train import DATA, OUT, PRESET
+from qtdog.cli.flags import OUT, AsJson, Assignments, Bits, Data, LearningRate, Presets, Quantizer, panel
 
 if TYPE_CHECKING:
     from qtdog.core.config import Config
@@ -23,33 +21,20 @@ MERGE = "Steps between merges. Default: a tenth of the steps."
 
 def dart(
     *,
-    data: Annotated[str | None, typer.Option(help=DATA, rich_help_panel="Problem")] = None,
-    target: Annotated[str | None, typer.Option(help=TARGET, rich_help_panel="Problem")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help=PRESET, rich_help_panel="Configuration")] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Any configuration value.", rich_help_panel="Configuration"
-        ),
-    ] = None,
-    branch: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE[;…]", help=BRANCH, rich_help_panel="Method")
-    ] = None,
-    merge_every: Annotated[int | None, typer.Option(min=1, help=MERGE, rich_help_panel="Method")] = None,
-    quantizer: Annotated[
-        str | None, typer.Option(help="'lsq', or 'none' for a float model.", rich_help_panel="Method")
-    ] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8.", rich_help_panel="Method")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Number of updates of each branch.", rich_help_panel="Training")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel="Training")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first branch.", rich_help_panel="Training")] = None,
-    out: Annotated[Path, typer.Option(help=OUT, rich_help_panel="Run")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what is in the folder.", rich_help_panel="Run")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel="Run")] = False,
+    data: Data = None,
+    target: Annotated[str | None, panel("Problem", TARGET)] = None,
+    preset: Presets = None,
+    assign: Assignments = None,
+    branch: Annotated[list[str] | None, panel("Method", BRANCH, metavar="KEY=VALUE[;…]")] = None,
+    merge_every: Annotated[int | None, panel("Method", MERGE, min=1)] = None,
+    quantizer: Quantizer = None,
+    bits: Bits = None,
+    steps: Annotated[int | None, panel("Training", "Number of updates of each branch.")] = None,
+    lr: LearningRate = None,
+    seed: Annotated[int | None, panel("Training", "Of the first branch.")] = None,
+    out: Annotated[Path, panel("Run", OUT)],
+    resume: Annotated[bool, panel("Run", "Go on with what is in the folder.", "--resume")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train branches side by side, average them now and then, and ship one network (DART, CVPR 2023).
 

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qtdog.cli.train import DATA, OUT, PRESET, RESUME
+from qtdog.cli.flags import (
+    AsJson,
+    Assignments,
+    Bits,
+    Data,
+    LearningRate,
+    Presets,
+    Resume,
+    RunFolderOrNone,
+    Steps,
+    panel,
+)
 
 TARGET = "The unseen domain. Default: the one that the teacher held out."
 
@@ -16,32 +27,21 @@ TARGET = "The unseen domain. Default: the one that the teacher held out."
 def distill(
     teacher: Annotated[Path, typer.Argument(help="The model.safetensors of an ensemble, or of one model.")],
     *,
-    data: Annotated[str | None, typer.Option(help=DATA, rich_help_panel="Problem")] = None,
-    target: Annotated[str | None, typer.Option(help=TARGET, rich_help_panel="Problem")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help=PRESET, rich_help_panel="Configuration")] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Any configuration value.", rich_help_panel="Configuration"
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Of the student. Default: the teacher's.", rich_help_panel="Method")
-    ] = None,
-    weight: Annotated[
-        float | None, typer.Option(help="Of the teacher's answers against the labels.", rich_help_panel="Method")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Softens the answers of both.", rich_help_panel="Method")
-    ] = None,
-    quantizer: Annotated[str | None, typer.Option(help="Of the student.", rich_help_panel="Method")] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8.", rich_help_panel="Method")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of updates.", rich_help_panel="Training")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel="Training")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the student.", rich_help_panel="Training")] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT, rich_help_panel="Run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME, rich_help_panel="Run")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel="Run")] = False,
+    data: Data = None,
+    target: Annotated[str | None, panel("Problem", TARGET)] = None,
+    preset: Presets = None,
+    assign: Assignments = None,
+    backbone: Annotated[str | None, panel("Method", "Of the student. Default: the teacher's.")] = None,
+    weight: Annotated[float | None, panel("Method", "Of the teacher's answers against the labels.")] = None,
+    temperature: Annotated[float | None, panel("Method", "Softens the answers of both.")] = None,
+    quantizer: Annotated[str | None, panel("Method", "Of the student.")] = None,
+    bits: Bits = None,
+    steps: Steps = None,
+    lr: LearningRate = None,
+    seed: Annotated[int | None, panel("Training", "Of the student.")] = None,
+    out: RunFolderOrNone = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train one small student to the answers of an ensemble, on the source images alone.
 

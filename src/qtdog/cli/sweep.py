@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtdog.cli.train import LOG
+from qtdog.cli.flags import LOG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

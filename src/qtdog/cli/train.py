@@ -8,19 +8,38 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.markup import escape
 
-DATA = "Data set name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest."
+from qtdog.cli.flags import (
+    LOG,
+    AsJson,
+    Assignments,
+    Averager,
+    Backbone,
+    BatchSize,
+    Bits,
+    Data,
+    ImageSize,
+    LearningRate,
+    Objective,
+    Presets,
+    Quantizer,
+    Resume,
+    RunFolderOrNone,
+    Seed,
+    StepRule,
+    Steps,
+    Trial,
+    Weights,
+    panel,
+)
+
+START = "First quantized step. Default: 40 % of the steps."
 SKIP = "Leave out images that cannot be read; the run's skipped.json names them."
 TARGET = "The unseen domain; 'all' for each in turn; 'none' to train on everything (the model you deploy)."
-PRESET = "Preset (qtdog list presets) or YAML file; may be given several times, later ones win."
-OUT = "The run folder itself (with several runs: the folder that holds them). Default: runs/<hash>."
 MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
 SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed."
 FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
-LOG = "Send numbers to tensorboard, wandb or mlflow as well; may be given several times."
-RESUME = "Go on from the last checkpoint; with --out alone the saved configuration is used."
 
 
 class Splits(StrEnum):
@@ -32,59 +51,32 @@ class Splits(StrEnum):
 
 def train(
     *,
-    data: Annotated[str | None, typer.Option(help=DATA, rich_help_panel="Problem")] = None,
-    target: Annotated[str | None, typer.Option(help=TARGET, rich_help_panel="Problem")] = None,
-    trial: Annotated[
-        int | None, typer.Option(help="Which random 20 % of each domain is held out.", rich_help_panel="Problem")
-    ] = None,
-    skip_unreadable: Annotated[
-        bool | None,
-        typer.Option("--skip-unreadable", help=SKIP, rich_help_panel="Problem", show_default=False),
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel="Problem")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help=PRESET, rich_help_panel="Configuration")] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Any configuration value.", rich_help_panel="Configuration"
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Any timm model, digits_cnn or mnist_cnn.", rich_help_panel="Method")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="'imagenet', 'none', or a .safetensors/.pth file.", rich_help_panel="Method")
-    ] = None,
-    objective: Annotated[str | None, typer.Option(help="The loss.", rich_help_panel="Method")] = None,
-    step_rule: Annotated[
-        str | None, typer.Option(help="How the loss becomes an update.", rich_help_panel="Method")
-    ] = None,
-    averager: Annotated[str | None, typer.Option(help="Which weights are kept.", rich_help_panel="Method")] = None,
-    quantizer: Annotated[
-        str | None, typer.Option(help="'lsq', or 'none' for a float model.", rich_help_panel="Method")
-    ] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits per weight, 2 to 8.", rich_help_panel="Method")] = None,
-    start_step: Annotated[
-        int | None, typer.Option(help="First quantized step. Default: 40 % of the steps.", rich_help_panel="Method")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of updates.", rich_help_panel="Training")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per source domain per step.", rich_help_panel="Training")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel="Training")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of initialisation, batches and augmentation.", rich_help_panel="Training")
-    ] = None,
-    members: Annotated[
-        int,
-        typer.Option(min=1, max=100, help=MEMBERS, rich_help_panel="Training"),
-    ] = 1,
-    member_splits: Annotated[Splits, typer.Option(help=SPLITS, rich_help_panel="Training")] = Splits.SAME,
-    fork_at: Annotated[str | None, typer.Option(metavar="start|STEP", help=FORK_AT, rich_help_panel="Training")] = None,
-    out: Annotated[Path | None, typer.Option(help=OUT, rich_help_panel="Run")] = None,
-    log: Annotated[list[str] | None, typer.Option(metavar="LOGGER", help=LOG, rich_help_panel="Run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME, rich_help_panel="Run")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel="Run")] = False,
+    data: Data = None,
+    target: Annotated[str | None, panel("Problem", TARGET)] = None,
+    trial: Trial = None,
+    skip_unreadable: Annotated[bool | None, panel("Problem", SKIP, "--skip-unreadable", show_default=False)] = None,
+    image_size: ImageSize = None,
+    preset: Presets = None,
+    assign: Assignments = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
+    objective: Objective = None,
+    step_rule: StepRule = None,
+    averager: Averager = None,
+    quantizer: Quantizer = None,
+    bits: Bits = None,
+    start_step: Annotated[int | None, panel("Method", START)] = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    members: Annotated[int, panel("Training", MEMBERS, min=1, max=100)] = 1,
+    member_splits: Annotated[Splits, panel("Training", SPLITS)] = Splits.SAME,
+    fork_at: Annotated[str | None, panel("Training", FORK_AT, metavar="start|STEP")] = None,
+    out: RunFolderOrNone = None,
+    log: Annotated[list[str] | None, panel("Run", LOG, metavar="LOGGER")] = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train, select and ship one small model; measure it on a domain that it never saw.
 
