@@ -13,6 +13,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.quantizers.lsq import LSQ
 from qtdog.training.average import Average
 from qtdog.training.averagers import Averager, swapped
+from qtdog.training.bma import BMA
 from qtdog.training.compose import AVERAGERS
 from qtdog.training.sma import SMA
 from qtdog.training.swa import SWA
@@ -72,6 +73,20 @@ def test_swa_is_the_mean_of_every_nth_update(begin, every, start):
     assert found is not None
     torch.testing.assert_close(found["weight"], torch.stack(counted).mean(0), rtol=0, atol=1e-6)
     assert swa.evaluated() is None
+
+
+@pytest.mark.parametrize(("beta", "start"), [(0.5, 0), (0.5, 7), (1.0, 0), (3.0, 2)])
+def test_bma_weighs_by_the_density_of_the_beta_distribution(beta, start):
+    bma, network = BMA({"beta": beta}, start), Walker()
+    bma.n_steps = N_STEPS
+    counted = list(follow(bma, network, start + 1, N_STEPS).values())
+    places = (torch.arange(len(counted), dtype=torch.float64) + 0.5) / len(counted)
+    density = torch.distributions.Beta(*torch.tensor([[beta], [beta]], dtype=torch.float64)).log_prob(places).exp()
+    expected = (density[:, None, None] * torch.stack(counted)).sum(0) / density.sum()
+    found = bma.final()
+    assert found is not None
+    torch.testing.assert_close(found["weight"], expected.float(), rtol=0, atol=1e-5)
+    assert bma.evaluated() is None
 
 
 @pytest.mark.parametrize("make", [SMA, SWA])

@@ -38,12 +38,12 @@ class Average:
         self.last = 0
 
     @torch.no_grad()
-    def add_(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Count the state after update number `step`."""
+    def add_(self, step: int, state: Mapping[str, Tensor], share: float | None = None) -> None:
+        """Count the state after update number `step`, moving 1/share of the way to it; default: the plain mean."""
         self.first, self.last = self.first or step, step
         self.n += 1
         for name in float_names(state):
-            self._pull_(name, state[name].detach(), self.n)
+            self._pull_(name, state[name].detach(), share or self.n)
 
     @torch.no_grad()
     def merge_(self, other: Average) -> None:

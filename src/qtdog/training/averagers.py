@@ -30,6 +30,7 @@ class Averager(ABC):
         start: the first number of updates after which weights may count: 0, or the start step of a quantized run, since
             step sizes mean nothing before it.
         begin: number of the first update that counts.
+        n_steps: updates of the whole run, told where its parts are put together.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
@@ -39,6 +40,7 @@ class Averager(ABC):
         self.params = fill(f"averager '{type(self).__name__}'", self.HYPERPARAMETERS, params)
         self.start = start
         self.begin = start + 1
+        self.n_steps = 0
 
     @abstractmethod
     def after_step(self, step: int, network: nn.Module) -> None:

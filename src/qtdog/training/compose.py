@@ -35,7 +35,7 @@ from qtdog.training.problem import Problem
 from qtdog.training.step_rules import STEP_RULES
 
 import_members("qtdog.objectives")
-for _module in ("sagm", "sam", "sma", "swa", "swad"):  # each enters its name
+for _module in ("bma", "sagm", "sam", "sma", "swa", "swad"):  # each enters its name
     import_module(f"qtdog.training.{_module}")
 
 
@@ -122,7 +122,9 @@ def _averager(config: Config) -> Averager:
     name = config.averager.name
     if AVERAGERS[name].READS_HELDOUT and config.data.train_on_heldout:
         raise ConfigError(f"averager '{name}' follows the held-out images' loss; data.train_on_heldout leaves none")
-    return AVERAGERS[name](config.averager.params, config.start_step or 0)
+    averager = AVERAGERS[name](config.averager.params, config.start_step or 0)
+    averager.n_steps = config.train.steps
+    return averager
 
 
 def _check_feature_layer(config: Config) -> None:
