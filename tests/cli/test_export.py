@@ -1,6 +1,10 @@
 """`qtdog export` as a user runs it, on a finished run of the embedded digits."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnxruntime
@@ -45,3 +49,23 @@ def test_wrong_orders_say_what_to_do_and_leave_nothing(qtdog, run_folder, tmp_pa
     alone.write_bytes((run_folder / "model.safetensors").read_bytes())
     assert "--data" in qtdog("export", alone, "-o", out).err
     assert not out.exists()
+
+
+def test_nothing_is_left_when_the_export_is_told_to_end(run_folder, tmp_path):
+    command = [sys.executable, "-m", "qtdog.cli.main", "export", run_folder, "-o", tmp_path / "out" / "m.onnx"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob("out/.*.tmp")):
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(120) in (128 + number, 130)
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_cascade_needs_an_ensemble_and_a_format_that_can_stop(qtdog, run_folder, tmp_path):
+    alone = qtdog("export", run_folder, "-o", tmp_path / "m.onnx", "--cascade")
+    assert alone.code == 2
+    assert "holds one model" in alone.err
+    program = qtdog("export", run_folder, "-o", tmp_path / "m.pt2", "--cascade")
+    assert program.code == 2
+    assert "cannot stop early" in program.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError, DataError, RunError
-from qtdog.ensemble.assemble import Order, assemble, finished, members_hash
+from qtdog.ensemble.assemble import Order, assemble, best_first, finished, members_hash
 from qtdog.ensemble.cost import cost
 from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.kinds import fitting_kind
@@ -29,7 +30,7 @@ def exam(quantized, digits):
 def test_members_are_measured_as_in_their_runs(quantized, exam, out):
     result = assemble(quantized, Order("eoq", out), exam)
     assert json.loads(out.with_name("result.json").read_text()) == result
-    for k, member in enumerate(quantized):
+    for k, member in enumerate(best_first(quantized)):
         source = [part["member_accuracies"][k] for part in result["domains"]["source"].values()]
         assert np.mean(source) == pytest.approx(member.result["source_accuracy"], abs=1e-12)
         assert result["domains"]["test"]["75"]["member_accuracies"][k] == member.result["test_accuracy"]
@@ -158,7 +159,7 @@ def test_in_domain_scores_are_on_the_third_part(train_member, digits, out):
         result = assemble(members, Order("ensemble", out), exam)
         if same_splits:
             found = [part["member_accuracies"][0] for part in result["domains"]["test"].values()]
-            assert np.mean(found) == pytest.approx(members[0].result["test_accuracy"])
+            assert np.mean(found) == pytest.approx(best_first(members)[0].result["test_accuracy"])
         else:
             assert result["domains"]["test"] == {}
 
@@ -194,3 +195,15 @@ def test_a_shared_beginning_is_paid_once(quantized):
 
 def with_steps(config, steps):
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+
+
+def test_a_cascade_asks_the_best_on_the_sources_first_and_the_target_has_no_say(quantized):
+    first, second, third = quantized
+    told = [(first, 0.5, 0.9), (second, 0.7, 0.1), (third, 0.6, 0.5)]
+    scored = [
+        dataclasses.replace(member, result=member.result | {"source_accuracy": source, "test_accuracy": test})
+        for member, source, test in told
+    ]
+    assert [member.path for member in best_first(scored)] == [second.path, third.path, first.path]
+    unknown = dataclasses.replace(first, result=first.result | {"source_accuracy": None})
+    assert best_first([unknown, *scored[1:]]) == [unknown, *scored[1:]]

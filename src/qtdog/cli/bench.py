@@ -20,7 +20,7 @@ RUNTIME = (
     "onnxruntime, openvino, torch or executorch; several times: each file in each that opens it. Default: its usual."
 )
 SIZE = "Pixels. Default: what each model was trained with."
-DATA = "Measure accuracy too, on this data set, folder DOMAIN/CLASS/image or manifest."
+DATA = "Measure accuracy too, and latency on real images: of this data set, folder DOMAIN/CLASS/image or manifest."
 DOMAIN = "Domain of DATA to measure on. Default: the one held out in training."
 OUT = "Folder for bench.json and bench.png (latency against accuracy, or size)."
 INTERRUPTED = 130
@@ -126,6 +126,10 @@ def _show(found: Bench) -> None:
 
         headers.append("accuracy (%)")
         rows = [[*row, percent(of.accuracy)] for row, of in zip(rows, found.rows, strict=True)]
+    if any(row.members is not None for row in found.rows):
+        headers.append("members asked")
+        asked = [str(row.n_members) if row.members is None else f"{row.members:.2f}" for row in found.rows]
+        rows = [[*row, value] for row, value in zip(rows, asked, strict=True)]
     print_table(headers, rows)
     features = ", ".join(found.machine["cpu_features"]) or "not known"
     out.print(f"{found.machine['cpu']}: {features}", highlight=False, markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ KIND = (
 OUT = "Folder, or .safetensors file, to write; result.json goes beside the file."
 DATA = "Where the images are now, if not where the members' configuration says."
 PICK = "Which members diwa and soup average: all, or greedily those that help on held-out source images."
+CASCADE_LOSS = "Points of accuracy on held-out source images that a cascade may cost; its threshold is chosen by that."
 REFIT = "Where a soup's step sizes start: with the least squared error, or as in the members' configuration."
 
 
@@ -45,12 +46,15 @@ def ensemble(
     pick: Annotated[Pick, typer.Option(help=PICK)] = Pick.UNIFORM,
     refit: Annotated[Refit, typer.Option(help=REFIT)] = Refit.MSE,
     tune: Annotated[int, typer.Option(min=0, help="Updates of a soup on the source domains afterwards.")] = 0,
+    cascade_loss: Annotated[float, typer.Option(min=0, max=100, help=CASCADE_LOSS)] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make one model file of several finished runs, and measure it on their target and held-out source images.
 
     Examples:
       qtdog ensemble runs/five/c-seed* --out runs/five-eoq
+
+      qtdog ensemble runs/five/c-seed* --cascade-loss 0.5 --out runs/fast-eoq
 
       qtdog ensemble runs/float/c-seed* --kind diwa --pick greedy --out runs/diwa
 
@@ -66,7 +70,7 @@ def ensemble(
     check_alike(members)
     name = kind or fitting_kind(members)
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
-    order = Order(name, file, Recipe(pick.value, refit.value, tune))
+    order = Order(name, file, Recipe(pick.value, refit.value, tune), cascade_loss / 100)
     result = assemble(members, order, find_exam(members, data), warn=warn)
     if as_json:
         print_json(result)

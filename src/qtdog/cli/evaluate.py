@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qtdog.ensemble.uncertainty import Doubt
     from qtdog.training.shipped import ShippedModel
 
+CASCADE = "Say too what an ensemble reaches if members are asked only until the first ones agree confidently."
+
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
@@ -28,6 +30,7 @@ def evaluate(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and say how many.")
     ] = False,
+    cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on every domain of a data set (all images; classes are matched by name).
@@ -41,8 +44,11 @@ def evaluate(
 
       qtdog eval runs/five/c-eoq/model.safetensors photos/        (an ensemble: its cost is shown too)
 
+      qtdog eval runs/five/c-eoq/model.safetensors photos/ --cascade
+
       qtdog eval model.safetensors new-site/ --unknown other-things/ --json
     """
+    from qtdog.cli.cascade import cascading
     from qtdog.cli.console import out, print_json, print_table
     from qtdog.cli.progress import CountingBar
     from qtdog.data.open_any import open_any
@@ -51,11 +57,12 @@ def evaluate(
     from qtdog.report.table import percent
 
     shipped = load_any(model)
+    threshold = cascading(shipped).threshold if cascade else None
     dataset = open_any(data, min_domains=1)
     if skip_unreadable:
         dataset = without_unreadable(dataset, CountingBar("reading images"))
     known: list[Doubt] = []
-    scores = score_domains(shipped, dataset, known)
+    scores = score_domains(shipped, dataset, known, threshold)
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
     apart = {} if unknown is None else tell_apart(shipped, known, unknown)
     if as_json:
@@ -66,9 +73,23 @@ def evaluate(
     rows = [_row(domain + (" (trained on)" if domain in sources else ""), score) for domain, score in scores.items()]
     headers = ["domain", "accuracy (%)", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
     print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", ""]])
+    if cascade:
+        _show_cascade(scores)
     for name, value in apart.items():
         out.print(f"{name.replace('_', ' ')}: {value:.3f}", highlight=False)
     say_cost(model, shipped)
+
+
+def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    from qtdog.cli.console import print_table
+    from qtdog.report.table import percent
+
+    told = [(domain, score["cascade"]) for domain, score in scores.items()]
+    rows = [
+        [domain, percent(one["accuracy"]), percent(one["accuracy_all"]), f"{one['members']:.2f}"]
+        for domain, one in told
+    ]
+    print_table(["domain", "with the cascade (%)", "all members (%)", "members asked, mean"], rows)
 
 
 def _row(name: str, score: Mapping[str, Any]) -> list[str]:
@@ -129,7 +150,10 @@ def say_cost(path: Path, model: ShippedModel | EnsembleModel) -> None:
 
 
 def score_domains(
-    shipped: ShippedModel | EnsembleModel, dataset: DomainDataset, doubts: list[Doubt] | None = None
+    shipped: ShippedModel | EnsembleModel,
+    dataset: DomainDataset,
+    doubts: list[Doubt] | None = None,
+    threshold: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return accuracy, loss, number of images and reliability for each domain of the data set.
 
@@ -137,6 +161,7 @@ def score_domains(
         shipped: the model.
         dataset: the images.
         doubts: where to put the doubt of each domain's images besides.
+        threshold: of a cascade, whose accuracy and members asked on average are told besides.
 
     Raises:
         ConfigError: the data set is of texts and the model takes images, or the other way round.
@@ -147,7 +172,7 @@ def score_domains(
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
     from qtdog.data.loader import eval_batches
-    from qtdog.ensemble.answers import collect
+    from qtdog.ensemble.answers import collect, temperature_of
     from qtdog.training.inputs import check_reads, open_inputs
 
     how = shipped.info.preprocessing
@@ -164,7 +189,10 @@ def score_domains(
     scores = {}
     for domain in dataset.domains:
         batches = eval_batches(cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
-        scores[domain] = _score(shipped, *collect(model, batches, device), doubts)
+        logits, true = collect(model, batches, device)
+        scores[domain] = _score(shipped, logits, true, doubts)
+        if threshold is not None:
+            scores[domain]["cascade"] = _with_cascade(logits, true, threshold, temperature_of(shipped))
     return scores
 
 
@@ -184,6 +212,15 @@ def _score(
     right = (mean.argmax(1) == labels).double().mean().item()
     score = {"accuracy": right, "loss": cross_entropy(mean, labels).item(), "n": len(labels)}
     return score | asdict(reliability(found, labels))
+
+
+def _with_cascade(logits: Tensor, labels: Tensor, threshold: float, temperature: float) -> dict[str, float]:
+    from dataclasses import asdict
+
+    from qtdog.ensemble.cascade import measure
+
+    found = asdict(measure(logits, labels, threshold, temperature))
+    return {key: found[key] for key in ("accuracy", "accuracy_all", "members")}
 
 
 def model_labels(classes: tuple[str, ...], dataset: DomainDataset) -> np.ndarray:

@@ -49,6 +49,7 @@ def export(
       qtdog export runs/five/c-eoq -o five.onnx --format onnx-int8 --data photos/ --cascade
     """
     from qtdog.cli.console import print_json
+    from qtdog.cli.ended import tidy_end
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import ConfigError
     from qtdog.export.export import export as write
@@ -65,7 +66,8 @@ def export(
     n_images = check + (calibrate if FORMATS[name].integer else 0)
     draw = Draw(n_images, seed, tuple(domain or ()), force_target)
     images = draw_images(find_data(subject, data), subject.infos[0], draw, CountingBar("reading images"))
-    made = write(subject, out, name, images, n_calibration=calibrate, watch=CountingBar)
+    with tidy_end():
+        made = write(subject, out, name, images, n_calibration=calibrate, watch=CountingBar)
     if as_json:
         print_json(made.to_json())
     else:

@@ -16,13 +16,13 @@ from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.ensemble.calibrate import calibrate
-from qtdog.ensemble.cascade import plan_cascade
+from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
 from qtdog.ensemble.cost import Cost, cost
 from qtdog.ensemble.exam import Answers, Exam, Kept
 from qtdog.ensemble.kinds import KINDS, check_kind
 from qtdog.ensemble.load import build_model, load_any
 from qtdog.ensemble.measured import Measured, describe
-from qtdog.ensemble.member import Member, check_alike
+from qtdog.ensemble.member import Member, check_alike, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
 from qtdog.ensemble.one_model import Recipe, check_recipe, join
 from qtdog.models.network import Network
@@ -43,11 +43,13 @@ class Order:
         kind: a name of `ensemble.kinds.KINDS`.
         file: the model file to write; `result.json` goes beside it.
         recipe: for the kinds that end in one network.
+        cascade_loss_frac: accuracy on the sources that a cascade may cost, for the others.
     """
 
     kind: str
     file: Path
     recipe: Recipe = field(default_factory=Recipe)
+    cascade_loss_frac: float = ALLOWED_LOSS_FRAC
 
     @property
     def result_file(self) -> Path:
@@ -79,6 +81,7 @@ def assemble(
     if KINDS[order.kind].one_model:
         measured, price, details = _one_model(members, order, exam, warn)
     else:
+        members = best_first(members)
         measured, price, details = _all_members(members, order, exam)
     told = {"kind": order.kind} | describe(members, measured, order.file.parent)
     result = told | asdict(price) | details | {"environment": environment()}
@@ -100,14 +103,25 @@ def check_place(order: Order) -> None:
         raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --out")
 
 
+def best_first(members: Sequence[Member]) -> list[Member]:
+    """Return members in the order in which a cascade asks them: by their accuracy on held-out source images.
+
+    Members that held out different images cannot be compared, and keep their order.
+    """
+    scores = [member.result["source_accuracy"] for member in members]
+    if not share_splits(members) or None in scores:
+        return list(members)
+    return sorted(members, key=lambda member: -member.result["source_accuracy"])
+
+
 def finished(members: Sequence[Member], order: Order) -> dict[str, Any] | None:
     """Return the result of just this ensemble if it was made before, else None."""
     if not (order.result_file.is_file() and order.file.is_file()):
         return None
     check_place(order)
     result = json.loads(order.result_file.read_text())
-    files = [member.result["model_sha256"] for member in members]
-    same = result["kind"] == order.kind and [member["model_sha256"] for member in result["members"]] == files
+    files = sorted(member.result["model_sha256"] for member in members)
+    same = result["kind"] == order.kind and sorted(member["model_sha256"] for member in result["members"]) == files
     return result if same and result["model_sha256"] == sha256_file(order.file) else None
 
 
@@ -127,7 +141,7 @@ def _all_members(members: Sequence[Member], order: Order, exam: Exam | None) -> 
     info = EnsembleInfo(order.kind, infos, none, price.training_steps, price.training_runs)
     device = "cpu" if exam is None else exam.device
     model = build_model(order.file, [member.packed for member in members], info, device=device)
-    measured, trust, cascade = _measure_all(exam, model)
+    measured, trust, cascade = _measure_all(exam, model, order.cascade_loss_frac)
     about = {"kind": order.kind, "accuracy": measured.accuracy}
     about |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
     about |= {"temperature": trust["temperature"], "cascade_threshold": cascade["threshold"]}
@@ -170,10 +184,12 @@ def _measure(exam: Exam | None, answers: Answers) -> Measured:
     return Measured(exam.source(answers), *exam.test(answers))
 
 
-def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dict[str, Any], dict[str, Any]]:
+def _measure_all(
+    exam: Exam | None, model: EnsembleModel, loss_frac: float
+) -> tuple[Measured, dict[str, Any], dict[str, Any]]:
     """Return the scores of the ensemble and its members, how far to trust its answers, and when to stop asking."""
     if exam is None:
-        return Measured({}, {}, {}), calibrate([], []), plan_cascade([], [], 1.0)
+        return Measured({}, {}, {}), calibrate([], []), plan_cascade([], [], 1.0, loss_frac)
 
     def answer(images: torch.Tensor) -> torch.Tensor:
         return _with_mean(model.member_logits(images))
@@ -183,7 +199,7 @@ def _measure_all(exam: Exam | None, model: EnsembleModel) -> tuple[Measured, dic
     measured = Measured(exam.source(answer, source), *exam.test(answer, test))
     seen, unseen = ([(logits[1:], labels) for logits, labels in kept] for kept in (source, test))
     trust = calibrate(seen, unseen)
-    return measured, trust, plan_cascade(seen, unseen, trust["temperature"])
+    return measured, trust, plan_cascade(seen, unseen, trust["temperature"], loss_frac)
 
 
 @torch.no_grad()

@@ -234,7 +234,10 @@ def choose_threshold(
 
 
 def plan_cascade(
-    source: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]], temperature: float
+    source: Sequence[tuple[Tensor, Tensor]],
+    test: Sequence[tuple[Tensor, Tensor]],
+    temperature: float,
+    allowed_loss: float = ALLOWED_LOSS_FRAC,
 ) -> dict[str, Any]:
     """Return the threshold for an ensemble, chosen on the sources alone, and what it does on sources and test images.
 
@@ -242,6 +245,7 @@ def plan_cascade(
         source: members' logits (m, n, n_classes) and labels (n,) on held-out source images, batch by batch.
         test: the same on test images.
         temperature: T.
+        allowed_loss: as in `choose_threshold`.
 
     Returns:
         `threshold`, None where there are no such images or none saves anything, `allowed_loss_frac`, and for `source`
@@ -253,10 +257,10 @@ def plan_cascade(
         >>> round(told["threshold"], 3), told["source"]["members"]
         (1.0, 1.0)
     """
-    told: dict[str, Any] = {"threshold": None, "allowed_loss_frac": ALLOWED_LOSS_FRAC}
+    told: dict[str, Any] = {"threshold": None, "allowed_loss_frac": allowed_loss}
     if not source:
         return told
-    chosen = choose_threshold(*_joined(source), temperature)
+    chosen = choose_threshold(*_joined(source), temperature, allowed_loss)
     if chosen.value == NEVER:
         return told
     told["threshold"] = chosen.value

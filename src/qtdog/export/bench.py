@@ -38,6 +38,7 @@ class Measured:
         model_bytes: how much of that came after the libraries were loaded.
         operators: `bench_operators.Operators` as a dictionary, or None.
         accuracy: on the images that were given, or None.
+        members: that a cascade asked on these images, on average; None without a cascade or images.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Measured:
     model_bytes: int
     operators: dict[str, Any] | None
     accuracy: float | None
+    members: float | None = None
 
     @property
     def label(self) -> str:
@@ -117,7 +119,8 @@ def bench(
     Args:
         files: packed, exported, or folders with a `model.safetensors`.
         plan: how.
-        images: gives labelled images for an opened model, whose accuracy on them is measured too.
+        images: gives labelled images for an opened model: its accuracy on them is measured too, and its latency, which
+            for a cascade depends on them. Without, latency is that of random pixels.
         progress: told (done, total) rounds.
 
     Raises:
@@ -134,11 +137,11 @@ def bench(
     ]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(job)) for job in jobs]
-        accuracies = [None if images is None else _accuracy(worker, images(worker.opened)) for worker in workers]
+        answers = [(None, None) if images is None else _answers(worker, images(worker.opened)) for worker in workers]
         rounds, interrupted = _rounds(workers, plan.n_rounds, progress)
     rows = tuple(
-        _measured(worker, summarise(turns, rounds[0], plan.batch), accuracy)
-        for worker, turns, accuracy in zip(workers, rounds, accuracies, strict=True)
+        _measured(worker, summarise(turns, rounds[0], plan.batch), answer)
+        for worker, turns, answer in zip(workers, rounds, answers, strict=True)
     )
     return Bench(rows, threads, plan.batch, interrupted, environment() | {"cpu_features": cpu_features()})
 
@@ -247,12 +250,16 @@ def _rounds(
     return done, False
 
 
-def _accuracy(worker: _Worker, images: LabelledImages) -> float:
-    logits = worker.ask(images.pixels)
-    return float((logits.argmax(1) == images.labels).mean())
+Answer = tuple[float | None, float | None]
+"""Accuracy, and members asked on average."""
 
 
-def _measured(worker: _Worker, timing: Timing, accuracy: float | None) -> Measured:
+def _answers(worker: _Worker, images: LabelledImages) -> Answer:
+    logits, members = worker.ask(images.pixels)
+    return float((logits.argmax(1) == images.labels).mean()), members
+
+
+def _measured(worker: _Worker, timing: Timing, answer: Answer) -> Measured:
     opened = worker.opened
     return Measured(
         path=str(worker.job.path),
@@ -266,5 +273,6 @@ def _measured(worker: _Worker, timing: Timing, accuracy: float | None) -> Measur
         peak_bytes=opened.peak_bytes,
         model_bytes=opened.model_bytes,
         operators=None if opened.operators is None else asdict(opened.operators),
-        accuracy=accuracy,
+        accuracy=answer[0],
+        members=answer[1],
     )

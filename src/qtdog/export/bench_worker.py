@@ -16,6 +16,7 @@ from qtdog.core.random import numpy_stream
 from qtdog.export.bench_machine import peak_memory, reset_peak_memory
 from qtdog.export.bench_operators import Operators, count_operators
 from qtdog.export.bench_stats import Turn
+from qtdog.export.deployed import ASKED
 from qtdog.export.info import ExportInfo
 from qtdog.export.libraries import library
 from qtdog.export.runtimes import OpenModel, open_runtime
@@ -67,8 +68,8 @@ class Opened:
 def serve(pipe: Connection, job: Job) -> None:
     """Open a model, say so, and do what is asked until the other side hangs up.
 
-    Asked "time" it sends a `bench_stats.Turn`; given images, it sends logits. An error that a user
-    can cause is sent in the place of an answer.
+    Asked "time" it sends a `bench_stats.Turn`; given images, it sends logits and, of a cascade, how many members were
+    asked, and is timed on these images from then on. An error that a user can cause is sent in the place of an answer.
 
     Args:
         pipe: to the process that measures.
@@ -80,7 +81,7 @@ def serve(pipe: Connection, job: Job) -> None:
         pipe.send(worker.opened)
         while True:
             request = pipe.recv()
-            pipe.send(worker.turn() if isinstance(request, str) else worker.logits(request))
+            pipe.send(worker.turn() if isinstance(request, str) else worker.answers(request))
     except (EOFError, BrokenPipeError):
         return
     except QtdogError as error:
@@ -99,6 +100,7 @@ class _Worker:
         size = job.image_size or how.image_size
         rng = numpy_stream(0, "bench")
         self.images = rng.integers(0, 256, (job.batch, size, size, how.channels), dtype=np.uint8)
+        self.batch, self.place = job.batch, 0
         self._warm_up(job)
         peak = peak_memory()
         self.opened = Opened(self.model.info, size, open_s, peak, peak - before, _operators(self.model))
@@ -115,18 +117,32 @@ class _Worker:
 
     def turn(self) -> Turn:
         """Time calls; a first one, that is not timed, brings the model back to the processor's cache."""
-        self.model.run(self.images)
+        self.model.run(self._next())
         seconds: list[float] = []
         cpu_started = time.process_time()
         while len(seconds) < MIN_CALLS or sum(seconds) < MIN_TURN_S:
+            images = self._next()
             started = time.perf_counter()
-            self.model.run(self.images)
+            self.model.run(images)
             seconds.append(time.perf_counter() - started)
         return Turn(tuple(seconds), time.process_time() - cpu_started)
 
-    def logits(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        parts = [images[k : k + ANSWER_BATCH] for k in range(0, len(images), ANSWER_BATCH)]
-        return np.concatenate([np.asarray(self.model.run(part)[0]) for part in parts])
+    def answers(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], float | None]:
+        self.images = np.resize(images, (max(len(images), self.batch), *images.shape[1:]))  # repeats a small set
+        names = self.model.info.outputs
+        found = [self.model.run(images[k : k + ANSWER_BATCH]) for k in range(0, len(images), ANSWER_BATCH)]
+        parts = [dict(zip(names, outputs, strict=True)) for outputs in found]
+        logits = np.concatenate([np.asarray(part["logits"]) for part in parts])
+        if ASKED not in names:
+            return logits, None
+        return logits, float(np.concatenate([np.asarray(part[ASKED]) for part in parts]).mean())
+
+    def _next(self) -> npt.NDArray[np.uint8]:
+        """Return a batch; the images come in turns."""
+        if self.place + self.batch > len(self.images):
+            self.place = 0
+        self.place += self.batch
+        return self.images[self.place - self.batch : self.place]
 
 
 def _operators(model: OpenModel) -> Operators | None:
