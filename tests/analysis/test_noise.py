@@ -1,5 +1,8 @@
 """Rounding noise against the uniform law, where the answer is known."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +74,9 @@ def test_a_grid_without_a_step_has_no_uniform_law():
 )
 def test_latent_weights_get_their_plain_names(name: str, plain: str):
     assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize("averager", ["sma", "swad"])
+def test_a_fresh_process_knows_the_averager_of_a_run(averager):
+    code = f"from qtdog.analysis.latent import AVERAGERS; AVERAGERS['{averager}']"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
