@@ -1,17 +1,25 @@
-"""Latency at 224 pixels, batch 1: INT8 ÷ float in one runtime, and five INT8 members ÷ one float model.
+"""Latency at batch 1: INT8 ÷ float in one runtime, five INT8 members ÷ one float model, and what a cascade saves.
 
-    python benchmarks/latency.py [--backbones NAME …] [--members 5] [--threads 2] [--rounds 9] [--work FOLDER]
-                                 [--json FILE]
+    python benchmarks/latency.py [--backbones NAME …] [--members 5] [--size 224] [--threads 2] [--rounds 9]
+                                 [--work FOLDER] [--json FILE]
+    python benchmarks/latency.py --ensemble FOLDER --data DATA [--threads 2] [--rounds 25] …
 
-Networks have random weights, with batch-norm statistics of their own: latency does not depend on the weights. Exports
-are calibrated on noise. The ONNX files run in onnxruntime and in OpenVINO; all of one backbone in turns, each in a
-process of its own (`qtdog bench` does the same with any files). FOLDER keeps the files, and what is there already is
-not made again. The cascade is not in these numbers: every member runs.
+Without --ensemble networks have random weights, with batch-norm statistics of their own: latency does not depend on the
+weights. Exports are calibrated on noise. Of the cascade two files are measured, one that always stops after the first
+member and one that never does; in between its time grows by the same step with every member, which gives what a mean
+number of members costs, and how many cost as much as one float model.
+
+With --ensemble the members and images are real: a folder that `qtdog ensemble` made of runs that are still there, and
+their data. Timed are the images of the unseen domain, and the held-out images of the sources.
+
+The ONNX files run in onnxruntime and in OpenVINO, all of one backbone in turns, each in a process of its own (`qtdog
+bench` does the same with any files). --work keeps the files, and what is there already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -23,19 +31,23 @@ from torch import nn
 
 from qtdog.conversion.attach import attach
 from qtdog.conversion.bake import bake
+from qtdog.data.open_any import open_any
+from qtdog.ensemble.exam import Exam, open_exam
+from qtdog.ensemble.member import read_member
 from qtdog.export.bench import Bench, Measured, Plan, bench
 from qtdog.export.bench_stats import spread
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
-from qtdog.export.subject import read_subject
+from qtdog.export.subject import Subject, read_subject
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
-from qtdog.packing.ensemble_file import save_ensemble
+from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel, save_packed
 
 CLASSES = [f"class {index}" for index in range(7)]
-EXPORTS = [("one", "onnx"), ("one", "onnx-int8"), ("all", "onnx-int8")]
+ALWAYS, NEVER = 1e-6, 2.0
+"""Thresholds with which a cascade stops after the first member, and with which it never does."""
 RUNTIMES = ("onnxruntime", "openvino")
 N_IMAGES, N_CALIBRATION = 16, 8
 
@@ -80,14 +92,87 @@ def make_files(backbone: str, options: argparse.Namespace, folder: Path) -> list
         save_ensemble(files["all"], members, about)
     pixels = np.random.default_rng(0).integers(0, 256, (N_IMAGES, options.size, options.size, 3), dtype=np.uint8)
     images = LabelledImages(pixels, np.zeros(N_IMAGES, dtype=np.int64), ("noise",))
-    made = [files["float"]]
-    for which, name in EXPORTS:
-        out = folder / f"{which}-{name}{FORMATS[name].suffix}"
+    whole, one = read_subject(files["all"]), read_subject(files["one"])
+    subjects = [
+        (one, "one-float", "onnx"),
+        (one, "one-int8", "onnx-int8"),
+        (whole, "all-int8", "onnx-int8"),
+        (dataclasses.replace(whole, threshold=ALWAYS), "first-int8", "onnx-int8"),
+        (dataclasses.replace(whole, threshold=NEVER), "never-int8", "onnx-int8"),
+    ]
+    return [files["float"], *exported(subjects, folder, images, N_CALIBRATION)]
+
+
+def exported(
+    subjects: list[tuple[Subject, str, str]], folder: Path, images: LabelledImages, n_calibration: int
+) -> list[Path]:
+    """Return the exports of subjects, each with the name of its file and its format, made where they are not there."""
+    made = []
+    for subject, name, kind in subjects:
+        out = folder / f"{name}{FORMATS[kind].suffix}"
         if not out.is_file():
             print(f"making {out}", flush=True)
-            export(read_subject(files[which]), out, name, images, n_calibration=N_CALIBRATION)
+            export(subject, out, kind, images, n_calibration=n_calibration)
         made.append(out)
     return made
+
+
+def open_ensemble(folder: Path, data: str) -> tuple[Path, Exam]:
+    """Return the file of an ensemble, and the images of its members' problem."""
+    told = json.loads((folder / "result.json").read_text())["members"][0]["folder"]
+    config = read_member(folder / told).config
+    return folder / "model.safetensors", open_exam(config, open_any(data, min_domains=1), same_splits=True)
+
+
+def pictures(exam: Exam, indices: np.ndarray, domains: tuple[str, ...]) -> LabelledImages:
+    """Return images as a runtime takes them, in random order."""
+    order = np.random.default_rng(0).permutation(indices)
+    return LabelledImages(exam.cache.gather(order).numpy(), exam.dataset.class_index[order], domains)
+
+
+def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:
+    """Return the first member alone, packed and exported, and the exports of the ensemble."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = load_ensemble(file).members[0]
+    alone = folder / "one.safetensors"
+    save_packed(alone, first.quantized, first.rest, first.metadata)
+    subjects = [
+        (read_subject(alone), "one-float", "onnx"),
+        (read_subject(alone), "one-int8", "onnx-int8"),
+        (read_subject(file), "all-int8", "onnx-int8"),
+        (read_subject(file, cascade=True), "cascade-int8", "onnx-int8"),
+    ]
+    return [alone, *exported(subjects, folder, images, 256)]
+
+
+def measure_real(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Measure real members on real images of the sources and of the unseen domain, and print a table for each."""
+    file, exam = open_ensemble(options.ensemble, options.data)
+    splits, sources = exam.problem.splits, exam.problem.sources
+    training = np.concatenate([splits[domain].train for domain in sources])
+    files = real_files(file, pictures(exam, np.random.default_rng(0).permutation(training)[:1280], sources), work)
+    target = exam.config.data.target
+    timed = {"held-out images of the sources": np.concatenate([splits[domain].heldout for domain in sources])}
+    timed[f"{target}, unseen"] = exam.dataset.indices(target)
+    results = {}
+    for name, indices in timed.items():
+        images = pictures(exam, indices, sources)
+        plan = Plan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES)
+        found = bench(files, plan, images=lambda _, images=images: images)
+        show_real(name, found)
+        results[name] = found.to_json()
+    return results
+
+
+def show_real(name: str, found: Bench) -> None:
+    """Print what an ensemble and its cascade cost and reach on some images."""
+    for index, runtime in enumerate(RUNTIMES):
+        plain, integer, whole, cascade = found.rows[1 + index :: len(RUNTIMES)]
+        for text, of in (("one INT8", integer), ("all members INT8", whole), ("cascade INT8", cascade)):
+            asked = of.members or of.n_members
+            score = f"{100 * (of.accuracy or 0):.2f} % ({asked:.2f} asked)"
+            ratios = f"{ratio(of, plain, processor=False)} | {ratio(of, plain, processor=True)}"
+            print(f"| {name} | {text} ÷ one float, {runtime}: {score} | {ratios} |", flush=True)
 
 
 def ratio(of: Measured, to: Measured, *, processor: bool) -> str:
@@ -100,18 +185,24 @@ def ratio(of: Measured, to: Measured, *, processor: bool) -> str:
 def show(backbone: str, found: Bench, members: int) -> None:
     """Print the ratios that matter, of wall time and of processor time."""
     eager, *others = found.rows
-    lines = []
+    lines, notes = [], []
     for index, runtime in enumerate(RUNTIMES):
-        plain, integer, all_integer = others[index :: len(RUNTIMES)]
+        plain, integer, all_integer, first, never = others[index :: len(RUNTIMES)]
         lines += [
             (f"INT8 ÷ float, {runtime}", integer, plain),
             (f"{members} members INT8 in {runtime} ÷ float in eager PyTorch", all_integer, eager),
             (f"{members} members INT8 ÷ float, {runtime}", all_integer, plain),
+            (f"cascade INT8, 1 member asked ÷ float, {runtime}", first, plain),
+            (f"cascade INT8, {members} members asked ÷ float, {runtime}", never, plain),
         ]
+        low, high = (row.timing.ratio.median / plain.timing.ratio.median for row in (first, never))
+        even = 1 + (members - 1) * (1 - low) / (high - low)
+        notes.append(f"{backbone}, {runtime}: a cascade that asks {even:.1f} members on average costs one float model")
     for text, of, to in lines:
         print(
             f"| {backbone} | {text} | {ratio(of, to, processor=False)} | {ratio(of, to, processor=True)} |", flush=True
         )
+    print("\n".join(notes), flush=True)
 
 
 def main() -> None:
@@ -124,12 +215,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--ensemble", type=Path, help="folder that 'qtdog ensemble' made, for real members and images")
+    parser.add_argument("--data", help="their data set")
     options = parser.parse_args()
-    results = {}
+    if options.ensemble and not options.data:
+        parser.error("--ensemble needs --data")
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         print("| backbone | what | wall time | processor time |\n| --- | --- | --- | --- |", flush=True)
-        for backbone in options.backbones:
+        if options.ensemble:
+            results = measure_real(options, work)
+        for backbone in () if options.ensemble else options.backbones:
             files = make_files(backbone, options, work / backbone)
             found = bench(files, Plan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES))
             show(backbone, found, options.members)
