@@ -188,10 +188,11 @@ def _add_eigenvalues(points: Points, key: tuple[str, str], curvature: Curvature,
     top = top_eigenvalues(curvature.product, k, seed=plan.seed)
     vectors = torch.from_numpy(np.stack([pair.vector for pair in top], 1))
     squares = overlaps(vectors, curvature.parameters, missing, seed=plan.seed).tolist()
-    rows = [((*key, f"overlaps {k}", n), (_joined(row), None)) for n, row in zip(missing, squares, strict=True)]
+    rows: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
     if (*key, "eigenvalues", k) not in points:
         found = (_joined([pair.value for pair in top]), _joined([pair.residual for pair in top]))
-        rows.insert(0, ((*key, "eigenvalues", k), found))
+        rows.append(((*key, "eigenvalues", k), found))
+    rows += [((*key, f"overlaps {k}", n), (_joined(row), None)) for n, row in zip(missing, squares, strict=True)]
     points.add_all_(rows)
 
 
