@@ -67,7 +67,7 @@ def _rows(path: Path, domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
             )
             yield from ((line, row | {DOMAIN: row[domain]}) for line, row in rows)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
 
 
 def _csv_rows(path: Path, stream: Iterator[str] | Any, domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
