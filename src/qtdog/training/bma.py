@@ -18,7 +18,7 @@ class BMA(Averager):
 
     Formula: θ̂ = Σ_k a_k θ_k / Σ_k a_k over the K updates that may count, k = 0 … K - 1, with a_k the density of
     Beta(β, β) at (k + 0.5) / K, which is proportional to (x (1 - x))^(β - 1). The paper's first θ is the pretrained
-    network itself, ours the one after the first update that may count: with thousands of updates its share is below 1 %.
+    network itself, ours the one after the first update that may count: of thousands its share is below 1 %.
     Evaluations during the run are of the weights as they are. A run that stops early has no average that means this.
 
     Example:
