@@ -99,7 +99,7 @@ class _Worker:
         how = self.model.info.preprocessing
         size = job.image_size or how.image_size
         rng = numpy_stream(0, "bench")
-        self.images = rng.integers(0, 256, (job.batch, size, size, how.channels), dtype=np.uint8)
+        self.images: npt.NDArray[np.uint8] = rng.integers(0, 256, (job.batch, size, size, how.channels), dtype=np.uint8)
         self.batch, self.place = job.batch, 0
         self._warm_up(job)
         peak = peak_memory()
