@@ -12,7 +12,9 @@ from PIL import Image
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.answers import answers, member_logits, reliability
 from qtdog.ensemble.calibration import fit_temperature
-from qtdog.ensemble.load import load_any
+from qtdog.ensemble.cascade import CascadeModel
+from qtdog.ensemble.load import load_any, load_ensemble_model
+from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.training.shipped import load
 
 SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set", "train.eval_every=15")
@@ -111,3 +113,24 @@ def test_eval_says_how_far_to_trust(qtdog, trained, pictures):
     missing = qtdog("eval", file, "rotated-digits", "--unknown", pictures / "nowhere")
     assert missing.code == 1
     assert "nowhere" in missing.err
+
+
+def test_eval_counts_the_members_that_a_cascade_asks(qtdog, trained, tmp_path):
+    folder, _ = trained
+    whole = load_ensemble(folder / "75-eoq" / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    save_ensemble(file, whole.members, whole.about | {"cascade_threshold": 0.3})
+    told = json.loads(qtdog("eval", file, "rotated-digits", "--cascade", "--json").out)["domains"]["75"]
+    digits = RotatedDigits()
+    places = digits.indices("75")
+    images = np.stack([digits.read_resized(int(index), 12) for index in places])
+    model = CascadeModel(load_ensemble_model(file))
+    groups = model.ask(model.prepare(torch.from_numpy(images)))
+    asked = sum(len(group.logits) * len(group.places) for group in groups) / len(places)
+    assert 1 < asked < 2
+    assert told["cascade"]["members"] == pytest.approx(asked)
+    assert told["cascade"]["accuracy_all"] == told["accuracy"]
+    assert "members asked, mean" in qtdog("eval", file, "rotated-digits", "--cascade").out
+    alone = qtdog("eval", folder / "75-seed0" / "model.safetensors", "rotated-digits", "--cascade")
+    assert alone.code == 2
+    assert "--cascade is for an ensemble" in alone.err
