@@ -111,13 +111,19 @@ def _beginnings(hashes: Hashes) -> npt.NDArray[np.uint64]:
 def _copy(source: Path, handle: int, sources: Positions, targets: Positions, row_bytes: int) -> None:
     """Copy rows `sources` of a file to the rows `targets` (ascending) of an open one."""
     with source.open("rb", buffering=0) as stream:
-        for first, to, length in _stretches(sources, targets):
-            for done in range(0, length * row_bytes, CHUNK_BYTES):
-                n_bytes = min(CHUNK_BYTES, length * row_bytes - done)
-                chunk = os.pread(stream.fileno(), n_bytes, first * row_bytes + done)
-                if len(chunk) != n_bytes:
-                    raise OSError(f"{source} was cut short")
-                os.pwrite(handle, chunk, to * row_bytes + done)
+        for first, to, n_bytes in _pieces(sources, targets, row_bytes):
+            chunk = os.pread(stream.fileno(), n_bytes, first)
+            if len(chunk) != n_bytes:
+                raise OSError(f"{source} was cut short")
+            os.pwrite(handle, chunk, to)
+
+
+def _pieces(sources: Positions, targets: Positions, row_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (place in the source, place in the target, bytes) of what is copied at once."""
+    for first, to, length in _stretches(sources, targets):
+        whole = length * row_bytes
+        for done in range(0, whole, CHUNK_BYTES):
+            yield first * row_bytes + done, to * row_bytes + done, min(CHUNK_BYTES, whole - done)
 
 
 def _stretches(sources: Positions, targets: Positions) -> Iterator[tuple[int, int, int]]:
