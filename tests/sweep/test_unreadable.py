@@ -60,7 +60,9 @@ def test_all_tasks_go_on_without_it_and_their_results_tell(photos, tmp_path):
     runs = [RunFolder(task.folder(out)) for task in plan.tasks if task.kind == "run"]
     assert len(runs) == 4
     for folder in runs:
-        assert folder.read_result()["n_skipped"] == 1
+        result = folder.read_result()
+        assert result is not None
+        assert result["n_skipped"] == 1
         assert [row["image"] for row in json.loads((folder.path / "skipped.json").read_text())] == [BROKEN]
 
 
@@ -73,5 +75,5 @@ def test_a_task_that_is_sent_elsewhere_leaves_it_out_too(photos, tmp_path):
 def test_one_method_that_leaves_it_out_decides_for_all(photos):
     methods = {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"], "set": {"data.skip_unreadable": True}}}
     plan = make_plan(study(methods=methods, ensembles=[]), str(photos))
-    assert all(task.config.data.skip_unreadable for task in plan.tasks)
+    assert all(task.config is not None and task.config.data.skip_unreadable for task in plan.tasks)
     check_tasks(plan.tasks, plan.dataset)

@@ -81,7 +81,8 @@ def test_bma_weighs_by_the_density_of_the_beta_distribution(beta, start):
     bma.n_steps = N_STEPS
     counted = list(follow(bma, network, start + 1, N_STEPS).values())
     places = (torch.arange(len(counted), dtype=torch.float64) + 0.5) / len(counted)
-    density = torch.distributions.Beta(*torch.tensor([[beta], [beta]], dtype=torch.float64)).log_prob(places).exp()
+    both = torch.full((1,), beta, dtype=torch.float64)
+    density = torch.distributions.Beta(both, both).log_prob(places).exp()
     expected = (density[:, None, None] * torch.stack(counted)).sum(0) / density.sum()
     found = bma.final()
     assert found is not None

@@ -101,8 +101,10 @@ def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, prog
         DataError: the images are not those that the run was trained on, or cannot be read.
     """
     config = resolve(config, dataset, progress)
-    how = {"image_size": config.data.image_size, "max_tokens": config.data.max_tokens}
-    cache = open_inputs(dataset, config.model.backbone, **how, progress=progress)
+    data = config.data
+    cache = open_inputs(
+        dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
+    )
     device = make_accelerator(config).device
     return Exam(config, dataset, cache, make_problem(config, dataset), same_splits, device)
 

@@ -51,7 +51,7 @@ COLUMNS = {
     "error": "TEXT",
     "config": "TEXT",
 }
-AVERAGED_AT_END = ("swad",)
+AVERAGED_AT_END = ("swa", "swad", "bma")  # until then evaluations are of the raw weights
 VERSION = 2  # of what `read_row` computes, so that an older index is read anew
 FILES = ("config.yaml", "metrics.jsonl", "result.json", "diagnosis.json")
 
@@ -73,8 +73,8 @@ def read_row(folder: Path, failure: Outcome | None = None) -> Row | None:
 
     Accuracies are fractions. `mean_after_start` and `std_after_start` (of the population) are over the evaluations
     behind the start step, for a float run behind 40 % of the steps; None where such evaluations are not of what ships:
-    with SWAD and quantizers that work after training, and with INQ, which has not frozen all by then. `step` is that
-    of the last evaluation, `state` one of done, failed and unfinished.
+    with SWA, SWAD and BMA, quantizers that work after training, and INQ, which has not frozen all by then. `step` is
+    that of the last evaluation, `state` one of done, failed and unfinished.
 
     Args:
         folder: of the run.

@@ -82,8 +82,10 @@ def compose(
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
-        how = {"image_size": config.data.image_size, "max_tokens": config.data.max_tokens}
-        cache = open_inputs(dataset, config.model.backbone, **how, progress=progress)
+        data = config.data
+        cache = open_inputs(
+            dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
+        )
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     return Parts(
