@@ -127,7 +127,7 @@ def open_ensemble(folder: Path, data: str) -> tuple[Path, Exam]:
 def pictures(exam: Exam, indices: np.ndarray, domains: tuple[str, ...]) -> LabelledImages:
     """Return images as a runtime takes them, in random order."""
     order = np.random.default_rng(0).permutation(indices)
-    return LabelledImages(exam.cache.gather(order).numpy(), exam.dataset.class_index[order], domains)
+    return LabelledImages(exam.cache.gather(order).numpy(), exam.dataset.class_index[order].astype(np.int64), domains)
 
 
 def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:

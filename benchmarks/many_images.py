@@ -110,7 +110,7 @@ def measure(n: int, place: Path) -> dict[str, Any]:
     make_images(root, n)
     print(f"{n:,} files made in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     time.sleep(2.5)  # a file that changed just now is not remembered yet
-    results = {"n_images": n} | {what: apart("start", root, cache) for what in ("first", "later")}
+    results: dict[str, Any] = {"n_images": n} | {what: apart("start", root, cache) for what in ("first", "later")}
     results["draw"] = apart("draw", root, cache)
     for i in range(100):
         (root / "domain0" / "class0" / f"new{i}.png").write_bytes(tiny(np.random.default_rng(i)))
