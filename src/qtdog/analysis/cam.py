@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ConfigError, ModelError
+from qtdog.core.extras import extra
 from qtdog.core.stage import Stage
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
@@ -84,13 +85,10 @@ def _layer(network: Network, stage: Stage) -> nn.Module:
 
 
 def _grad_cam() -> tuple[Any, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of libraries that it imports
-            from pytorch_grad_cam import GradCAM
-            from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ImportError as error:
-        raise ModelError("class-activation maps need grad-cam: pip install 'qtdog[cam]'") from error
+    with extra("cam", "class-activation maps need grad-cam"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that it imports
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     return GradCAM, ClassifierOutputTarget
 
 

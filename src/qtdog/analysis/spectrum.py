@@ -14,7 +14,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from qtdog.core.errors import ModelError
+from qtdog.core.extras import extra
 from qtdog.core.random import derive, numpy_stream
 
 
@@ -103,12 +103,9 @@ def lanczos(product: HessianProduct, n_steps: int, seed: int, n: int) -> Ritz:
 
 
 def _curvlinops_lanczos() -> Callable[..., tuple[Tensor, Tensor]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of libraries that it imports
-            from curvlinops.papyan2020traces.spectrum import fast_lanczos
-    except ImportError as error:
-        raise ModelError("the spectral density needs curvlinops: pip install 'qtdog[curvature]'") from error
+    with extra("curvature", "the spectral density needs curvlinops"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that it imports
+        from curvlinops.papyan2020traces.spectrum import fast_lanczos
     return fast_lanczos
 
 

@@ -42,6 +42,8 @@ def join(subject: Subject, module: Deployed, members: Sequence[Any]) -> Any:
     else:
         cascade = Cascade(members, subject.temperature, subject.threshold)
         logits, *asked = cascade.level(0, top, inputs, None)
+        for count in asked:
+            count.type = ir.TensorType(ir.DataType.INT64)
     example = [torch.zeros(2, len(members), len(subject.infos[0].classes))]
     example += [torch.ones(2, dtype=torch.int64)] * len(asked)
     n_answers = len(subject.outputs) - len(asked)

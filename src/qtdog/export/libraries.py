@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from qtdog.core.errors import ModelError
+from qtdog.core.extras import extra
 
 EXTRAS = {
     "onnx": "onnx",
@@ -30,9 +30,6 @@ def library(name: str) -> ModuleType:
         >>> library("onnx").__name__
         'onnx'
     """
-    try:
+    root = name.partition(".")[0]
+    with extra(EXTRAS[root], f"this needs the library {root}, which cannot be imported"):
         return importlib.import_module(name)
-    except ImportError as error:
-        root = name.partition(".")[0]
-        command = f"pip install 'qtdog[{EXTRAS[root]}]'"
-        raise ModelError(f"this needs the library {root}, which cannot be imported ({error}): {command}") from error

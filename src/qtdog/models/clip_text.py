@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qtdog.core.errors import ModelError, unknown
+from qtdog.core.extras import extra
 
 PROMPT = "a photo of a {}."
 # timm's name of an image tower → open_clip's names of model and weights
@@ -63,8 +64,6 @@ def text_classifier(backbone: str, class_names: Sequence[str]) -> Tensor:
 
 
 def _open_clip() -> ModuleType:
-    try:
+    with extra("clip", "model.head=text needs open_clip"):
         import open_clip
-    except ImportError as error:
-        raise ModelError("model.head=text needs open_clip: pip install 'qtdog[clip]'") from error
     return open_clip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError
+from qtdog.core.extras import extra
 from qtdog.models.word_pieces import Tokeniser, Tokens, check_words, word_pieces
 
 PAD, START = 0, 1  # what fills a short text up; what a hashed text begins with
@@ -181,8 +182,6 @@ def _not_had(what: str, hub_name: str, error: Exception) -> ModelError:
 
 
 def _transformers(name: str) -> ModuleType:
-    try:
+    with extra("text", f"backbone '{name}' needs transformers"):
         import transformers
-    except ImportError as error:
-        raise ModelError(f"backbone '{name}' needs transformers: pip install 'qtdog[text]'") from error
     return transformers

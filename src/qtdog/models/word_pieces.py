@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qtdog.core.errors import ModelError
+from qtdog.core.extras import extra
 
 Tokens = npt.NDArray[np.int32]
 Tokeniser = Callable[[Sequence[str]], Tokens]
@@ -72,11 +72,9 @@ def word_pieces(words: Sequence[str], max_tokens: int) -> Tokeniser:
 
 
 def _tokenizer(words: list[str], max_tokens: int) -> Any:
-    try:
+    with extra("text", "a model of text needs tokenizers"):
         import tokenizers
         from tokenizers import models, normalizers, pre_tokenizers, processors
-    except ImportError as error:
-        raise ModelError("a model of text needs tokenizers: pip install 'qtdog[text]'") from error
     number = {word: place for place, word in enumerate(words)}
     found = tokenizers.Tokenizer(models.WordPiece(number, unk_token=UNKNOWN, max_input_chars_per_word=100))
     found.normalizer = normalizers.BertNormalizer(lowercase=True)
