@@ -53,7 +53,8 @@ def test_members_end_in_one_ensemble_file_with_its_cost(crew):
     assert ensemble["size"]["bytes"] == file.stat().st_size
     assert json.loads((out / "75-eoq" / "result.json").read_text())["model_sha256"] == ensemble["model_sha256"]
     members = [run["test_accuracy"] for run in told["runs"]]
-    assert ensemble["domains"]["test"]["75"]["member_accuracies"] == members
+    # the member that is best on the sources is asked first
+    assert sorted(ensemble["domains"]["test"]["75"]["member_accuracies"]) == sorted(members)
     table = (out / "results.md").read_text()
     assert "| erm + lsq 7 bit: mean of 3 |" in table
     assert "| EoQ of 3 |" in table

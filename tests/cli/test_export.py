@@ -51,10 +51,15 @@ def test_wrong_orders_say_what_to_do_and_leave_nothing(qtdog, run_folder, tmp_pa
     assert not out.exists()
 
 
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_nothing_is_left_when_the_export_is_told_to_end(run_folder, tmp_path):
     command = [sys.executable, "-m", "qtdog.cli.main", "export", run_folder, "-o", tmp_path / "out" / "m.onnx"]
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        # background jobs of a shell ignore Ctrl-C, and so would the export of a test that is one
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c)
         while process.poll() is None and not list(tmp_path.glob("out/.*.tmp")):
             time.sleep(0.02)
         process.send_signal(number)

@@ -23,7 +23,7 @@ from qtdog.training.run import Voice, run
 from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
-SETTINGS = ("digits", "domainbed", "pacs-lite")
+SETTINGS = ("digits", "domainbed", "mnist", "pacs-lite")
 NAMES = [name for name in preset_names() if not name.startswith("paper/")]  # those have tests of their own
 CONTROLS = [name for name in NAMES if set(load_preset(name)) <= {"quantizer", "optimizer"}]
 RECIPES = [name for name in NAMES if {"averager", "step_rule"} & set(load_preset(name))]

@@ -49,7 +49,7 @@ def recipe(digits) -> Callable[..., Config]:
 
 
 def test_the_recipes_are_known():
-    assert set(RECIPES) == {"ermpp", "miro-swad", "swad"}
+    assert set(RECIPES) == {"ermpp", "lsq-sma", "miro-swad", "swad"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -60,6 +60,7 @@ def test_a_recipe_trains_on_the_digits(name, recipe, digits, tmp_path):
 
 TINY_AVERAGERS = {
     "ermpp": {"params": {"start": 2}},
+    "lsq-sma": {"params": {"start": 2}},
     "miro-swad": {"params": {"n_converge": 1, "n_tolerance": 3}},
     "swad": {"params": {"n_converge": 1, "n_tolerance": 3}},
 }
