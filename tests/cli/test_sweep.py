@@ -110,6 +110,8 @@ def test_diff_merge_and_retry(qtdog, half_done, tmp_path):
         (("sweep", "tiny.yaml", "--cluster", "64xH100"), "--cluster is for --dry-run"),
         (("sweep", "tiny.yaml", "--dry-run", "--cluster", "64"), "takes a number and a device"),
         (("sweep", "tiny.yaml", "--address", "auto"), "--address is for --engine ray"),
+        (("sweep", "retry", "tiny.yaml", "--address", "auto"), "--address is for --engine ray"),
+        (("sweep", "retry", "tiny.yaml", "--log", "wandbb"), "did you mean 'wandb'?"),
         (("sweep", "table", "tiny.yaml"), "no run of the study is finished"),
         (("runs", "a", "--out", "gone"), "gone is no folder"),
         (("sweep", "merge", "gone", "--into", "all"), "gone is no folder"),

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtdog.cli.flags import LOG
+from qtdog.cli.sweep_flags import (
+    Address,
+    DataFolder,
+    EngineChoice,
+    EngineName,
+    Gpus,
+    Hours,
+    Log,
+    Only,
+    OutFolder,
+    Partition,
+    StudyFile,
+    Threads,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,46 +31,28 @@ if TYPE_CHECKING:
     from qtdog.sweep.plan import Plan
     from qtdog.sweep.task import Task
 
-STUDY = "Study file: methods, a grid of targets, seeds and any configuration values."
-OUT = "Folder of the run folders. Default: runs/NAME of the study."
-DATA = "Where the images are, if not where the study says."
-ONLY = "Only runs whose labels or folder contain these words, like 'lsq target=sketch seed=0', and what they need."
 LIMIT = "Begin at most so many runs, then stop."
-WORKERS = "Runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
-THREADS = "Threads of each run. Default: so that all workers together use the cores."
-PANEL = "Machines"
 DRY = "Say what would be done and how long it would take; start nothing."
 CLUSTER = "With --dry-run: estimate time and cost on so many devices, like 64xH100."
-ADDRESS = "Of a Ray cluster: auto, or ray://host:10001. Default: this machine."
-GPUS = "GPUs of each run; a fraction shares one. Default: on this machine one if there are any, on a cluster none."
-HOURS = "Of each Slurm job; a run that is not finished goes on in a new one."
-
-
-class EngineName(StrEnum):
-    """Who runs the runs."""
-
-    LOCAL = "local"
-    RAY = "ray"
-    SLURM = "slurm"
 
 
 def sweep(
-    study: Annotated[Path, typer.Argument(help=STUDY, metavar="STUDY")],
+    study: StudyFile,
     *,
-    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
-    data: Annotated[str | None, typer.Option(help=DATA)] = None,
-    only: Annotated[str | None, typer.Option(help=ONLY)] = None,
+    out: OutFolder = None,
+    data: DataFolder = None,
+    only: Only = None,
     limit: Annotated[int | None, typer.Option(min=1, help=LIMIT)] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help=DRY)] = False,
     cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help=CLUSTER)] = None,
-    log: Annotated[list[str] | None, typer.Option(metavar="LOGGER", help=LOG)] = None,
-    engine: Annotated[EngineName, typer.Option(help="Who runs the runs.", rich_help_panel=PANEL)] = EngineName.LOCAL,
-    workers: Annotated[int | None, typer.Option(min=1, help=WORKERS, rich_help_panel=PANEL)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help=THREADS, rich_help_panel=PANEL)] = None,
-    gpus: Annotated[float | None, typer.Option(min=0, help=GPUS, rich_help_panel=PANEL)] = None,
-    address: Annotated[str | None, typer.Option(help=ADDRESS, rich_help_panel=PANEL)] = None,
-    partition: Annotated[str, typer.Option(help="Of Slurm.", rich_help_panel=PANEL)] = "",
-    hours: Annotated[float, typer.Option(min=0.1, help=HOURS, rich_help_panel=PANEL)] = 4.0,
+    log: Log = None,
+    engine: EngineChoice = EngineName.LOCAL,
+    workers: Workers = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    partition: Partition = "",
+    hours: Hours = 4.0,
 ) -> None:
     """Make all runs of a study that are missing; stopped or killed, the same command goes on.
 

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtdog.cli.sweep import DATA, ONLY, OUT, STUDY, THREADS, WORKERS
+from qtdog.cli.sweep_flags import (
+    Address,
+    DataFolder,
+    EngineChoice,
+    EngineName,
+    Gpus,
+    Hours,
+    Log,
+    Only,
+    OutFolder,
+    Partition,
+    StudyFile,
+    Threads,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from qtdog.sweep.diff import Difference
@@ -18,9 +32,6 @@ if TYPE_CHECKING:
 
 AS_JSON = "Print JSON."
 FRESH = "Throw the failed runs' folders away first, instead of going on from their last checkpoint."
-StudyFile = Annotated[Path, typer.Argument(help=STUDY, metavar="STUDY")]
-OutFolder = Annotated[Path | None, typer.Option(help=OUT)]
-DataFolder = Annotated[str | None, typer.Option(help=DATA)]
 
 
 def status(
@@ -84,10 +95,16 @@ def retry(
     *,
     out: OutFolder = None,
     data: DataFolder = None,
-    only: Annotated[str | None, typer.Option(help=ONLY)] = None,
+    only: Only = None,
     fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help=WORKERS)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help=THREADS)] = None,
+    log: Log = None,
+    engine: EngineChoice = EngineName.LOCAL,
+    workers: Workers = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    partition: Partition = "",
+    hours: Hours = 4.0,
 ) -> None:
     """Try just the runs again that failed (`qtdog sweep STUDY` does so too, beside what is missing).
 
@@ -103,6 +120,8 @@ def retry(
     from qtdog.sweep.notes import read_failures
     from qtdog.sweep.plan import select, with_needs
 
+    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
+    machines.check()
     plan, folder = open_plan(study, data, out)
     failed = set(read_failures(folder))
     tasks = [task for task in (select(plan.tasks, only) if only else plan.tasks) if task.name in failed]
@@ -112,7 +131,6 @@ def retry(
     if fresh:
         for task in tasks:
             shutil.rmtree(task.folder(folder), ignore_errors=True)
-    machines = Machines(workers=workers, threads=threads)
     sweep_tasks(plan, with_needs(plan.tasks, tasks), folder, lambda: make_engine(machines, plan, folder))
 
 

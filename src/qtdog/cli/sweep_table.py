@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.sweep import DATA, OUT, STUDY
+from qtdog.cli.sweep_flags import DataFolder, OutFolder, StudyFile
 
 if TYPE_CHECKING:
     from qtdog.report.compare import Comparison
@@ -30,10 +30,10 @@ class Format(StrEnum):
 
 
 def table(
-    study: Annotated[Path, typer.Argument(help=STUDY, metavar="STUDY")],
+    study: StudyFile,
     *,
-    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
-    data: Annotated[str | None, typer.Option(help=DATA)] = None,
+    out: OutFolder = None,
+    data: DataFolder = None,
     reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
     format_: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = Format.TEXT,
     plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
