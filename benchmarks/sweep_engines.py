@@ -71,7 +71,7 @@ def main() -> None:
     cases = {"local": ([], cores), "local, twice the workers": ([], 2 * cores)}
     if not options.without_ray:
         cases["ray"] = (["--engine", "ray"], cores)
-    report, found = {}, []
+    report, found, load = {}, [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         study = Path(name) / "engines.yaml"
         write_study(study, runs=options.runs, steps=options.steps)
@@ -81,7 +81,7 @@ def main() -> None:
             found.append(files(out))
             print(f"{case}: {report[case]}", file=sys.stderr, flush=True)
     same = all(one == found[0] for one in found)
-    print(json.dumps({"cores": cores, "identical": same, "load_before": os.getloadavg()[0], "engines": report}))
+    print(json.dumps({"cores": cores, "identical": same, "load_before": round(load, 2), "engines": report}))
     sys.exit(0 if same else 1)
 
 
