@@ -6,6 +6,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from qtdog.core.errors import DataError
+from qtdog.data.cache import content_sha256
 from qtdog.data.cards import CARDS
 from qtdog.data.folder import open_folder
 
@@ -52,6 +53,37 @@ def test_links_to_images_and_folders_are_followed(image_tree: Path) -> None:
     (image_tree / "street").symlink_to(image_tree / "night", target_is_directory=True)
     dataset = open_folder(image_tree)
     assert dataset.counts().sum(axis=1).tolist() == [18, 19, 18, 19]
+
+
+def test_a_link_that_leads_back_is_not_followed(image_tree: Path) -> None:
+    for name, place in (("here", "."), ("up", ".."), ("top", "../..")):
+        (image_tree / "night" / "cat" / name).symlink_to(place, target_is_directory=True)
+    (image_tree / "night" / "cat" / "beside").symlink_to("../dog", target_is_directory=True)
+    dataset = open_folder(image_tree)
+    assert dataset.counts().tolist() == [[6, 6, 6], [6, 12, 6], [6, 6, 6]]
+    assert "night/cat/beside/0.png" in dataset.keys
+
+
+def test_a_link_to_nowhere_is_named(image_tree: Path) -> None:
+    (image_tree / "night" / "cat" / "gone.png").symlink_to("elsewhere/a.png")
+    with pytest.raises(DataError, match=r"night/cat/gone\.png cannot be read: .*--skip-unreadable goes on"):
+        content_sha256(open_folder(image_tree), folder=image_tree.parent / "cache")
+    (image_tree.parent / "data").symlink_to("elsewhere")
+    with pytest.raises(DataError, match=r"data is a link to elsewhere, which does not exist"):
+        open_folder(image_tree.parent / "data")
+
+
+def test_what_an_archive_of_a_mac_leaves_behind_is_no_domain(image_tree: Path) -> None:
+    make(image_tree, "__MACOSX/night/cat/._0.png", ".DS_Store", "night/Thumbs.db", "night/cat/.DS_Store")
+    assert open_folder(image_tree).domains == ("indoor", "night", "outdoor")
+
+
+def test_names_of_every_kind(image_tree: Path) -> None:
+    (image_tree / "night").rename(image_tree / "Straße 東京 #1")
+    (image_tree / "Straße 東京 #1" / "cat" / "0.png").rename(image_tree / "Straße 東京 #1" / "cat" / "Ü [b], 1.PNG")
+    dataset = open_folder(image_tree)
+    assert dataset.domains == ("Straße 東京 #1", "indoor", "outdoor")
+    assert dataset.read(dataset.keys.index("Straße 東京 #1/cat/Ü [b], 1.PNG")).shape == (20, 24, 3)
 
 
 def test_an_image_is_read_as_stored(image_tree: Path) -> None:

@@ -91,9 +91,37 @@ def test_an_image_listed_twice_is_refused(image_tree: Path) -> None:
         open_manifest(as_csv(image_tree, rows=[*TABLE, ("./indoor/cat/0.png", "cat", "night")]))
 
 
+def test_an_image_listed_in_two_domains_is_refused(image_tree: Path) -> None:
+    with pytest.raises(DataError, match=r"line 5: indoor/cat/0\.png is listed twice, in the domains 'indoor' and 'x'"):
+        open_manifest(as_csv(image_tree, rows=[*TABLE, ("indoor/cat/0.png", "cat", "x")]))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("path,class,domain\na.png,salt, sea,west\n", r"line 2 has 4 cells, but there are 3 columns: .* in quotes"),
+        ("path,class,domain,Domain\na.png,x,y,z\n", r"line 1: there are 2 columns 'domain'; rename or remove one"),
+        ("path;class;domain\na.png;x;y\n", r"'path' is missing.*the first line names the columns, with commas between"),
+        ("path,class,domain\nnight\\cat\\0.png,cat,a\n", r"does not exist .*; between folders goes a /"),
+        ("path,class,domain\nnight/cat,cat,a\n", r"line 2: .*cat is a folder; list each image"),
+        ('path,class,domain\n"' + "x" * 200_000 + '",cat,a\n', "is no list of lines with commas: field larger"),
+    ],
+)
+def test_a_malformed_csv_is_explained(image_tree: Path, text: str, message: str) -> None:
+    (image_tree / "list.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_manifest(image_tree / "list.csv")
+
+
+def test_empty_cells_at_the_end_of_a_line_are_no_mistake(image_tree: Path) -> None:
+    (image_tree / "list.csv").write_text("path,class,domain\nnight/cat/0.png,cat,a,,\nnight/cat/1.png,cat,b\n")
+    assert len(open_manifest(image_tree / "list.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"path": "night/cat/0.png", "class": "cat", "domain": ["a", "b"]}', "line 1: 'domain' is a list; give one"),
         ('{"path": 1', "line 1 is not JSON"),
         ("[1, 2]", "line 1 must be an object"),
         ("", "lists no images"),

@@ -27,6 +27,7 @@ def test_images_come_in_the_order_of_domains_and_classes():
     [
         Image.new("RGBA", (6, 4), (7, 7, 7, 0)),
         Image.new("L", (6, 4), 7),
+        Image.fromarray(np.full((4, 6), 7 * 256, dtype=np.uint16)),
         np.full((4, 6), 7, dtype=np.uint8),
         np.full((4, 6, 1), 7, dtype=np.uint8),
         torch.full((4, 6, 3), 7, dtype=torch.uint8),
@@ -37,6 +38,12 @@ def test_kinds_of_images(given, channels):
     pixels = SequenceDataset("s", lambda _: given, ["a"], ["x"], channels=channels).read(0)
     assert pixels.shape == (4, 6, channels)
     assert (pixels == 7).all()
+
+
+def test_an_image_is_put_upright():
+    image = Image.new("L", (6, 4), 7)
+    image.getexif()[0x0112] = 6
+    assert SequenceDataset("s", lambda _: image, ["a"], ["x"]).read(0).shape == (6, 4, 3)
 
 
 def test_labels_may_be_numbers():

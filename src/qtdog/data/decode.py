@@ -43,14 +43,26 @@ def decode(path: Path, channels: int = 3, size: int | None = None) -> npt.NDArra
         with Image.open(path) as image:
             if size is not None and image.width * image.height > LARGE_PIXELS:
                 image.draft(None, (SPARE * size, SPARE * size))
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(_to_eight_bit(upright).convert(MODES[channels]))
+            return to_pixels(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path} is too large to be safe: {error}. Make it smaller, or remove it.") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist (any more)") from error
     except Exception as error:  # Pillow's readers raise a dozen kinds of error for broken files
         raise DataError(f"{path} cannot be read as an image ({_reason(error)}). {HINT}") from error
+
+
+def to_pixels(image: Image.Image, channels: int = 3) -> npt.NDArray[np.uint8]:
+    """Return a Pillow image as uint8 (H, W, channels), as `decode` does a file.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers; and what Pillow raises for a broken file.
+
+    Example:
+        >>> to_pixels(Image.fromarray(np.full((1, 1), 0x1234, dtype=np.uint16)), channels=1).item() == 0x12
+        True
+    """
+    pixels = np.asarray(_to_eight_bit(ImageOps.exif_transpose(image)).convert(MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError, nearest
 from qtdog.data.dataset import DomainDataset, sample_arrays
-from qtdog.data.decode import decode, decode_resized
+from qtdog.data.decode import HINT, decode, decode_resized
 from qtdog.data.sheet import Datasheet
 
 CHUNK_BYTES = 1 << 16
@@ -78,13 +78,13 @@ class FileDataset(DomainDataset):
         try:
             return _sha256(f"{self._resolved}/{self.keys[i]}")
         except OSError as error:
-            raise DataError(f"{self.path(i)} cannot be read: {error.strerror}") from error
+            raise DataError(f"{self.path(i)} cannot be read: {error.strerror}. {HINT}") from error
 
     def _stat(self, i: int) -> os.stat_result:
         try:
             return os.stat(self.path(i))
         except OSError as error:
-            raise DataError(f"{self.path(i)} cannot be read: {error.strerror}") from error
+            raise DataError(f"{self.path(i)} cannot be read: {error.strerror}. {HINT}") from error
 
 
 def _sha256(path: str) -> str:
@@ -111,6 +111,8 @@ def require_path(path: Path, what: str) -> None:
     """Raise DataError if `path` does not exist, naming the closest name beside it."""
     if path.exists():
         return
+    if path.is_symlink():
+        raise DataError(f"{what} {path} is a link to {path.readlink()}, which does not exist")
     parent = path.parent
     if not parent.is_dir():
         raise DataError(f"{what} {path} does not exist, and neither does its folder {parent}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from qtdog.core.errors import DataError
@@ -17,7 +18,8 @@ LAYOUT = "ROOT/DOMAIN/CLASS/image"
 def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     """Return the data set in a folder laid out as ROOT/DOMAIN/CLASS/image.
 
-    Hidden files and files without an image suffix are ignored, links are followed, folders below a class are searched.
+    Hidden files and files without an image suffix are ignored, folders below a class are searched, links are followed
+    unless they lead back to a folder that they lie in.
     No image is opened. A folder with exactly the domains and classes of a known benchmark carries its datasheet.
 
     Raises:
@@ -59,17 +61,28 @@ def names_below(folder: Path) -> list[str]:
     """
     found: list[str] = []
     base = len(str(folder)) + 1
-    for top, _, names in sorted(os.walk(folder, followlinks=True)):
-        inside = top[base:].replace(os.sep, "/")
-        if not any(part.startswith(".") for part in inside.split("/")):
-            prefix = f"{inside}/" if inside else ""
-            found += [prefix + name for name in sorted(names) if is_image_name(name)]
+    for top, names in sorted(_walk(folder)):
+        prefix = f"{top[base:].replace(os.sep, '/')}/" if top[base:] else ""
+        found += [prefix + name for name in sorted(names) if is_image_name(name)]
     return found
 
 
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder that is not hidden, and the names of its files; a link back up is not followed."""
+    for top, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(top, name)]
+        yield top, names
+
+
+def _leads_back(top: str, name: str) -> bool:
+    path = os.path.join(top, name)
+    return os.path.islink(path) and Path(top).resolve().is_relative_to(os.path.realpath(path))
+
+
 def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder that are not hidden, sorted by name."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """Return the folders in a folder that are not hidden, nor what a Mac's archive leaves behind, sorted by name."""
+    found = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in found if entry.name != "__MACOSX")
 
 
 def _scan(root: Path) -> tuple[dict[str, list[str]], list[Record]]:

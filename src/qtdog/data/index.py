@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import write_atomic
+from qtdog.data.decode import HINT
 
 SETTLED_NS = 2_000_000_000
 """A file changed within the last 2 s may change again without its times showing it: its hash is not remembered yet."""
@@ -45,7 +46,7 @@ def file_stats(paths: Sequence[str]) -> Stats:
         try:
             stat = os.stat(path)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}. {HINT}") from error
         rows[i] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return rows
 

@@ -35,8 +35,8 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
 
     Raises:
         DataError: the manifest is missing or malformed, a listed file does not exist (the text gives the line), a path
-            is listed twice or leaves the folder, an image has several classes, or there are fewer domains than
-            `min_domains`.
+            is listed twice or leaves the folder, an image has several classes, a line has more cells than there are
+            columns, or there are fewer domains than `min_domains`.
     """
     require_path(path, "manifest")
     root = path.parent
@@ -46,7 +46,7 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
         if record.key in records:
             raise DataError(f"{path}, line {line}: {_twice(records[record.key], record)}")
         if not (root / record.key).is_file():
-            raise DataError(f"{path}, line {line}: {root / record.key} does not exist (paths are relative to {root})")
+            raise DataError(f"{path}, line {line}: {_missing(root, record.key)}")
         records[record.key] = record
     if not records:
         raise DataError(f"{path} lists no images: one line per image with path, class, {domain_column}")
@@ -68,14 +68,20 @@ def _rows(path: Path, domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from ((line, row | {DOMAIN: row[domain]}) for line, row in rows)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path} is no list of lines with commas: {error}") from error
 
 
 def _csv_rows(path: Path, stream: Iterator[str] | Any, domain: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(stream, skipinitialspace=True)
     names = [(name or "").strip().lower() for name in reader.fieldnames or []]
     reader.fieldnames = names
-    _require_columns(names, domain, f"{path}, line 1")
+    _require_columns(names, domain, f"{path}, line 1", " (the first line names the columns, with commas between)")
     for row in reader:
+        spare = row.pop(None, ())
+        if any(cell.strip() for cell in spare):  # a comma too many moves all that is behind it
+            text = f"has {len(names) + len(spare)} cells, but there are {len(names)} columns"
+            raise DataError(f'{path}, line {reader.line_num} {text}: put a text with a comma in quotes, "like, this"')
         yield reader.line_num, row
 
 
@@ -94,7 +100,10 @@ def _json_rows(path: Path, stream: Iterator[str], domain: str) -> Iterator[tuple
         yield line, named
 
 
-def _require_columns(names: list[str], domain: str, where: str) -> None:
+def _require_columns(names: list[str], domain: str, where: str, how: str = "") -> None:
+    for column in ("path", "class", "label", domain):
+        if names.count(column) > 1:
+            raise DataError(f"{where}: there are {names.count(column)} columns '{column}'; rename or remove one")
     for column in ("path", "class", domain):
         accepted = ("class", "label") if column == "class" else (column,)
         if any(name in names for name in accepted):
@@ -106,12 +115,20 @@ def _require_columns(names: list[str], domain: str, where: str) -> None:
             hint += (
                 f" Another column can hold the domains: --data '{where.partition(', line')[0]}:{close or others[0]}'."
             )
-        raise DataError(f"{where}: the column '{column}' is missing{hint} Found: {', '.join(names) or 'none'}")
+        raise DataError(f"{where}: the column '{column}' is missing{hint} Found: {', '.join(names) or 'none'}{how}")
+
+
+def _missing(root: Path, key: str) -> str:
+    if (root / key).is_dir():
+        return f"{root / key} is a folder; list each image"
+    text = f"{root / key} does not exist (paths are relative to {root})"
+    return f"{text}; between folders goes a /" if "\\" in key else text
 
 
 def _twice(first: Record, second: Record) -> str:
     if first.label == second.label:
-        return f"{second.key} is listed twice"
+        domains = "" if first.domain == second.domain else f", in the domains '{first.domain}' and '{second.domain}'"
+        return f"{second.key} is listed twice{domains}; an image has one line"
     return f"{second.key} is listed with class '{first.label}' and class '{second.label}': {MULTI_LABEL}"
 
 
@@ -130,9 +147,12 @@ def _record(row: dict[str, Any], where: str) -> Record:
         raise DataError(f"{where}: the class is a list: {MULTI_LABEL}")
     values = {"path": row["path"], "class": label, DOMAIN: row[DOMAIN]}
     for column, value in values.items():
+        if isinstance(value, (list, dict)):
+            raise DataError(f"{where}: '{column}' is a list; give one text")
         if value is None or not str(value).strip():
             raise DataError(f"{where}: '{column}' is empty")
     key = str(row["path"]).strip()
     if Path(key).is_absolute() or PureWindowsPath(key).drive or ".." in Path(key).parts:
-        raise DataError(f"{where}: path '{key}' leaves the manifest's folder; give paths relative to it, without '..'")
+        text = f"path '{key}' is absolute or leaves the manifest's folder"
+        raise DataError(f"{where}: {text}; give paths relative to it, without '..'")
     return Record(str(values[DOMAIN]).strip(), str(label).strip(), Path(key).as_posix())

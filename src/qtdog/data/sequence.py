@@ -12,7 +12,7 @@ from PIL import Image
 
 from qtdog.core.errors import DataError
 from qtdog.data.dataset import DomainDataset, sample_arrays
-from qtdog.data.decode import MODES
+from qtdog.data.decode import to_pixels
 from qtdog.data.sheet import Datasheet
 
 MULTI_LABEL = "each image needs one label and one domain; several labels for one image (multi-label) are not supported"
@@ -66,10 +66,9 @@ class SequenceDataset(DomainDataset):
         try:
             given = self._read(self._order[i])
             image = given if isinstance(given, Image.Image) else Image.fromarray(_flat(np.asarray(given)))
+            return to_pixels(image, self.sheet.channels)
         except Exception as error:  # a stranger's function raises what it likes
             raise DataError(f"image {self._order[i]} of {self.sheet.name} cannot be had: {error}") from error
-        pixels = np.asarray(image.convert(MODES[self.sheet.channels]))
-        return pixels.reshape(*pixels.shape[:2], self.sheet.channels)
 
     def sample_signature(self, i: int) -> str:
         """Return the sha256 of the pixels of image i: nothing cheaper is known of it."""

@@ -10,6 +10,7 @@ import numpy as np
 from qtdog.core.errors import DataError
 from qtdog.data.cards import check_counts
 from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.decode import HINT
 from qtdog.data.files import FileDataset
 from qtdog.data.hashes import Changes, compare, files_below, hash_of, read_hashes
 
@@ -52,7 +53,7 @@ class Report:
     def _sections(self) -> list[tuple[str, list[str]]]:
         changes = self.changes or Changes([], [], [])
         return [
-            ("unreadable images", [reason for _, reason in self.unreadable]),
+            ("unreadable images (--skip-unreadable trains without them)", [reason for _, reason in self.unreadable]),
             ("classes without any image", self.empty_classes),
             ("classes missing from a domain", [f"{name} in {domain}" for domain, name in self.missing_classes]),
             ("exact duplicates across domains", [" = ".join(group) for group in self.duplicates]),
@@ -106,7 +107,7 @@ def _examine(dataset: DomainDataset, i: int) -> tuple[str, str]:
         content = dataset.sample_sha256(i)
         dataset.read(i)
     except DataError as error:
-        return content, str(error)
+        return content, str(error).removesuffix(HINT).rstrip()
     return content, ""
 
 
