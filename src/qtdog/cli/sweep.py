@@ -78,7 +78,7 @@ def sweep(
     plan, folder = open_plan(study, data, out)
     tasks = select(plan.tasks, only) if only else list(plan.tasks)
     if dry:
-        dry_run(plan, tasks, folder, cluster=cluster, workers=machines.crew.workers)
+        dry_run(plan, tasks, folder, cluster=cluster, crew=machines.crew)
         show_batch_script(machines, folder)
         return
     sweep_tasks(plan, tasks, folder, lambda: make_engine(machines, plan, folder), limit=limit)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qtdog.sweep.crew import Crew
     from qtdog.sweep.estimate import Cluster
     from qtdog.sweep.pace import Pace
     from qtdog.sweep.plan import Plan
     from qtdog.sweep.task import Task
 
 
-def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | None, workers: int) -> None:
+def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | None, crew: Crew) -> None:
     """Say what is missing of some tasks, and estimate its time here or on a cluster; nothing is started.
 
     Step times are those of the folder's finished runs; where there are none, a few steps are made here and now.
@@ -23,15 +24,15 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | N
     from qtdog.sweep.pace import Pace
     from qtdog.sweep.state import unfinished
 
-    where = parse_cluster(cluster) if cluster else Cluster(workers, "core")
+    where = parse_cluster(cluster) if cluster else Cluster(crew.workers, "core")
     missing = unfinished(tasks, folder)
     kinds = {kind: sum(task.kind == kind for task in missing) for kind in ("prefix", "run", "ensemble")}
     named = f"{kinds['run']} runs, {kinds['prefix']} shared beginnings, {kinds['ensemble']} ensembles"
     out.print(f"{len(tasks) - len(missing)} of {len(tasks)} done; missing: {named}", highlight=False)
     pace = Pace(plan.tasks, folder)
-    step_s = step_times(plan, tasks, pace)
+    step_s = step_times(plan, tasks, pace, crew.threads)
     rows = _rows(missing, step_s, pace.overhead, where)
-    place = cluster or f"{workers} workers of this machine"
+    place = cluster or f"{crew.workers} workers of this machine"
     print_table(["what", "estimate"], rows, title=f"what is missing, on {place}")
     source = f"{pace.n} finished runs" if pace.n else "a few steps made just now"
     out.print(f"Step times: {source}; overhead of evaluations and start: {pace.overhead:.2f}.", highlight=False)
@@ -47,7 +48,7 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | N
         out.print(f"Sharing beginnings: {steps:,} steps in all instead of {alone:,}.", highlight=False)
 
 
-def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace) -> dict[str, float]:
+def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> dict[str, float]:
     """Return seconds per step by task name, probing what no finished run tells."""
     from qtdog.sweep.estimate import probe
     from qtdog.sweep.pace import cost_class
@@ -61,7 +62,7 @@ def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace) -> dict[str, float
         if known is None:
             key = cost_class(task.config)
             if key not in probed:
-                probed[key] = probe(task.config, plan.dataset)
+                probed[key] = probe(task.config, plan.dataset, threads=threads)
             known = probed[key]
         found[task.name] = known
     return found

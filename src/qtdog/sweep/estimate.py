@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import heapq
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, nearest
@@ -14,10 +17,11 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.sweep.task import Task
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
+from qtdog.training.parts import Parts
 from qtdog.training.problem import make_problem
 
 START_S = 5.0  # of a run on a cluster: imports, reading the network's weights, opening the data
-PROBE_STEPS = 3
+PROBE_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -129,22 +133,34 @@ def simulate(tasks: Sequence[Task], slots: int, seconds: Callable[[Task], float]
     return Schedule(now, busy, len(tasks), max(chains.values(), default=0.0))
 
 
-def probe(config: Config, dataset: DomainDataset) -> float:
-    """Return the seconds of one training step of a configuration on this machine, measured over three.
+def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
+    """Return the seconds of one training step of a configuration on this machine: the median of five.
+
+    Args:
+        config: of a run.
+        dataset: its data.
+        threads: of each run of the sweep. Two threads on two cores of which another process has one wait for each
+            other at every operation, and would tell nothing of a run with one.
 
     Raises:
         ConfigError, DataError, ModelError: as in `training.compose.compose`.
     """
     short = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
-    parts = compose(short, dataset, make_problem(short, dataset), make_accelerator(short))
-    parts.network.train()
-    started = 0.0
-    for step in range(PROBE_STEPS + 1):
-        if step == 1:  # the first one makes buffers
-            started = time.perf_counter()
-        begin_step(parts, step)
-        update(parts, parts.batches.batch(step), step)
-    return (time.perf_counter() - started) / PROBE_STEPS
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = compose(short, dataset, make_problem(short, dataset), make_accelerator(short))
+        parts.network.train()
+        return statistics.median([_step_s(parts, step) for step in range(PROBE_STEPS + 1)][1:])  # one makes buffers
+    finally:
+        torch.set_num_threads(before)
+
+
+def _step_s(parts: Parts, step: int) -> float:
+    started = time.perf_counter()
+    begin_step(parts, step)
+    update(parts, parts.batches.batch(step), step)
+    return time.perf_counter() - started
 
 
 def task_seconds(
