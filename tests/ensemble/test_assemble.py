@@ -151,6 +151,17 @@ def test_different_splits_leave_no_score_on_the_sources(quantized, train_member,
         assemble(members, Order("diwa", out, Recipe(pick="greedy")), exam)
 
 
+def test_members_trained_on_the_held_out_images_have_no_score_on_the_sources(train_member, digits, out):
+    data = {"target": "75", "batch_size": 8, "image_size": 12, "train_on_heldout": True}
+    train = {"steps": 3, "eval_every": 3, "selection": "last"}
+    members = [train_member(data=data, train=train | {"seed": seed}) for seed in range(2)]
+    result = assemble(members, Order("eoq", out), open_exam(members[0].config, digits, same_splits=True))
+    assert result["no_source_score"] == "the members were trained on the held-out images too"
+    assert (result["source_accuracy"], result["domains"]["source"]) == (None, {})
+    assert (result["calibration"]["temperature"], result["cascade"]["threshold"]) == (1.0, None)
+    assert result["test_accuracy"] is not None
+
+
 def test_in_domain_scores_are_on_the_third_part(train_member, digits, out):
     mode = {"test_mode": "in-domain"}
     members = [train_member(data=mode, quantizer=FLOAT, train={"seed": seed}) for seed in (0, 1)]

@@ -63,7 +63,7 @@ class Exam:
             answers: what is scored.
             kept: where to put logits and labels besides.
         """
-        if not self.same_splits:
+        if not self.has_source:
             return {}
         return {domain: self._score(answers, part, kept) for domain, part in self.problem.selection_sets().items()}
 
