@@ -79,3 +79,12 @@ def test_altered_numbers_in_the_json_are_noticed(tmp_path):
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     folder = write_checkpoint(tmp_path, sample(1))
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_weight_of_two_names_comes_back_under_both(tmp_path):
+    weight = torch.arange(6.0).reshape(2, 3)
+    tensors = {"encoder.weight": weight, "decoder.weight": weight, "part": weight[1], "none": torch.zeros(0)}
+    back = read_checkpoint(write_checkpoint(tmp_path, Checkpoint(1, {"network": tensors}, {})))
+    assert back.tensors["network"].keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(back.tensors["network"][name], value), name

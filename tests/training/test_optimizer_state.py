@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from qtdog.conversion.attach import attach
 from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
 
 MAKERS = {
@@ -58,3 +59,12 @@ def test_other_groups_are_refused():
     model, optimizer = make("adam")
     with pytest.raises(ValueError, match="expected 2 parameter groups, found 1"):
         restore_optimizer_(optimizer, plain_names(model), {}, [{}])
+
+
+def test_a_shared_weight_has_one_name_with_and_without_quantizers():
+    plain, attached = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    for model in (plain, attached):
+        model[1].weight = model[0].weight
+    attach(attached)
+    names = set(plain_names(attached).values())
+    assert names == set(plain_names(plain).values()) | {"0.weight@log_scale"}

@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         hashes = {}
         for name, tensors in checkpoint.tensors.items():
             file = temporary / f"{name}.safetensors"
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+            save_file(_apart(tensors), file)
             hashes[name] = sha256_file(file)
         body = {"step": checkpoint.step, "files": hashes, "state": checkpoint.state}
         text = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
@@ -57,6 +57,18 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     for old in checkpoint_folders(folder)[:-KEPT]:
         shutil.rmtree(old)
     return path
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """Return contiguous tensors on the CPU, a weight of several names once for each: safetensors shares no memory."""
+    made: Tensors = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        made[key] = value.clone() if address in seen else value
+        seen.add(address)
+    return made
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
