@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,7 +45,7 @@ def config(short_config, digits) -> Config:
     return resolve(short_config(model=model, train=train, data=data, averager=averager, quantizer=quantizer), digits)
 
 
-def by_hand(network: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+def by_hand(network: nn.Module, batches: list, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:
     """The mean over batches of what each batch-norm layer's input has for mean and unbiased variance."""
     found: dict[str, list[Tensor]] = {}
 
@@ -62,8 +65,8 @@ def by_hand(network: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     for name in layers:
         network.get_submodule(name).train()  # each layer passes on what it normalises with the batch
     with torch.no_grad():
-        for images in batches:
-            network(images)
+        for inputs in batches:
+            (forward or network)(*inputs) if isinstance(inputs, tuple) else network(inputs)
     for handle in handles:
         handle.remove()
     return {name: torch.stack(values).mean(0) for name, values in found.items()}
@@ -104,6 +107,28 @@ def test_frozen_statistics_stay(config, digits):
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts)
     assert all(torch.equal(buffer, before[name]) for name, buffer in parts.network.named_buffers())
+
+
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits, freeze_bn):
+    layer = {"freeze_bn": freeze_bn, "feature_layer": "context", "feature_params": {"width": 4}}
+    model = config.model.model_copy(update=layer)
+    objective = config.objective.model_copy(update={"name": "arm"})
+    arm = config.model_copy(update={"model": model, "objective": objective})
+    parts = compose(arm, digits, make_problem(arm, digits), make_accelerator(arm))
+    before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
+    fit_batch_norm_(parts)
+    fitted = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
+    learning = "context." if freeze_bn else ""
+    assert all(torch.equal(fitted[name], before[name]) for name in fitted if not name.startswith(learning))
+    batches = [parts.batches.batch(step) for step in range(N_BATCHES)]
+    if freeze_bn:
+        expected = by_hand(parts.network.context, [batch.images for batch in batches])
+        expected = {f"context.{name}": value for name, value in expected.items()}
+    else:
+        expected = by_hand(parts.network, [(batch.images, batch.sizes) for batch in batches], parts.network.features)
+    for name, value in expected.items():
+        torch.testing.assert_close(fitted[name].double(), value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digits, tmp_path):

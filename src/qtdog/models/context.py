@@ -72,6 +72,7 @@ class ContextLayer(FeatureLayer):
         "width": HyperParameter(64, "channels inside the context network", low=1, high=512),
     }
     SHIPS = True
+    LEARNS_STATISTICS = True
     OBJECTIVES = ("arm",)
 
     @property

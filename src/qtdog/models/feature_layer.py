@@ -22,6 +22,7 @@ class FeatureLayer(ABC):
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.
         SHIPS: whether the network that ships has it too, so that a file is loaded with it.
+        LEARNS_STATISTICS: whether it brings batch norm of its own, whose statistics are never frozen.
         OBJECTIVES: the only objectives that it makes sense with; empty for any.
         extra_channels: how many channels the featurizer takes besides those of the images.
         params: the values of the hyper-parameters.
@@ -29,6 +30,7 @@ class FeatureLayer(ABC):
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
     SHIPS: ClassVar[bool] = False
+    LEARNS_STATISTICS: ClassVar[bool] = False
     OBJECTIVES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, params: Mapping[str, Value]) -> None:

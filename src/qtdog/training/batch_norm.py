@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from qtdog.models.network import Network
 from qtdog.training.parts import Parts
 
 N_BATCHES = 50
 
 
 def fit_batch_norm_(parts: Parts) -> None:
-    """Re-estimate the running statistics for the weights that the network now has, unless they are frozen.
+    """Re-estimate the running statistics for the weights that the network now has, where they are not frozen.
 
     Statistics gathered while the weights moved do not fit their average (Izmailov et al., UAI 2018, section 3.2). They
     are measured on the first 50 training batches of the sources (`TrainBatches.batch` of steps 0 to 49, augmented as in
-    training), so that they depend on the weights alone. The processes share the batches and take the mean.
+    training, the domains apart where the network has a context), so that they depend on the weights alone. The
+    processes share the batches and take the mean.
     """
-    layers = _layers(parts.network)
-    if parts.network.freeze_bn or not layers:
+    layers = _learning(parts.network)
+    if not layers:
         return
-    accelerator = parts.accelerator
-    estimate_statistics_(
-        parts.network, (parts.batches.batch(step).images.to(accelerator.device) for step in range(N_BATCHES))
-    )
+    accelerator, network = parts.accelerator, parts.network
+    batches = (parts.batches.batch(step) for step in range(N_BATCHES))
+    passes = (partial(network.features, batch.images.to(accelerator.device), batch.sizes) for batch in batches)
+    _estimate_(network, layers, passes)
     if accelerator.num_processes > 1:
         for layer in layers:
             for buffer in (layer.running_mean, layer.running_var):
@@ -37,7 +40,6 @@ def fit_batch_norm_(parts: Parts) -> None:
                 buffer.copy_(shared)
 
 
-@torch.no_grad()
 def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch-norm layer to the mean of what they are on each batch.
 
@@ -53,7 +55,11 @@ def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
         >>> layer.running_mean.tolist(), layer.running_var.tolist()  # variances 2 and 8
         ([3.5], [5.0])
     """
-    layers = _layers(network)
+    _estimate_(network, _layers(network), (partial(network, images) for images in batches))
+
+
+@torch.no_grad()
+def _estimate_(network: nn.Module, layers: Sequence[_BatchNorm], passes: Iterable[Callable[[], object]]) -> None:
     momenta = [layer.momentum for layer in layers]
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -63,8 +69,8 @@ def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
         layer.train()
     try:
         with parametrize.cached():
-            for images in batches:
-                network(images)
+            for forward in passes:
+                forward()
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -74,3 +80,9 @@ def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 def _layers(network: nn.Module) -> list[_BatchNorm]:
     return [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+
+
+def _learning(network: Network) -> list[_BatchNorm]:
+    """Return the layers whose statistics training moves: all, or all outside of a featurizer that keeps its own."""
+    frozen = set(network.featurizer.modules()) if network.freeze_bn else set()
+    return [layer for layer in _layers(network) if layer not in frozen]

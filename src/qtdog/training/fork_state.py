@@ -11,6 +11,7 @@ from qtdog.conversion.attach import sites
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import RunError
 from qtdog.core.settings import differences
+from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.training.averagers import Averager, snapshot
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.optimizer_state import plain_names, restore_moments_
@@ -124,7 +125,8 @@ def fork_obstacle(prefix: Config, config: Config, averager: Averager, step: int)
     if not 0 < step <= last:
         return f"this run can begin from a checkpoint at step 1 to {last}, not from step {step}"
     # batch norm that adapts is measured anew for an average, even one of a single update
-    first = averager.begin if config.model.freeze_bn else averager.begin - 1
+    adapts = not config.model.freeze_bn or FEATURE_LAYERS[config.model.feature_layer].LEARNS_STATISTICS
+    first = averager.begin - 1 if adapts else averager.begin
     if config.averager.name != "none" and first < step:
         text = f"the averager '{config.averager.name}' counts weights from update {averager.begin} on"
         return f"{text}, and those before step {step} are not in the checkpoint: train from step 0"
