@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
+from qtdog.core.errors import ConfigError
+from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.mixup import draw_shares, mixed_loss
 from qtdog.objectives.pairs import random_ring
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.problem import make_problem, resolve
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 10.0])
@@ -60,3 +64,11 @@ def test_draws_depend_on_the_seed_alone(case, objective):
 
     assert loss(1) == loss(1)
     assert len({loss(seed) for seed in range(5)}) == 5
+
+
+def test_domains_of_unequal_shares_are_refused_before_anything_starts(short_config):
+    digits = RotatedDigits()
+    data = {"target": "75", "batch_size": 8, "image_size": 12, "focus": "15"}
+    config = resolve(short_config(objective={"name": "mixup"}, data=data), digits)
+    with pytest.raises(ConfigError, match=r"'mixup' takes as many images of every domain.*Leave data\.focus out"):
+        compose(config, digits, make_problem(config, digits), make_accelerator(config))

@@ -61,9 +61,10 @@ class Mixup(Objective):
         "alpha": HyperParameter(0.2, "of Beta(α, α)", low=1e-3, search=(1e-1, 10), log=True),
     }
     MIN_DOMAINS = 2
+    EQUAL_SHARES = True
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
-        """Return the scalar loss of one step; all domains must have as many images."""
+        """Return the scalar loss of one step."""
         images, labels = zip(*batch.split(), strict=True)
         pairs = random_ring(len(images))
         shares = draw_shares(self.number("alpha"), len(pairs))

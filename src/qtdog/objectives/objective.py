@@ -29,6 +29,7 @@ class Setting:
         n_processes: processes that share the batch.
         seed: of the random start of an objective's own networks.
         stages: finds the stages of the network, first to last; raises ModelError where it has none.
+        equal_shares: whether every domain has as many images in a batch.
     """
 
     n_domains: int
@@ -39,6 +40,7 @@ class Setting:
     n_processes: int = 1
     seed: int = 0
     stages: Callable[[], Sequence[Stage]] = tuple
+    equal_shares: bool = True
 
 
 class Objective(nn.Module):
@@ -50,13 +52,14 @@ class Objective(nn.Module):
     the learning rate.
 
     Raises:
-        ConfigError: an unknown hyper-parameter or value, too few source domains, too small a batch, or several
-            processes where one is needed.
+        ConfigError: an unknown hyper-parameter or value, too few source domains, too small a batch, unequal shares of
+            it where they must be equal, or several processes where one is needed.
 
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.
         MIN_DOMAINS: fewest source domains that make sense.
         MIN_BATCH: fewest images per domain, step and process.
+        EQUAL_SHARES: whether every domain must have as many images in a batch.
         ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
             nobody gathers, or has state that depends on the whole batch.
         lr_factor: of the objective's own parameters.
@@ -66,6 +69,7 @@ class Objective(nn.Module):
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
     MIN_DOMAINS: ClassVar[int] = 1
     MIN_BATCH: ClassVar[int] = 1
+    EQUAL_SHARES: ClassVar[bool] = False
     ONE_PROCESS: ClassVar[bool] = False
     lr_factor: float = 1.0
 
@@ -84,6 +88,9 @@ class Objective(nn.Module):
             text = f"objective '{name}' needs at least {self.MIN_BATCH} images per domain, step and process"
             fewest = self.MIN_BATCH * setting.n_processes
             raise ConfigError(f"{text}, data.batch_size is {setting.batch_size}: use --batch-size {fewest}.")
+        if self.EQUAL_SHARES and not setting.equal_shares:
+            text = f"objective '{name}' takes as many images of every domain, and data.focus gives one of them half"
+            raise ConfigError(f"{text}. Leave data.focus out, or use another objective, such as erm.")
 
     def number(self, name: str) -> float:
         """Return the value of a numeric hyper-parameter."""

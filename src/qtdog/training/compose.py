@@ -148,15 +148,17 @@ def _taught(objective: Objective, how: ObjectiveConfig, teacher: Teacher | None)
 
 
 def _setting(config: Config, problem: Problem, network: Network, n_processes: int, channels: int) -> Setting:
+    sizes = batch_sizes(problem.sources, config.data.batch_size, config.data.focus)
     return Setting(
         n_domains=len(problem.sources),
         n_classes=network.classifier.out_features,
         n_features=network.classifier.in_features,
-        batch_size=min(batch_sizes(problem.sources, config.data.batch_size, config.data.focus)),
+        batch_size=min(sizes),
         network=network,
         n_processes=n_processes,
         seed=config.init_seed,
         stages=partial(find_stages, network, (channels, config.data.image_size, config.data.image_size)),
+        equal_shares=len(set(sizes)) == 1,
     )
 
 
