@@ -15,7 +15,7 @@ from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import ModelInfo, read_info
 
-STRUCTURE = ("backbone", "feature_layer", "feature_params", "classes", "preprocessing")
+STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
 ALIKE = (*STRUCTURE, "source_domains", "target_domain")
 
 

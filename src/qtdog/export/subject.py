@@ -17,7 +17,7 @@ from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.training.shipped import ModelInfo, network_for, read_info
 
-STRUCTURE = ("backbone", "feature_layer", "feature_params", "classes", "preprocessing")
+STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
 
 
 @dataclass(frozen=True)
