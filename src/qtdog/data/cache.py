@@ -28,6 +28,7 @@ from qtdog.data.buffers import BufferPool
 from qtdog.data.dataset import N_THREADS, DomainDataset, Progress, map_samples
 from qtdog.data.decode import DECODE_VERSION
 from qtdog.data.index import SETTLED_NS, Hashes, file_hashes
+from qtdog.data.replaced import hold, origin_mark, remove_replaced
 from qtdog.data.reuse import IMAGES, Positions, Rows, keep_hashes, reuse_rows
 
 MAX_LISTED = 20
@@ -46,6 +47,7 @@ class DecodedCache:
         self.shape = shape
         self._row_bytes = shape[1] * shape[2] * shape[3]
         self._handle = os.open(path, os.O_RDONLY)
+        hold(self._handle)
         weakref.finalize(self, os.close, self._handle)
 
     def __len__(self) -> int:
@@ -127,7 +129,7 @@ def open_cache(
 
     The key is the content (not the path or the time), the size, the channels and the version of the decoder: runs share
     one cache, and a changed image makes a new one, into which the other images are copied (`data.reuse`). Building is
-    atomic; a broken cache is rebuilt.
+    atomic; a broken cache is rebuilt. Older versions of the same data set are then removed (`data.replaced`).
 
     Raises:
         DataError: images cannot be read (up to 20 are named), or the disk is too small.
@@ -139,7 +141,7 @@ def open_cache(
     key = hashlib.sha256(json.dumps([content, image_size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
     place = folder / "decoded" / key[:24]
     file = place / IMAGES
-    n_bytes = rows.n * rows.row_bytes
+    n_bytes, mark = rows.n * rows.row_bytes, origin_mark(dataset, rows)
     if not file.is_file() or file.stat().st_size != n_bytes:
         shutil.rmtree(place, ignore_errors=True)
         _require_space(folder, n_bytes)
@@ -149,6 +151,9 @@ def open_cache(
                 missing = reuse_rows(stream.fileno(), rows, hashes, place.parent)
                 keep_hashes(temporary, rows, hashes)
             _decode(dataset, rows, missing, stream.fileno(), progress)
+            if mark:
+                (temporary / mark).touch()
+        remove_replaced(place, mark)
     return DecodedCache(file, (rows.n, image_size, image_size, rows.channels))
 
 
