@@ -163,11 +163,19 @@ def test_branches_that_cannot_be_merged_are_refused(branch, digits, tmp_path, ot
         ({}, 0, "merge_every must be at least 1"),
         ({"averager": {"name": "sma"}}, 2, "'sma' would average across the merges"),
         ({"quantizer": {"name": "rtn", "start_step": None}}, 2, "'rtn' works after training"),
+        ({"quantizer": {"name": "inq", "start_step": 1}}, 2, "'inq' freezes other codes in each branch"),
     ],
 )
 def test_what_makes_no_sense_for_branches_is_refused(branch, digits, tmp_path, changes, every, message):
     with pytest.raises(ConfigError, match=message):
         dart([branch(0, **changes), branch(1, **changes)], digits, tmp_path, merge_every=every)
+    assert not list(tmp_path.iterdir())
+
+
+def test_branches_that_add_noise_of_their_own_are_merged(branch, digits, tmp_path):
+    noise = {"name": "noise-accumulated", "start_step": 1}
+    result = dart([branch(0, quantizer=noise), branch(1, quantizer=noise)], digits, tmp_path, merge_every=EVERY)
+    assert result["kept"].startswith("mean of 2 branches")
 
 
 def test_codes_of_their_own_cannot_be_merged():

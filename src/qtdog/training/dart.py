@@ -34,6 +34,8 @@ from qtdog.training.state import RunState
 
 # What may differ between branches: all that leaves the network and the held-out images alike.
 FREE = ("data.augment", "data.focus", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")
+# Ends of the names of what every branch counts for itself: no weight depends on it.
+OWN = ("num_batches_tracked", "drawn_for")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ def check_branches(configs: Sequence[Config], merge_every: int) -> None:
         raise ConfigError(f"merge_every must be at least 1, not {merge_every}")
     if works_after_training(first.quantizer.name):
         raise ConfigError(f"quantizer '{first.quantizer.name}' works after training; branches take lsq, ste or none")
+    if first.quantizer.name == "inq":
+        raise ConfigError(
+            "quantizer 'inq' freezes other codes in each branch, which have no mean; take lsq, ste or none"
+        )
     if first.averager.name == "sma":
         raise ConfigError("averager 'sma' would average across the merges; take none, swa or swad for branches")
     for number, config in enumerate(configs[1:], 1):
@@ -189,7 +195,7 @@ def merged_state(states: Sequence[State]) -> State:
     for number, state in enumerate(states, 1):
         average.add_(number, state)
         for name in first.keys() - set(float_names(first)):
-            if not name.endswith("num_batches_tracked") and not torch.equal(state[name], first[name]):
+            if not name.endswith(OWN) and not torch.equal(state[name], first[name]):
                 raise ConfigError(f"'{name}' differs between the branches, so they cannot be merged; use lsq or none")
     return average.mean
 
