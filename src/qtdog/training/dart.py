@@ -114,9 +114,7 @@ def check_branches(configs: Sequence[Config], merge_every: int) -> None:
     if works_after_training(first.quantizer.name):
         raise ConfigError(f"quantizer '{first.quantizer.name}' works after training; branches take lsq, ste or none")
     if first.quantizer.name == "inq":
-        raise ConfigError(
-            "quantizer 'inq' freezes other codes in each branch, which have no mean; take lsq, ste or none"
-        )
+        raise ConfigError("quantizer 'inq' freezes other codes in each branch, and they have no mean; take lsq or none")
     if first.averager.name == "sma":
         raise ConfigError("averager 'sma' would average across the merges; take none, swa or swad for branches")
     for number, config in enumerate(configs[1:], 1):
