@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,14 @@ def test_differences_are_sentences(image_tree: Path) -> None:
     assert "domain night is not in the datasheet" in differences
     assert "class bird is not in the datasheet" in differences
     assert len(differences) == 4 + 3 + 6 + 2
+
+
+def test_a_count_that_nobody_confirmed_is_told_as_such(image_tree: Path) -> None:
+    assert [name for name in CARDS if not CARDS[name].counts_from] == ["amazon-reviews"]
+    dataset = open_folder(image_tree)
+    for source, doubt in (("", True), ("a paper", False)):
+        counts = {"night": 17, "indoor": 18, "outdoor": 18}
+        dataset.sheet = replace(dataset.sheet, expected_counts=counts, expected_total=53, counts_from=source)
+        differences = check_counts(dataset)
+        assert len(differences) == 2
+        assert all(("not compared with another source" in text) is doubt for text in differences)

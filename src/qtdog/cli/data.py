@@ -39,8 +39,12 @@ def list_cards(*, as_json: Annotated[bool, AS_JSON] = False) -> None:
     if as_json:
         print_json([asdict(CARDS[name]) | {"here": _here(name)} for name in CARDS])
         return
-    rows = [[name, CARDS[name].title, f"{CARDS[name].n_expected:,}", _here(name) or "–"] for name in CARDS]
+    rows = [[name, CARDS[name].title, _count(CARDS[name]), _here(name) or "–"] for name in CARDS]
     print_table(["name", "what", "images", "here"], rows)
+
+
+def _count(sheet: Datasheet) -> str:
+    return f"{sheet.n_expected:,}" + ("" if sheet.counts_from else " (not checked)")
 
 
 def _here(name: str) -> str:
@@ -98,6 +102,8 @@ def _show_sheet(sheet: Datasheet) -> None:
     if sheet.n_expected:
         counts = ", ".join(f"{domain} {n:,}" for domain, n in (sheet.expected_counts or {}).items())
         out.print(f"  expected {sheet.n_expected:,}{f' ({counts})' if counts else ''}", highlight=False, soft_wrap=True)
+        checked = f"as in: {sheet.counts_from}" if sheet.counts_from else "not checked against another source"
+        out.print(f"  counts   {checked}", markup=False, highlight=False, soft_wrap=True)
     if sheet.steps:
         text = f"{sheet.steps:,} steps, evaluated every {sheet.eval_every:,}"
         out.print(f"  protocol {text}", markup=False, highlight=False)

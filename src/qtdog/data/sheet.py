@@ -41,6 +41,7 @@ class Datasheet:
         classes: the class names that it must have, sorted; None if any will do.
         expected_counts: images per domain, or None if unknown.
         expected_total: images (or texts) in all, or None if unknown.
+        counts_from: where these counts were compared with somebody else's, or "" if they were not.
         metric: the number that is reported.
         channels: 3 (RGB) or 1 (grey).
         augment: the training augmentation that suits it.
@@ -67,6 +68,7 @@ class Datasheet:
     classes: tuple[str, ...] | None = None
     expected_counts: dict[str, int] | None = None
     expected_total: int | None = None
+    counts_from: str = ""
     metric: str = "accuracy"
     channels: int = 3
     augment: Literal["domainbed", "none"] = "domainbed"
