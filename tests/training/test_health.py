@@ -71,6 +71,15 @@ def test_each_layer_is_warned_of_once(short_config):
     assert "'conv': 90% of its weights are clipped; 60% of its channels round to zero" in warnings[0]
 
 
+@pytest.mark.parametrize("accuracies", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.5)])
+def test_held_out_images_of_one_class_show_no_collapse(short_config, accuracies):
+    """Their best constant answer is always right, so that no accuracy is above chance and none has fallen to it."""
+    chance = chance_accuracy(np.array([1, 1, 1, 0]), [np.array([0]), np.array([1, 2])], 2)
+    assert chance == 1.0
+    records = [record(2 * i, accuracy) for i, accuracy in enumerate(accuracies)]
+    HealthWatch(short_config(), chance=chance, warn=pytest.fail)([HEALTHY], records)
+
+
 def test_a_fall_to_chance_stops_with_a_diagnosis(short_config):
     config = short_config(quantizer={"step_mode": "raw", "start_step": 2})
     with pytest.raises(CollapseError, match=r"fell from 90\.0% at step 2 to 20\.0% at step 4.*step_mode=log") as caught:
