@@ -45,7 +45,8 @@ def decode(path: Path, channels: int = 3, size: int | None = None) -> npt.NDArra
                 image.draft(None, (SPARE * size, SPARE * size))
             return to_pixels(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} is too large to be safe: {error}. Make it smaller, or remove it.") from error
+        reason = str(error).rstrip(".")
+        raise DataError(f"{path} is too large to be safe: {reason}. Make it smaller, or remove it.") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist (any more)") from error
     except Exception as error:  # Pillow's readers raise a dozen kinds of error for broken files

@@ -71,7 +71,7 @@ def make_splits(
         if int(len(members) * frac) == 0:
             raise DataError(
                 f"domain '{domain}' has {len(members)} images: too few to hold out {frac:.0%} for selection; "
-                f"it needs at least {int(np.ceil(1 / frac))}. Add images, or leave the domain out of the folder or list."
+                f"it needs at least {int(np.ceil(1 / frac))}. Add images, or leave the domain out."
             )
         if test_mode == "in-domain":
             train, heldout, test = three_way(len(members), frac, trial=trial, domain_index=d)
