@@ -86,6 +86,13 @@ def test_names_of_every_kind(image_tree: Path) -> None:
     assert dataset.read(dataset.keys.index("Straße 東京 #1/cat/Ü [b], 1.PNG")).shape == (20, 24, 3)
 
 
+def test_a_name_that_is_not_utf8_is_shown(image_tree: Path) -> None:
+    odd = os.fsencode(image_tree / "night" / "cat") + b"/sch\xf6n.png"
+    os.rename(image_tree / "night" / "cat" / "0.png", odd)
+    with pytest.raises(DataError, match=r"photos/night/cat/sch\\xf6n\.png is not UTF-8: rename it"):
+        open_folder(image_tree)
+
+
 def test_an_image_is_read_as_stored(image_tree: Path) -> None:
     pixels = open_folder(image_tree).read(0)
     assert pixels.shape == (20, 24, 3)

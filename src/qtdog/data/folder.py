@@ -23,7 +23,8 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     No image is opened. A folder with exactly the domains and classes of a known benchmark carries its datasheet.
 
     Raises:
-        DataError: the folder is missing, not a folder, not laid out like that, or has fewer domains than `min_domains`.
+        DataError: the folder is missing, not a folder, not laid out like that, has a name that is not UTF-8, or has
+            fewer domains than `min_domains`.
     """
     require_path(root, "data folder")
     if not root.is_dir():
@@ -32,6 +33,7 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     if not records:
         raise DataError(_explain_nothing_found(root))
     _require_images_everywhere(root, classes, records)
+    _require_utf8([record.key for record in records], root)
     names = tuple(sorted({label for labels in classes.values() for label in labels}))
     own = Datasheet(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
     dataset = FileDataset(match_card(classes, names) or own, root, records, names)
@@ -118,3 +120,13 @@ def _require_images_everywhere(root: Path, classes: dict[str, list[str]], record
     if empty:
         folders = ", ".join(str(root / name) for name in empty)
         raise DataError(f"no images in {folders}: fill or remove the folder (every folder of {root} is one domain)")
+
+
+def _require_utf8(keys: list[str], root: Path) -> None:
+    """Names of domains, classes and images are written into files and hashes."""
+    try:
+        "".join(keys).encode()
+    except UnicodeEncodeError:
+        shown = [key.encode(errors="surrogateescape").decode(errors="backslashreplace") for key in keys]
+        wrong = next(name for name, key in zip(shown, keys, strict=True) if name != key)
+        raise DataError(f"the name {root}/{wrong} is not UTF-8: rename it (\\x stands before an odd byte)") from None
