@@ -7,16 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qtdog.cli.plan import Request, make_plan
+from qtdog.data.digits import RotatedDigits
 from qtdog.training.checkpoint import checkpoint_folders
+from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.evaluator import Evaluator
+from qtdog.training.problem import make_problem
 from qtdog.training.run import run
 from qtdog.training.run_folder import RunFolder
+from qtdog.training.shipped import load
 
 STEPS, START = 6, 3
 FLAGS = {"target": "75", "image_size": 8, "batch_size": 4, "steps": STEPS, "start_step": START}
@@ -28,10 +35,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def in_two_processes(out: Path) -> None:
-    words = [word for name, value in FLAGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def in_two_processes(out: Path, flags: dict[str, Any], *assigned: str) -> None:
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command = [*launch, "-m", "qtdog", "train", *words, "--set", "train.eval_every=2", "--out", str(out)]
+    words += [word for one in assigned for word in ("--set", one)]
+    command = [*launch, "-m", "qtdog", "train", *words, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("model  ") == 1  # only the first process speaks
@@ -40,7 +48,7 @@ def in_two_processes(out: Path) -> None:
 def test_two_processes_match_one(tmp_path):
     dataset, (planned,) = make_plan(Request(FLAGS, (), ["train.eval_every=2"], out=tmp_path / "one"))
     expected = run(planned.config, dataset, planned.folder)
-    in_two_processes(tmp_path / "two")
+    in_two_processes(tmp_path / "two", FLAGS, "train.eval_every=2")
     one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
     result = json.loads(two.result_file.read_text())
     assert result["config_hash"] == expected["config_hash"]
@@ -53,6 +61,20 @@ def test_two_processes_match_one(tmp_path):
     assert networks[0].keys() == networks[1].keys()
     for name, ours in networks[0].items():
         torch.testing.assert_close(networks[1][name], ours, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(tmp_path):
+    flags = FLAGS | {"image_size": 32, "steps": 2, "start_step": 1, "backbone": "test_resnet", "weights": "none"}
+    in_two_processes(tmp_path / "run", flags, "model.freeze_bn=false")
+    folder, digits = RunFolder(tmp_path / "run"), RotatedDigits()
+    config = folder.read_config()
+    assert config is not None
+    evaluate = compose(config, digits, make_problem(config, digits), make_accelerator(config)).evaluate
+    assert isinstance(evaluate, Evaluator)
+    shipped = replace(evaluate, network=load(folder.model_file).network)
+    told = folder.read_metrics()[-1].seen.source
+    for domain, part in evaluate.problem.selection_sets().items():
+        assert shipped.score(part).loss == pytest.approx(told[domain].loss, rel=1e-6)
 
 
 def test_an_error_of_any_process_is_told():

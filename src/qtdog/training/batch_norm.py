@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -32,12 +33,21 @@ def fit_batch_norm_(parts: Parts) -> None:
     passes = (partial(network.features, batch.images.to(accelerator.device), batch.sizes) for batch in batches)
     _estimate_(network, layers, passes)
     if accelerator.num_processes > 1:
-        for layer in layers:
-            for buffer in (layer.running_mean, layer.running_var):
-                assert buffer is not None
-                shared = accelerator.reduce(buffer, reduction="mean")
-                assert isinstance(shared, Tensor)
-                buffer.copy_(shared)
+        for buffer in _statistics(layers):
+            shared = accelerator.reduce(buffer, reduction="mean")
+            assert isinstance(shared, Tensor)
+            buffer.copy_(shared)
+
+
+def take_batch_norm_of_the_first_process_(parts: Parts) -> None:
+    """Give every process the running statistics of the first, which are those that ship.
+
+    A training step begins with that (`DistributedDataParallel`), but its forward pass then moves each process's own: an
+    evaluation right behind it would be of several networks.
+    """
+    if parts.accelerator.num_processes > 1:
+        for buffer in _statistics(_learning(parts.network)):
+            buffer.copy_(broadcast(buffer))
 
 
 def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -80,6 +90,10 @@ def _estimate_(network: nn.Module, layers: Sequence[_BatchNorm], passes: Iterabl
 
 def _layers(network: nn.Module) -> list[_BatchNorm]:
     return [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+
+
+def _statistics(layers: Sequence[_BatchNorm]) -> list[Tensor]:
+    return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
 
 
 def _learning(network: Network) -> list[_BatchNorm]:

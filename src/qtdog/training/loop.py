@@ -21,7 +21,7 @@ from qtdog.core.random import derive
 from qtdog.data.loader import Batch
 from qtdog.objectives.view import DomainBatch
 from qtdog.training.averagers import snapshot, swapped
-from qtdog.training.batch_norm import fit_batch_norm_
+from qtdog.training.batch_norm import fit_batch_norm_, take_batch_norm_of_the_first_process_
 from qtdog.training.parts import Parts
 from qtdog.training.probe import keep_classifier_gradients_
 from qtdog.training.records import Record, SourceRecord
@@ -164,6 +164,8 @@ def _evaluate(parts: Parts, state: RunState, doors: Doors) -> None:
     with swapped(parts.network, averaged):
         if averaged is not None:
             fit_batch_norm_(parts)
+        else:
+            take_batch_norm_of_the_first_process_(parts)
         record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
         layers = layer_health(parts.network)
         line = record.to_json() | {"trained_s": round(state.trained_s, 3), "health": worst(layers)}
