@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qtdog.analysis.spectrum import Ritz, density
 
 N_GRID = 400
 WIDTH_FRAC = 1 / 100  # of the span of all spectra: the Gaussian that smooths
-FLOOR = 1e-6  # of the highest density: below it a log axis shows numerical dust
+FLOOR = 0.1  # of what one eigenvalue by itself adds: below it a log axis shows numerical dust
 
 
 def draw_hessian(
@@ -33,7 +34,7 @@ def draw_hessian(
     _bars(axes[1], numbers, "top_eigenvalue", "residual")
     axes[1].set_ylabel("largest eigenvalue")
     if densities:
-        _densities(axes[2], densities)
+        _densities(axes[2], densities, numbers)
     legend(figure, axes[0])
     return save(figure, folder, "hessian")
 
@@ -50,19 +51,25 @@ def _bars(axis: Axes, numbers: Sequence[Mapping[str, Any]], name: str, error: st
     axis.grid(alpha=0.3)
 
 
-def _densities(axis: Axes, densities: Mapping[str, Sequence[Ritz]]) -> None:
+def _densities(axis: Axes, densities: Mapping[str, Sequence[Ritz]], numbers: Sequence[Mapping[str, Any]]) -> None:
     places = [value for probes in densities.values() for probe in probes for value in probe.values]
     span = max(places) - min(places) or 1.0
     grid = np.linspace(min(places) - 0.05 * span, max(places) + 0.05 * span, N_GRID)
+    width = WIDTH_FRAC * span
+    lowest = FLOOR / (numbers[0]["n_parameters"] * width * math.sqrt(2 * math.pi))
     highest = 0.0
-    for n, probes in enumerate(densities.values()):
-        mean, error = density(probes, grid, WIDTH_FRAC * span)
+    for n, (row, probes) in enumerate(zip(numbers, densities.values(), strict=True)):
+        mean, error = density(probes, grid, width)
         highest = max(highest, float(mean.max()))
         colour = style(n)["color"]
         axis.plot(grid, mean, color=colour)
-        axis.fill_between(grid, np.maximum(mean - error, FLOOR * mean.max()), mean + error, color=colour, alpha=0.2)
+        axis.fill_between(
+            grid, np.maximum(mean - error, lowest), np.maximum(mean + error, lowest), color=colour, alpha=0.2
+        )
+        found = [value for name, value in row.items() if name.startswith("eigenvalue_")]
+        axis.plot(found, [lowest * 10 ** (0.25 * (n + 1))] * len(found), "|", color=colour, markersize=9, clip_on=False)
     axis.set_yscale("log")
-    axis.set_ylim(FLOOR * highest, 3 * highest)
-    axis.set_xlabel("eigenvalue of the Hessian")
+    axis.set_ylim(lowest, 3 * highest)
+    axis.set_xlabel("eigenvalue of the Hessian (strokes: the largest)")
     axis.set_ylabel("spectral density")
     axis.grid(alpha=0.3)

@@ -22,7 +22,7 @@ OUT = Path("analyses")
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its method, and its seed or folder where that does not tell it from another.
+    """Return a name for each run: its method and settings, and what else tells it from the others.
 
     Raises:
         ConfigError: a run is named twice.
@@ -32,17 +32,32 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
     from qtdog.analysis.subject import read_run
     from qtdog.core.errors import ConfigError
+    from qtdog.report.entry import settings_of
+    from qtdog.report.labels import setting_labels
     from qtdog.report.table import method_name
 
     twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is named twice")
     configs = [read_run(path)[1] for path in paths]
-    names = [method_name(config.model_dump()) for config in configs]
-    seeded = [f"{name}, seed {config.train.seed}" for name, config in zip(names, configs, strict=True)]
-    names = [long if names.count(name) > 1 else name for name, long in zip(names, seeded, strict=True)]
-    placed = [f"{name} ({path.name or path})" for name, path in zip(names, paths, strict=True)]
-    return [long if names.count(name) > 1 else name for name, long in zip(names, placed, strict=True)]
+    trees = [config.model_dump(mode="json") for config in configs]
+    names = setting_labels([method_name(tree) for tree in trees], [settings_of(tree) for tree in trees])
+    for told in (
+        [f", {config.data.target} unseen" for config in configs],
+        [f", trial {config.data.trial}" for config in configs],
+        [f", seed {config.train.seed}" for config in configs],
+        [f" ({path.name or path})" for path in paths],
+    ):
+        names = _told_apart(names, told)
+    return names
+
+
+def _told_apart(names: Sequence[str], told: Sequence[str]) -> list[str]:
+    """Return names with what is told of each added, among those of one name where it differs."""
+    said: dict[str, set[str]] = {}
+    for name, text in zip(names, told, strict=True):
+        said.setdefault(name, set()).add(text)
+    return [name + text if len(said[name]) > 1 else name for name, text in zip(names, told, strict=True)]
 
 
 def subjects_of(paths: Sequence[Path], data: str | None) -> list[Subject]:

@@ -14,9 +14,6 @@ Settings = Mapping[str, Any]
 def label_rows(entries: Sequence[Entry], *, pooled: bool = False) -> dict[str, list[Entry]]:
     """Return the entries by row: methods in the order of their first appearance, settings of one by name.
 
-    A row is a method with its settings. Where a method appears with several settings, its rows say in which values
-    they are not the most common one: "erm + lsq 7 bit (step_mode=raw)".
-
     Args:
         entries: of one data set.
         pooled: make one row of all settings of a method.
@@ -26,18 +23,41 @@ def label_rows(entries: Sequence[Entry], *, pooled: bool = False) -> dict[str, l
         methods.setdefault(entry.method, []).append(entry)
     if pooled:
         return methods
-    return {label: row for method, group in methods.items() for label, row in _split(method, group).items()}
-
-
-def _split(method: str, group: Sequence[Entry]) -> dict[str, list[Entry]]:
-    keys = differing([entry.settings for entry in group])
-    common = {key: Counter(value_text(entry.settings.get(key)) for entry in group).most_common(1)[0][0] for key in keys}
     rows: dict[str, list[Entry]] = {}
-    for entry in group:
-        values = {key: value_text(entry.settings.get(key)) for key in keys}
-        said = [f"{_short(key, keys)}={value}" for key, value in values.items() if value != common[key]]
-        rows.setdefault(f"{method} ({', '.join(said)})" if said else method, []).append(entry)
-    return dict(sorted(rows.items()))
+    for method, group in methods.items():
+        labels = setting_labels([method] * len(group), [entry.settings for entry in group])
+        for label in sorted(set(labels)):
+            rows[label] = [entry for entry, its in zip(group, labels, strict=True) if its == label]
+    return rows
+
+
+def setting_labels(methods: Sequence[str], settings: Sequence[Settings]) -> list[str]:
+    """Return a label for each of several runs: its method, and what its settings differ in.
+
+    Where a method appears with several settings, its labels say in which values they are not the most common one:
+    "erm + lsq 7 bit (step_mode=raw)".
+
+    Args:
+        methods: name of the method of each.
+        settings: of each, by `section.key`.
+
+    Example:
+        >>> setting_labels(["lsq", "lsq", "lsq"], [{"q.bits": 7}, {"q.bits": 7}, {"q.bits": 4}])
+        ['lsq', 'lsq', 'lsq (bits=4)']
+    """
+    labels = list(methods)
+    for method in dict.fromkeys(methods):
+        places = [place for place, name in enumerate(methods) if name == method]
+        for place, said in zip(places, _said([settings[place] for place in places]), strict=True):
+            labels[place] = f"{method} ({said})" if said else method
+    return labels
+
+
+def _said(settings: Sequence[Settings]) -> list[str]:
+    keys = differing(settings)
+    common = {key: Counter(value_text(one.get(key)) for one in settings).most_common(1)[0][0] for key in keys}
+    texts = [{key: value_text(one.get(key)) for key in keys} for one in settings]
+    return [", ".join(f"{_short(key, keys)}={text[key]}" for key in keys if text[key] != common[key]) for text in texts]
 
 
 def differing(settings: Sequence[Settings]) -> list[str]:
