@@ -122,6 +122,13 @@ def test_a_quantizer_with_one_start_says_so(train_member, out):
     assert assemble(members, Order("soup", out, Recipe(refit="init")))["kind"] == "soup"
 
 
+def test_codes_that_come_from_images_make_no_soup(quantized, out):
+    config = quantized[0].config
+    gptq = config.model_copy(update={"quantizer": config.quantizer.model_copy(update={"name": "gptq"})})
+    with pytest.raises(ConfigError, match=r"'gptq' finds its codes from images.*or --kind eoq"):
+        assemble([replace(member, config=gptq) for member in quantized], Order("soup", out))
+
+
 def test_recipes_that_a_kind_does_not_read_are_refused(quantized, out):
     for kind, recipe, flag in (
         ("eoq", Recipe(pick="greedy"), "--pick is for --kind diwa or soup"),

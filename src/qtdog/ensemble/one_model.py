@@ -100,8 +100,12 @@ def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:
             if value != trees[0][key]:
                 text = f"{first.path} and {member.path} differ in quantizer.{key}: {trees[0][key]} and {value}"
                 raise ConfigError(f"{text}. A soup has one grid; make members of one, or --kind eoq")
-    if recipe.refit == "mse" and "init" not in QUANTIZERS[first.config.quantizer.name].reads:
-        raise ConfigError(f"quantizer '{first.config.quantizer.name}' has one start of its own: add --refit init")
+    name = first.config.quantizer.name
+    if "calibration_images" in QUANTIZERS[name].reads:
+        text = f"quantizer '{name}' finds its codes from images of the finished model, so the mean of weights has none"
+        raise ConfigError(f"{text}. Make a soup of members of another quantizer, or --kind eoq")
+    if recipe.refit == "mse" and "init" not in QUANTIZERS[name].reads:
+        raise ConfigError(f"quantizer '{name}' has one start of its own: add --refit init")
     start = {"init": "mse"} if recipe.refit == "mse" else {}
     return first.config.model_copy(update={"quantizer": first.config.quantizer.model_copy(update=start)})
 
