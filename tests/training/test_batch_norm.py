@@ -123,6 +123,7 @@ def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits
     assert all(torch.equal(fitted[name], before[name]) for name in fitted if not name.startswith(learning))
     batches = [parts.batches.batch(step) for step in range(N_BATCHES)]
     if freeze_bn:
+        assert parts.network.context is not None
         expected = by_hand(parts.network.context, [batch.images for batch in batches])
         expected = {f"context.{name}": value for name, value in expected.items()}
     else:

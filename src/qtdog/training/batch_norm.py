@@ -47,7 +47,9 @@ def take_batch_norm_of_the_first_process_(parts: Parts) -> None:
     """
     if parts.accelerator.num_processes > 1:
         for buffer in _statistics(_learning(parts.network)):
-            buffer.copy_(broadcast(buffer))
+            first = broadcast(buffer)
+            assert isinstance(first, Tensor)
+            buffer.copy_(first)
 
 
 def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
