@@ -17,7 +17,7 @@ from qtdog.training import loop as loop_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
 from qtdog.training.fork import prefix_config, train_prefix
-from qtdog.training.fork_state import fork_differences, reseeded
+from qtdog.training.fork_state import fork_differences, fork_obstacle, reseeded
 from qtdog.training.problem import resolve
 from qtdog.training.run import Voice, run
 from qtdog.training.run_folder import RunFolder
@@ -224,6 +224,16 @@ def test_a_fork_behind_the_start_and_an_averager_that_began_before_are_refused(m
     config = make(quantizer={"name": "none", "start_step": None}, averager={"name": "swad"})
     with pytest.raises(RunError, match="counts weights from update 1 on"):
         run(config, digits, RunFolder(tmp_path / "b"), fork_from=prefix)
+
+
+@pytest.mark.parametrize("layer", ["none", "context"])
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_where_batch_norm_adapts_the_average_must_begin_behind_the_fork(layer, freeze_bn, make):
+    config = make(model={"freeze_bn": freeze_bn, "feature_layer": layer}, quantizer={"name": "none"})
+    config = build_config([config.model_dump(), {"averager": {"name": "sma"}}])
+    sma = AVERAGERS["sma"]({"start": START}, 0)
+    refused = [fork_obstacle(prefix_config(config), config, sma, step) is not None for step in (START - 1, START)]
+    assert refused == [False, layer == "context" or not freeze_bn]
 
 
 @pytest.mark.parametrize("start", [START, START + 1])
