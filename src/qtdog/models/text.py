@@ -19,7 +19,6 @@ from qtdog.core.extras import extra
 from qtdog.models.word_pieces import Tokeniser, Tokens, check_words, word_pieces
 
 PAD, START = 0, 1  # what fills a short text up; what a hashed text begins with
-MAX_TOKENS = 512  # positions that DistilBERT has
 N_WORDS = 30_522  # of DistilBERT's vocabulary
 WORD = re.compile(r"\w+|[^\w\s]")
 
