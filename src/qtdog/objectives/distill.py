@@ -71,9 +71,9 @@ class Distill(Objective):
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the weighted sum of both losses."""
-        domains = view.outputs(batch)
+        domains = view.own_outputs(batch)
         with torch.no_grad():
             taught = self._teacher(batch.images)
         student = torch.cat([domain.logits for domain in domains])
         soft = distillation_loss(student.float(), taught.float(), self.temperature)
-        return self.weight * soft + (1 - self.weight) * self.loss(domains)
+        return self.weight * soft + (1 - self.weight) * self.loss(view.joined(domains))

@@ -70,7 +70,7 @@ class Fishr(Objective):
     Adam goes on with the moments that it has.
 
     Where the classifier is quantized, its gradients are those of the quantized weights. The averages are kept in
-    checkpoints. They depend on the whole batch: one process only.
+    checkpoints.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
@@ -82,7 +82,6 @@ class Fishr(Objective):
     }
     MIN_DOMAINS = 2
     MIN_BATCH = 2
-    ONE_PROCESS = True
     average: Tensor
     before: Tensor
 

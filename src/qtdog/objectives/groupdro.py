@@ -36,14 +36,13 @@ class GroupDRO(Objective):
     """Losses of the domains, weighted towards the worst one: GroupDRO (Sagawa et al., ICLR 2020, Algorithm 1).
 
     L = Σ_d q_d · L_d, where q starts uniform and every step first multiplies each q_d by exp(η · L_d) and normalises.
-    The shares q are kept in checkpoints. They depend on the whole batch: one process only.
+    The shares q are kept in checkpoints.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "eta": HyperParameter(0.01, "step size of the domains' shares", low=0, search=(1e-3, 1e-1), log=True),
     }
     MIN_DOMAINS = 2
-    ONE_PROCESS = True
     shares: Tensor
 
     def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:

@@ -58,10 +58,10 @@ class Objective(nn.Module):
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.
         MIN_DOMAINS: fewest source domains that make sense.
-        MIN_BATCH: fewest images per domain, step and process.
+        MIN_BATCH: fewest images per domain and step.
         EQUAL_SHARES: whether every domain must have as many images in a batch.
         ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
-            nobody gathers, or has state that depends on the whole batch.
+            nobody gathers, or has parameters of its own.
         lr_factor: of the objective's own parameters.
         params: the values of the hyper-parameters.
     """
@@ -84,10 +84,9 @@ class Objective(nn.Module):
         if self.ONE_PROCESS and setting.n_processes > 1:
             text = f"objective '{name}' works in one process only, and there are {setting.n_processes}"
             raise ConfigError(f"{text}. Start it without `accelerate launch`, or with --num_processes 1.")
-        if setting.batch_size < self.MIN_BATCH * setting.n_processes:
-            text = f"objective '{name}' needs at least {self.MIN_BATCH} images per domain, step and process"
-            fewest = self.MIN_BATCH * setting.n_processes
-            raise ConfigError(f"{text}, data.batch_size is {setting.batch_size}: use --batch-size {fewest}.")
+        if setting.batch_size < self.MIN_BATCH:
+            text = f"objective '{name}' needs at least {self.MIN_BATCH} images per domain and step"
+            raise ConfigError(f"{text}, data.batch_size is {setting.batch_size}: use --batch-size {self.MIN_BATCH}.")
         if self.EQUAL_SHARES and not setting.equal_shares:
             text = f"objective '{name}' takes as many images of every domain, and data.focus gives one of them half"
             raise ConfigError(f"{text}. Leave data.focus out, or use another objective, such as erm.")

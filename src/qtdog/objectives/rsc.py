@@ -72,9 +72,11 @@ class RSC(Objective):
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the scalar loss of one step."""
-        features, _ = view(batch.images)
-        kept = self._kept(view, features.detach(), batch.labels)
-        return cross_entropy(view.classify(features * kept), batch.labels)
+        domains = view.outputs(batch)
+        features = torch.cat([domain.features for domain in domains])
+        labels = torch.cat([domain.labels for domain in domains])
+        kept = self._kept(view, features.detach(), labels)
+        return cross_entropy(view.classify(features * kept), labels)
 
     def _kept(self, view: ModelView, features: Tensor, labels: Tensor) -> Tensor:
         """Return which features count, shape (n, d)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 @dataclass(frozen=True)
 class DomainOutputs:
-    """What the network said about one source domain's share of the batch.
+    """What the network said about the images of one source domain in a batch, or in a process's share of it.
 
     Attributes:
         features: penultimate features, shape (n, d).
@@ -47,6 +47,10 @@ class DomainBatch:
         return zip(self.images.split(self.sizes), self.labels.split(self.sizes), strict=True)
 
 
+def _alone(rows: Tensor) -> Sequence[Tensor]:
+    return [rows]
+
+
 @dataclass(frozen=True)
 class ModelView:
     """The model as functions of images, features or parameters.
@@ -54,10 +58,12 @@ class ModelView:
     Attributes:
         model: images → (features, logits), as training runs it (possibly wrapped for several processes).
         network: the plain network inside, with `featurizer` and `classifier`; its own forward gives logits.
+        of_all: rows of this process → those of every process that shares the batch, in their order.
     """
 
     model: nn.Module
     network: nn.Module
+    of_all: Callable[[Tensor], Sequence[Tensor]] = _alone
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W)."""
@@ -66,10 +72,25 @@ class ModelView:
             return self.model(images)
 
     def outputs(self, batch: DomainBatch) -> list[DomainOutputs]:
-        """Return the outputs of each domain, from one pass over the whole batch."""
+        """Return the outputs of each domain over the images of all processes, from one pass of each over its own."""
+        return self.joined(self.own_outputs(batch))
+
+    def own_outputs(self, batch: DomainBatch) -> list[DomainOutputs]:
+        """Return the outputs of each domain over the images of this process."""
         features, logits = self(batch.images)
         split = zip(*(tensor.split(batch.sizes) for tensor in (features, logits, batch.labels)), strict=True)
         return [DomainOutputs(*domain) for domain in split]
+
+    def joined(self, own: Sequence[DomainOutputs]) -> list[DomainOutputs]:
+        """Return the outputs of each domain over the images of all processes, in the order of the whole batch."""
+        return [
+            DomainOutputs(self._whole(domain.features), self._whole(domain.logits), self._whole(domain.labels))
+            for domain in own
+        ]
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        parts = self.of_all(rows)  # process r of n has rows r, r + n, … of a domain
+        return rows if len(parts) == 1 else torch.stack(list(parts), dim=1).flatten(0, 1)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits (n, n_classes) of features (n, d)."""

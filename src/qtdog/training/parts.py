@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from qtdog.objectives.objective import Objective
 from qtdog.objectives.view import ModelView
 from qtdog.training.averagers import Averager
 from qtdog.training.records import Record
+from qtdog.training.shared_batch import of_all_processes
 from qtdog.training.step_rules import StepRule
 
 
@@ -71,4 +73,4 @@ class Parts:
     @property
     def view(self) -> ModelView:
         """The model as an objective sees it."""
-        return ModelView(self.model, self.network)
+        return ModelView(self.model, self.network, partial(of_all_processes, self.accelerator))
