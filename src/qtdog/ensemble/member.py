@@ -13,9 +13,8 @@ from qtdog.core.files import sha256_file
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.training.run_folder import RunFolder
-from qtdog.training.shipped import ModelInfo, read_info
+from qtdog.training.shipped import STRUCTURE, ModelInfo, read_info
 
-STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
 ALIKE = (*STRUCTURE, "source_domains", "target_domain")
 
 

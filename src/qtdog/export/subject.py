@@ -15,9 +15,7 @@ from qtdog.export.deployed import ASKED, OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
-from qtdog.training.shipped import ModelInfo, network_for, read_info
-
-STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
+from qtdog.training.shipped import STRUCTURE, ModelInfo, network_for, read_info
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class Preprocessing(_Untrusted):
         return words
 
 
+# What the members of one ensemble have in common, by attribute of `ModelInfo`.
+STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
+
+
 class ModelInfo(_Untrusted):
     """What a shipped file says of itself.
 
