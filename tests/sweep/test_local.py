@@ -16,9 +16,10 @@ from qtdog.core.errors import RunError
 from qtdog.sweep import driver as driver_module
 from qtdog.sweep.driver import Driver
 from qtdog.sweep.notes import Outcome, Status, read_failures
-from qtdog.sweep.plan import make_plan
+from qtdog.sweep.plan import make_plan, select
 from qtdog.sweep.state import is_done, standings, unfinished
 from qtdog.sweep.study import Study
+from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform
 from qtdog.training.run import Voice
 from qtdog.training.run_folder import RunFolder
@@ -49,6 +50,48 @@ def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_pa
         result = RunFolder(task.folder(tmp_path / "shared")).read_result()
         if task.kind == "run" and result is not None:
             assert result["forked_from_step"] == task.step
+
+
+def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running):
+    how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}, "share_prefix": True}
+    separate, shared = make_tiny(**how), make_tiny(**how, share_averaged=True)
+    expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
+    found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
+    assert found == expected
+    # float makes the four updates behind the beginning for sma, lsq for lsq+swad; swad begins at step 0, rtn at step 5
+    assert sum(task.steps for task in separate.tasks) == 2 + 6 * 4 + 6 + 1
+    assert sum(task.steps for task in shared.tasks) == 2 + 4 * 4 + 6 + 1
+    made = {task.labels[0]["method"]: task.after for task in shared.tasks if task.after}
+    names = {task.labels[0]["method"]: task.name for task in shared.tasks if task.labels}
+    assert made == {"sma": names["float"], "lsq+swad": names["lsq"]}
+
+
+def test_who_waits_for_the_updates_of_a_run_that_fails_makes_its_own(make_tiny, tmp_path, running):
+    plan = make_tiny(methods={name: METHODS[name] for name in ("float", "swad")}, share_averaged=True, grid={"seed": 0})
+    first, second = plan.tasks
+    assert (second.after, first.after, first.steps, second.steps) == (first.name, "", 6, 0)
+
+    def end(task):
+        return Outcome(task.name, "failed" if task.name == first.name else "done", "no luck", "RunError")
+
+    engine, tasks = Scripted(end, tmp_path, slots=2), []
+    engine.start = lambda task: (tasks.append(task), Scripted.start(engine, task))
+    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
+    assert [task.name for task in tasks] == [first.name, second.name]  # one behind the other, with room for both
+    assert (tasks[1].after, tasks[1].steps) == ("", 6)
+    assert set(progress.failed) == {first.name}
+    assert progress.done == {second.name}
+
+
+def test_a_run_left_over_from_shared_updates_makes_its_own(make_tiny, tmp_path):
+    plan = make_tiny(methods={name: METHODS[name] for name in ("float", "swad")}, share_averaged=True, grid={"seed": 0})
+    first, second = plan.tasks
+    assert perform(select(plan.tasks, "float")[0], tmp_path, plan.dataset, Voice()).status == "done"
+    assert not second.folder(tmp_path).exists()  # nobody asked for it
+    (left,) = unfinished(plan.tasks, tmp_path)
+    assert (left.name, left.after, left.steps) == (second.name, "", 6)
+    again = Task.from_json(json.loads(json.dumps(first.to_json())))
+    assert again == first
 
 
 def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):

@@ -15,7 +15,7 @@ from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.loop import Doors, train
+from qtdog.training.loop import Doors, Track, train
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.run import Silent, Voice, run
 from qtdog.training.run_folder import RunFolder
@@ -185,7 +185,7 @@ def test_nan_weights_are_never_written(short_config, digits):
     saved: list[int] = []
     doors = Doors(lambda state: saved.append(state.step), lambda line: None, lambda: None, Silent())
     with pytest.raises(NonFiniteLossError):
-        train(parts, RunState(), doors)
+        train(Track(parts, RunState(), doors))
     assert saved == []
 
 

@@ -76,7 +76,7 @@ def sweep(
     machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
     machines.check()
     plan, folder = open_plan(study, data, out)
-    tasks = select(plan.tasks, only) if only else list(plan.tasks)
+    tasks = machines.shared(select(plan.tasks, only) if only else plan.tasks)
     if dry:
         dry_run(plan, tasks, folder, cluster=cluster, crew=machines.crew)
         show_batch_script(machines, folder)

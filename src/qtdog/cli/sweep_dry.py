@@ -42,10 +42,10 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | N
         out.print(f"{text}at ${device.usd_per_hour:g} an hour.", highlight=False)
     for line in _checked(plan, folder, step_s, pace.overhead):
         out.print(line, highlight=False)
-    if plan.study.share_prefix:
+    if plan.study.share_prefix or plan.study.share_averaged:
         alone = sum(task.config.train.steps for task in tasks if task.kind == "run" and task.config is not None)
         steps = sum(task.steps for task in tasks)
-        out.print(f"Sharing beginnings: {steps:,} steps in all instead of {alone:,}.", highlight=False)
+        out.print(f"Sharing: {steps:,} steps in all instead of {alone:,}.", highlight=False)
 
 
 def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> dict[str, float]:

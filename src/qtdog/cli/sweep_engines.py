@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from qtdog.sweep.engine import Engine
 from qtdog.sweep.local import LocalEngine
 from qtdog.sweep.plan import Plan
 from qtdog.sweep.ray_engine import RayEngine
+from qtdog.sweep.sharing import keep_sharing
 from qtdog.sweep.slurm_engine import Job, SlurmEngine, batch_script
+from qtdog.sweep.task import Task
 from qtdog.training.loggers.logger import watched
 
 
@@ -53,6 +56,10 @@ class Machines:
         for flag, engines in readers.items():
             if given[flag] and self.engine not in engines:
                 raise ConfigError(f"{flag} is for --engine {' or '.join(engines)}; leave it out for {self.engine}")
+
+    def shared(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks as they are done here: where a logger listens, each run makes its own updates."""
+        return [one for task in tasks for one in keep_sharing([task])] if self.loggers else list(tasks)
 
     @property
     def crew(self) -> Crew:

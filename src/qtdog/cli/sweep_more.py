@@ -131,7 +131,8 @@ def retry(
     if fresh:
         for task in tasks:
             shutil.rmtree(task.folder(folder), ignore_errors=True)
-    sweep_tasks(plan, with_needs(plan.tasks, tasks), folder, lambda: make_engine(machines, plan, folder))
+    wanted = machines.shared(with_needs(plan.tasks, tasks))
+    sweep_tasks(plan, wanted, folder, lambda: make_engine(machines, plan, folder))
 
 
 def diff(

@@ -13,7 +13,7 @@ from qtdog.training.averagers import snapshot
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.final import final_network_
 from qtdog.training.fork_state import load_plain_
-from qtdog.training.loop import Doors, train
+from qtdog.training.loop import Doors, Track, train
 from qtdog.training.run import Silent
 from qtdog.training.state import RunState
 
@@ -63,7 +63,7 @@ def tune(weights: State, config: Config, exam: Exam, steps: int) -> Network:
     state.add_line(parts.evaluate(0, True, None, lambda: None).to_json())
     state.selected = snapshot(parts.network)
     ignore = Doors(save=lambda state: None, keep_line=lambda line: None, check=lambda: None, watcher=Silent())
-    train(parts, state, ignore)
+    train(Track(parts, state, ignore))
     final_network_(parts, state)
     return parts.network
 

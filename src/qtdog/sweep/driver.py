@@ -56,7 +56,8 @@ class Progress:
     def ready(self, now: float) -> Task | None:
         """Return the first waiting task that can begin."""
         for task in self.waiting:
-            if self.later.get(task.name, 0.0) <= now and self.done.issuperset(task.needs):
+            waits = task.after and task.after not in self.done
+            if self.later.get(task.name, 0.0) <= now and self.done.issuperset(task.needs) and not waits:
                 return task
         return None
 
@@ -153,6 +154,7 @@ class Driver:
             keep_journal(outcome, task.steps, self._out)
         elif outcome.status == "failed":
             progress.failed[task.name] = outcome
+            progress.waiting = [replace(one, after="") if one.after == task.name else one for one in progress.waiting]
             keep_failure(outcome, self._out)
         else:
             self._put_back(task, outcome)

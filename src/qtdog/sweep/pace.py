@@ -76,7 +76,7 @@ class Pace:
         """Return the seconds until all is done with as many at a time as run now; None if nothing was measured yet."""
         total = 0.0
         for task in [*waiting, *running]:
-            if task.config is None:
+            if task.config is None or task.after:
                 continue
             step_s = self.step_s(task.config)
             if step_s is None:

@@ -13,7 +13,7 @@ from qtdog.data.cache import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.readable import open_readable
 from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of, skips_unreadable
-from qtdog.sweep.sharing import share_prefixes
+from qtdog.sweep.sharing import keep_sharing, share_prefixes, share_updates
 from qtdog.sweep.study import Ensemble, Labels, Scalar, Study
 from qtdog.sweep.task import Join, Task
 
@@ -63,6 +63,7 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     ensembles = [task for one in study.ensembles for task in _ensembles(study, one, runs, errors)]
     raise_all(errors)
     tasks = share_prefixes(runs) if study.share_prefix else runs
+    tasks = share_updates(tasks) if study.share_averaged else tasks
     return Plan(study, source, dataset, tuple(_in_order([*tasks, *ensembles])))
 
 
@@ -147,7 +148,10 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
 
 
 def with_needs(tasks: Sequence[Task], some: Sequence[Task]) -> list[Task]:
-    """Return some tasks of a plan and all that they need, directly or not, in the plan's order."""
+    """Return some tasks of a plan and all that they need, directly or not, in the plan's order.
+
+    A run that would have had its updates made by one that is not among them trains by itself.
+    """
     known = {task.name: task for task in tasks}
     wanted = {task.name for task in some}
     waiting = list(wanted)
@@ -155,7 +159,7 @@ def with_needs(tasks: Sequence[Task], some: Sequence[Task]) -> list[Task]:
         needs = set(known[waiting.pop()].needs) - wanted
         wanted |= needs
         waiting += needs
-    return [task for task in tasks if task.name in wanted]
+    return keep_sharing([task for task in tasks if task.name in wanted])
 
 
 def _means(words: Sequence[str], name: str, labels: Labels) -> bool:

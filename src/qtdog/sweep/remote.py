@@ -55,6 +55,7 @@ def do_task_elsewhere(tree: dict[str, Any], parcels: Parcels, source: str, threa
     with tempfile.TemporaryDirectory(prefix="qtdog-") as name:
         for folder, content in parcels.items():
             unpack(content, Path(name) / folder)
-        answer = do_task(tree, name, source, threads)
+        # only this run's folder goes back: whoever would come along trains by itself
+        answer = do_task(tree | {"along": []}, name, source, threads)
         made = Path(name) / tree["name"]
         return answer, pack(made) if made.is_dir() else b""

@@ -1,4 +1,4 @@
-"""Which runs have their first float steps in common, so that these are trained once."""
+"""Which runs have updates in common, so that these are made once."""
 
 from __future__ import annotations
 
@@ -42,6 +42,51 @@ def share_prefixes(runs: Sequence[Task]) -> list[Task]:
         else:
             tasks[run.name] = run
     return list(tasks.values())
+
+
+def share_updates(runs: Sequence[Task]) -> list[Task]:
+    """Return the runs; of those that differ in nothing but their averager one makes the updates for all.
+
+    That is the one of the lowest rank. The others wait for it, and then finish from the checkpoint that they have; if
+    it fails they train by themselves. What comes out is bit-identical to separate runs.
+
+    Args:
+        runs: tasks of kind "run", others are returned as they are. Those that begin at different steps share nothing.
+    """
+    groups: dict[tuple[str, str, int], list[Task]] = {}
+    for run in runs:
+        if run.kind == "run" and run.config is not None:
+            groups.setdefault((config_hash(_without_averager(run.config)), run.begin, run.step), []).append(run)
+    changed: dict[str, Task] = {}
+    for group in groups.values():
+        first, *others = sorted(group, key=lambda run: run.rank)
+        along = tuple((run.name, run.config) for run in others if run.config is not None)
+        changed[first.name] = replace(first, along=along)
+        changed |= {run.name: replace(run, after=first.name) for run in others}
+    return [changed.get(run.name, run) for run in runs]
+
+
+def keep_sharing(tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks, sharing updates only with those that are among them.
+
+    Example:
+        >>> run = Task("b", "run", 0, config=Config(), after="a")
+        >>> keep_sharing([run])[0].after, keep_sharing([Task("a", "run", 0), run])[1].after
+        ('', 'a')
+    """
+    names = {task.name for task in tasks}
+    return [
+        replace(
+            task,
+            after=task.after if task.after in names else "",
+            along=tuple((name, config) for name, config in task.along if name in names),
+        )
+        for task in tasks
+    ]
+
+
+def _without_averager(config: Config) -> Config:
+    return config.model_copy(update={"averager": Config().averager})
 
 
 def float_run(config: Config) -> Config:

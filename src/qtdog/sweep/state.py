@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from qtdog.sweep.notes import last_line, read_failures
+from qtdog.sweep.sharing import keep_sharing
 from qtdog.sweep.task import Task
 from qtdog.training.run_folder import RunFolder
 
@@ -20,10 +21,13 @@ def is_done(task: Task, out: Path) -> bool:
 
 
 def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
-    """Return the tasks that are still to be done, in their order; a beginning only if something waits for it."""
+    """Return the tasks that are still to be done, in their order; a beginning only if something waits for it.
+
+    Who would share the updates of a run that is done trains by itself.
+    """
     missing = [task for task in tasks if not is_done(task, out)]
     wanted = {name for task in missing for name in task.needs}
-    return [task for task in missing if task.kind != "prefix" or task.name in wanted]
+    return keep_sharing([task for task in missing if task.kind != "prefix" or task.name in wanted])
 
 
 STATES = ("done", "running", "failed", "begun", "missing")

@@ -103,6 +103,7 @@ class Study(Part):
     grid: Axes = Field(default={}, description="values by section.key (or target, trial, seed): all combinations")
     search: Search | None = None
     share_prefix: bool = Field(default=False, description="train float steps that runs have in common once")
+    share_averaged: bool = Field(default=False, description="train runs that differ only in their averager once")
     ensembles: list[Ensemble] = []
     order: list[Axes] = Field(default=[], description="which runs come first, by method, target, seed, …")
 

@@ -39,6 +39,8 @@ class Task:
         config: of a run or prefix.
         step: of a prefix, the updates to make; of a run, those that it takes over from `begin`.
         begin: the folder whose checkpoint it begins from; "" to train from step 0.
+        after: the run that makes this one's updates with its own (`sweep.sharing.share_updates`); "" if none does.
+        along: of such a run, the names and configurations of those whose updates it makes.
         join: of an ensemble.
     """
 
@@ -49,6 +51,8 @@ class Task:
     config: Config | None = field(default=None, repr=False)
     step: int = 0
     begin: str = ""
+    after: str = ""
+    along: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
     join: Join | None = None
 
     @property
@@ -58,8 +62,8 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Updates that the task makes; 0 for an ensemble."""
-        if self.config is None:
+        """Updates that the task makes; 0 for an ensemble, and for a run whose updates another one makes."""
+        if self.config is None or self.after:
             return 0
         return self.step if self.kind == "prefix" else self.config.train.steps - self.step
 
@@ -75,6 +79,8 @@ class Task:
             "config": config,
             "step": self.step,
             "begin": self.begin,
+            "after": self.after,
+            "along": [[name, config.model_dump(mode="json")] for name, config in self.along],
             "join": join,
         }
 
@@ -83,7 +89,8 @@ class Task:
         """Return the task that `to_json` described."""
         config = None if tree["config"] is None else Config.model_validate(tree["config"])
         join = None if tree["join"] is None else Join(**tree["join"] | {"members": tuple(tree["join"]["members"])})
-        return cls(**tree | {"config": config, "join": join, "labels": tuple(tree["labels"])})
+        along = tuple((name, Config.model_validate(one)) for name, one in tree["along"])
+        return cls(**tree | {"config": config, "join": join, "labels": tuple(tree["labels"]), "along": along})
 
     def folder(self, out: Path) -> Path:
         """Return its folder in the sweep's folder."""

@@ -21,6 +21,7 @@ from qtdog.ensemble.teach import open_teacher
 from qtdog.sweep.notes import Outcome, Status
 from qtdog.sweep.task import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
+from qtdog.training.companions import Companion
 from qtdog.training.fork import train_prefix
 from qtdog.training.loggers.logger import watched
 from qtdog.training.run import Voice, run
@@ -92,7 +93,10 @@ def _run(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> float:
     folder = RunFolder(task.folder(out))
     start = _checkpoint(task, out, voice)
     teacher = open_teacher(task.config, dataset)
-    result = run(task.config, dataset, folder, resume=True, voice=voice, fork_from=start, teacher=teacher)
+    along = [Companion(config, RunFolder(out / name)) for name, config in task.along]
+    result = run(
+        task.config, dataset, folder, resume=True, voice=voice, fork_from=start, teacher=teacher, companions=along
+    )
     return float(result["trained_s"])
 
 

@@ -70,7 +70,7 @@ def compose(
         DataError: an image cannot be decoded.
     """
     make_objective, make_step_rule = OBJECTIVES[config.objective.name], STEP_RULES[config.step_rule.name]
-    averager = _averager(config)
+    averager = make_averager(config)
     step_rule = make_step_rule(config.step_rule.params)
     _check_feature_layer(config)
     check_input(config, dataset)
@@ -120,7 +120,12 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
     )
 
 
-def _averager(config: Config) -> Averager:
+def make_averager(config: Config) -> Averager:
+    """Return the averager that a configuration names.
+
+    Raises:
+        ConfigError: an unknown name or parameter, or one that follows held-out images where none are left.
+    """
     name = config.averager.name
     if AVERAGERS[name].READS_HELDOUT and config.data.train_on_heldout:
         raise ConfigError(f"averager '{name}' follows the held-out images' loss; data.train_on_heldout leaves none")

@@ -27,7 +27,8 @@ from qtdog.training.final import Final
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem, make_problem
 from qtdog.training.result import finish
-from qtdog.training.run import Voice, begin, drive
+from qtdog.training.resume import begin
+from qtdog.training.run import Voice, drive
 from qtdog.training.run_folder import RunFolder
 from qtdog.training.select import select
 from qtdog.training.state import RunState

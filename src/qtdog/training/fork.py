@@ -10,7 +10,8 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.problem import make_problem
-from qtdog.training.run import Voice, begin, drive
+from qtdog.training.resume import begin
+from qtdog.training.run import Voice, drive
 from qtdog.training.run_folder import RunFolder
 
 

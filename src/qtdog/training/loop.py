@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,51 +62,97 @@ class Doors:
     health: Callable[[list[LayerHealth], list[SourceRecord]], None] = lambda layers, records: None
 
 
-def train(parts: Parts, state: RunState, doors: Doors, until: int | None = None) -> None:
-    """Train from `state.step` to the end of the configuration; `state` and the network are changed in place.
+@dataclass(frozen=True)
+class Track:
+    """One run on its way: what it is made of, where it stands, and its doors to the world."""
+
+    parts: Parts
+    state: RunState
+    doors: Doors
+
+    def evaluate(self) -> None:
+        """Evaluate the present step, unless that was done before an interruption."""
+        if self.state.evaluated_step < self.state.step:
+            _evaluate(self.parts, self.state, self.doors)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        self.doors.save(self.state)
+
+    def count(self, loss: float, seconds: float) -> None:
+        """Take note of one update."""
+        self.state.trained_s += seconds
+        self.state.step += 1
+        if self.parts.selectable:
+            self.parts.averager.after_step(self.state.step, self.parts.network)
+        self.state.add_loss(loss)
+
+
+def train(run: Track, until: int | None = None, companions: Sequence[Track] = ()) -> None:
+    """Train from `run.state.step` to the end of the configuration; state and network are changed in place.
 
     With `until` it ends there, with a checkpoint of just the state that training on would have had at that step.
+
+    Args:
+        run: that trains.
+        until: updates made at the end.
+        companions: runs that differ in their averager alone and stand at the same step. They take every update for
+            theirs and never stop the run: a companion that collapses falls behind, at its last checkpoint.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint was written first.
         NonFiniteLossError: the loss is NaN or infinite; the last good state was kept.
         CollapseError: a quantized network fell to chance; the state was kept.
     """
+    # Companions come first. Killed between two saves, all still have a checkpoint of the step where the run goes on.
+    tracks = [*companions, run]
     try:
-        _train(parts, state, doors, parts.config.train.steps if until is None else until)
+        _train(tracks, run.parts.config.train.steps if until is None else until)
     except (Interrupted, CollapseError):
-        doors.save(state)
+        _save(tracks)
         raise
     except NonFiniteLossError:
-        if all(torch.isfinite(parameter).all() for parameter in parts.network.parameters()):
-            doors.save(state)
+        if all(torch.isfinite(parameter).all() for parameter in run.parts.network.parameters()):
+            _save(tracks)
         raise
 
 
-def _train(parts: Parts, state: RunState, doors: Doors, last: int) -> None:
+def _train(tracks: list[Track], last: int) -> None:
+    parts, state, doors = tracks[-1].parts, tracks[-1].state, tracks[-1].doors
     plan = parts.config.train
     save_every = plan.checkpoint_every or plan.eval_every
     parts.network.train()
     with contextlib.closing(parts.batches.stream(state.step, last)) as batches:
         while True:
-            at_end = state.step == plan.steps
-            if state.evaluated_step < state.step and (at_end or state.step % plan.eval_every == 0):
-                _evaluate(parts, state, doors)
+            if state.step and (state.step == plan.steps or state.step % plan.eval_every == 0):
+                _evaluate_all(tracks)
             if state.saved_step < state.step and (state.step == last or state.step % save_every == 0):
-                doors.save(state)
+                _save(tracks)
             if state.step == last:
                 return
             started = time.perf_counter()
             batch = next(batches)
             begin_step(parts, state.step)
             loss = update(parts, batch, state.step)
-            state.trained_s += time.perf_counter() - started
-            state.step += 1
-            if parts.selectable:
-                parts.averager.after_step(state.step, parts.network)
-            state.add_loss(loss)
+            seconds = time.perf_counter() - started
+            for track in tracks:
+                track.count(loss, seconds)
             doors.watcher.on_step(state.step, loss, len(batch.labels) * parts.accelerator.num_processes)
             doors.check()
+
+
+def _evaluate_all(tracks: list[Track]) -> None:
+    for track in tracks[:-1]:
+        try:
+            track.evaluate()
+        except CollapseError:
+            tracks.remove(track)  # training by itself it will say so
+    tracks[-1].evaluate()
+
+
+def _save(tracks: Sequence[Track]) -> None:
+    for track in tracks:
+        track.save()
 
 
 def begin_step(parts: Parts, step: int) -> None:
