@@ -70,10 +70,18 @@ class Track:
     state: RunState
     doors: Doors
 
-    def evaluate(self) -> None:
-        """Evaluate the present step, unless that was done before an interruption."""
-        if self.state.evaluated_step < self.state.step:
-            _evaluate(self.parts, self.state, self.doors)
+    def evaluate(self, known: Record | None = None) -> Record | None:
+        """Evaluate the present step, unless that was done before an interruption.
+
+        Args:
+            known: what the weights as they are came to at this step, if that was measured.
+
+        Returns:
+            the same, if it is known now.
+        """
+        if self.state.evaluated_step == self.state.step:
+            return known
+        return _evaluate(self.parts, self.state, self.doors, known)
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
@@ -142,12 +150,13 @@ def _train(tracks: list[Track], last: int) -> None:
 
 
 def _evaluate_all(tracks: list[Track]) -> None:
+    known = None
     for track in tracks[:-1]:
         try:
-            track.evaluate()
+            known = track.evaluate(known)
         except CollapseError:
             tracks.remove(track)  # training by itself it will say so
-    tracks[-1].evaluate()
+    tracks[-1].evaluate(known)
 
 
 def _save(tracks: Sequence[Track]) -> None:
@@ -205,14 +214,16 @@ def _advice(parts: Parts, step: int, loss: float) -> str:
     return f"{text} Start anew with a lower learning rate (--lr {rate / 5:g}; it was {rate:g}), or look at the data."
 
 
-def _evaluate(parts: Parts, state: RunState, doors: Doors) -> None:
+def _evaluate(parts: Parts, state: RunState, doors: Doors, known: Record | None) -> Record | None:
     averaged = parts.averager.evaluated()
     with swapped(parts.network, averaged):
         if averaged is not None:
             fit_batch_norm_(parts)
         else:
             take_batch_norm_of_the_first_process_(parts)
-        record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
+        record = known if averaged is None else None
+        if record is None:
+            record = parts.evaluate(state.step, parts.selectable, state.mean_loss, doors.check)
         layers = layer_health(parts.network)
         line = record.to_json() | {"trained_s": round(state.trained_s, 3), "health": worst(layers)}
         state.add_line(line)
@@ -222,3 +233,4 @@ def _evaluate(parts: Parts, state: RunState, doors: Doors) -> None:
     doors.keep_line(line)
     doors.health(layers, [record.seen for record in state.records])
     doors.watcher.on_record(record)
+    return record if averaged is None else known
