@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import time
 
 import pytest
@@ -89,6 +90,42 @@ def test_the_table_says_mean_and_difference(qtdog, half_done):
     numbers = json.loads(qtdog("sweep", "table", half_done, "--format", "json", "--reference", "lsq").out)
     assert numbers["test_accuracy"]["differences"]["float"]["n"] == 1
     assert len(numbers["runs"]) == 2
+
+
+def test_the_table_counts_runs_of_an_earlier_one_whose_folders_are_gone(qtdog, half_done, tmp_path):
+    how = ("sweep", "table", half_done, "--format", "json")
+    (tmp_path / "first.json").write_text(qtdog(*how).out)
+    assert qtdog("sweep", half_done, "--workers", "1", "--only", "seed=1").code == 0
+    whole = json.loads(qtdog(*how).out)
+    for row in json.loads((tmp_path / "first.json").read_text())["runs"]:
+        shutil.rmtree(tmp_path / row["folder"])
+    assert len(json.loads(qtdog(*how).out)["runs"]) == 2
+    again = qtdog(*how, "--also", tmp_path / "first.json")
+    assert json.loads(again.out) == whole
+    assert again.err == ""
+    text = half_done.read_text()
+    half_done.write_text(text.replace("train.steps: 4", "train.steps: 3"))
+    other = qtdog(*how, "--also", tmp_path / "first.json")
+    assert "2 of the 2 runs" in other.err
+    assert other.code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "is no table of a study"),
+        ('{"runs": [{"folder": "a", "test_accuracy": "high"}]}', "a run with a wrong test_accuracy"),
+        ('{"runs": [{"test_accuracy": 0.5}]}', "a run with a wrong folder"),
+        ('{"runs": 3}', "qtdog sweep table STUDY --format json makes one"),
+    ],
+)
+def test_what_is_no_earlier_table_is_refused(qtdog, half_done, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "other.json").write_text(text)
+    done = qtdog("sweep", "table", half_done, "--also", "other.json")
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
 
 
 def test_runs_as_csv_for_a_spreadsheet(qtdog, half_done):

@@ -96,11 +96,12 @@ def time_text(seconds: float) -> str:
     """Return a duration for people.
 
     Example:
-        >>> time_text(42), time_text(200), time_text(9000), time_text(200_000)
-        ('42 s', '3 min', '2.5 h', '2.3 d')
+        >>> time_text(42), time_text(108), time_text(1200), time_text(9000), time_text(200_000)
+        ('42 s', '1.8 min', '20 min', '2.5 h', '2.3 d')
     """
-    for size, unit, digits in ((86_400, "d", 1), (3_600, "h", 1), (60, "min", 0)):
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= size:
+            digits = 1 if unit != "min" or seconds < 10 * size else 0
             return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
 

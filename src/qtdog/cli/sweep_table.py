@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +13,13 @@ from qtdog.cli.sweep_flags import DataFolder, OutFolder, StudyFile
 
 if TYPE_CHECKING:
     from qtdog.report.compare import Comparison
+    from qtdog.sweep.index_row import Row
+    from qtdog.sweep.plan import Plan
     from qtdog.sweep.summary import Result
 
 PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."
 REFERENCE = "Method that the others are compared with, over the pairs of target and seed that both have."
+ALSO = "Count runs of an earlier table (--format json) that the folder lacks; may be given several times."
 N_SUMMARY = 4  # columns behind the targets
 Cells = Mapping[str, Mapping[str, Mapping[tuple[object, ...], float]]]
 
@@ -37,6 +40,7 @@ def table(
     reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
     format_: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = Format.TEXT,
     plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
+    also: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=ALSO)] = None,
 ) -> None:
     """Show what a study says so far: mean ± standard error per method and target, and paired differences.
 
@@ -47,6 +51,8 @@ def table(
       qtdog sweep table studies/digits.yaml --reference float
 
       qtdog sweep table studies/digits.yaml --plot differences.png
+
+      qtdog sweep table studies/digits.yaml --also laptop.json --format json
     """
     from qtdog.cli.console import print_json
     from qtdog.cli.sweep_study import open_plan
@@ -54,7 +60,7 @@ def table(
     from qtdog.sweep.summary import MEASURES, results, values
 
     plan, folder = open_plan(study, data, out)
-    found = results(plan, folder)
+    found = results(plan, folder, _earlier(also or [], plan))
     if not found:
         raise RunError(f"no run of the study is finished in {folder}: qtdog sweep {study}")
     name = reference or next(iter(plan.study.methods))
@@ -69,10 +75,23 @@ def table(
             _show(tables[measure], name, f"accuracy (%), {title}", markdown=format_ is Format.MARKDOWN)
 
 
+def _earlier(files: Sequence[Path], plan: Plan) -> dict[str, Row]:
+    from qtdog.cli.console import warn
+    from qtdog.sweep.earlier import read_earlier
+
+    rows = read_earlier(files)
+    foreign = len(rows.keys() - {task.name for task in plan.tasks})
+    if foreign:
+        warn(
+            f"{foreign} of the {len(rows)} runs in {', '.join(map(str, files))} are not of this study and do not count"
+        )
+    return rows
+
+
 def _runs(found: list[Result]) -> list[dict[str, Any]]:
-    kept = ("folder", "target", "seed", "trial", "selected_step", "size_bytes", "trained_s", "bits", "start_step")
-    measured = ("source_accuracy", "test_accuracy", "mean_after_start", "std_after_start")
-    return [{"method": one.method} | {name: one.row.get(name) for name in (*kept, *measured)} for one in found]
+    from qtdog.sweep.earlier import KEPT
+
+    return [{"method": one.method} | {name: one.row.get(name) for name in KEPT} for one in found]
 
 
 def _plot(tables: Mapping[str, Cells], reference: str, path: Path) -> None:

@@ -10,6 +10,7 @@ from qtdog.core.errors import ConfigError, unknown
 from qtdog.sweep.index_row import Row, read_row
 from qtdog.sweep.plan import Plan
 from qtdog.sweep.state import is_done
+from qtdog.sweep.task import Task
 
 # What is compared: the column of a run, and what it is called in tables.
 MEASURES = {
@@ -37,19 +38,28 @@ class Result:
     row: Row
 
 
-def results(plan: Plan, out: Path) -> list[Result]:
-    """Return every finished run and ensemble of a study, in the study's order; one for each name that it has."""
+def results(plan: Plan, out: Path, earlier: Mapping[str, Row] | None = None) -> list[Result]:
+    """Return every finished run and ensemble of a study, in the study's order; one for each name that it has.
+
+    Args:
+        plan: of the study.
+        out: its folder.
+        earlier: rows of runs that count where the folder has not finished them (`sweep.earlier.read_earlier`).
+    """
     found = []
     for task in plan.tasks:
-        if task.kind == "prefix" or not is_done(task, out):
-            continue
-        row = read_row(task.folder(out))
+        row = None if task.kind == "prefix" else _row(task, out, earlier or {})
         if row is None:
             continue
         for labels in task.labels:
             replicate = tuple(value for name, value in labels.items() if set(_names(name)) & set(REPLICATES))
             found.append(Result(_method(labels), str(labels.get("target", row["target"])), replicate, row))
     return found
+
+
+def _row(task: Task, out: Path, earlier: Mapping[str, Row]) -> Row | None:
+    own = read_row(task.folder(out)) if is_done(task, out) else None
+    return own or earlier.get(task.name)
 
 
 def _names(axis: str) -> list[str]:
