@@ -83,13 +83,16 @@ def test_who_waits_for_the_updates_of_a_run_that_fails_makes_its_own(make_tiny, 
     assert progress.done == {second.name}
 
 
-def test_a_run_left_over_from_shared_updates_makes_its_own(make_tiny, tmp_path):
-    plan = make_tiny(methods={name: METHODS[name] for name in ("float", "swad")}, share_averaged=True, grid={"seed": 0})
-    first, second = plan.tasks
+def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path):
+    names = ("float", "swad", "sma")
+    plan = make_tiny(methods={name: METHODS[name] for name in names}, share_averaged=True, grid={"seed": 0})
+    first, second, third = plan.tasks
+    assert [name for name, _ in first.along] == [second.name, third.name]
     assert perform(select(plan.tasks, "float")[0], tmp_path, plan.dataset, Voice()).status == "done"
     assert not second.folder(tmp_path).exists()  # nobody asked for it
-    (left,) = unfinished(plan.tasks, tmp_path)
+    left, along = unfinished(plan.tasks, tmp_path)
     assert (left.name, left.after, left.steps) == (second.name, "", 6)
+    assert (along.name, along.after) == (third.name, second.name)
     again = Task.from_json(json.loads(json.dumps(first.to_json())))
     assert again == first
 

@@ -150,7 +150,7 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
 def with_needs(tasks: Sequence[Task], some: Sequence[Task]) -> list[Task]:
     """Return some tasks of a plan and all that they need, directly or not, in the plan's order.
 
-    A run that would have had its updates made by one that is not among them trains by itself.
+    Updates are shared among these alone.
     """
     known = {task.name: task for task in tasks}
     wanted = {task.name for task in some}

@@ -51,7 +51,8 @@ def share_updates(runs: Sequence[Task]) -> list[Task]:
     it fails they train by themselves. What comes out is bit-identical to separate runs.
 
     Args:
-        runs: tasks of kind "run", others are returned as they are. Those that begin at different steps share nothing.
+        runs: tasks of kind "run" that share nothing yet; others are returned as they are. Runs that begin at different
+            steps have no updates in common.
     """
     groups: dict[tuple[str, str, int], list[Task]] = {}
     for run in runs:
@@ -67,22 +68,16 @@ def share_updates(runs: Sequence[Task]) -> list[Task]:
 
 
 def keep_sharing(tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks, sharing updates only with those that are among them.
+    """Return tasks of a plan, sharing updates among themselves alone, if the plan's tasks share any.
 
     Example:
         >>> run = Task("b", "run", 0, config=Config(), after="a")
-        >>> keep_sharing([run])[0].after, keep_sharing([Task("a", "run", 0), run])[1].after
+        >>> keep_sharing([run])[0].after, keep_sharing([Task("a", "run", 0, config=Config()), run])[1].after
         ('', 'a')
     """
-    names = {task.name for task in tasks}
-    return [
-        replace(
-            task,
-            after=task.after if task.after in names else "",
-            along=tuple((name, config) for name, config in task.along if name in names),
-        )
-        for task in tasks
-    ]
+    if not any(task.after or task.along for task in tasks):
+        return list(tasks)
+    return share_updates([replace(task, after="", along=()) for task in tasks])
 
 
 def _without_averager(config: Config) -> Config:

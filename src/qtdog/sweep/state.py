@@ -23,7 +23,7 @@ def is_done(task: Task, out: Path) -> bool:
 def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
     """Return the tasks that are still to be done, in their order; a beginning only if something waits for it.
 
-    Who would share the updates of a run that is done trains by itself.
+    Runs that would share the updates of one that is done share their own.
     """
     missing = [task for task in tasks if not is_done(task, out)]
     wanted = {name for task in missing for name in task.needs}
