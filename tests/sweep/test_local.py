@@ -109,8 +109,11 @@ def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path,
 
 
 def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, monkeypatch, running):
-    changes = {"set": {"train.steps": 60, "train.checkpoint_every": 2}, "share_prefix": True}
-    plan = make_tiny(**changes, grid={"target": "75", "seed": 0})
+    sma = {"presets": ["float"], "set": {"averager.name": "sma", "averager.params": {"start": 24}}}
+    methods = {"float": METHODS["float"], "lsq": METHODS["lsq"], "sma": sma}
+    changes = {"set": {"train.steps": 60, "train.checkpoint_every": 2}, "share_prefix": True, "share_averaged": True}
+    plan = make_tiny(**changes, methods=methods, grid={"target": "75", "seed": 0})
+    assert [bool(task.after) for task in plan.tasks] == [False, False, False, True]
     expected = running.measured(running.in_this_process(plan, tmp_path / "whole"), plan)
     out, study = tmp_path / "killed", tmp_path / "tiny.yaml"
     study.write_text(yaml.safe_dump(plan.study.model_dump(mode="json", exclude_defaults=True)))
