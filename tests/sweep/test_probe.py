@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from qtdog.data.open_any import open_any
 from qtdog.sweep import estimate
+from qtdog.sweep.notes import Outcome, keep_journal
+from qtdog.sweep.pace import Pace
 
 
 def test_a_probe_has_the_threads_of_a_run_and_one_slow_step_does_not_count(monkeypatch, short_config):
@@ -16,3 +19,10 @@ def test_a_probe_has_the_threads_of_a_run_and_one_slow_step_does_not_count(monke
     assert estimate.probe(short_config(), open_any("rotated-digits"), threads=3) == 2.0
     assert seen == [3] * 6
     assert torch.get_num_threads() == before
+
+
+def test_a_task_of_several_sittings_says_nothing_of_the_overhead(tmp_path):
+    keep_journal(Outcome("whole", "done", seconds=12.0, trained_s=10.0), 5, tmp_path)
+    assert Pace([], tmp_path).overhead == pytest.approx(1.2)
+    keep_journal(Outcome("resumed", "done", seconds=2.0, trained_s=10.0), 5, tmp_path)
+    assert Pace([], tmp_path).overhead == pytest.approx(1.2)

@@ -88,12 +88,16 @@ def keep_journal(outcome: Outcome, steps: int, out: Path) -> None:
 
 
 def read_journal(out: Path) -> dict[str, dict[str, Any]]:
-    """Return what the tasks that were done took, by name; a damaged line is left out."""
+    """Return what the tasks that were done took, by name; a damaged line is left out.
+
+    So is one that tells of the last sitting only, of a task that was trained in several or along with another.
+    """
     file, found = state_folder(out) / "journal.jsonl", {}
     for text in file.read_text().splitlines() if file.is_file() else ():
         try:
             line = json.loads(text)
-            found[line["name"]] = line
+            if line["seconds"] >= line["trained_s"]:
+                found[line["name"]] = line
         except (ValueError, KeyError, TypeError):
             continue
     return found
