@@ -33,6 +33,7 @@ METHODS = {
     "lsq+swad": {"presets": ["lsq"], "set": {"averager.name": "swad"}},
     "swad": {"presets": ["float"], "set": {"averager.name": "swad"}},
     "rtn": {"presets": ["rtn"]},
+    "sma-rtn": {"presets": ["rtn"], "set": {"averager.name": "sma", "averager.params": {"start": 2}}},
 }
 
 
@@ -42,10 +43,10 @@ def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_pa
     expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
     found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
     assert found == expected
-    # quantized from step 2 of 6: eight runs of 6 steps; of the eight, swad counts from the first step on, and rtn goes
-    # on from the float run's step 5
-    assert sum(task.steps for task in separate.tasks) == 8 * 6
-    assert sum(task.steps for task in shared.tasks) == 2 + 6 * 4 + 6 + 1
+    # quantized from step 2 of 6: nine runs of 6 steps; of the nine, swad counts from the first step on, and the two
+    # that are rounded afterwards go on from step 5 of the float run and of its average
+    assert sum(task.steps for task in separate.tasks) == 9 * 6
+    assert sum(task.steps for task in shared.tasks) == 2 + 6 * 4 + 6 + 1 + 1
     for task in shared.tasks:
         result = RunFolder(task.folder(tmp_path / "shared")).read_result()
         if task.kind == "run" and result is not None:
@@ -58,9 +59,9 @@ def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_pat
     expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
     found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
     assert found == expected
-    # float makes the four updates behind the beginning for sma, lsq for lsq+swad; swad begins at step 0, rtn at step 5
-    assert sum(task.steps for task in separate.tasks) == 2 + 6 * 4 + 6 + 1
-    assert sum(task.steps for task in shared.tasks) == 2 + 4 * 4 + 6 + 1
+    # float makes the four updates behind the beginning for sma, lsq for lsq+swad; swad begins at step 0
+    assert sum(task.steps for task in separate.tasks) == 2 + 6 * 4 + 6 + 1 + 1
+    assert sum(task.steps for task in shared.tasks) == 2 + 4 * 4 + 6 + 1 + 1
     made = {task.labels[0]["method"]: task.after for task in shared.tasks if task.after}
     names = {task.labels[0]["method"]: task.name for task in shared.tasks if task.labels}
     assert made == {"sma": names["float"], "lsq+swad": names["lsq"]}

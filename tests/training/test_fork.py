@@ -124,6 +124,21 @@ def test_quantization_after_training_ships_what_was_chosen_before_the_fork(make,
     assert result["selected_step"] < 6
 
 
+@pytest.mark.parametrize("name", list(AVERAGERS))
+def test_quantization_after_training_goes_on_with_the_average_of_the_same_float_run(name, make, digits, tmp_path):
+    averager = {"name": name, "params": {"start": 2} if name == "sma" else {}}
+    train = {"steps": 7, "eval_every": 2, "checkpoint_every": 1}
+    float_run = make(quantizer={"name": "none", "start_step": None}, averager=averager, train=train)
+    run(float_run, digits, RunFolder(tmp_path / "float"))
+    checkpoint = read_checkpoint(tmp_path / "float" / "checkpoint" / "step-00000006")
+    config = make(quantizer={"name": "rtn", "start_step": None}, averager=averager, train=train)
+    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    if name != "none":
+        other = make(quantizer={"name": "rtn", "start_step": None}, train=train)
+        with pytest.raises(RunError, match=f"without an averager or with its own, not from one with '{name}'"):
+            run(other, digits, RunFolder(tmp_path / "other"), fork_from=checkpoint)
+
+
 def test_time_of_the_prefix_is_not_counted_again(make, prefix, digits, tmp_path):
     late = replace(prefix, state=prefix.state | {"trained_s": 1e6})
     result, expected = assert_fork_is_the_run(make(), digits, tmp_path, late)

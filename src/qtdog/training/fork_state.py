@@ -20,7 +20,8 @@ from qtdog.training.schedules import lr_factor
 from qtdog.training.state import RunState
 
 # What may differ between a run and the float run that it begins from, since nothing of it acts before the fork: where
-# the data lies, the quantizer and its step sizes, the averager (it must begin later), what is kept and chosen. The
+# the data lies, the quantizer and its step sizes, the averager (it must begin later or be the same), what is kept and
+# chosen. The
 # schedule and the length are compared by the learning rates that they give.
 FREE = {
     "averager": {"name", "params"},
@@ -34,8 +35,8 @@ def begin_fork_(parts: Parts, checkpoint: Checkpoint) -> RunState:
     """Put a float run's checkpoint into the parts of another run and return the state to go on from.
 
     Taken over are weights and buffers, the optimizer's moments, the objective's state, the evaluations so far and the
-    sum of the losses since the last one. What follows is then bit-identical to training from step 0. Time is counted
-    from the fork on.
+    sum of the losses since the last one; the average so far too, if both runs have the same averager. What follows is
+    then bit-identical to training from step 0. Time is counted from the fork on.
 
     Raises:
         RunError: the checkpoint is none of a float run, lies behind the start step, or comes from a configuration that
@@ -48,6 +49,10 @@ def begin_fork_(parts: Parts, checkpoint: Checkpoint) -> RunState:
         parts.objective.load_state_dict(checkpoint.tensors["objective"])
         names = plain_names(parts.network, parts.objective)
         restore_moments_(parts.optimizer, names, checkpoint.tensors["optimizer"])
+        if _same_averager(prefix, parts.config):
+            _restore_average_(parts, checkpoint)
+        else:
+            _count_(parts, checkpoint)
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"the checkpoint at step {checkpoint.step} does not fit this run: {error}") from error
     selectable = parts.selectable
@@ -57,17 +62,22 @@ def begin_fork_(parts: Parts, checkpoint: Checkpoint) -> RunState:
     state.selected = None if selected is None else snapshot(parts.network) | _places(parts.network, selected)
     state.trained_s = 0.0
     state.saved_step = 0  # in this run's folder nothing is saved yet
-    _count_(parts, state)
     state.forked_from = {"step": checkpoint.step, "seed": checkpoint.state.get("first_seed", prefix.train.seed)}
     return state
 
 
-def _count_(parts: Parts, state: RunState) -> None:
+def _same_averager(prefix: Config, config: Config) -> bool:
+    """Return whether a float run keeps just the average that another one goes on with."""
+    return prefix.averager == config.averager and config.start_step is None
+
+
+def _count_(parts: Parts, checkpoint: Checkpoint) -> None:
     """Let an averager that begins with the very update behind which the checkpoint was taken count its weights."""
-    if parts.averager.begin == state.step and parts.selectable:
-        parts.averager.after_step(state.step, parts.network)
-        if state.evaluated_step == state.step:
-            parts.averager.after_evaluation(state.step, state.records[-1].seen.source_loss)
+    if parts.averager.begin == checkpoint.step and parts.selectable:
+        parts.averager.after_step(checkpoint.step, parts.network)
+        saved = RunState.from_json(checkpoint.step, checkpoint.state)
+        if saved.evaluated_step == checkpoint.step:
+            parts.averager.after_evaluation(checkpoint.step, saved.records[-1].seen.source_loss)
 
 
 def prefix_of(checkpoint: Checkpoint) -> Config:
@@ -121,13 +131,15 @@ def fork_obstacle(prefix: Config, config: Config, averager: Averager, step: int)
     if prefix.start_step is not None or (prefix.quantizer.name in AFTER_TRAINING and config.start_step is not None):
         prefix_name = prefix.quantizer.name
         return f"a run begins from a float run (quantizer none), not from one with '{prefix_name}'"
+    if prefix.averager.name != "none" and not _same_averager(prefix, config):
+        return f"a run begins from one without an averager or with its own, not from one with '{prefix.averager.name}'"
     last = config.train.steps - 1 if config.start_step is None else config.start_step
     if not 0 < step <= last:
         return f"this run can begin from a checkpoint at step 1 to {last}, not from step {step}"
     # batch norm that adapts is measured anew for an average, even one of a single update
     adapts = not config.model.freeze_bn or FEATURE_LAYERS[config.model.feature_layer].LEARNS_STATISTICS
     first = averager.begin - 1 if adapts else averager.begin
-    if config.averager.name != "none" and first < step:
+    if config.averager.name != "none" and first < step and not _same_averager(prefix, config):
         text = f"the averager '{config.averager.name}' counts weights from update {averager.begin} on"
         return f"{text}, and those before step {step} are not in the checkpoint: train from step 0"
     changes = fork_differences(prefix, config, step)
@@ -188,11 +200,25 @@ def load_plain_(network: nn.Module, plain: dict[str, Tensor]) -> None:
 
 def _places(network: nn.Module, plain: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a network's plain form under the names that they have in it (KeyError as above)."""
-    state = network.state_dict()
-    places = {f"{site.prefix}original": site.plain_name for site in sites(network)}
-    theirs = tuple(site.prefix for site in sites(network))
-    names = {key: places.get(key, key) for key in state if key in places or not key.startswith(theirs)}
+    names = _plain_names(network)
     different = sorted(set(names.values()) ^ plain.keys())
     if different:
         raise KeyError(f"they have not the same weights; only one has {', '.join(different[:5])}")
     return {key: plain[name] for key, name in names.items()}
+
+
+def _plain_names(network: nn.Module) -> dict[str, str]:
+    """Return what entries of a network's state are called in its plain form, those of its quantizers left out."""
+    places = {f"{site.prefix}original": site.plain_name for site in sites(network)}
+    theirs = tuple(site.prefix for site in sites(network))
+    return {key: places.get(key, key) for key in network.state_dict() if key in places or not key.startswith(theirs)}
+
+
+def _restore_average_(parts: Parts, checkpoint: Checkpoint) -> None:
+    """Let the averager go on with the average of a plain network (KeyError or ValueError if it is of another kind)."""
+    own = {plain: name for name, plain in _plain_names(parts.network).items()}
+    tensors = {}
+    for key, tensor in checkpoint.tensors["averager"].items():
+        which, bar, name = key.rpartition("|")  # an averager may keep several averages
+        tensors[f"{which}{bar}{own[name]}"] = tensor
+    parts.averager.restore(tensors, checkpoint.state["averager"])
