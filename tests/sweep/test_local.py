@@ -75,11 +75,11 @@ def test_who_waits_for_the_updates_of_a_run_that_fails_makes_its_own(make_tiny, 
     def end(task):
         return Outcome(task.name, "failed" if task.name == first.name else "done", "no luck", "RunError")
 
-    engine, tasks = Scripted(end, tmp_path, slots=2), []
-    engine.start = lambda task: (tasks.append(task), Scripted.start(engine, task))
+    engine = Scripted(end, tmp_path, slots=2)
     progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
-    assert [task.name for task in tasks] == [first.name, second.name]  # one behind the other, with room for both
-    assert (tasks[1].after, tasks[1].steps) == ("", 6)
+    assert engine.begun == [first.name, second.name]
+    assert engine.most == 1  # one behind the other, with room for both
+    assert engine.steps == [6, 6]
     assert set(progress.failed) == {first.name}
     assert progress.done == {second.name}
 
@@ -149,10 +149,13 @@ class Scripted:
 
     def __init__(self, end, out, slots=1):
         self.slots, self.end, self.out, self.begun, self.running, self.stopped = slots, end, out, [], [], False
+        self.most, self.steps = 0, []
 
     def start(self, task):
         self.begun.append(task.name)
+        self.steps.append(task.steps)
         self.running.append(task)
+        self.most = max(self.most, len(self.running))
 
     def poll(self, timeout_s):
         ended, self.running = [self.end(task) for task in self.running], []

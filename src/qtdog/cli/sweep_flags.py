@@ -11,7 +11,10 @@ import typer
 from qtdog.cli.flags import LOG, panel
 
 _STUDY = "Study file: methods, a grid of targets, seeds and any configuration values."
-_ONLY = "Only runs whose labels or folder contain these words, like 'lsq target=sketch seed=0', and what they need."
+_ONLY = (
+    "Only runs whose labels or folder contain these words, like 'lsq target=sketch seed=0', and what they need. "
+    "'sma' also finds lsq+sma; 'method=sma' is just that one."
+)
 _WORKERS = "Runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
 _THREADS = "Threads of each run. Default: so that all workers together use the cores."
 _ADDRESS = "Of a Ray cluster: auto, or ray://host:10001. Default: this machine."

@@ -135,10 +135,10 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
         ConfigError: no task is meant.
 
     Example:
-        >>> labels = {"a1": {"method": "lsq", "seed": 1}, "b2": {"method": "float"}}
+        >>> labels = {"a1": {"method": "lsq+sma", "seed": 1}, "b2": {"method": "sma", "seed": 1}}
         >>> tasks = [Task(name, "run", 0, (one,)) for name, one in labels.items()]
-        >>> [task.name for task in select(tasks, "lsq seed=1")]
-        ['a1']
+        >>> [[task.name for task in select(tasks, words)] for words in ("sma seed=1", "method=sma")]
+        [['a1', 'b2'], ['b2']]
     """
     words = pattern.split()
     wanted = [task for task in tasks if any(_means(words, task.name, labels) for labels in task.labels)]
