@@ -233,3 +233,10 @@ def test_only_the_averager_may_differ(make):
     assert may_accompany(make(), make("sma"))
     assert not may_accompany(make(), make("sma", train={"seed": 1, "steps": STEPS}))
     assert not may_accompany(make(), make("sma", "none"))
+
+
+def test_a_run_that_differs_in_more_is_not_taken_along(make, digits, alone, tmp_path):
+    party, told = Party(tmp_path, make(), make("sma", "none")), []
+    party.train(digits, voice=Voice(warn=told.append))
+    assert "sma trains by itself: it differs in more than the averager" in told[0]
+    assert measured(party.folder) == alone(make())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qtdog.core.config import Config
-from qtdog.core.errors import QtdogError
+from qtdog.core.errors import QtdogError, RunError
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
 from qtdog.training.compose import make_averager
 from qtdog.training.fork_state import begin_fork_
@@ -93,6 +93,8 @@ def _seat(
     own = replace(parts, config=companion.config, averager=make_averager(companion.config))
     with contextlib.ExitStack() as lock:
         try:
+            if not may_accompany(parts.config, companion.config):
+                raise RunError("it differs in more than the averager")
             lock.enter_context(companion.folder.lock())
             state = _state_at(step, companion, own, fork_from)
         except QtdogError as error:
