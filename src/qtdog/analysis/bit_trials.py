@@ -17,7 +17,8 @@ from qtdog.analysis.flatness import Flatness, local_flatness, weight_norm
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import CollapseError, NonFiniteLossError
 from qtdog.core.files import write_atomic
-from qtdog.data.cache import Progress, open_cache
+from qtdog.core.progress import Progress
+from qtdog.data.cache import open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network

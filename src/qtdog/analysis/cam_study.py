@@ -20,8 +20,8 @@ from qtdog.analysis.outcome import Outcome, write_outcome
 from qtdog.analysis.points import Points
 from qtdog.analysis.subject import Images, Subject, domain_images
 from qtdog.core.errors import ConfigError, ModelError
+from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
-from qtdog.data.dataset import Progress
 
 SCORES = ("probability", "deletion", "insertion", "random_deletion", "random_insertion")
 

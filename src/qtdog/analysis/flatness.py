@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.analysis.directions import Displaced, Radius
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 
 
 @dataclass(frozen=True)

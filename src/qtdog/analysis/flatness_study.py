@@ -18,7 +18,7 @@ from qtdog.analysis.passes import losses_by_domain, role_mean, shift
 from qtdog.analysis.points import Points
 from qtdog.analysis.subject import Subject, all_images
 from qtdog.core.errors import ConfigError
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 
 RADII: dict[str, tuple[float, ...]] = {
     "absolute": tuple(5.0 * k for k in range(13)),  # 0, 5 … 60, as the paper

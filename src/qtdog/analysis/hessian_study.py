@@ -22,7 +22,7 @@ from qtdog.analysis.points import Points, Row
 from qtdog.analysis.spectrum import HessianProduct, Ritz, lanczos, top_eigenvalues
 from qtdog.analysis.subject import Subject, domain_images
 from qtdog.core.errors import ConfigError
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 
 KEY = ("run", "on", "quantity", "number")
 BATCH = 64

@@ -14,8 +14,8 @@ from qtdog.analysis.bit_plan import BitPlan
 from qtdog.analysis.hessian_trace import mean_losses
 from qtdog.analysis.mixed_precision import assign_bits, average_bits
 from qtdog.analysis.sensitivity import Sensitivity, cost_table, sensitivities
+from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
-from qtdog.data.dataset import Progress
 from qtdog.data.loader import eval_batches
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.compose import compose, make_accelerator

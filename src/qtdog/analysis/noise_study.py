@@ -19,7 +19,7 @@ from qtdog.analysis.points import Points
 from qtdog.analysis.subject import about_run, model_id, read_run
 from qtdog.core.config import Config
 from qtdog.core.errors import RunError
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 from qtdog.packing.packed_file import load_packed
 from qtdog.training.run_folder import RunFolder
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.analysis.subject import Images
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 from qtdog.training.shipped import ShippedModel
 
 BATCH = 128

@@ -12,7 +12,7 @@ from qtdog.analysis.points import Points, write_table
 from qtdog.analysis.slices import Answer, Confusion, Slices, confusion, slices, surest_mistakes
 from qtdog.analysis.slices_figure import draw_confusions, draw_mistakes
 from qtdog.analysis.subject import Images, Subject, domain_images
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 
 COLUMNS = ("label", "predicted", "confidence")
 CONFUSION = "confusion.csv"

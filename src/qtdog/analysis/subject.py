@@ -14,8 +14,9 @@ from torch import Tensor
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError, DataError, RunError
 from qtdog.core.files import sha256_file
+from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
-from qtdog.data.cache import Progress, content_sha256
+from qtdog.data.cache import content_sha256
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.readable import open_readable
 from qtdog.training.inputs import open_inputs

@@ -19,7 +19,7 @@ from qtdog.analysis.subject import Subject, all_images, training_images
 from qtdog.analysis.surface import Plane, across, between, same_statistics
 from qtdog.analysis.surface_figure import draw_surface
 from qtdog.core.errors import ConfigError
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 from qtdog.training.batch_norm import estimate_statistics_
 
 N_REFIT = 256  # training images of each source that moving statistics are measured on

@@ -11,7 +11,7 @@ from typing import Any
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import write_atomic
-from qtdog.data.cache import Progress
+from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.fork import train_prefix

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 from qtdog.data.hashes import files_below, write_hashes
 from qtdog.data.layouts import Layout, Placed, find_layout
 from qtdog.data.mnist import find_mnist

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, write_atomic
+from qtdog.core.progress import Progress
 from qtdog.data.buffers import BufferPool
-from qtdog.data.dataset import N_THREADS, DomainDataset, Progress, map_samples
+from qtdog.data.dataset import N_THREADS, DomainDataset, map_samples
 from qtdog.data.decode import DECODE_VERSION
 from qtdog.data.index import SETTLED_NS, Hashes, file_hashes
 from qtdog.data.replaced import hold, origin_mark, remove_replaced

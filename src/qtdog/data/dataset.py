@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.errors import DataError
+from qtdog.core.progress import Progress
 from qtdog.data.decode import to_square
 from qtdog.data.parts import TRAIN
 from qtdog.data.sheet import Datasheet
 
-Progress = Callable[[int, int], None] | None
 """Called as progress(done, total) while something takes long."""
 
 N_THREADS = 4

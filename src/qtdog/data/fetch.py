@@ -19,8 +19,8 @@ from typing import Any
 
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.progress import Progress
 from qtdog.data.adopt import adopt, require_new
-from qtdog.data.dataset import Progress
 from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, describe, download
 from qtdog.data.home import data_home
 from qtdog.data.sheet import Datasheet

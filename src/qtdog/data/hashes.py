@@ -16,7 +16,8 @@ from typing import Any
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import sha256_file, write_atomic
-from qtdog.data.dataset import Progress, map_samples
+from qtdog.core.progress import Progress
+from qtdog.data.dataset import map_samples
 
 NOTES = ".qtdog"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")

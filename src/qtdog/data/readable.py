@@ -10,8 +10,9 @@ import numpy as np
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import write_atomic
+from qtdog.core.progress import Progress
 from qtdog.data.cache import cache_root
-from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.dataset import DomainDataset, map_samples
 from qtdog.data.decode import HINT
 from qtdog.data.index import SETTLED_NS
 from qtdog.data.open_any import open_any

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.errors import DataError
-from qtdog.data.dataset import DomainDataset, Progress
+from qtdog.core.progress import Progress
+from qtdog.data.dataset import DomainDataset
 from qtdog.data.parts import TEST, VAL
 from qtdog.data.text import TextDataset
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder
+from qtdog.core.progress import Progress
 from qtdog.data.buffers import BufferPool
 from qtdog.data.cache import DecodedCache, cache_root
-from qtdog.data.dataset import Progress
 from qtdog.data.text_domains import TextDomains
 
 TOKENS = "tokens.u16"

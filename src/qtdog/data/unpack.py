@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import clear_disk_errors
-from qtdog.data.dataset import Progress
+from qtdog.core.progress import Progress
 
 MAX_RATIO = 200
 """Images do not shrink; lists in JSON and CSV shrink to a tenth or less."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qtdog.core.errors import DataError
+from qtdog.core.progress import Progress
 from qtdog.data.cards import check_counts
-from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.dataset import DomainDataset, map_samples
 from qtdog.data.decode import HINT
 from qtdog.data.files import FileDataset
 from qtdog.data.hashes import Changes, compare, files_below, hash_of, read_hashes

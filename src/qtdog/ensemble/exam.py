@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.config import Config
-from qtdog.data.cache import DecodedCache, Progress
+from qtdog.core.progress import Progress
+from qtdog.data.cache import DecodedCache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing

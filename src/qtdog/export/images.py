@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.errors import ConfigError, DataError, unknown
+from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
-from qtdog.data.dataset import DomainDataset, Progress, map_samples
+from qtdog.data.dataset import DomainDataset, map_samples
 from qtdog.training.shipped import ModelInfo
 
 

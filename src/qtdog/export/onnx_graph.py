@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qtdog.core.errors import ModelError
+from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.deployed import Deployed
 from qtdog.export.integer_weight import IntegerWeight, fit
@@ -21,7 +22,6 @@ from qtdog.export.libraries import library
 from qtdog.export.subject import Subject
 
 OPSET = 18
-Progress = Callable[[int, int], None] | None
 
 
 def member_graphs(subject: Subject, module: Deployed, progress: Progress = None) -> Iterator[Any]:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qtdog.core.progress import Progress
 from qtdog.export.deployed import ASKED
 from qtdog.export.images import LabelledImages
 
 Ask = Callable[[npt.NDArray[np.uint8]], dict[str, Any]]
-Progress = Callable[[int, int], None] | None
 BATCH = 32
 
 

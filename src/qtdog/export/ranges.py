@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Progress = Callable[[int, int], None] | None
+from qtdog.core.progress import Progress
+
 Reader = Callable[[npt.NDArray[np.uint8]], Sequence[npt.NDArray[Any]]]
 """Images to the values of all points."""
 

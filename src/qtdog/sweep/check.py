@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, ModelError
-from qtdog.data.cache import Progress
+from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.teach import open_teacher
 from qtdog.sweep.expand import raise_all

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qtdog.core.config import config_hash
 from qtdog.core.errors import ConfigError
-from qtdog.data.cache import Progress
+from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.readable import open_readable
 from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of, skips_unreadable

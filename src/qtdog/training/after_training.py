@@ -13,9 +13,9 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from qtdog.conversion.calibrate import calibrate_
+from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.core.random import numpy_stream
-from qtdog.data.cache import Progress
 from qtdog.data.loader import Indices, eval_batches
 from qtdog.quantizers.fixed import Fixed
 from qtdog.training.parts import Parts

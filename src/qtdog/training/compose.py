@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState
 from qtdog.conversion.attach import Attached, attach
 from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
+from qtdog.core.progress import Progress
 from qtdog.core.registry import import_members
-from qtdog.data.cache import DecodedCache, Progress
+from qtdog.data.cache import DecodedCache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.data.sampler import batch_sizes

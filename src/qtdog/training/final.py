@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qtdog.data.cache import Progress
+from qtdog.core.progress import Progress
 from qtdog.quantizers.registry import works_after_training
 from qtdog.training.after_training import quantize_after_training_
 from qtdog.training.batch_norm import fit_batch_norm_

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
-from qtdog.data.cache import DecodedCache, Progress, open_cache
+from qtdog.core.progress import Progress
+from qtdog.data.cache import DecodedCache, open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.text_domains import TextDomains
 from qtdog.data.token_cache import open_tokens

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qtdog.core.config import Config
-from qtdog.data.cache import Progress
+from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
 from qtdog.training.checkpoint import Checkpoint
