@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qtdog.core.registry import Registry
-from qtdog.data.dataset import DomainDataset
 from qtdog.data.sheet import Archive, Datasheet
-from qtdog.data.text import TextDataset
+
+if TYPE_CHECKING:
+    from qtdog.data.dataset import DomainDataset
+    from qtdog.data.text import TextDataset
 
 CARDS: Registry[Datasheet] = Registry("data set")
 UNCHECKED = "a count that was not compared with another source: the copy may be right"
