@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import qtdog
 from qtdog.core.config import Config
-from qtdog.core.settings import build_config, load_preset
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from qtdog.core.config import Config
-from qtdog.core.settings import build_config, load_preset
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.objective import OBJECTIVES

@@ -18,7 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from qtdog.core.config import Config
-from qtdog.core.settings import build_config, load_preset
+from qtdog.core.config_io import build_config, load_preset
 
 # a first backward pass, or a busy machine, may take longer than hypothesis allows one example
 settings.register_profile("qtdog", deadline=None)

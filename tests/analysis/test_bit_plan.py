@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from qtdog.analysis.bit_plan import BitPlan, parse_candidates, place, without_target
+from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.core.settings import build_config
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
 

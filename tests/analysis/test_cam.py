@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qtdog.analysis.cam import as_images, heatmaps
 from qtdog.analysis.faithfulness import faithfulness
 from qtdog.core.errors import ConfigError, ModelError
-from qtdog.core.stage import Stage
+from qtdog.core.feature_maps import Stage
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qtdog.analysis import flatness_study, hessian_study
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import Interrupted
-from qtdog.core.settings import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.training.problem import resolve
 from qtdog.training.run import run

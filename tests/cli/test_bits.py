@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from qtdog.analysis import bit_trials
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError, Interrupted
-from qtdog.core.settings import build_config, load_preset
 from qtdog.training import loop as loop_module
 
 NET = ("--backbone", "digits_cnn", "--weights", "none", "--image-size", 12, "--batch-size", 4)

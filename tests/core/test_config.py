@@ -2,8 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.errors import ConfigError
-from qtdog.core.settings import (
+from qtdog.core.config_io import (
     build_config,
     differences,
     load_preset,
@@ -13,6 +12,7 @@ from qtdog.core.settings import (
     preset_names,
     to_yaml,
 )
+from qtdog.core.errors import ConfigError
 
 
 def test_defaults_are_the_published_protocol():

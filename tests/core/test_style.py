@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtdog.core.stage import Stage
-from qtdog.core.style import EPS, Style, restyle, style
+from qtdog.core.feature_maps import EPS, Stage, Style, restyle, style
 
 LAYOUTS = [
     (Stage("a", 5, axis=1, ndim=4), (3, 5, 4, 2), (2, 3)),

@@ -15,8 +15,8 @@ import typer
 import typer.main
 import yaml
 
+from qtdog.core.config_io import build_config, load_preset, parse_assignment, preset_description, preset_names
 from qtdog.core.errors import ConfigError
-from qtdog.core.settings import build_config, load_preset, parse_assignment, preset_description, preset_names
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qtdog.core.config import AFTER_TRAINING
+from qtdog.core.config_io import load_preset, preset_names
 from qtdog.core.quantized import QuantSpec
-from qtdog.core.settings import load_preset, preset_names
 from qtdog.quantizers.grid import encode
 from qtdog.quantizers.inq import INQ
 from qtdog.quantizers.options import OPTION_NAMES, QuantizerOptions

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qtdog.core.settings import build_config, load_preset
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.member import Member, read_member
 from qtdog.training.problem import resolve

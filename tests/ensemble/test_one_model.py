@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
-from qtdog.core.settings import build_config
 from qtdog.ensemble import tune as tune_module
 from qtdog.ensemble.assemble import Order, assemble
 from qtdog.ensemble.average import average, read_latent

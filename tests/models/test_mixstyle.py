@@ -9,8 +9,7 @@ from torch import Tensor
 
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError, ModelError
-from qtdog.core.stage import Stage
-from qtdog.core.style import EPS
+from qtdog.core.feature_maps import EPS, Stage
 from qtdog.models.backbones import create_network
 from qtdog.models.digits_cnn import WIDTHS, digits_cnn
 from qtdog.models.mixstyle import MixStyle, mix_styles

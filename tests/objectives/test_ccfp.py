@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.stage import Stage
+from qtdog.core.feature_maps import Stage
 from qtdog.objectives.ccfp import CCFP, StyleShifts, consistency, domain_discrepancy, gram, reaching_only
 from qtdog.objectives.objective import Setting
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.stage import Stage
+from qtdog.core.feature_maps import Stage
 from qtdog.objectives.objective import Setting
 from qtdog.objectives.sagnet import SagNet, content_randomised, style_randomised, uniformity_loss
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from qtdog.conversion.attach import attach, attached, sites
 from qtdog.conversion.ship import load_into, save
+from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
-from qtdog.core.settings import build_config
 from qtdog.quantizers.inq import DEAD_LAYER_LEVEL, INQ, largest_level, power_of_two_codes
 from qtdog.quantizers.options import QuantizerOptions
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.settings import build_config, to_yaml
+from qtdog.core.config_io import build_config, to_yaml
 from qtdog.training.records import Record, Score, SourceRecord
 from qtdog.training.run_folder import RunFolder
 from qtdog.training.select import select

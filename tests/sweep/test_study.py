@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.core.settings import build_config
 from qtdog.sweep.check import check_tasks
 from qtdog.sweep.plan import make_plan, select
 from qtdog.sweep.search import drawn

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError, Interrupted
-from qtdog.core.settings import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
 from qtdog.training import loop as loop_module

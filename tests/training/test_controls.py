@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qtdog.core.config import Config
+from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import Interrupted
-from qtdog.core.settings import build_config, load_preset, preset_names
 from qtdog.data.digits import RotatedDigits
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.registry import QUANTIZERS

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qtdog.core.config import Config
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
-from qtdog.core.settings import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.training import dart as dart_module
 from qtdog.training import loop as loop_module

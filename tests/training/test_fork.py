@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
-from qtdog.core.settings import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training

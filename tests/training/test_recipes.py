@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qtdog.core.config import Config
+from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
-from qtdog.core.settings import build_config, load_preset, preset_names
 from qtdog.data.digits import RotatedDigits
 from qtdog.training.compose import AVERAGERS, STEP_RULES, compose, make_accelerator
 from qtdog.training.evaluator import Evaluator

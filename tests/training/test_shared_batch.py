@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtdog.core.settings import build_config, load_preset
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.objective import OBJECTIVES
 from qtdog.training.compose import compose, make_accelerator

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qtdog.analysis.sensitivity import require_grid
 from qtdog.core.config import AFTER_TRAINING, Config, config_hash
+from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.quantized import MAX_BITS, MIN_BITS
-from qtdog.core.settings import build_config
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.subset import DomainSubset
 from qtdog.data.text_domains import SEEN, TextDomains

@@ -12,9 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qtdog.core.errors import ConfigError, ModelError
-from qtdog.core.extras import extra
-from qtdog.core.stage import Stage
+from qtdog.core.errors import ConfigError, ModelError, extra
+from qtdog.core.feature_maps import Stage
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
 

@@ -14,7 +14,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from qtdog.core.extras import extra
+from qtdog.core.errors import extra
 from qtdog.core.random import derive, numpy_stream
 
 

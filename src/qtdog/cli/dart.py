@@ -75,7 +75,7 @@ def dart(
 
 def _branches(config: Config, sources: Sequence[str], texts: Sequence[str]) -> list[Config]:
     """Return the configuration of each branch: one start, seeds counted up, and what is its own."""
-    from qtdog.core.settings import build_config, parse_assignment
+    from qtdog.core.config_io import build_config, parse_assignment
 
     own: list[list[dict[str, Any]]] = [[parse_assignment(one) for one in text.split(";")] for text in texts]
     own = own or [[{"data": {"focus": source}}] for source in sources]

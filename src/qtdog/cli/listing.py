@@ -58,7 +58,7 @@ def listing(
 
 
 def _rows(kind: Kind) -> list[list[str]]:
-    from qtdog.core.settings import option_rows, preset_description, preset_names
+    from qtdog.core.config_io import option_rows, preset_description, preset_names
 
     if kind is Kind.PRESETS:
         return [[name, preset_description(name)] for name in preset_names()]

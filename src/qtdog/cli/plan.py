@@ -9,9 +9,9 @@ from typing import Any
 
 from qtdog.cli.crew import Beginning, Crew, read_plan
 from qtdog.core.config import Config, config_hash
+from qtdog.core.config_io import Tree, build_config, load_preset, parse_assignment
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
-from qtdog.core.settings import Tree, build_config, load_preset, parse_assignment
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open_any import open_any
 from qtdog.data.readable import without_unreadable

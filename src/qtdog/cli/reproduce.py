@@ -50,8 +50,8 @@ def reproduce(
       qtdog reproduce table01 --dataset PACS --only ERM --only QT-DoG --trials 1
     """
     from qtdog.cli.reproduce_plan import Question
+    from qtdog.core.config_io import parse_assignment
     from qtdog.core.paper import choose_rows, find_table
-    from qtdog.core.settings import parse_assignment
 
     if study is None:
         show_tables(as_json=as_json)
@@ -98,8 +98,8 @@ def open_data(question: Question, *, may_be_missing: bool) -> DomainDataset | No
     """
     from qtdog.cli.console import warn
     from qtdog.cli.progress import CountingBar
+    from qtdog.core.config_io import load_preset
     from qtdog.core.errors import DataError
-    from qtdog.core.settings import load_preset
     from qtdog.data.readable import open_readable
 
     asked, meant = question.config(question.rows[0]).data, load_preset(question.table.preset)["data"]["source"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
+from qtdog.core.config_io import Tree, build_config, load_preset
 from qtdog.core.errors import DataError
 from qtdog.core.paper import PaperRow, PaperTable
-from qtdog.core.settings import Tree, build_config, load_preset
 from qtdog.data.cards import CARDS
 from qtdog.data.dataset import DomainDataset
 from qtdog.training.problem import resolve

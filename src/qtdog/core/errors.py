@@ -1,9 +1,10 @@
-"""Errors that a user can act on, and the nearest match for a mistyped name."""
+"""Errors that a user can act on, the nearest match for a mistyped name, and optional libraries (extras)."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -89,3 +90,27 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     hint = f"; did you mean '{close}'?" if close else "."
     listed = ", ".join(names[:20]) + (f" … ({len(names)} in all)" if len(names) > 20 else "")
     return f"unknown {kind} '{given}'{hint} Known: {listed or 'none'}"
+
+
+@contextmanager
+def extra(name: str, need: str, kind: type[QtdogError] = ModelError) -> Iterator[None]:
+    """Import inside this, so that a missing library is named together with the command that installs it.
+
+    Args:
+        name: of the extra in `pyproject.toml`.
+        need: who needs what, like "class-activation maps need grad-cam".
+        kind: of the error.
+
+    Raises:
+        QtdogError: of that kind; the library is not installed, or does not import.
+
+    Example:
+        >>> with extra("ray", "this needs Ray"):
+        ...     import no_such_library
+        Traceback (most recent call last):
+        qtdog.core.errors.ModelError: this needs Ray: pip install 'qtdog[ray]' (No module named 'no_such_library')
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise kind(f"{need}: pip install 'qtdog[{name}]' ({error})") from error

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from qtdog.core.config import Section
+from qtdog.core.config_io import paper_part, preset_names
 from qtdog.core.errors import ConfigError, nearest, unknown
-from qtdog.core.settings import paper_part, preset_names
 
 FOLDER = "paper/"
 MEASURES = {

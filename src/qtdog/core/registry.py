@@ -1,11 +1,14 @@
-"""Names to factories: how an axis of the configuration finds its members."""
+"""Names to factories: how an axis of the configuration finds its members, and their hyper-parameters as data."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
+
+import numpy as np
 
 from qtdog.core.errors import ConfigError, unknown
 
@@ -59,3 +62,81 @@ def import_members(package: str) -> None:
     """Import every module of a package, so that each member of an axis enters its name: a new one is just a file."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
+
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class HyperParameter:
+    """One number (or choice) that a member of an axis takes.
+
+    Attributes:
+        default: the published or DomainBed's default; its type is the type of the values.
+        about: what it means, in words.
+        low: smallest value that makes sense.
+        high: largest value.
+        search: range of DomainBed's random search, or None if it is not searched.
+        log: whether the search is uniform in the logarithm.
+        choices: the values of a choice; then low, high and search do not count.
+    """
+
+    default: Value
+    about: str
+    low: float = -float("inf")
+    high: float = float("inf")
+    search: tuple[float, float] | None = None
+    log: bool = False
+    choices: tuple[Value, ...] = ()
+
+    def draw(self, rng: np.random.Generator) -> Value:
+        """Return a random value for a search (the default if it is not searched)."""
+        if self.choices:
+            return self.choices[int(rng.integers(len(self.choices)))]
+        if self.search is None:
+            return self.default
+        low, high = self.search
+        drawn = float(np.exp(rng.uniform(np.log(low), np.log(high))) if self.log else rng.uniform(low, high))
+        return round(drawn) if isinstance(self.default, int) else drawn
+
+
+HyperParameters = Mapping[str, HyperParameter]
+
+
+def fill(kind: str, known: HyperParameters, given: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the value of every hyper-parameter: what is given, checked, and the defaults.
+
+    Args:
+        kind: what they belong to, for the error ("objective 'coral'").
+        known: the hyper-parameters.
+        given: some of their values.
+
+    Raises:
+        ConfigError: an unknown name (with the nearest match), a value of another type or out of range.
+
+    Example:
+        >>> known = {"weight": HyperParameter(1.0, "of the penalty", low=0)}
+        >>> fill("objective 'coral'", known, {}), fill("objective 'coral'", known, {"weight": 2})
+        ({'weight': 1.0}, {'weight': 2.0})
+    """
+    for name in given:
+        if name not in known:
+            raise ConfigError(unknown(f"hyper-parameter of {kind}", name, known))
+    return {
+        name: _checked(f"{name} of {kind}", how, given[name]) if name in given else how.default
+        for name, how in known.items()
+    }
+
+
+def _checked(what: str, how: HyperParameter, value: Value) -> Value:
+    if how.choices:
+        if value not in how.choices:
+            raise ConfigError(unknown(what, str(value), [str(choice) for choice in how.choices]))
+        return value
+    kind = type(how.default)
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{what} must be {kind.__name__}, not {value!r}")
+    if isinstance(value, (int, float)) and not how.low <= value <= how.high:
+        raise ConfigError(f"{what} must lie in {how.low:g} … {how.high:g}, not {value:g}")
+    return float(value) if kind is float else value

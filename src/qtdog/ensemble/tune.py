@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qtdog.conversion.attach import Attached
 from qtdog.core.config import Config
+from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.core.settings import build_config
 from qtdog.ensemble.average import State
 from qtdog.ensemble.exam import Exam
 from qtdog.models.network import Network

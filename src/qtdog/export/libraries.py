@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from qtdog.core.extras import extra
+from qtdog.core.errors import extra
 
 EXTRAS = {
     "onnx": "onnx",

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qtdog.core.errors import ModelError, nearest, unknown
-from qtdog.core.hyperparameters import Value
 from qtdog.core.random import derive
+from qtdog.core.registry import Value
 from qtdog.models.clip_text import check_has_text_tower, text_classifier
 from qtdog.models.digits_cnn import WIDTHS
 from qtdog.models.feature_layers import make_feature_layer

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from qtdog.core.errors import ModelError, unknown
-from qtdog.core.extras import extra
+from qtdog.core.errors import ModelError, extra, unknown
 
 PROMPT = "a photo of a {}."
 # timm's name of an image tower → open_clip's names of model and weights

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters
+from qtdog.core.registry import HyperParameter, HyperParameters
 from qtdog.models.feature_layer import FeatureLayer, ImageShape
 from qtdog.models.network import Network
 

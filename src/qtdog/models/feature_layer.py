@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-from qtdog.core.hyperparameters import HyperParameters, Value, fill
+from qtdog.core.registry import HyperParameters, Value, fill
 from qtdog.models.network import Network
 
 ImageShape = tuple[int, int, int]

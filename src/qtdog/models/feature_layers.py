@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qtdog.core.hyperparameters import Value
-from qtdog.core.registry import Registry
+from qtdog.core.registry import Registry, Value
 from qtdog.models.context import ContextLayer
 from qtdog.models.feature_layer import FeatureLayer, NoFeatureLayer
 from qtdog.models.mixstyle import MixStyle

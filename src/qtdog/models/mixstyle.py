@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Beta
 
 from qtdog.core.errors import ModelError
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters
-from qtdog.core.stage import Stage
-from qtdog.core.style import Style, restyle, style
+from qtdog.core.feature_maps import Stage, Style, restyle, style
+from qtdog.core.registry import HyperParameter, HyperParameters
 from qtdog.models.feature_layer import FeatureLayer, ImageShape
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError
-from qtdog.core.stage import Stage
+from qtdog.core.feature_maps import Stage
 from qtdog.models.network import Network
 
 # A transformer is one long stage: its blocks are taken in as many groups as a residual network has stages.

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qtdog.core.errors import ModelError
-from qtdog.core.extras import extra
+from qtdog.core.errors import ModelError, extra
 from qtdog.models.word_pieces import Tokeniser, Tokens, check_words, word_pieces
 
 PAD, START = 0, 1  # what fills a short text up; what a hashed text begins with

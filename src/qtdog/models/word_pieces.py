@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qtdog.core.extras import extra
+from qtdog.core.errors import extra
 
 Tokens = npt.NDArray[np.int32]
 Tokeniser = Callable[[Sequence[str]], Tokens]

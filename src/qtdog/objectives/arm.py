@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.hyperparameters import Value
+from qtdog.core.registry import Value
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.objectives.view import DomainBatch, ModelView
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qtdog.core.stage import Stage
+from qtdog.core.feature_maps import Stage
 
 Act = Callable[[Stage, Tensor], Tensor | None]
 """(stage, its feature map) to the map that takes its place, or None to leave it."""

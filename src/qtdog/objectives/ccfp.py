@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
-from qtdog.core.stage import Stage
-from qtdog.core.style import Style, restyle, style
+from qtdog.core.feature_maps import Stage, Style, restyle, style
+from qtdog.core.registry import HyperParameter, HyperParameters, Value
 from qtdog.objectives.at_stages import at_stages, kept_at_stages
 from qtdog.objectives.heads import linear_head
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
+from qtdog.core.registry import HyperParameter, HyperParameters, Value
 from qtdog.objectives.erm import erm_loss
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView

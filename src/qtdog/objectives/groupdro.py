@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
+from qtdog.core.registry import HyperParameter, HyperParameters, Value
 from qtdog.objectives.domain_losses import domain_losses
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.objectives.view import DomainBatch, ModelView

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters
+from qtdog.core.registry import HyperParameter, HyperParameters
 from qtdog.objectives.domain_losses import domain_losses
 from qtdog.objectives.objective import OBJECTIVES, Objective
 from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView

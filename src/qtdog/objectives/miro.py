@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
+from qtdog.core.registry import HyperParameter, HyperParameters, Value
 from qtdog.objectives.at_stages import kept_at_stages
 from qtdog.objectives.erm import erm_loss
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
+from qtdog.core.registry import HyperParameter, HyperParameters, Value
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.objectives.view import DomainOutputs
 

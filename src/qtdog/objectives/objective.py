@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.hyperparameters import HyperParameters, Value, fill
-from qtdog.core.registry import Registry
-from qtdog.core.stage import Stage
+from qtdog.core.feature_maps import Stage
+from qtdog.core.registry import HyperParameters, Registry, Value, fill
 from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
 
 

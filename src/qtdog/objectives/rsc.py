@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters
+from qtdog.core.registry import HyperParameter, HyperParameters
 from qtdog.objectives.objective import OBJECTIVES, Objective
 from qtdog.objectives.view import DomainBatch, ModelView
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtdog.core.config import Config
+from qtdog.core.config_io import differences
 from qtdog.core.errors import QtdogError
-from qtdog.core.settings import differences
 from qtdog.sweep.index import run_folders
 from qtdog.sweep.plan import Plan
 from qtdog.training.run_folder import RunFolder
@@ -58,7 +58,7 @@ def diff(first: Configs, second: Configs) -> Difference:
     """Return what differs between two sets of runs; those in one only are paired with the nearest of the other.
 
     Example:
-        >>> from qtdog.core.settings import build_config
+        >>> from qtdog.core.config_io import build_config
         >>> seven, four = (build_config([{"quantizer": {"bits": bits}}]) for bits in (7, 4))
         >>> diff({"a": seven}, {"b": four}).changed
         {('quantizer.bits: 7 → 4',): 1}

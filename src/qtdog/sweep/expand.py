@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtdog.core.config import Config
+from qtdog.core.config_io import Tree, build_config, load_preset
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.core.progress import Progress
-from qtdog.core.settings import Tree, build_config, load_preset
 from qtdog.data.dataset import DomainDataset
 from qtdog.sweep.search import drawn
 from qtdog.sweep.study import Axes, Labels, Layer, Method, Scalar, Study, axis_keys

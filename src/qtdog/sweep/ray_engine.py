@@ -8,8 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.extras import extra
+from qtdog.core.errors import ConfigError, RunError, extra
 from qtdog.sweep.artefacts import inputs, unpack
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.remote import do_task, do_task_elsewhere

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qtdog.core.config import Config
-from qtdog.core.hyperparameters import HyperParameter
+from qtdog.core.config_io import Tree
 from qtdog.core.random import numpy_stream
-from qtdog.core.settings import Tree
+from qtdog.core.registry import HyperParameter
 from qtdog.sweep.study import Search
 from qtdog.training.compose import OBJECTIVES, STEP_RULES
 
@@ -39,7 +39,7 @@ def drawn(search: Search, index: int, config: Config) -> Tree:
         ConfigError: an unknown objective or step rule.
 
     Example:
-        >>> from qtdog.core.settings import build_config
+        >>> from qtdog.core.config_io import build_config
         >>> coral, search = build_config([{"objective": {"name": "coral"}}]), Search(n=3, over=["objective", "lr"])
         >>> drawn(search, 0, coral), sorted(drawn(search, 1, coral))
         ({}, ['objective', 'optimizer'])

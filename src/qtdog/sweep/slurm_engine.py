@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtdog.core.errors import ConfigError
-from qtdog.core.extras import extra
+from qtdog.core.errors import ConfigError, extra
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.remote import Answer, do_task
 from qtdog.sweep.task import Task

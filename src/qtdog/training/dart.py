@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qtdog.core.config import Config, config_hash
+from qtdog.core.config_io import differences
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
-from qtdog.core.settings import differences
 from qtdog.data.dataset import DomainDataset
 from qtdog.quantizers.registry import works_after_training
 from qtdog.training.average import Average

@@ -21,7 +21,7 @@ def prefix_config(config: Config) -> Config:
     Configurations that differ only in their quantizer's choices (but not in its start step) have the same one.
 
     Example:
-        >>> from qtdog.core.settings import build_config
+        >>> from qtdog.core.config_io import build_config
         >>> four, seven = (build_config([{"quantizer": {"bits": bits}}]) for bits in (4, 7))
         >>> prefix_config(four) == prefix_config(seven) != four
         True

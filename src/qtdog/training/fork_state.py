@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qtdog.conversion.attach import sites
 from qtdog.core.config import AFTER_TRAINING, Config
+from qtdog.core.config_io import differences
 from qtdog.core.errors import RunError
-from qtdog.core.settings import differences
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.training.averagers import Averager, snapshot
 from qtdog.training.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ def fork_differences(prefix: Config, config: Config, step: int) -> list[str]:
     """Return one line for each value that differs between two runs and acts before update number `step` + 1.
 
     Example:
-        >>> from qtdog.core.settings import build_config
+        >>> from qtdog.core.config_io import build_config
         >>> one, other = build_config([{"train": {"seed": 1}}]), build_config([{"quantizer": {"bits": 3}}])
         >>> fork_differences(one, other, 100)
         ['train.seed: 1 → 0']

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.conversion.attach import sites
-from qtdog.core.hyperparameters import HyperParameter
+from qtdog.core.registry import HyperParameter
 
 SPACE = HyperParameter(
     "dequantized",

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters
+from qtdog.core.registry import HyperParameter, HyperParameters
 from qtdog.training.perturbation import SPACE, gradient_norm, moving_weights, perturbed
 from qtdog.training.step_rules import STEP_RULES, StepRule, Update
 

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from qtdog.core.hyperparameters import HyperParameters, Value, fill
-from qtdog.core.registry import Registry
+from qtdog.core.registry import HyperParameters, Registry, Value, fill
 
 
 class Optimizer(Protocol):

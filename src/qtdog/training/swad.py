@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from qtdog.core.errors import ConfigError
-from qtdog.core.hyperparameters import HyperParameter, HyperParameters, Value
+from qtdog.core.registry import HyperParameter, HyperParameters, Value
 from qtdog.training.average import Average
 from qtdog.training.averagers import AVERAGERS, Averager, State
 

@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.errors import ConfigError
-from qtdog.core.extras import extra
+from qtdog.core.errors import ConfigError, extra
 from qtdog.training.loggers.logger import LOGGERS, Logger, run_name
 
 EXPERIMENT = "qtdog"

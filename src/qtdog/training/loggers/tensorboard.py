@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError
-from qtdog.core.extras import extra
+from qtdog.core.errors import ConfigError, extra
 from qtdog.training.loggers.logger import LOGGERS, Logger
 
 

@@ -1,4 +1,4 @@
-"""From presets, files, flags and `--set` to one validated configuration; and back to YAML."""
+"""From presets, YAML files, command-line values and `--set` to one validated configuration, and back to YAML."""
 
 from __future__ import annotations
 
