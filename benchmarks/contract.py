@@ -27,12 +27,12 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
 from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
 from qtdog.training.health import HealthWatch
 from qtdog.training.problem import resolve
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 
 AXES = {
     "quantizer": ["none", *QUANTIZERS],

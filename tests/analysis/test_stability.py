@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qtdog.analysis.stability import interval, rank_correlation, stability
-from qtdog.training.records import Record, Score, SourceRecord
+from qtdog.runs.record import Record, Score, SourceRecord
 
 RNG = np.random.Generator(np.random.Philox(0))
 

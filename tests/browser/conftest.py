@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from qtdog.report.analyses import find_analyses
-from qtdog.report.find import find
 from qtdog.report.latency import read_bench
 from qtdog.report.page import PageOptions, build_page
+from qtdog.runs.find import find
 
 MADE = runpy.run_path(str(Path(__file__).parents[1] / "report" / "made_runs.py"))
 CHROMIUM = next(

@@ -13,9 +13,9 @@ from qtdog.analysis import flatness_study, hessian_study
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 
 SHORT = {
     "data": {"target": "75", "batch_size": 4, "image_size": 12},

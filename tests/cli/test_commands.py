@@ -90,8 +90,8 @@ def test_loaded_logits_equal_the_training_time_logits(model):
     from qtdog.conversion.attach import attach
     from qtdog.models.backbones import create_network
     from qtdog.models.placement import place_
+    from qtdog.runs.folder import RunFolder
     from qtdog.training.checkpoint import latest_checkpoint
-    from qtdog.training.run_folder import RunFolder
 
     root, out, _ = model
     checkpoint = latest_checkpoint(RunFolder(out).checkpoints, print)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qtdog.cli.analyse_common import labels_of
-from qtdog.training.run_folder import RunFolder
+from qtdog.runs.folder import RunFolder
 
 FLOAT, DECAY = {"quantizer": {"name": "none"}}, {"optimizer": {"schedule": "linear"}}
 

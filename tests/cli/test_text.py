@@ -20,9 +20,9 @@ from qtdog.core.errors import FormatError, ModelError
 from qtdog.data.open_any import open_any
 from qtdog.models import text
 from qtdog.models.text import TEXT_BACKBONES, make_tokeniser
+from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load, read_info
 
 NAME = "distilbert-base-uncased"

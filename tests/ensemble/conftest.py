@@ -11,9 +11,9 @@ import pytest
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.member import Member, read_member
+from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 
 SHORT = {
     "data": {"target": "75", "batch_size": 8, "image_size": 12},

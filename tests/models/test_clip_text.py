@@ -19,9 +19,9 @@ from qtdog.models.backbones import create_network
 from qtdog.models.featurizers import pretrained_cfg
 from qtdog.models.network import Network
 from qtdog.models.weight_files import read_weight_file
+from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 TOWER = "test_vit.r160_in1k"  # its head gives 1000 numbers, as many as the tiny text tower

@@ -7,13 +7,13 @@ import torch
 
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.objective import OBJECTIVES
+from qtdog.runs.folder import RunFolder
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
 from qtdog.training.optimizer_state import flatten_optimizer, plain_names
 from qtdog.training.parts import Parts
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.resume import begin, save_state
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.state import RunState
 
 

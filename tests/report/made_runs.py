@@ -10,9 +10,9 @@ from typing import Any
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import build_config, to_yaml
-from qtdog.training.records import Record, Score, SourceRecord
-from qtdog.training.run_folder import RunFolder
-from qtdog.training.select import select
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Record, Score, SourceRecord
+from qtdog.runs.selection import select
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 BASE = {"data": {"source": "pacs", "content": "ab" * 32}, "train": {"steps": 100, "eval_every": 20}}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qtdog.report.block import make_block
 from qtdog.report.compare import compare, comparison_sheet
-from qtdog.report.find import find
 from qtdog.report.render import SHEETS, render
+from qtdog.runs.find import find
 
 HERE = Path(__file__).parent
 ENDINGS = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}

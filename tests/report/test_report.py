@@ -14,15 +14,15 @@ from qtdog.core.config import Config
 from qtdog.core.errors import RunError
 from qtdog.data.digits import RotatedDigits
 from qtdog.report.analyses import find_analyses
-from qtdog.report.chosen import outcome
 from qtdog.report.embed import asset, json_for_html
-from qtdog.report.entry import Entry
-from qtdog.report.find import find
 from qtdog.report.latency import latencies, read_bench
 from qtdog.report.page import PageOptions, build_page
+from qtdog.runs.entry import Entry
+from qtdog.runs.find import find
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.selection import outcome
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 
 HOSTILE = ["</script>", "<!--", "]]>", "&lt;", "\u2028", "'\"`"]
 

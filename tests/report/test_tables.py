@@ -17,11 +17,11 @@ import pytest
 
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.report.block import AVERAGE, GAP, SOURCE, WORST, make_block
-from qtdog.report.chosen import SELECTIONS, check_selections, outcome
-from qtdog.report.domainbed import read_domainbed
-from qtdog.report.find import find
 from qtdog.report.marks import body
 from qtdog.report.render import render
+from qtdog.runs.domainbed import read_domainbed
+from qtdog.runs.find import find
+from qtdog.runs.selection import SELECTIONS, check_selections, outcome
 
 HERE = Path(__file__).parent
 TARGETS = ("art_painting", "cartoon", "photo", "sketch")

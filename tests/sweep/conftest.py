@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.crew import Crew
 from qtdog.sweep.driver import Progress
 from qtdog.sweep.local import LocalEngine
@@ -19,7 +20,6 @@ from qtdog.sweep.study import Study
 from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform
 from qtdog.training.run import Voice
-from qtdog.training.run_folder import RunFolder
 
 TINY = {
     "data.image_size": 8,

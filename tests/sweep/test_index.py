@@ -9,6 +9,7 @@ import sqlite3
 import pytest
 
 from qtdog.core.errors import ConfigError
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep import index as index_module
 from qtdog.sweep.diff import diff, of_folder, of_plan
 from qtdog.sweep.index import index_file, refresh
@@ -16,7 +17,6 @@ from qtdog.sweep.merge import merge
 from qtdog.sweep.notes import Outcome, keep_failure, keep_labels
 from qtdog.sweep.query import ask
 from qtdog.sweep.summary import pairs, results, values
-from qtdog.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

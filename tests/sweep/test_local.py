@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from qtdog.core.errors import RunError
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep import driver as driver_module
 from qtdog.sweep.driver import Driver
 from qtdog.sweep.notes import Outcome, Status, read_failures
@@ -22,7 +23,6 @@ from qtdog.sweep.study import Study
 from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform
 from qtdog.training.run import Voice
-from qtdog.training.run_folder import RunFolder
 
 METHODS = {
     "float": {"presets": ["float"]},

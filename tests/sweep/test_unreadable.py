@@ -9,13 +9,13 @@ import pytest
 
 from qtdog.core.errors import ConfigError
 from qtdog.data.open_any import open_any
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.check import check_tasks
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.remote import do_task
 from qtdog.sweep.study import Study
 from qtdog.sweep.work import perform
 from qtdog.training.run import Voice
-from qtdog.training.run_folder import RunFolder
 
 SETTINGS = {
     "data.image_size": 8,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qtdog.core.config import Config
 from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training import batch_norm as module
 from qtdog.training import loop as loop_module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
@@ -19,7 +20,6 @@ from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 N_BATCHES = 3

@@ -11,6 +11,7 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError, Interrupted
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
+from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
 from qtdog.training.averagers import AVERAGERS
@@ -20,7 +21,6 @@ from qtdog.training.fork import train_prefix
 from qtdog.training.health import HealthWatch
 from qtdog.training.problem import resolve
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 
 START, STEPS = 3, 8
 AVERAGED = [name for name in AVERAGERS if name != "none"]

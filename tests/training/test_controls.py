@@ -16,11 +16,11 @@ from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Record
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
 from qtdog.training.problem import resolve
-from qtdog.training.records import Record
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 SETTINGS = ("digits", "domainbed", "mnist", "pacs-lite")

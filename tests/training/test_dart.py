@@ -14,6 +14,7 @@ from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training import dart as dart_module
 from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
@@ -21,7 +22,6 @@ from qtdog.training.dart import dart, merged_state
 from qtdog.training.health import HealthWatch
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 STEPS, EVERY = 6, 2

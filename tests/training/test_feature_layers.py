@@ -14,11 +14,11 @@ from qtdog.core.errors import FormatError, Interrupted
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.packing.packed_file import load_packed
+from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load, read_info
 
 CONTEXT = {"feature_layer": "context", "feature_params": {"width": 8}}

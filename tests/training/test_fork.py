@@ -13,6 +13,7 @@ from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
+from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
@@ -20,7 +21,6 @@ from qtdog.training.fork import prefix_config, train_prefix
 from qtdog.training.fork_state import fork_differences, fork_obstacle, reseeded
 from qtdog.training.problem import resolve
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.step_rules import STEP_RULES
 
 START = 3

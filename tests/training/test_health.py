@@ -13,12 +13,12 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.health import LayerHealth, layer_health
 from qtdog.core.errors import CollapseError
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Score, SourceRecord
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.health import HealthWatch, chance_accuracy
 from qtdog.training.problem import resolve
-from qtdog.training.records import Score, SourceRecord
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 
 HEALTHY = LayerHealth("conv", 0.01, 0.0, 1.02)
 ILL = LayerHealth("conv", 0.9, 0.6, 0.05)

@@ -10,10 +10,10 @@ import pytest
 from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.data.subset import DomainSubset
+from qtdog.runs.folder import RunFolder
 from qtdog.training.loggers.logger import LOGGERS, Logger, watched
 from qtdog.training.problem import resolve
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 
 
 class Kept(Logger):

@@ -7,11 +7,11 @@ import torch
 
 from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 
 PROBE = 3
 

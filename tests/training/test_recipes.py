@@ -13,12 +13,12 @@ from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training.compose import AVERAGERS, STEP_RULES, compose, make_accelerator
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.health import HealthWatch
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 TINY = {

@@ -11,6 +11,7 @@ from qtdog.conversion.attach import attached
 from qtdog.core.config import config_hash
 from qtdog.core.errors import Interrupted, NonFiniteLossError, RunError
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
 from qtdog.training.checkpoint import latest_checkpoint
@@ -18,7 +19,6 @@ from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import Doors, Track, train
 from qtdog.training.problem import make_problem, resolve
 from qtdog.training.run import Silent, Voice, run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.state import RunState
 
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import ConfigError
-from qtdog.training import select as module
-from qtdog.training.records import Record, Score, SourceRecord, merge_scores
-from qtdog.training.select import select, select_last, select_source
+from qtdog.runs import selection as module
+from qtdog.runs.record import Record, Score, SourceRecord, merge_scores
+from qtdog.runs.selection import select, select_last, select_source
 
 
 def record(step: int, sources: list[float], target: float | None = None, *, selectable: bool = True) -> Record:

@@ -24,11 +24,11 @@ from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.load import load_any
 from qtdog.ensemble.member import read_member
 from qtdog.models.text import make_tokeniser
+from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.inputs import check_input
 from qtdog.training.problem import resolve
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 FILLING = ["the", "product", "came", "in", "a", "box", "and", "i", "used", "it", "for", "my", "kitchen", "with", "that"]

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from qtdog.cli.plan import Request, make_plan
 from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.problem import make_problem
 from qtdog.training.run import run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 
 STEPS, START = 6, 3

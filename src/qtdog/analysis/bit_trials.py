@@ -22,13 +22,13 @@ from qtdog.data.cache import open_cache
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.compose import make_accelerator
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.fork import train_prefix
 from qtdog.training.problem import make_problem
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import load
 from qtdog.training.signals import StopRequest
 

@@ -17,6 +17,7 @@ from qtdog.analysis.sensitivity import Sensitivity, cost_table, sensitivities
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.loader import eval_batches
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.fork import prefix_config, train_prefix
@@ -24,7 +25,6 @@ from qtdog.training.fork_state import load_plain_
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem, make_problem
 from qtdog.training.run import Voice
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.signals import StopRequest
 
 N_IMAGES = 128  # training images of each source domain for the curvature

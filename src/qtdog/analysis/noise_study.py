@@ -21,7 +21,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import RunError
 from qtdog.core.progress import Progress
 from qtdog.packing.packed_file import load_packed
-from qtdog.training.run_folder import RunFolder
+from qtdog.runs.folder import RunFolder
 
 COLUMNS = ("n", "kl", "floor", "mean", "mean_error", "positive_frac", "std", "clipped_frac", "moved_frac", "counts")
 ALL = "all layers"

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 N_BOOTSTRAP = 1000
 LEVEL = 0.95

@@ -17,7 +17,7 @@ from qtdog.analysis.subject import about_run, read_run
 from qtdog.core.config import Config
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.random import numpy_stream
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 Run = tuple[str, Config, list[Record]]
 CURVES = "curves.csv"

@@ -19,9 +19,9 @@ from qtdog.core.random import numpy_stream
 from qtdog.data.cache import content_sha256
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.readable import open_readable
+from qtdog.runs.folder import RunFolder
 from qtdog.training.inputs import open_inputs
 from qtdog.training.problem import Problem, make_problem
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import ShippedModel, load
 
 ID_DIGITS = 12

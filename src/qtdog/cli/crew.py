@@ -13,11 +13,11 @@ from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.fork import train_prefix
 from qtdog.training.fork_state import reseeded
 from qtdog.training.run import Voice
-from qtdog.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def write_report(out: Path, results: Sequence[dict[str, Any]]) -> Path:
     from qtdog.report.cost_table import cost_table
     from qtdog.report.plot import Curve, plot_curves
     from qtdog.report.table import markdown
-    from qtdog.training.run_folder import RunFolder
+    from qtdog.runs.folder import RunFolder
 
     curves = []
     for result in results:
@@ -104,8 +104,8 @@ def write_report(out: Path, results: Sequence[dict[str, Any]]) -> Path:
 def write_page(out: Path) -> Path:
     """Write `report.html` from everything finished in a folder, and return its path."""
     from qtdog.core.files import write_atomic
-    from qtdog.report.find import find
     from qtdog.report.page import PageOptions, build_page
+    from qtdog.runs.find import find
 
     page = out / "report.html"
     write_atomic(page, build_page(find([out]), PageOptions(page, title="Rotated digits")))

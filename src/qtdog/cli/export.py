@@ -83,7 +83,7 @@ def find_data(subject: Subject, data: str | None) -> DomainDataset:
     """
     from qtdog.core.errors import ConfigError
     from qtdog.data.open import open_dataset
-    from qtdog.training.run_folder import RunFolder
+    from qtdog.runs.folder import RunFolder
 
     if data is None:
         config = RunFolder(subject.path.parent).read_config()

@@ -15,8 +15,8 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open_any import open_any
 from qtdog.data.readable import without_unreadable
+from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import dataset_layer, resolve
-from qtdog.training.run_folder import RunFolder
 
 # Flag of the command line → section and key of the configuration.
 FLAGS = {

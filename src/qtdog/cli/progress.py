@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from qtdog.cli.console import err
 from qtdog.core.config import Config
 from qtdog.report.table import method_name, percent
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 
 class TrainingBar:

@@ -35,9 +35,9 @@ def report(
     from qtdog.core.errors import ConfigError
     from qtdog.core.files import write_atomic
     from qtdog.report.analyses import find_analyses
-    from qtdog.report.find import find
     from qtdog.report.latency import latencies, read_bench
     from qtdog.report.page import PageOptions, build_page
+    from qtdog.runs.find import find
 
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; -o takes the file to write, like {out / 'report.html'}")

@@ -14,8 +14,8 @@ from qtdog.core.errors import DataError
 from qtdog.core.paper import PaperRow, PaperTable
 from qtdog.data.cards import CARDS
 from qtdog.data.dataset import DomainDataset
+from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import resolve
-from qtdog.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _compared(cells: Cells, reference: str) -> dict[str, Comparison]:
 
 
 def _numbers(cells: Cells, reference: str) -> dict[str, Any]:
-    from qtdog.report.estimate import estimate
+    from qtdog.runs.aggregate import estimate
 
     def numbers(runs: Mapping[tuple[object, ...], float]) -> dict[str, Any]:
         found = estimate(list(runs.values()))
@@ -165,8 +165,8 @@ def table_rows(cells: Cells, reference: str) -> tuple[list[str], list[list[str]]
         cells: method → target → replicate → accuracy as a fraction.
         reference: the method that differences are to.
     """
-    from qtdog.report.estimate import estimate
     from qtdog.report.marks import estimate_text
+    from qtdog.runs.aggregate import estimate
 
     targets = sorted({target for by_target in cells.values() for target in by_target})
     compared = _compared(cells, reference)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.report.entry import Entry
-    from qtdog.report.find import Found
+    from qtdog.runs.entry import Entry
+    from qtdog.runs.find import Found
 
 RUNS = "Run folders, folders of them, DomainBed's results.jsonl or folders of these."
 SELECT = "Only this way to choose a checkpoint: source, mean, last or oracle; may be given several times."
@@ -60,8 +60,8 @@ def table(
       qtdog table runs/pacs --compare 'erm + float' 'erm + lsq 7 bit'
     """
     from qtdog.core.files import write_atomic
-    from qtdog.report.chosen import check_selections
-    from qtdog.report.find import find
+    from qtdog.runs.find import find
+    from qtdog.runs.selection import check_selections
 
     selections = check_selections(select or ())
     found = find(runs)

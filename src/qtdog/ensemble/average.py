@@ -12,10 +12,10 @@ from torch import Tensor
 from qtdog.conversion.bake import bake
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.ensemble.member import Member
+from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
 from qtdog.training.compose import make_quantizer
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.shipped import empty_network
 
 State = dict[str, Tensor]

@@ -16,11 +16,11 @@ from qtdog.data.cache import DecodedCache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing
+from qtdog.runs.record import Score, merge_scores
 from qtdog.training.compose import make_accelerator
 from qtdog.training.evaluator import EVAL_BATCH
 from qtdog.training.inputs import open_inputs
 from qtdog.training.problem import Problem, make_problem, resolve
-from qtdog.training.records import Score, merge_scores
 
 Answers = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""

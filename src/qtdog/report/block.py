@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qtdog.report.chosen import SELECTIONS, outcome
-from qtdog.report.entry import Cost, Entry, Outcome
-from qtdog.report.estimate import Estimate, estimate
 from qtdog.report.labels import label_rows
 from qtdog.report.table import NO_TARGET
+from qtdog.runs.aggregate import Estimate, estimate
+from qtdog.runs.entry import Cost, Entry, Outcome
+from qtdog.runs.selection import SELECTIONS, outcome
 
 AVERAGE, WORST, SOURCE, GAP = "average", "worst domain", "source", "gap"
 SPLITS = {"whole": "the whole unseen domain", "80": "the 80 % split of the unseen domain that DomainBed reports"}

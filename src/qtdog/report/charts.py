@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtdog.report.block import AVERAGE, GAP, SOURCE, WORST, Block
-from qtdog.report.entry import Entry
-from qtdog.report.estimate import Estimate
 from qtdog.report.latency import Timed
-from qtdog.training.records import Record
+from qtdog.runs.aggregate import Estimate
+from qtdog.runs.entry import Entry
+from qtdog.runs.record import Record
 
 Rows = Mapping[str, Sequence[Entry]]
 Chart = dict[str, Any]

@@ -12,10 +12,10 @@ from scipy import stats
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.random import numpy_stream
 from qtdog.report.block import outcomes
-from qtdog.report.entry import Entry
 from qtdog.report.labels import label_rows
 from qtdog.report.marks import Cell, Sheet
 from qtdog.report.table import NO_TARGET, percent
+from qtdog.runs.entry import Entry
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 9999

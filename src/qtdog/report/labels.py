@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtdog.report.entry import Entry
+from qtdog.runs.entry import Entry
 
 Settings = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtdog.core.errors import RunError
-from qtdog.report.entry import Entry
+from qtdog.runs.entry import Entry
 
 MAX_FILE_BYTES = 16 * 1024**2
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from qtdog.report.block import GAP, SOURCE, Block, Row
 from qtdog.report.cost_table import file_text
-from qtdog.report.estimate import Estimate
 from qtdog.report.table import percent
+from qtdog.runs.aggregate import Estimate
 
 MISSING = "–"
 

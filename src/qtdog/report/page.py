@@ -15,15 +15,15 @@ from qtdog import __version__
 from qtdog.report.analyses import Analysis
 from qtdog.report.block import SPLITS, Block, make_block
 from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_cell, size_chart
-from qtdog.report.chosen import SELECTIONS
 from qtdog.report.embed import asset, csp_hash, data_uri, json_for_html, link
-from qtdog.report.entry import Entry
-from qtdog.report.find import Found
 from qtdog.report.labels import label_rows
 from qtdog.report.latency import BenchFile, latencies
 from qtdog.report.marks import estimate_text
 from qtdog.report.table import NO_TARGET
 from qtdog.report.web_table import block_table, numbers_table, runs_table, settings_table
+from qtdog.runs.entry import Entry
+from qtdog.runs.find import Found
+from qtdog.runs.selection import SELECTIONS
 
 MAX_FIGURE_BYTES = 3_000_000  # of all figures together; in base64 they take a third more, and the page stays below 5 MB
 
@@ -57,7 +57,7 @@ def build_page(found: Found, options: PageOptions) -> str:
         options: how.
 
     Example:
-        >>> from qtdog.report.find import find
+        >>> from qtdog.runs.find import find
         >>> page = build_page(find([Path("runs/pacs")]), PageOptions(Path("report.html")))  # doctest: +SKIP
     """
     groups = [_group(number, found.of(name), options) for number, name in enumerate(found.datasets)]

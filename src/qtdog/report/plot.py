@@ -12,7 +12,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 
 @dataclass(frozen=True)

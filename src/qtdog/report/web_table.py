@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.report.block import Block
-from qtdog.report.chosen import outcome
 from qtdog.report.embed import link
-from qtdog.report.entry import Entry
 from qtdog.report.labels import differing, value_text
 from qtdog.report.marks import MISSING, body, headers
 from qtdog.report.table import percent
+from qtdog.runs.entry import Entry
+from qtdog.runs.selection import outcome
 
 MAX_NUMBERS = 200  # rows of an analysis that are shown; all are in its CSV
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from qtdog.core.config import Config
 from qtdog.core.config_io import differences
 from qtdog.core.errors import QtdogError
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
 from qtdog.sweep.plan import Plan
-from qtdog.training.run_folder import RunFolder
 
 Configs = Mapping[str, Config]
 

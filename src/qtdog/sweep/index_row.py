@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from qtdog.core.config import AFTER_TRAINING, Config
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.notes import Outcome, last_line
-from qtdog.training.run_folder import RunFolder
 
 Value = str | int | float | None
 Row = dict[str, Value]

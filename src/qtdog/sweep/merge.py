@@ -11,10 +11,10 @@ from pathlib import Path
 
 from qtdog.core.errors import FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
 from qtdog.sweep.notes import keep_labels, read_labels, state_folder
 from qtdog.training.checkpoint import checkpoint_folders
-from qtdog.training.run_folder import RunFolder
 
 
 @dataclass

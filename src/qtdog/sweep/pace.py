@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtdog.core.config import Config
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.notes import Outcome, read_journal
 from qtdog.sweep.state import is_done, step_of
 from qtdog.sweep.task import Task
-from qtdog.training.run_folder import RunFolder
 
 OVERHEAD = 1.2  # until something was measured
 

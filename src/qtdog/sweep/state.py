@@ -6,10 +6,10 @@ import fcntl
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.notes import last_line, read_failures
 from qtdog.sweep.sharing import keep_sharing
 from qtdog.sweep.task import Task
-from qtdog.training.run_folder import RunFolder
 
 
 def is_done(task: Task, out: Path) -> bool:

@@ -18,6 +18,7 @@ from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.member import read_member, share_splits
 from qtdog.ensemble.one_model import Recipe
 from qtdog.ensemble.teach import open_teacher
+from qtdog.runs.folder import RunFolder
 from qtdog.sweep.notes import Outcome, Status
 from qtdog.sweep.task import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
@@ -25,7 +26,6 @@ from qtdog.training.companions import Companion
 from qtdog.training.fork import train_prefix
 from qtdog.training.loggers.logger import watched
 from qtdog.training.run import Voice, run
-from qtdog.training.run_folder import RunFolder
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 

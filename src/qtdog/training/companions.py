@@ -10,12 +10,12 @@ import torch
 
 from qtdog.core.config import Config
 from qtdog.core.errors import QtdogError, RunError
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
 from qtdog.training.compose import make_averager
 from qtdog.training.fork_state import begin_fork_
 from qtdog.training.parts import Parts
 from qtdog.training.resume import restore_averager_
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.state import RunState
 
 

@@ -18,6 +18,8 @@ from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.data.dataset import DomainDataset
 from qtdog.quantizers.registry import works_after_training
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.selection import select
 from qtdog.training.average import Average
 from qtdog.training.averagers import State, float_names, snapshot
 from qtdog.training.batch_norm import fit_batch_norm_
@@ -29,8 +31,6 @@ from qtdog.training.problem import Problem, make_problem
 from qtdog.training.result import finish
 from qtdog.training.resume import begin
 from qtdog.training.run import Voice, drive
-from qtdog.training.run_folder import RunFolder
-from qtdog.training.select import select
 from qtdog.training.state import RunState
 
 # What may differ between branches: all that leaves the network and the held-out images alike.

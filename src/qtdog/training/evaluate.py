@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from qtdog.training.records import Score
+from qtdog.runs.record import Score
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.cache import DecodedCache
 from qtdog.data.loader import eval_batches
 from qtdog.models.network import Network
+from qtdog.runs.record import Record, Score, SourceRecord, merge_scores
 from qtdog.training.evaluate import evaluate
 from qtdog.training.problem import Problem
-from qtdog.training.records import Record, Score, SourceRecord, merge_scores
 
 EVAL_BATCH = 128
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from qtdog.core.progress import Progress
 from qtdog.quantizers.registry import works_after_training
+from qtdog.runs.record import Record
+from qtdog.runs.selection import select
 from qtdog.training.after_training import quantize_after_training_
 from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.parts import Parts
-from qtdog.training.records import Record
-from qtdog.training.select import select
 from qtdog.training.state import RunState
 
 

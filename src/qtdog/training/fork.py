@@ -7,12 +7,12 @@ import contextlib
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.data.dataset import DomainDataset
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.problem import make_problem
 from qtdog.training.resume import begin
 from qtdog.training.run import Voice, drive
-from qtdog.training.run_folder import RunFolder
 
 
 def prefix_config(config: Config) -> Config:

@@ -11,7 +11,7 @@ import numpy as np
 from qtdog.conversion.health import LayerHealth
 from qtdog.core.config import Config
 from qtdog.core.errors import CollapseError
-from qtdog.training.records import SourceRecord
+from qtdog.runs.record import SourceRecord
 
 MAX_WARNED = 5  # layers named one by one; the others are counted
 # At chance: not above the best constant answer by more than this share of it …

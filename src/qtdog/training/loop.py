@@ -20,13 +20,13 @@ from qtdog.core.errors import CollapseError, Interrupted, NonFiniteLossError
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch
 from qtdog.objectives.view import DomainBatch
+from qtdog.runs.record import Record, SourceRecord
+from qtdog.runs.selection import select
 from qtdog.training.averagers import snapshot, swapped
 from qtdog.training.batch_norm import fit_batch_norm_, take_batch_norm_of_the_first_process_
 from qtdog.training.parts import Parts
 from qtdog.training.probe import keep_classifier_gradients_
-from qtdog.training.records import Record, SourceRecord
 from qtdog.training.schedules import lr_factor
-from qtdog.training.select import select
 from qtdog.training.state import RunState
 from qtdog.training.step_rules import Update
 

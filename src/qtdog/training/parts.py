@@ -16,8 +16,8 @@ from qtdog.data.loader import TrainBatches
 from qtdog.models.network import Network
 from qtdog.objectives.objective import Objective
 from qtdog.objectives.view import ModelView
+from qtdog.runs.record import Record
 from qtdog.training.averagers import Averager
-from qtdog.training.records import Record
 from qtdog.training.shared_batch import of_all_processes
 from qtdog.training.step_rules import StepRule
 

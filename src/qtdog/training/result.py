@@ -23,13 +23,13 @@ from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.text import vocabulary
 from qtdog.packing.sizes import file_sizes
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Record
+from qtdog.runs.selection import select
 from qtdog.training.final import Final
 from qtdog.training.group_scores import group_scores
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem
-from qtdog.training.records import Record
-from qtdog.training.run_folder import RunFolder
-from qtdog.training.select import select
 from qtdog.training.shipped import load
 from qtdog.training.state import RunState
 

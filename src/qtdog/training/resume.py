@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qtdog.core.errors import RunError
+from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.fork_state import begin_fork_
 from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
 from qtdog.training.parts import Parts
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.state import RunState
 
 

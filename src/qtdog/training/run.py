@@ -13,6 +13,8 @@ from qtdog.core.config import Config
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Record
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.companions import Companion, Seat, joined
 from qtdog.training.compose import compose, make_accelerator
@@ -21,10 +23,8 @@ from qtdog.training.health import HealthWatch, chance_accuracy
 from qtdog.training.loop import Doors, Track, Watcher, train
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem, make_problem
-from qtdog.training.records import Record
 from qtdog.training.result import finish
 from qtdog.training.resume import begin, save_state
-from qtdog.training.run_folder import RunFolder
 from qtdog.training.signals import StopRequest, interruption
 from qtdog.training.state import RunState
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 SAVED = ("evaluated_step", "lines", "loss_sum", "loss_n", "trained_s", "forked_from")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.registry import Registry, import_members
+from qtdog.runs.record import Record
 from qtdog.training.loop import Watcher
-from qtdog.training.records import Record
 
 Watching = Callable[[Config, int], contextlib.AbstractContextManager[Watcher]]
 LOSS_EVERY = 10  # steps between losses that are sent
@@ -56,7 +56,7 @@ def record_values(record: Record) -> dict[str, float]:
     """Return the numbers of an evaluation by name: each domain's, and the sources' means.
 
     Example:
-        >>> from qtdog.training.records import Score, SourceRecord
+        >>> from qtdog.runs.record import Score, SourceRecord
         >>> record = Record(SourceRecord(5, True, {"a": Score(0.5, 1.0, 4)}), {"b": Score(0.25, 2.0, 4)}, {}, None)
         >>> record_values(record)
         {'source/accuracy': 0.5, 'source/loss': 1.0, 'unseen/accuracy': 0.25, 'accuracy/a': 0.5, 'accuracy/b': 0.25}

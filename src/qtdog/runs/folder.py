@@ -14,7 +14,7 @@ from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import build_config, differences, load_preset, to_yaml
 from qtdog.core.errors import CollapseError, FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 
 class RunFolder:

@@ -1,18 +1,20 @@
-"""From a run folder, or the folder of an ensemble, to an entry."""
+"""Find finished runs, ensembles and DomainBed's files below given paths, and read each into an `Entry`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.report.entry import Cost, Entry, Outcome, settings_of
 from qtdog.report.table import method_name, unseen
-from qtdog.training.run_folder import RunFolder
+from qtdog.runs.domainbed import plain, read_domainbed
+from qtdog.runs.entry import Cost, Entry, Outcome, settings_of
+from qtdog.runs.folder import RunFolder
 
-MAX_FILE_BYTES = 64 * 1024**2  # of a result or the metrics of one run: longer is no run's
+MAX_RUN_BYTES = 64 * 1024**2  # of a result or the metrics of one run: longer is no run's
 
 
 def read_run(path: Path) -> Entry | None:
@@ -23,7 +25,7 @@ def read_run(path: Path) -> Entry | None:
     """
     folder = RunFolder(path)
     for file in (folder.result_file, folder.metrics_file, folder.config_file):
-        if file.is_file() and file.stat().st_size > MAX_FILE_BYTES:
+        if file.is_file() and file.stat().st_size > MAX_RUN_BYTES:
             raise RunError(f"{file} has {file.stat().st_size:,} bytes: no run writes that much. Leave it out")
     result = folder.read_result()
     if result is None:
@@ -106,3 +108,84 @@ def _shipped(result: Mapping[str, Any]) -> Outcome:
     on_80 = list(result.get("test_accuracy_80", {}).values())
     test_80 = sum(on_80) / len(on_80) if on_80 else None
     return Outcome(result.get("selected_step"), result["source_accuracy"], result["test_accuracy"], test_80)
+
+
+DEPTH = 2  # folders of folders of runs
+DOMAINBED_FILE = "results.jsonl"
+# folders with the float steps that several runs share, of a sweep and of a crew: no runs of their own
+SHARED_STEPS = ("prefix-*", "*-beginning")
+
+
+@dataclass
+class Found:
+    """What was found.
+
+    Attributes:
+        entries: by name of the method, unseen domain, trial and seed: names of folders are hashes, and say nothing.
+        unfinished: folders of runs that have no result yet.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    unfinished: list[Path] = field(default_factory=list)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the data sets; spellings of one (`PACS`, `pacs`) count once, as the first entry has it."""
+        names: dict[str, str] = {}
+        for entry in self.entries:
+            names.setdefault(plain(entry.dataset), entry.dataset)
+        return list(names.values())
+
+    def of(self, dataset: str) -> list[Entry]:
+        """Return the entries of one data set."""
+        return [entry for entry in self.entries if plain(entry.dataset) == plain(dataset)]
+
+
+def find(paths: Sequence[Path]) -> Found:
+    """Return everything finished in the paths: runs, folders of runs to any depth of two, `results.jsonl` files.
+
+    Raises:
+        RunError: a path that does not exist, files that are not what they should be, or nothing finished at all.
+    """
+    found = Found()
+    seen: set[Path] = set()
+    for given in paths:
+        if not given.exists():
+            raise RunError(f"{given} does not exist; give folders of runs, or DomainBed's {DOMAINBED_FILE}")
+        for path in _candidates(given, DEPTH):
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                _read(path, found)
+    if not found.entries:
+        waiting = f"; {len(found.unfinished)} runs there are not finished" if found.unfinished else ""
+        listed = ", ".join(str(path) for path in paths[:3])
+        raise RunError(f"no finished run, ensemble or {DOMAINBED_FILE} in {listed}{waiting}")
+    found.entries.sort(key=lambda entry: (entry.method.lower(), entry.target, entry.trial, entry.seed))
+    return found
+
+
+def _candidates(path: Path, depth: int) -> Iterator[Path]:
+    """Yield run folders and DomainBed's files at or below `path`."""
+    if path.is_file() or _is_run(path):
+        yield path
+    else:
+        if (path / DOMAINBED_FILE).is_file():
+            yield path / DOMAINBED_FILE
+        below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+        for child in below if depth else ():
+            yield from _candidates(child, depth - 1)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or (path / "result.json").is_file()
+
+
+def _read(path: Path, found: Found) -> None:
+    if path.is_file():
+        found.entries += read_domainbed(path)
+        return
+    entry = read_run(path)
+    if entry is not None:
+        found.entries.append(entry)
+    elif not any(path.match(pattern) for pattern in SHARED_STEPS):
+        found.unfinished.append(path)

@@ -1,13 +1,52 @@
-"""What each way to choose a checkpoint gives, recomputed from the evaluations of a run."""
+"""Model selection: which checkpoint is kept, and what each way to select gives, from the records of a run.
+
+`source` and `last` get records from which the target is absent, so that they cannot look at it; only `oracle` gets
+whole records (DomainBed's test-domain validation: an upper bound, never an honest result).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from qtdog.core.errors import ConfigError, unknown
-from qtdog.report.entry import Entry, Outcome
-from qtdog.training.records import Record
-from qtdog.training.select import select
+from qtdog.runs.entry import Entry, Outcome
+from qtdog.runs.record import Record, SourceRecord
+
+
+def select_source(records: Sequence[SourceRecord]) -> int | None:
+    """Return the step with the highest mean source-validation accuracy, ties to the earlier; None if there is none.
+
+    Source: training-domain validation, Gulrajani and Lopez-Paz, ICLR 2021, section 3.
+    """
+    usable = [record for record in records if record.selectable]
+    return max(usable, key=lambda record: (record.source_accuracy, -record.step)).step if usable else None
+
+
+def select_last(records: Sequence[SourceRecord]) -> int | None:
+    """Return the last step that may be shipped; None if there is none."""
+    return max((record.step for record in records if record.selectable), default=None)
+
+
+def select_oracle(records: Sequence[Record]) -> int | None:
+    """Return the step with the highest accuracy on the *target*, ties to the earlier; None without a target."""
+    usable = [(record.test_accuracy, -record.seen.step) for record in records if record.seen.selectable]
+    best = max(((accuracy, step) for accuracy, step in usable if accuracy is not None), default=None)
+    return None if best is None else -best[1]
+
+
+def select(method: str, records: Sequence[Record]) -> int | None:
+    """Return the step that `method` (`source`, `last` or `oracle`) chooses among `records`.
+
+    Raises:
+        ConfigError: `oracle` without a target domain.
+    """
+    seen = [record.seen for record in records]
+    if method == "oracle":
+        if records and records[0].test_accuracy is None:
+            raise ConfigError("train.selection=oracle needs a target domain; give --target DOMAIN or use source")
+        return select_oracle(records)
+    return select_last(seen) if method == "last" else select_source(seen)
+
 
 SELECTIONS = {
     "source": "the evaluation with the best mean accuracy on the held-out part of the sources (training-domain "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtdog.training.records import Record
+from qtdog.runs.record import Record
 
 # What names a problem or a repetition of it, and not a method: entries that differ in nothing else share a row.
 NOT_SETTINGS = (

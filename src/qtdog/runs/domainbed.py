@@ -16,10 +16,10 @@ from typing import Any
 
 from qtdog.core.config import START_FRAC
 from qtdog.core.errors import RunError
-from qtdog.report.entry import Cost, Entry
-from qtdog.training.records import Record, Score, SourceRecord
+from qtdog.runs.entry import Cost, Entry
+from qtdog.runs.record import Record, Score, SourceRecord
 
-MAX_FILE_BYTES = 512 * 1024**2
+MAX_DOMAINBED_BYTES = 512 * 1024**2
 # folder names in the order in which DomainBed numbers them
 DOMAINS = {
     "pacs": ("art_painting", "cartoon", "photo", "sketch"),
@@ -51,8 +51,10 @@ def read_domainbed(path: Path) -> list[Entry]:
     Raises:
         RunError: the file is not one that DomainBed writes; the text names the line.
     """
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise RunError(f"{path} has {path.stat().st_size:,} bytes, more than {MAX_FILE_BYTES:,} are not read. Split it")
+    if path.stat().st_size > MAX_DOMAINBED_BYTES:
+        raise RunError(
+            f"{path} has {path.stat().st_size:,} bytes, more than {MAX_DOMAINBED_BYTES:,} are not read. Split it"
+        )
     runs: dict[Key, dict[int, Line]] = {}
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
