@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.calibrate import calibrate_
 from qtdog.core.random import torch_stream
-from qtdog.data.normalise import normalise
+from qtdog.data.augment import normalise
 from qtdog.data.open import open_dataset
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.lite0_package import BACKBONE, is_installed

@@ -24,8 +24,8 @@ from unittest.mock import patch
 import qtdog
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint

@@ -28,9 +28,8 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from qtdog.data.cache import open_cache
-from qtdog.data.files import FileDataset
-from qtdog.data.folder import open_folder
+from qtdog.data.decoded_cache import open_cache
+from qtdog.data.image_folder import FileDataset, open_folder
 from qtdog.data.loader import TrainBatches
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -31,7 +31,7 @@ from torch import nn
 
 from qtdog.conversion.attach import attach
 from qtdog.conversion.bake import bake
-from qtdog.data.open_any import open_any
+from qtdog.data.open import open_any
 from qtdog.ensemble.exam import Exam, open_exam
 from qtdog.ensemble.member import read_member
 from qtdog.export.bench import Bench, Measured, Plan, bench

@@ -56,8 +56,8 @@ def tiny(rng: np.random.Generator) -> bytes:
 
 def start(root: Path, cache: Path) -> dict[str, Any]:
     """Open the folder and get its content hash, as every run does first; return seconds and memory."""
-    from qtdog.data.cache import content_sha256
-    from qtdog.data.folder import open_folder
+    from qtdog.data.decoded_cache import content_sha256
+    from qtdog.data.image_folder import open_folder
 
     begun, cpu_begun = time.perf_counter(), time.process_time()
     dataset = open_folder(root)
@@ -71,8 +71,8 @@ def start(root: Path, cache: Path) -> dict[str, Any]:
 
 def draw(root: Path, cache: Path) -> dict[str, Any]:
     """Draw batches from the decoded cache and return the resident memory early and late."""
-    from qtdog.data.cache import open_cache
-    from qtdog.data.folder import open_folder
+    from qtdog.data.decoded_cache import open_cache
+    from qtdog.data.image_folder import open_folder
     from qtdog.data.loader import TrainBatches
 
     dataset = open_folder(root)

@@ -41,7 +41,7 @@ def write_cache(path: Path, n: int, size: int) -> None:
 
 def case(n: int, size: int) -> None:
     """Read batches from a cache of n images and print the largest resident memory seen."""
-    from qtdog.data.cache import DecodedCache
+    from qtdog.data.decoded_cache import DecodedCache
     from qtdog.data.loader import TrainBatches
 
     with tempfile.TemporaryDirectory() as folder:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from qtdog.cli.evaluate import score_domains
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.open import open_dataset
-from qtdog.data.subset import DomainSubset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
 from qtdog.training.shipped import load

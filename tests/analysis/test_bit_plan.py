@@ -5,8 +5,8 @@ import pytest
 from qtdog.analysis.bit_plan import BitPlan, parse_candidates, place, without_target
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.subset import DomainSubset
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from qtdog.data.cache import open_cache
+from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_dataset
 from qtdog.training.shipped import load
 

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from qtdog.data.cache import open_cache
+from qtdog.data.decoded_cache import open_cache
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.load import load_any
 from qtdog.training import loop as loop_module

@@ -17,7 +17,7 @@ import transformers
 from qtdog.cli.predict_text import text_predictions
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import FormatError, ModelError
-from qtdog.data.open_any import open_any
+from qtdog.data.open import open_any
 from qtdog.models import text
 from qtdog.models.text import TEXT_BACKBONES, make_tokeniser
 from qtdog.runs.folder import RunFolder

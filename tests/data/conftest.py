@@ -16,8 +16,7 @@ import pytest
 
 from qtdog.cli.main import main
 from qtdog.data import download as downloading
-from qtdog.data.cards import CARDS
-from qtdog.data.sheet import Archive, Datasheet
+from qtdog.data.cards import CARDS, Archive, Datasheet
 
 MADE = runpy.run_path(str(Path(__file__).with_name("small_archives.py")))
 

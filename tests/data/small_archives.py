@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qtdog.data.cards import CARDS
-from qtdog.data.sheet import Datasheet
+from qtdog.data.cards import CARDS, Datasheet
 
 
 def zip_of(files: dict[str, bytes]) -> bytes:

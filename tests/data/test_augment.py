@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from qtdog.data.augment import CHUNK_PIXELS, augment
-from qtdog.data.augment_parameters import AugmentParameters, draw_parameters
-from qtdog.data.buffers import BufferPool
+from qtdog.data.augment import CHUNK_PIXELS, AugmentParameters, BufferPool, augment, draw_parameters
 
 JITTER = (
     functional.adjust_brightness,

@@ -1,6 +1,6 @@
 import torch
 
-from qtdog.data.augment_parameters import AugmentParameters, draw_parameters
+from qtdog.data.augment import AugmentParameters, draw_parameters
 
 N, SIZE = 20_000, 96
 

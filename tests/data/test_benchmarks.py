@@ -12,15 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import DataError
-from qtdog.data.camelyon17 import open_camelyon17
+from qtdog.data.archive import unpack
 from qtdog.data.cards import CARDS, UNCHECKED
+from qtdog.data.digits import FILES, FLIP_COLOUR, MnistDataset, read_mnist
 from qtdog.data.group_accuracy import group_accuracy
-from qtdog.data.mnist import FILES, FLIP_COLOUR, MnistDataset, read_mnist
-from qtdog.data.reviews import open_reviews
 from qtdog.data.splits import make_splits
 from qtdog.data.text import TextDataset
-from qtdog.data.unpack import unpack
-from qtdog.data.verify_texts import verify_texts
+from qtdog.data.verify import verify_texts
+from qtdog.data.wilds import open_camelyon17, open_reviews
 
 PUBLISHED = {
     "pacs": (9991, 4, 7),

@@ -2,7 +2,7 @@ import threading
 
 import torch
 
-from qtdog.data.buffers import BufferPool
+from qtdog.data.augment import BufferPool
 
 
 def test_memory_in_use_is_never_handed_out_again() -> None:

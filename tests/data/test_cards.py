@@ -5,7 +5,7 @@ import pytest
 
 from qtdog.core.errors import ConfigError
 from qtdog.data.cards import CARDS, PACS, check_counts, match_card
-from qtdog.data.folder import open_folder
+from qtdog.data.image_folder import open_folder
 
 
 def test_cards_are_complete() -> None:

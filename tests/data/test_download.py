@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qtdog.core.errors import DataError
+from qtdog.data.cards import Archive
 from qtdog.data.download import download, resolve
-from qtdog.data.sheet import Archive
 
 CONTENT = bytes(range(256)) * 40
 

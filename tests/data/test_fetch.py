@@ -15,7 +15,7 @@ from qtdog.core.errors import DataError, RunError
 from qtdog.data import cards
 from qtdog.data.cards import CARDS
 from qtdog.data.fetch import Fetched, fetch, remember, remembered
-from qtdog.data.hashes import files_below
+from qtdog.data.file_index import files_below
 from qtdog.data.open import open_dataset, open_texts
 from qtdog.data.verify import verify
 

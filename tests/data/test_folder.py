@@ -6,9 +6,9 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from qtdog.core.errors import DataError
-from qtdog.data.cache import content_sha256
 from qtdog.data.cards import CARDS
-from qtdog.data.folder import open_folder
+from qtdog.data.decoded_cache import content_sha256
+from qtdog.data.image_folder import open_folder
 
 
 def make(root: Path, *names: str) -> Path:

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from qtdog.core.errors import DataError
-from qtdog.data.adopt import adopt
-from qtdog.data.cards import CARDS
-from qtdog.data.hashes import files_below, read_hashes
-from qtdog.data.layouts import find_layout
+from qtdog.data.cards import CARDS, Datasheet
+from qtdog.data.file_index import files_below, read_hashes
+from qtdog.data.import_layouts import adopt, find_layout
 from qtdog.data.open import open_dataset
-from qtdog.data.sheet import Datasheet
 
 LAYOUTS = {
     "DomainBed": ("kfold/{domain}/{label}/{i}.jpg", "DOMAIN/CLASS/image (DomainBed, TLlib)"),
@@ -105,7 +103,7 @@ def test_lists_decide_which_images_of_domainnet_count(lay_out, tmp_path):
 
 
 def test_wilds_and_mnist_are_adopted_as_they_are(published, packers, tmp_path):
-    from qtdog.data.unpack import unpack
+    from qtdog.data.archive import unpack
 
     for name, marker in (("camelyon17", "metadata.csv"), ("amazon-reviews", "splits/user.csv")):
         for file, content in published(name).items():

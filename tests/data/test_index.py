@@ -12,12 +12,11 @@ import pytest
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import sha256_file
-from qtdog.data import index as module
-from qtdog.data.cache import content_sha256
-from qtdog.data.files import FileDataset
-from qtdog.data.folder import open_folder
-from qtdog.data.index import file_hashes, load_index
-from qtdog.data.subset import DomainSubset
+from qtdog.data import file_index as module
+from qtdog.data.dataset import DomainSubset
+from qtdog.data.decoded_cache import content_sha256
+from qtdog.data.file_index import file_hashes, load_index
+from qtdog.data.image_folder import FileDataset, open_folder
 
 
 @pytest.fixture

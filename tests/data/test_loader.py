@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.cache import DecodedCache, open_cache
-from qtdog.data.folder import open_folder
-from qtdog.data.loader import Batch, TrainBatches, eval_batches
-from qtdog.data.normalise import normalise
-from qtdog.data.sampler import draw
+from qtdog.data.augment import normalise
+from qtdog.data.decoded_cache import DecodedCache, open_cache
+from qtdog.data.image_folder import open_folder
+from qtdog.data.loader import Batch, TrainBatches, draw, eval_batches
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 

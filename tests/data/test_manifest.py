@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qtdog.core.errors import DataError
-from qtdog.data.folder import open_folder
+from qtdog.data.image_folder import open_folder
 from qtdog.data.manifest import open_manifest
 
 TABLE = [

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from qtdog.data.normalise import normalise
+from qtdog.data.augment import normalise
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from PIL import Image
 from torchvision.transforms import Resize
 
 from qtdog.data.cards import PACS, check_counts
-from qtdog.data.files import FileDataset
-from qtdog.data.folder import open_folder
+from qtdog.data.image_folder import FileDataset, open_folder
 from qtdog.data.splits import make_splits
 
 ROOT = Path(os.environ.get("QTDOG_DATA") or Path(__file__).parents[3] / "shared" / "data") / "pacs"

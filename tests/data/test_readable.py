@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import DataError
-from qtdog.data import index, readable
+from qtdog.data import file_index as index
+from qtdog.data import open as readable
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.folder import open_folder
-from qtdog.data.readable import without_unreadable
-from qtdog.data.subset import DomainSubset
+from qtdog.data.image_folder import open_folder
+from qtdog.data.open import without_unreadable
 
 
 def test_the_broken_ones_are_left_out_and_told(image_tree, tmp_path):

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qtdog.data.cache import DecodedCache, open_cache
-from qtdog.data.folder import open_folder
+from qtdog.data.dataset import DomainSubset
+from qtdog.data.decoded_cache import IMAGES, DecodedCache, open_cache
+from qtdog.data.image_folder import open_folder
 from qtdog.data.manifest import open_manifest
-from qtdog.data.reuse import IMAGES
-from qtdog.data.subset import DomainSubset
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qtdog.data import index, reuse
-from qtdog.data.cache import open_cache
-from qtdog.data.files import FileDataset
-from qtdog.data.folder import open_folder
-from qtdog.data.reuse import IMAGES, Rows, keep_hashes, reuse_rows
-from qtdog.data.subset import DomainSubset
+from qtdog.data import decoded_cache as reuse
+from qtdog.data import file_index as index
+from qtdog.data.dataset import DomainSubset
+from qtdog.data.decoded_cache import IMAGES, Rows, keep_hashes, open_cache, reuse_rows
+from qtdog.data.image_folder import FileDataset, open_folder
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.data.sampler import cumulated, draw
+from qtdog.data.loader import cumulated, draw
 
 POOL = np.arange(100, 150)
 

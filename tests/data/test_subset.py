@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import DataError
-from qtdog.data.cache import content_sha256, open_cache
 from qtdog.data.cards import check_counts
+from qtdog.data.dataset import DomainSubset
+from qtdog.data.decoded_cache import content_sha256, open_cache
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.folder import open_folder
-from qtdog.data.subset import DomainSubset
+from qtdog.data.image_folder import open_folder
 
 
 @pytest.mark.parametrize("kept", [["0"], ["75", "0"], ["15", "30", "60"]])

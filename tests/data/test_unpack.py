@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import DataError
-from qtdog.data import unpack as module
-from qtdog.data.unpack import is_archive, safe_name, unpack
+from qtdog.data import archive as module
+from qtdog.data.archive import is_archive, safe_name, unpack
 
 FILES = {"a/b.txt": b"one", "a/c/d.bin": bytes(range(256)) * 20, "e": b""}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from qtdog.data.cards import PACS
-from qtdog.data.folder import open_folder
+from qtdog.data.image_folder import open_folder
 from qtdog.data.verify import verify
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.folder import open_folder
+from qtdog.data.image_folder import open_folder
 from qtdog.export.images import Draw, draw_images
 from qtdog.training.shipped import ModelInfo, Preprocessing
 

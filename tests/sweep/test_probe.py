@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qtdog.data.open_any import open_any
+from qtdog.data.open import open_any
 from qtdog.sweep import estimate
 from qtdog.sweep.notes import Outcome, keep_journal
 from qtdog.sweep.pace import Pace

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.data.open_any import open_any
+from qtdog.data.open import open_any
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.check import check_tasks
 from qtdog.sweep.plan import make_plan

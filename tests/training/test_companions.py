@@ -9,8 +9,8 @@ import pytest
 
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError, Interrupted
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.subset import DomainSubset
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module

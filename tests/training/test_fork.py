@@ -10,8 +10,8 @@ import pytest
 
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.subset import DomainSubset
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from qtdog.core.errors import ConfigError
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.subset import DomainSubset
 from qtdog.runs.folder import RunFolder
 from qtdog.training.loggers.logger import LOGGERS, Logger, watched
 from qtdog.training.problem import resolve

@@ -15,10 +15,8 @@ import torch
 from qtdog.cli.predict_text import text_predictions
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
-from qtdog.data.open import open_texts
-from qtdog.data.open_any import open_any
-from qtdog.data.text_domains import TextDomains
-from qtdog.data.token_cache import open_tokens
+from qtdog.data.open import open_any, open_texts
+from qtdog.data.text import TextDomains, open_tokens
 from qtdog.ensemble.assemble import Order, assemble
 from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.load import load_any

@@ -12,9 +12,8 @@ from qtdog.core.config import AFTER_TRAINING, Config, config_hash
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.quantized import MAX_BITS, MIN_BITS
-from qtdog.data.dataset import DomainDataset
-from qtdog.data.subset import DomainSubset
-from qtdog.data.text_domains import SEEN, TextDomains
+from qtdog.data.dataset import DomainDataset, DomainSubset
+from qtdog.data.text import SEEN, TextDomains
 
 BRIEF_FRAC = 0.25  # of the steps after the start, if nothing else is asked for
 

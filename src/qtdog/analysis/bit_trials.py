@@ -18,8 +18,8 @@ from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import CollapseError, NonFiniteLossError
 from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.cache import open_cache
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.decoded_cache import open_cache
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network
 from qtdog.runs.folder import RunFolder

@@ -16,9 +16,9 @@ from qtdog.core.errors import ConfigError, DataError, RunError
 from qtdog.core.files import sha256_file
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
-from qtdog.data.cache import content_sha256
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.readable import open_readable
+from qtdog.data.decoded_cache import content_sha256
+from qtdog.data.open import open_readable
 from qtdog.runs.folder import RunFolder
 from qtdog.training.inputs import open_inputs
 from qtdog.training.problem import Problem, make_problem

@@ -121,7 +121,7 @@ def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
     from qtdog.cli.plan import FLAGS, Request, configure
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.train import announce
-    from qtdog.data.readable import without_unreadable
+    from qtdog.data.open import without_unreadable
     from qtdog.training.problem import resolve
 
     flags = {name: given[name] for name in FLAGS if name in given}

@@ -11,9 +11,8 @@ import typer
 from qtdog.cli.data_fetch import fetch, import_folder
 
 if TYPE_CHECKING:
-    from qtdog.data.sheet import Datasheet
-    from qtdog.data.verify import Report
-    from qtdog.data.verify_texts import TextReport
+    from qtdog.data.cards import Datasheet
+    from qtdog.data.verify import Report, TextReport
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Get data sets and look at them: what is known, what is in a folder, what is broken."
@@ -49,8 +48,7 @@ def _count(sheet: Datasheet) -> str:
 
 def _here(name: str) -> str:
     """Where a data set that is known by name lies, or "" if it must be fetched first."""
-    from qtdog.data.cards import CARDS
-    from qtdog.data.home import data_home
+    from qtdog.data.cards import CARDS, data_home
 
     folder = data_home() / name
     if folder.is_dir():
@@ -136,7 +134,7 @@ def _verified(data: str) -> Report | TextReport:
     from qtdog.cli.progress import CountingBar
     from qtdog.data.open import is_text, locate, open_dataset, open_texts
     from qtdog.data.verify import verify as check
-    from qtdog.data.verify_texts import verify_texts
+    from qtdog.data.verify import verify_texts
 
     if is_text(data):
         root = locate(data) if data == "amazon-reviews" else Path(data)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from qtdog.data.cards import Datasheet
     from qtdog.data.fetch import Fetched
-    from qtdog.data.sheet import Datasheet
 
 NAME = typer.Argument(help="A name of 'qtdog data list'.", metavar="NAME")
 TO = "Folder for the data set itself. Default: NAME in $QTDOG_DATA, or in ~/.local/share/qtdog."
@@ -38,11 +38,10 @@ def fetch(
     """
     from qtdog.cli.console import err, print_json
     from qtdog.core.errors import Interrupted
-    from qtdog.data.adopt import require_new
-    from qtdog.data.cards import CARDS
+    from qtdog.data.cards import CARDS, data_home
     from qtdog.data.download import describe
     from qtdog.data.fetch import fetch as run
-    from qtdog.data.home import data_home
+    from qtdog.data.import_layouts import require_new
 
     sheet = CARDS[name]
     target = to or data_home() / name
@@ -142,10 +141,9 @@ def import_folder(
 
     from qtdog.cli.console import err, warn
     from qtdog.cli.progress import CountingBar
-    from qtdog.data.adopt import adopt
-    from qtdog.data.cards import CARDS, check_counts
-    from qtdog.data.files import require_path
-    from qtdog.data.home import data_home
+    from qtdog.data.cards import CARDS, check_counts, data_home
+    from qtdog.data.image_folder import require_path
+    from qtdog.data.import_layouts import adopt
     from qtdog.data.open import is_text, open_dataset, open_texts
 
     sheet = CARDS[name]

@@ -87,7 +87,7 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
     from qtdog.cli.console import warn
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
-    from qtdog.data.readable import open_readable
+    from qtdog.data.open import open_readable
     from qtdog.ensemble.exam import open_exam
     from qtdog.ensemble.member import share_splits
 

@@ -51,8 +51,7 @@ def evaluate(
     from qtdog.cli.cascade import cascading
     from qtdog.cli.console import out, print_json, print_table
     from qtdog.cli.progress import CountingBar
-    from qtdog.data.open_any import open_any
-    from qtdog.data.readable import without_unreadable
+    from qtdog.data.open import open_any, without_unreadable
     from qtdog.ensemble.load import load_any
     from qtdog.report.table import percent
 

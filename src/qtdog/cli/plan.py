@@ -13,8 +13,7 @@ from qtdog.core.config_io import Tree, build_config, load_preset, parse_assignme
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open_any import open_any
-from qtdog.data.readable import without_unreadable
+from qtdog.data.open import open_any, without_unreadable
 from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import dataset_layer, resolve
 

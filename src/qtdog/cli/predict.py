@@ -98,8 +98,7 @@ def image_predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, path
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the image files among and below `paths`, in order (DataError if a path is missing or holds none)."""
     from qtdog.core.errors import DataError
-    from qtdog.data.files import require_path
-    from qtdog.data.folder import images_below
+    from qtdog.data.image_folder import images_below, require_path
 
     found: list[Path] = []
     for path in paths:

@@ -44,7 +44,7 @@ def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path
 def find_texts(paths: Sequence[Path]) -> list[Path]:
     """Return the .txt files among and below `paths`, in order (DataError if a path is missing or holds none)."""
     from qtdog.core.errors import DataError
-    from qtdog.data.files import require_path
+    from qtdog.data.image_folder import require_path
 
     found: list[Path] = []
     for path in paths:

@@ -100,7 +100,7 @@ def open_data(question: Question, *, may_be_missing: bool) -> DomainDataset | No
     from qtdog.cli.progress import CountingBar
     from qtdog.core.config_io import load_preset
     from qtdog.core.errors import DataError
-    from qtdog.data.readable import open_readable
+    from qtdog.data.open import open_readable
 
     asked, meant = question.config(question.rows[0]).data, load_preset(question.table.preset)["data"]["source"]
     source = asked.source

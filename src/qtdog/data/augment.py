@@ -1,23 +1,215 @@
-"""DomainBed's training augmentation on a whole uint8 batch, with its own random draw for every image.
-
-Same operations and formulas as torchvision's v2 transforms applied to one image after another. Images whose jitter
-comes in the same order are processed together, a few at a time so that they stay in the processor's cache; what happens
-to an image does not depend on the others.
-"""
+"""Memory that is used again: fresh memory costs a page fault per 4 KiB, up to a third of the augmentation's time."""
 
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from qtdog.data.augment_parameters import AugmentParameters
-from qtdog.data.buffers import BufferPool
-from qtdog.data.colour import JITTER, N_SPARE, WHITE, grey
+
+class BufferPool:
+    """Hands out tensors whose memory comes back once nothing refers to them any more; safe to use from several threads.
+
+    Args:
+        n_kept: how many buffers of one size are kept for later.
+
+    Example:
+        >>> pool = BufferPool()
+        >>> first = pool.take((2, 3), torch.float32)
+        >>> address = first.data_ptr()
+        >>> del first
+        >>> pool.take((3, 2), torch.float32).data_ptr() == address
+        True
+    """
+
+    def __init__(self, n_kept: int = 8) -> None:
+        self.n_kept = n_kept
+        self._free: dict[int, list[Tensor]] = {}
+        self._lock = threading.RLock()  # re-entered when a collection of garbage inside `take` gives a buffer back
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor with undefined content."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            free = self._free.setdefault(n_bytes, [])
+            memory = free.pop() if free else torch.empty(n_bytes, dtype=torch.uint8)
+        lease = memory.numpy()  # a new view, which the returned tensor's storage keeps alive, and so all views of it
+        weakref.finalize(lease, self._give_back, memory).atexit = False
+        return torch.from_numpy(lease).view(dtype).view(shape)
+
+    def _give_back(self, memory: Tensor) -> None:
+        with self._lock:
+            free = self._free[memory.nbytes]
+            if len(free) < self.n_kept:
+                free.append(memory)
+
+
+WHITE = 255.0
+"""The largest value. All operations are homogeneous, so the division by 255 can wait until the normalisation."""
+
+RED, GREEN, BLUE = 0.2989, 0.587, 0.114
+CENTRES = (0.0, 2.0, -2.0)
+"""Where red, green and blue lie on the hue circle, whose circumference is 6."""
+
+TINY = 1e-30
+N_SPARE = 7
+
+
+def grey(planes: Tensor, out: Tensor) -> Tensor:
+    """Return the luma 0.2989 R + 0.587 G + 0.114 B (ITU-R 601-2) of three planes, (n, H, W), written to `out`."""
+    return torch.mul(planes[0], RED, out=out).add_(planes[1], alpha=GREEN).add_(planes[2], alpha=BLUE)
+
+
+def brightness_(planes: Tensor, factor: Tensor, spare: Tensor) -> None:
+    """Multiply by `factor` (n, 1, 1)."""
+    del spare
+    planes.mul_(factor).clamp_(max=WHITE)
+
+
+def contrast_(planes: Tensor, factor: Tensor, spare: Tensor) -> None:
+    """Blend with the image's mean luma: f · x + (1 - f) · mean(grey(x)), `factor` f (n, 1, 1).
+
+    The mean of the luma is the luma of the planes' means. These are taken in two stages: torch splits a long sum with
+    a single result among its threads, and the last bit would depend on their number.
+    """
+    del spare
+    means = planes.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
+    mean = means[0] if len(planes) == 1 else grey(means, torch.empty_like(means[0]))
+    planes.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, WHITE)
+
+
+def saturation_(planes: Tensor, factor: Tensor, spare: Tensor) -> None:
+    """Blend with the pixel's luma: f · x + (1 - f) · grey(x), `factor` f (n, 1, 1); nothing to do for one plane."""
+    if len(planes) == 3:
+        torch.lerp(grey(planes, spare[0]), planes, factor, out=planes).clamp_(0, WHITE)
+
+
+def hue_(planes: Tensor, turn: Tensor, spare: Tensor) -> None:
+    """Turn the hue by `turn` (n, 1, 1), a share of the circle, as going to HSV and back would; not for one plane.
+
+    With V = max, m = min, chroma C = V - m, and the hue circle of circumference 6 laid out as (-3, 3] around red:
+    |H| = (G + B - R + V - 2m) / C, with the sign of G - B. A colour whose centre lies at c on the circle then becomes
+    m + C · clamp(2 - d, 0, 1), where d is the distance on the circle from H + 6 · turn to c. With x = H + 6 · turn - c
+    and |x| <= 6 that distance is 3 - ||x| - 3|: no branches and no sextants.
+    """
+    if len(planes) != 3:
+        return
+    red, green, blue = planes
+    chroma, base, hue, scratch = spare[:4]
+    torch.maximum(torch.maximum(red, green, out=chroma), blue, out=chroma)
+    torch.minimum(torch.minimum(red, green, out=base), blue, out=base)
+    torch.add(green, blue, out=hue).sub_(red).add_(chroma).sub_(base, alpha=2)
+    chroma.sub_(base)
+    hue.div_(torch.add(chroma, TINY, out=scratch)).copysign_(torch.sub(green, blue, out=scratch))
+    base.sub_(chroma)
+    shift = torch.remainder(6 * turn - torch.tensor(CENTRES)[:, None, None, None] + 3, 6) - 3  # so that |x| <= 6
+    weight = torch.add(hue, shift, out=spare[4:7]).abs_().sub_(3).abs_().clamp_(1, 2)  # 1 + clamp(2 - d, 0, 1)
+    torch.addcmul(base, chroma, weight, out=planes)
+
+
+JITTER_FUNCTIONS = (brightness_, contrast_, saturation_, hue_)
+"""The four operations, in the order of `AugmentParameters.factors`."""
+
+
+SCALE = (0.7, 1.0)
+RATIO = (3 / 4, 4 / 3)
+JITTER_STRENGTH = 0.3
+GREY_FRAC = 0.1
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class AugmentParameters:
+    """One row per image.
+
+    Attributes:
+        crop: int64 (n, 4), top, left, height, width in pixels.
+        flip: bool (n,).
+        factors: float32 (n, 4): factors of brightness, contrast and saturation; turn of the hue (share of a circle).
+        order: int64 (n, 4), the order in which the four are applied.
+        grey: bool (n,), whether the image loses its colours at the end.
+    """
+
+    crop: Tensor
+    flip: Tensor
+    factors: Tensor
+    order: Tensor
+    grey: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.flip)
+
+    def take(self, rows: Tensor) -> AugmentParameters:
+        """Return the parameters of some images (`rows` int64)."""
+        return AugmentParameters(
+            self.crop[rows], self.flip[rows], self.factors[rows], self.order[rows], self.grey[rows]
+        )
+
+
+def draw_parameters(generator: torch.Generator, n: int, size: int) -> AugmentParameters:
+    """Return DomainBed's random augmentation for n images of `size` x `size` pixels.
+
+    Random resized crop (area 0.7 to 1, aspect 3/4 to 4/3), flip with probability 1/2, jitter of brightness, contrast
+    and saturation by factors U(0.7, 1.3) and of the hue by U(-0.3, 0.3), in random order, and grey with probability
+    0.1.
+
+    Example:
+        >>> draw_parameters(torch.Generator().manual_seed(0), 5, 32).crop.shape
+        torch.Size([5, 4])
+    """
+    crop = _draw_crops(generator, n, size)
+    flip = torch.rand(n, generator=generator) < 0.5
+    factors = 1 + JITTER_STRENGTH * (2 * torch.rand((n, 4), generator=generator) - 1)
+    factors[:, 3] -= 1
+    order = torch.rand((n, 4), generator=generator).argsort(dim=1)
+    grey = torch.rand(n, generator=generator) < GREY_FRAC
+    return AugmentParameters(crop, flip, factors, order, grey)
+
+
+def _draw_crops(generator: torch.Generator, n: int, size: int) -> Tensor:
+    """The first of ten tries that fits into the image, as torchvision draws it; the whole image if none does."""
+    uniform = torch.rand((4, n, TRIES), generator=generator, dtype=torch.float64)
+    area = size * size * (SCALE[0] + (SCALE[1] - SCALE[0]) * uniform[0])
+    log_low, log_high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio = torch.exp(log_low + (log_high - log_low) * uniform[1])
+    width, height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
+    fits = (width <= size) & (height <= size)
+    top, left = (uniform[2] * (size - height + 1)).floor(), (uniform[3] * (size - width + 1)).floor()
+    tries = torch.stack([top, left, height, width], dim=2)
+    first = tries[torch.arange(n), fits.int().argmax(dim=1)]
+    whole = torch.tensor([0, 0, size, size], dtype=torch.float64)
+    return torch.where(fits.any(dim=1, keepdim=True), first, whole).to(torch.int64)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (x / 255 - mean) / std, float32 (n, C, H, W) in channels-last memory.
+
+    Args:
+        images: uint8 (n, H, W, C). The token numbers of texts, int64 (n, length), are returned as they are.
+        mean: per channel, of images in [0, 1].
+        std: likewise.
+
+    Example:
+        >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.5]).flatten()
+        tensor([1.])
+    """
+    if images.ndim == 2:
+        return images
+    n, height, width, channels = images.shape
+    # One row of W · C constants makes the innermost loop long: ten times faster than broadcasting C of them.
+    scale = torch.tensor(std, dtype=torch.float32).mul_(255).reciprocal_().expand(channels).repeat(width)
+    offset = (torch.tensor(mean, dtype=torch.float32) / torch.tensor(std)).expand(channels).repeat(width)
+    flat = images.reshape(n * height, width * channels).to(torch.float32)
+    return flat.mul_(scale).sub_(offset).reshape(n, height, width, channels).permute(0, 3, 1, 2)
+
 
 CHUNK_PIXELS = 1 << 18
 
@@ -40,7 +232,7 @@ def augment(
         pool: where the memory comes from; default: fresh memory.
 
     Example:
-        >>> from qtdog.data.augment_parameters import draw_parameters
+        >>> from qtdog.data.augment import draw_parameters
         >>> images = torch.zeros((2, 32, 32, 3), dtype=torch.uint8)
         >>> augment(images, draw_parameters(torch.Generator(), 2, 32)).shape
         torch.Size([2, 3, 32, 32])
@@ -80,7 +272,7 @@ def _crop(images: Tensor, rows: Tensor, group: AugmentParameters, planes: Tensor
 
 def _jitter_(planes: Tensor, group: AugmentParameters, spare: Tensor) -> None:
     for operation in group.order[0].tolist():
-        JITTER[operation](planes, group.factors[:, operation, None, None], spare)
+        JITTER_FUNCTIONS[operation](planes, group.factors[:, operation, None, None], spare)
     if len(planes) == 3:
         for place in torch.nonzero(group.grey)[:, 0].tolist():
             planes[:, place] = grey(planes[:, place], spare[0, place])

@@ -1,11 +1,12 @@
-"""The contract of a data set: images that each belong to one domain and one class."""
+"""The contract of a data set (images that each belong to one domain and one class), and views of it."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,9 +14,14 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
+from qtdog.data.cards import Datasheet
 from qtdog.data.decode import to_square
-from qtdog.data.parts import TRAIN
-from qtdog.data.sheet import Datasheet
+
+PARTS = ("train", "id_val", "id_test", "val", "test")
+"""Trained on; held out of the training domains for selection and for a report; unseen domains, for either."""
+
+TRAIN, ID_VAL, ID_TEST, VAL, TEST = range(5)
+
 
 """Called as progress(done, total) while something takes long."""
 
@@ -37,7 +43,7 @@ class DomainDataset(ABC):
         keys: a stable name per image (n,), such as its relative path.
         domain_index: int16 (n,), positions in `domains`.
         class_index: int16 (n,), positions in `classes`.
-        parts: int8 (n,), positions in `data.parts.PARTS` if the data set comes with an official division, else None.
+        parts: int8 (n,), positions in `data.dataset.PARTS` if the data set comes with an official division, else None.
         skipped: (key, reason) of images that were left out because they cannot be read.
     """
 
@@ -169,3 +175,95 @@ def sample_arrays(
     places = [dict(zip(names, range(len(names)), strict=True)) for names in (domains, classes)]
     pairs = [[place[name] for name in column] for place, column in zip(places, zip(*labels, strict=True), strict=True)]
     return np.array(pairs[0], dtype=np.int16), np.array(pairs[1], dtype=np.int16)
+
+
+class PickedImages(DomainDataset):
+    """Images of another data set, in the same order; nothing asks for the others.
+
+    Content, signature and decoded cache are those of the picked images alone. The classes are those of the whole, so
+    that labels mean the same.
+
+    Args:
+        dataset: the whole.
+        places: positions of the picked images, ascending.
+        kept: positions of the domains that remain, ascending; those of all picked images are among them.
+        sheet: the datasheet of the picked images.
+    """
+
+    def __init__(
+        self, dataset: DomainDataset, places: npt.NDArray[np.int64], kept: list[int], sheet: Datasheet
+    ) -> None:
+        self.sheet = sheet
+        self.domains = tuple(dataset.domains[d] for d in kept)
+        self.classes = dataset.classes
+        self.keys = [dataset.keys[place] for place in places]
+        self.domain_index = np.searchsorted(kept, dataset.domain_index[places]).astype(np.int16)
+        self.class_index = dataset.class_index[places]
+        self.parts = None if dataset.parts is None else dataset.parts[places]
+        self.skipped = dataset.skipped
+        self._dataset = dataset
+        self._places = places.tolist()
+
+    def read(self, i: int) -> npt.NDArray[np.uint8]:
+        """Return picked image i at its native size, uint8 (H, W, C) (DataError if it cannot be read)."""
+        return self._dataset.read(self._places[i])
+
+    def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
+        """Return picked image i as uint8 (size, size, C) (DataError if it cannot be read)."""
+        return self._dataset.read_resized(self._places[i], size)
+
+    def files(self) -> tuple[str, list[str]] | None:
+        """Return the whole data set's folder and the files of the picked images, or None if images are no files."""
+        whole = self._dataset.files()
+        return None if whole is None else (whole[0], [whole[1][place] for place in self._places])
+
+    def sample_signature(self, i: int) -> str:
+        """Return the whole data set's fingerprint of picked image i."""
+        return self._dataset.sample_signature(self._places[i])
+
+    def sample_change_ns(self, i: int) -> int:
+        """Return when picked image i was changed last."""
+        return self._dataset.sample_change_ns(self._places[i])
+
+    def sample_sha256(self, i: int) -> str:
+        """Return the hex sha256 of the stored content of picked image i (DataError if it cannot be had)."""
+        return self._dataset.sample_sha256(self._places[i])
+
+
+class DomainSubset(PickedImages):
+    """The images of some domains of another data set, in the same order; nothing asks for an image of the others.
+
+    Content, signature and decoded cache are those of the kept images alone, so that a change in another domain changes
+    nothing here. The classes are those of the whole, so that labels mean the same.
+
+    Args:
+        dataset: the whole.
+        domains: names of the domains to keep.
+
+    Raises:
+        DataError: a name is no domain of `dataset`, or none is kept.
+
+    Example:
+        >>> from qtdog.data.digits import RotatedDigits
+        >>> subset = DomainSubset(RotatedDigits(), ["15", "0"])
+        >>> subset.domains, len(subset)
+        (('0', '15'), 600)
+    """
+
+    def __init__(self, dataset: DomainDataset, domains: Collection[str]) -> None:
+        if not domains:
+            raise DataError(f"no domain of {dataset.sheet.name} is kept; it has {', '.join(dataset.domains)}")
+        places = np.sort(np.concatenate([dataset.indices(domain) for domain in sorted(set(domains))]))
+        kept = [d for d, domain in enumerate(dataset.domains) if domain in domains]
+        names = tuple(dataset.domains[d] for d in kept)
+        super().__init__(dataset, places, kept, _restricted(dataset.sheet, names))
+
+
+def _restricted(sheet: Datasheet, domains: tuple[str, ...]) -> Datasheet:
+    """Return the datasheet as it is for these domains."""
+    counts = sheet.expected_counts
+    return replace(
+        sheet,
+        domains=None if sheet.domains is None else tuple(name for name in sheet.domains if name in domains),
+        expected_counts=None if counts is None else {name: n for name, n in counts.items() if name in domains},
+    )

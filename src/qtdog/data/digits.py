@@ -1,16 +1,21 @@
-"""The embedded data set: 1,797 handwritten digits, each rotated by one of six angles."""
+"""The embedded digits (1,797, each rotated by one of six angles), and ColoredMNIST and RotatedMNIST."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from qtdog.core.errors import DataError
 from qtdog.core.random import numpy_stream
-from qtdog.data.cards import ROTATED_DIGITS
+from qtdog.data.cards import ROTATED_DIGITS, Datasheet
 from qtdog.data.dataset import DomainDataset, sample_arrays
 
 SIZE = 28
@@ -81,3 +86,125 @@ def _render(scan: npt.NDArray[np.floating], angle: int) -> npt.NDArray[np.uint8]
     eight_bit = np.rint(scan * (255 / 16)).astype(np.uint8)  # scikit-learn stores grey values 0 … 16
     large = Image.fromarray(eight_bit).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(large.rotate(angle, Image.Resampling.BILINEAR))[:, :, None]
+
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+MAX_DIGITS = 1_000_000
+FLIP_LABEL = 0.25
+FLIP_COLOUR = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
+"""Domain → probability that the colour contradicts the label (Arjovsky et al., 2019)."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class MnistDataset(DomainDataset):
+    """MNIST's digits in several domains.
+
+    Args:
+        sheet: the card of `colored-mnist` or `rotated-mnist`.
+        root: the folder with MNIST's four files, packed with gzip or not.
+
+    Raises:
+        DataError: a file is missing or not what it should be.
+    """
+
+    def __init__(self, sheet: Datasheet, root: Path) -> None:
+        images, labels = read_mnist(root)
+        names = sheet.domains or ()
+        if sheet.kind == "colored-mnist":
+            names = tuple(FLIP_COLOUR)  # DomainBed's order: the first one gets the odd digit
+        rng = numpy_stream(0, sheet.kind)
+        dealt = rng.permutation(len(labels))
+        place = np.empty(len(labels), dtype=np.int64)
+        place[dealt] = np.arange(len(labels)) % len(names)
+        classes, colours = labels.astype(np.int64), np.zeros(len(labels), dtype=np.int64)
+        if sheet.kind == "colored-mnist":
+            flips = rng.random((2, len(labels)))
+            small = (labels < 5) ^ (flips[0] < FLIP_LABEL)
+            contradicts = flips[1] < np.array([FLIP_COLOUR[name] for name in names])[place]
+            classes, colours = 1 - small.astype(np.int64), (small ^ contradicts).astype(np.int64)
+        self.sheet, self.root = sheet, root
+        self.domains, self.classes = sheet.domains or (), sheet.classes or ()
+        domain = np.array([self.domains.index(name) for name in names])[place]
+        order = np.lexsort((np.arange(len(labels)), classes, domain))
+        pairs = [(self.domains[domain[i]], self.classes[classes[i]]) for i in order]
+        self.keys = [f"{d}/{c}/{i:05d}" for (d, c), i in zip(pairs, order, strict=True)]
+        self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, pairs)
+        self._images, self._colours = images[order], colours[order]
+        self._render: Callable[[int], Pixels] = self._coloured if sheet.kind == "colored-mnist" else self._rotated
+
+    def read(self, i: int) -> Pixels:
+        """Return image i, uint8 (28, 28, C): red or green if coloured, grey if rotated."""
+        return self._render(i)
+
+    def _coloured(self, i: int) -> Pixels:
+        pixels = np.zeros((*self._images[i].shape, 3), dtype=np.uint8)
+        pixels[..., 1 - self._colours[i]] = self._images[i]
+        return pixels
+
+    def _rotated(self, i: int) -> Pixels:
+        angle = int(self.domains[self.domain_index[i]])
+        return np.asarray(Image.fromarray(self._images[i]).rotate(angle, Image.Resampling.BICUBIC))[:, :, None]
+
+    def sample_signature(self, i: int) -> str:
+        """Return the sha256 of the pixels of image i (they are in memory: nothing cheaper is needed)."""
+        return self.sample_sha256(i)
+
+    def sample_change_ns(self, i: int) -> int:
+        """Return 0: these images cannot change while they are in use."""
+        return 0
+
+    def sample_sha256(self, i: int) -> str:
+        """Return the sha256 of the digit and its colour."""
+        return hashlib.sha256(self._images[i].tobytes() + bytes([int(self._colours[i])])).hexdigest()
+
+
+def find_mnist(folder: Path) -> list[Path]:
+    """Return MNIST's four files, wherever below `folder` they lie (DataError if one is missing)."""
+    found = []
+    for name in FILES:
+        paths = sorted([*folder.rglob(name), *folder.rglob(f"{name}.gz")], key=lambda path: len(path.parts))
+        if not paths:
+            raise DataError(f"{folder} has no {name} (packed with gzip or not), one of MNIST's four files")
+        found.append(paths[0])
+    return found
+
+
+def read_mnist(folder: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return images uint8 (n, H, W) and labels uint8 (n,) of training and test digits, one after the other.
+
+    Raises:
+        DataError: a file is missing, damaged, or does not fit its partner.
+    """
+    arrays = [_read_idx(path) for path in find_mnist(folder)]
+    for images, labels in (arrays[:2], arrays[2:]):
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise DataError(f"{folder}: images {images.shape} and labels {labels.shape} do not fit each other")
+    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
+    if labels.max(initial=0) > 9:
+        raise DataError(f"{folder}: a label is {labels.max()}, and digits end at 9")
+    return images, labels
+
+
+def _read_idx(path: Path) -> npt.NDArray[np.uint8]:
+    """An array in the idx format: two zero bytes, type 8 (uint8), number of axes, sizes (big-endian), values."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(4)
+            if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 3:
+                raise DataError(f"{path} is no file of MNIST")
+            shape = np.frombuffer(stream.read(4 * head[3]), dtype=">u4").astype(np.int64)
+            n = int(shape.prod())
+            if shape[0] > MAX_DIGITS or n > MAX_DIGITS * 4096:
+                raise DataError(f"{path} claims to hold {n:,} values")
+            values = stream.read(n)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if len(values) != n:
+        raise DataError(f"{path} is cut short: {len(values):,} of {n:,} values")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)

@@ -22,7 +22,7 @@ from typing import cast
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import clear_disk_errors, sha256_file, sync_folder, write_atomic
-from qtdog.data.sheet import Archive
+from qtdog.data.cards import Archive
 
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 4

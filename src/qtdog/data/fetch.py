@@ -20,11 +20,10 @@ from typing import Any
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.adopt import adopt, require_new
+from qtdog.data.archive import is_archive, unpack
+from qtdog.data.cards import Datasheet, data_home
 from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, describe, download
-from qtdog.data.home import data_home
-from qtdog.data.sheet import Datasheet
-from qtdog.data.unpack import is_archive, unpack
+from qtdog.data.import_layouts import adopt, require_new
 
 KNOWN = "fetched.json"
 

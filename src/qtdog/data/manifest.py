@@ -9,9 +9,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qtdog.core.errors import DataError, nearest
-from qtdog.data.cards import match_card
-from qtdog.data.files import FileDataset, Record, require_domains, require_path
-from qtdog.data.sheet import Datasheet
+from qtdog.data.cards import Datasheet, match_card
+from qtdog.data.image_folder import FileDataset, Record, require_domains, require_path
 
 DOMAIN = "domain"
 SUFFIXES = (".csv", ".jsonl")

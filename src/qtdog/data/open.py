@@ -1,27 +1,29 @@
-"""From what a user types after `--data` to a data set."""
+"""From what a user types after `--data` to a data set of images or of texts, without unreadable images if asked."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from qtdog.core.errors import DataError, nearest
-from qtdog.data.camelyon17 import open_camelyon17
-from qtdog.data.cards import CARDS, check_counts
-from qtdog.data.dataset import DomainDataset
-from qtdog.data.digits import RotatedDigits
-from qtdog.data.files import FileDataset, require_domains, require_path
-from qtdog.data.folder import open_folder
-from qtdog.data.hashes import NOTES
-from qtdog.data.home import data_home
+from qtdog.core.files import write_atomic
+from qtdog.core.progress import Progress
+from qtdog.data.cards import CARDS, Datasheet, check_counts, data_home
+from qtdog.data.dataset import DomainDataset, PickedImages, map_samples
+from qtdog.data.decode import HINT
+from qtdog.data.decoded_cache import cache_root
+from qtdog.data.digits import MnistDataset, RotatedDigits
+from qtdog.data.file_index import NOTES, SETTLED_NS
+from qtdog.data.image_folder import FileDataset, open_folder, require_domains, require_path
 from qtdog.data.manifest import SUFFIXES, open_manifest
-from qtdog.data.mnist import MnistDataset
-from qtdog.data.reviews import open_reviews
-from qtdog.data.sheet import Datasheet
-from qtdog.data.text import TextDataset
+from qtdog.data.text import TextDataset, TextDomains
+from qtdog.data.wilds import open_camelyon17, open_reviews
 
 COLUMN = re.compile(r"(?P<path>.+\.(?:csv|jsonl)):(?P<column>[^:/\\]+)", re.IGNORECASE)
 
@@ -35,7 +37,7 @@ OPENERS: dict[str, Callable[[Path, Datasheet], DomainDataset]] = {
 def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
     """Return the data set called `source`: a name, a folder ROOT/DOMAIN/CLASS/image, or a .csv or .jsonl manifest.
 
-    `rotated-digits` needs no files; other names are folders below the data home (`data.home.data_home`). A manifest
+    `rotated-digits` needs no files; other names are folders below the data home (`data.cards.data_home`). A manifest
     may be followed by the column that holds the domains: `scans.csv:month`.
 
     Example:
@@ -142,3 +144,90 @@ def _named(dataset: FileDataset, sheet: Datasheet, root: Path) -> FileDataset:
     if (dataset.domains, dataset.classes) != (sheet.domains, sheet.classes):
         raise DataError(f"{root} is not {sheet.name}: {'; '.join(check_counts(dataset))}")
     return dataset
+
+
+def open_any(source: str, *, min_domains: int = 2) -> DomainDataset:
+    """Return the data set called `source`, of images (`data.open.open_dataset`) or of texts.
+
+    Raises:
+        DataError: as in `open_dataset` and `open_texts`.
+
+    Example:
+        >>> len(open_any("rotated-digits"))
+        1797
+    """
+    return TextDomains(open_texts(source)) if is_text(source) else open_dataset(source, min_domains=min_domains)
+
+
+def open_readable(
+    source: str, *, skip_unreadable: bool, min_domains: int = 2, progress: Progress = None
+) -> DomainDataset:
+    """Return the data set called `source` as a configuration with `data.skip_unreadable` takes it.
+
+    Args:
+        source: what a user types after `--data`.
+        skip_unreadable: leave out the images that cannot be decoded.
+        min_domains: refuse fewer domains.
+        progress: of reading images.
+
+    Raises:
+        DataError: as in `data.open.open_any` and `without_unreadable`.
+        RunError: the cache folder cannot be written.
+
+    Example:
+        >>> len(open_readable("rotated-digits", skip_unreadable=False))
+        1797
+    """
+    dataset = open_any(source, min_domains=min_domains)
+    return without_unreadable(dataset, progress) if skip_unreadable else dataset
+
+
+def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder: Path | None = None) -> DomainDataset:
+    """Return the data set without the images that cannot be decoded; `skipped` of the result names them and why.
+
+    Every image is decoded once; what was found is remembered by the data set's signature. A data set without any
+    broken image is returned as it is, and so is one of texts.
+
+    Args:
+        dataset: the whole.
+        progress: of reading images.
+        folder: where to remember; default: the cache.
+
+    Raises:
+        DataError: no image can be read, or one is gone.
+        RunError: the cache folder cannot be written.
+    """
+    if isinstance(dataset, TextDomains):
+        return dataset
+    skipped = _unreadable(dataset, progress, folder or cache_root())
+    if not skipped:
+        return dataset
+    broken = {key for key, _ in skipped}
+    places = np.flatnonzero([key not in broken for key in dataset.keys])
+    if len(places) == 0:
+        raise DataError(f"no image of {dataset.sheet.name} can be read; the first: {skipped[0][1]}")
+    kept = PickedImages(dataset, places, list(range(len(dataset.domains))), dataset.sheet)
+    kept.skipped = [*dataset.skipped, *skipped]
+    return kept
+
+
+def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path) -> list[tuple[str, str]]:
+    try:
+        note = folder / "unreadable" / f"{dataset.signature()}.json"
+    except DataError:  # a link to nowhere has no signature: then all are looked at each time
+        note = None
+    if note is not None and note.is_file():
+        return [(str(key), str(reason)) for key, reason in json.loads(note.read_text())]
+    reasons = map_samples(lambda i: _why_unreadable(dataset, i), len(dataset), progress)
+    found = [(key, reason) for key, reason in zip(dataset.keys, reasons, strict=True) if reason]
+    if note is not None and time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
+        write_atomic(note, json.dumps(found))
+    return found
+
+
+def _why_unreadable(dataset: DomainDataset, i: int) -> str:
+    try:
+        dataset.read(i)
+    except DataError as error:
+        return str(error).removesuffix(HINT).rstrip()
+    return ""

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from qtdog.core.errors import DataError
+from qtdog.data.cards import Datasheet
 from qtdog.data.dataset import DomainDataset, sample_arrays
 from qtdog.data.decode import to_pixels
-from qtdog.data.sheet import Datasheet
 
 MULTI_LABEL = "each image needs one label and one domain; several labels for one image (multi-label) are not supported"
 

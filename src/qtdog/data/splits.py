@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.errors import DataError
-from qtdog.data.dataset import DomainDataset
-from qtdog.data.parts import ID_TEST, ID_VAL, TRAIN
+from qtdog.data.dataset import ID_TEST, ID_VAL, TRAIN, DomainDataset
 
 Indices = npt.NDArray[np.int64]
 

@@ -1,16 +1,25 @@
-"""The contract of a data set of texts that each belong to one domain (such as its author) and one class."""
+"""Texts that each belong to one domain and one class: the contract, the official division, and the token cache."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from qtdog.core.errors import DataError
-from qtdog.data.parts import PARTS
-from qtdog.data.sheet import Datasheet
+from qtdog.core.files import atomic_folder
+from qtdog.core.progress import Progress
+from qtdog.data.augment import BufferPool
+from qtdog.data.cards import Datasheet
+from qtdog.data.dataset import PARTS, TEST, VAL, DomainDataset
+from qtdog.data.decoded_cache import DecodedCache, cache_root
 
 
 class TextDataset:
@@ -105,3 +114,153 @@ class TextDataset:
 def _places(names: tuple[str, ...], values: Sequence[str]) -> npt.NDArray[np.int64]:
     place = {name: i for i, name in enumerate(names)}
     return np.fromiter((place[value] for value in values), dtype=np.int64, count=len(values))
+
+
+SEEN, UNSEEN, UNSEEN_VAL = DOMAINS = ("seen", "unseen", "unseen_val")
+
+
+class TextDomains(DomainDataset):
+    """A data set of texts whose domains are too many to draw a batch from each (a domain per reviewer).
+
+    Its domains here are the sides of the official division: `seen` (train, id_val, id_test), which is trained, selected
+    and reported on, and `unseen` (test) and `unseen_val` (val), whose authors are in no other part. The authors remain
+    as groups, over which accuracy is measured.
+
+    Args:
+        texts: the texts.
+
+    Attributes:
+        group_index: int32 (n,), the author of each text.
+
+    Raises:
+        DataError: no text is to be trained on, or none is unseen.
+
+    Example:
+        >>> from qtdog.data.cards import Datasheet
+        >>> texts = TextDataset(Datasheet("r", "R"), ["good", "bad"], ["5", "1"], ["ann", "bob"], [0, 4])
+        >>> TextDomains(texts).domains
+        ('seen', 'unseen')
+    """
+
+    def __init__(self, texts: TextDataset) -> None:
+        self.sheet = texts.sheet
+        self.classes = texts.classes
+        sides = np.where(texts.parts == TEST, 1, np.where(texts.parts == VAL, 2, 0))
+        kept = np.unique(sides)
+        self.domains = tuple(DOMAINS[side] for side in kept)
+        if not {SEEN, UNSEEN} <= set(self.domains):
+            raise DataError(f"{texts.sheet.name} needs texts to train on and unseen ones, found {self.domains}")
+        self.domain_index = np.searchsorted(kept, sides).astype(np.int16)
+        self.class_index = texts.class_index
+        self.group_index = texts.domain_index
+        self.parts = texts.parts
+        self.keys = [str(i) for i in range(len(texts))]
+        self._texts = texts
+        self._content = ""
+
+    def texts(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """Return the texts at `indices`."""
+        return self._texts.texts(indices)
+
+    def read(self, i: int) -> npt.NDArray[np.uint8]:
+        """Refuse: there is no image (DataError)."""
+        raise DataError(f"{self.sheet.name} is a data set of texts, and images are wanted here")
+
+    def sample_signature(self, i: int) -> str:
+        """Return the hex sha256 of text i."""
+        return self.sample_sha256(i)
+
+    def sample_change_ns(self, i: int) -> int:
+        """Return 0: the texts are in memory."""
+        return 0
+
+    def sample_sha256(self, i: int) -> str:
+        """Return the hex sha256 of text i."""
+        return hashlib.sha256(self._texts.text(i).encode("utf-8", errors="surrogatepass")).hexdigest()
+
+    def signature(self) -> str:
+        """Return the hex sha256 of all texts, names and labels."""
+        return self.content_sha256()
+
+    def newest_change_ns(self) -> int:
+        """Return 0: the texts are in memory."""
+        return 0
+
+    def content_sha256(self, progress: Progress = None, hashes: object = None) -> str:
+        """Return the hex sha256 of all texts, names and labels; it is fast enough to need no progress."""
+        self._content = self._content or self._texts.content_sha256()
+        return self._content
+
+
+TOKENS = "tokens.u16"
+N_TOGETHER = 1024
+N_BYTES = 2
+Tokenise = Callable[[Sequence[str]], npt.NDArray[np.integer]]
+
+
+class TokenCache(DecodedCache):
+    """n texts of one length in one file.
+
+    Args:
+        path: a file of n · length unsigned 16-bit numbers, little-endian.
+        n: texts.
+        length: tokens of each.
+    """
+
+    def __init__(self, path: Path, n: int, length: int) -> None:
+        super().__init__(path, (n, length, 1, N_BYTES))
+
+    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int], pool: BufferPool | None = None) -> Tensor:
+        """Return the token numbers of the texts at `indices`, int64 (b, length); errors as in `DecodedCache.gather`."""
+        numbers = super().gather(indices, pool).numpy().view("<u2").reshape(len(indices), self.shape[1])
+        return torch.from_numpy(numbers.astype(np.int64))
+
+
+def open_tokens(
+    dataset: TextDomains,
+    tokenise: Tokenise,
+    *,
+    name: str,
+    length: int,
+    progress: Progress = None,
+    folder: Path | None = None,
+) -> TokenCache:
+    """Return the data set's texts as numbers, tokenising them now unless that was done before.
+
+    Args:
+        dataset: the texts.
+        tokenise: texts → numbers (n, length), 0 behind the end.
+        name: of the tokeniser; with the content and the length it is the key.
+        length: tokens of each text.
+        progress: of tokenising.
+        folder: of the caches; default `cache_root()`.
+
+    Raises:
+        DataError: the tokeniser gives numbers that do not fit 16 bits, or rows of another length.
+        RunError: the cache folder cannot be written.
+    """
+    folder = folder or cache_root()
+    key = hashlib.sha256(json.dumps([dataset.content_sha256(), name, length]).encode()).hexdigest()
+    place = folder / "tokens" / key[:24]
+    file = place / TOKENS
+    if not file.is_file() or file.stat().st_size != N_BYTES * length * len(dataset):
+        shutil.rmtree(place, ignore_errors=True)
+        with atomic_folder(place) as temporary, (temporary / TOKENS).open("wb") as stream:
+            for tokens in _portions(dataset, tokenise, progress):
+                stream.write(_checked(tokens, length).astype("<u2").tobytes())
+    return TokenCache(file, len(dataset), length)
+
+
+def _portions(dataset: TextDomains, tokenise: Tokenise, progress: Progress) -> Iterator[npt.NDArray[np.integer]]:
+    for start in range(0, len(dataset), N_TOGETHER):
+        end = min(len(dataset), start + N_TOGETHER)
+        yield tokenise(dataset.texts(np.arange(start, end)))
+        if progress is not None:
+            progress(end, len(dataset))
+
+
+def _checked(tokens: npt.NDArray[np.integer], length: int) -> npt.NDArray[np.integer]:
+    if tokens.ndim != 2 or tokens.shape[1] != length or tokens.min() < 0 or tokens.max() >= 1 << (8 * N_BYTES):
+        found = f"numbers {tokens.min()} … {tokens.max()} of shape {tokens.shape}"
+        raise DataError(f"the tokeniser gave {found}, not 16 bits in rows of {length}")
+    return tokens

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from qtdog.core.config import Config
 from qtdog.core.progress import Progress
-from qtdog.data.cache import DecodedCache
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qtdog.data.normalise import normalise
+from qtdog.data.augment import normalise
 from qtdog.models.network import Network
 from qtdog.training.shipped import ModelInfo, Preprocessing
 

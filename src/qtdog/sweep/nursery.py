@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open_any import open_any
+from qtdog.data.open import open_any
 from qtdog.sweep.crew import GPU_VARIABLE
 from qtdog.sweep.notes import Outcome, state_folder
 from qtdog.sweep.task import Task

@@ -11,7 +11,7 @@ from qtdog.core.config import config_hash
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.readable import open_readable
+from qtdog.data.open import open_readable
 from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of, skips_unreadable
 from qtdog.sweep.sharing import keep_sharing, share_prefixes, share_updates
 from qtdog.sweep.study import Ensemble, Labels, Scalar, Study
@@ -54,7 +54,7 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
 
     Raises:
         ConfigError: as in `expand`, or members of an ensemble that the study has no run of.
-        DataError: as in `data.readable.open_readable` and `expand`.
+        DataError: as in `data.open.open_readable` and `expand`.
     """
     source = data or study.data or "rotated-digits"
     dataset = open_readable(source, skip_unreadable=skips_unreadable(study), min_domains=1, progress=progress)

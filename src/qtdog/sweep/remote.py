@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open_any import open_any
+from qtdog.data.open import open_any
 from qtdog.sweep.artefacts import Parcels, pack, unpack
 from qtdog.sweep.task import Task
 from qtdog.sweep.work import perform

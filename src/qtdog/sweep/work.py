@@ -12,7 +12,7 @@ from typing import Any
 
 from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.readable import without_unreadable
+from qtdog.data.open import without_unreadable
 from qtdog.ensemble.assemble import Order, assemble, finished
 from qtdog.ensemble.exam import open_exam
 from qtdog.ensemble.member import read_member, share_splits

@@ -16,10 +16,9 @@ from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, Quantize
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.core.registry import import_members
-from qtdog.data.cache import DecodedCache
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.loader import TrainBatches
-from qtdog.data.sampler import batch_sizes
+from qtdog.data.decoded_cache import DecodedCache
+from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network

@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from qtdog.core.errors import ConfigError
-from qtdog.data.cache import DecodedCache
+from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.loader import eval_batches
 from qtdog.models.network import Network
 from qtdog.runs.record import Record, Score, SourceRecord, merge_scores

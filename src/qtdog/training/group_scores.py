@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from qtdog.data.group_accuracy import group_accuracy
 from qtdog.data.loader import eval_batches
-from qtdog.data.text_domains import TextDomains
+from qtdog.data.text import TextDomains
 from qtdog.training.evaluator import EVAL_BATCH
 from qtdog.training.parts import Parts
 from qtdog.training.problem import Problem

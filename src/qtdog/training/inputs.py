@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
-from qtdog.data.cache import DecodedCache, open_cache
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.text_domains import TextDomains
-from qtdog.data.token_cache import open_tokens
+from qtdog.data.decoded_cache import DecodedCache, open_cache
+from qtdog.data.text import TextDomains, open_tokens
 from qtdog.models.text import TEXT_BACKBONES, make_tokeniser, vocabulary
 from qtdog.models.word_pieces import vocabulary_id
 

@@ -12,8 +12,8 @@ from qtdog.core.config_io import Tree, load_preset
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.files import sha256_file
 from qtdog.core.progress import Progress
-from qtdog.data.cache import content_sha256
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.decoded_cache import content_sha256
 from qtdog.data.splits import DomainSplits, make_splits
 
 

@@ -18,7 +18,7 @@ from qtdog.core.config import config_hash
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.text_domains import TextDomains
+from qtdog.data.text import TextDomains
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.text import vocabulary

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qtdog.conversion.ship import fill
 from qtdog.core.errors import ConfigError, FormatError
-from qtdog.data.normalise import normalise
+from qtdog.data.augment import normalise
 from qtdog.models.backbones import create_network
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network

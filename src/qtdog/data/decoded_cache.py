@@ -1,21 +1,21 @@
-"""Decode once: all images of a data set, resized, as one uint8 file that training reads slices of.
-
-The file is read with `pread`, not mapped: mapped pages count as resident memory of the process and grow with the data
-set, pages that the kernel merely caches do not.
-"""
+"""Decode once: all images of a data set, resized, as one uint8 file that training reads slices of."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,175 @@ from torch import Tensor
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.buffers import BufferPool
+from qtdog.data.augment import BufferPool
 from qtdog.data.dataset import N_THREADS, DomainDataset, map_samples
 from qtdog.data.decode import DECODE_VERSION
-from qtdog.data.index import SETTLED_NS, Hashes, file_hashes
-from qtdog.data.replaced import hold, origin_mark, remove_replaced
-from qtdog.data.reuse import IMAGES, Positions, Rows, keep_hashes, reuse_rows
+from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
+
+IMAGES = "images.u8"
+HASH_BYTES = 32
+CHUNK_BYTES = 1 << 22
+Positions = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """What the rows of a cache are: their number, and height = width and channels of each."""
+
+    n: int
+    size: int
+    channels: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.size * self.size * self.channels
+
+    @property
+    def note(self) -> str:
+        """Name of the file with the hashes."""
+        return f"rows-{self.size}-{self.channels}-{DECODE_VERSION}.sha256"
+
+
+def keep_hashes(place: Path, rows: Rows, hashes: Hashes) -> None:
+    """Write which files the rows of the cache in `place` were made from; `hashes` is uint8 (n, 32)."""
+    write_atomic(place / rows.note, np.ascontiguousarray(hashes).tobytes())
+
+
+def reuse_rows(handle: int, rows: Rows, hashes: Hashes, caches: Path) -> Positions:
+    """Copy into an open file the rows that any cache below `caches` holds; return the positions that are left.
+
+    Args:
+        handle: the file's, open for writing.
+        rows: what its rows are.
+        hashes: sha256 of the file that each row is made from, uint8 (n, 32).
+        caches: the folder of all caches.
+
+    Returns:
+        positions that no cache holds, ascending, int64.
+    """
+    left = np.arange(rows.n)
+    for place in _newest_first(caches, rows):
+        if not len(left):
+            break
+        try:
+            found = _places(_read_hashes(place, rows), hashes[left])
+            _copy(place / IMAGES, handle, found[found >= 0], left[found >= 0], rows.row_bytes)
+        except OSError:  # removed meanwhile, or damaged: its rows are decoded
+            continue
+        left = left[found < 0]
+    return left
+
+
+def _newest_first(caches: Path, rows: Rows) -> list[Path]:
+    notes: list[tuple[int, Path]] = []
+    for path in caches.glob(f"*/{rows.note}"):
+        with contextlib.suppress(FileNotFoundError):
+            if not path.parent.name.startswith("."):  # those are being built
+                notes.append((path.stat().st_mtime_ns, path.parent))
+    return [place for _, place in sorted(notes, reverse=True)]
+
+
+def _read_hashes(place: Path, rows: Rows) -> Hashes:
+    """Return the hashes of a cache's rows, uint8 (n, 32); none if the two files do not fit each other."""
+    note, images = place / rows.note, place / IMAGES
+    n_hashes, rest = divmod(note.stat().st_size, HASH_BYTES)
+    if rest or images.stat().st_size != n_hashes * rows.row_bytes:
+        return np.empty((0, HASH_BYTES), dtype=np.uint8)
+    return np.fromfile(note, dtype=np.uint8).reshape(-1, HASH_BYTES)
+
+
+def _places(known: Hashes, wanted: Hashes) -> Positions:
+    """Return the row of `known` that equals each row of `wanted`, or -1."""
+    if not len(known):
+        return np.full(len(wanted), -1)
+    beginnings = _beginnings(known)
+    order = np.argsort(beginnings, kind="stable")
+    spots = np.searchsorted(beginnings, _beginnings(wanted), sorter=order).clip(max=len(known) - 1)
+    rows = order[spots]
+    return np.where((known[rows] == wanted).all(axis=1), rows, -1)
+
+
+def _beginnings(hashes: Hashes) -> npt.NDArray[np.uint64]:
+    """Return the first eight bytes of each hash as a number: enough to find it, not to be sure."""
+    return np.ascontiguousarray(hashes[:, :8]).view(np.uint64)[:, 0]
+
+
+def _copy(source: Path, handle: int, sources: Positions, targets: Positions, row_bytes: int) -> None:
+    """Copy rows `sources` of a file to the rows `targets` (ascending) of an open one."""
+    with source.open("rb", buffering=0) as stream:
+        for first, to, n_bytes in _pieces(sources, targets, row_bytes):
+            chunk = os.pread(stream.fileno(), n_bytes, first)
+            if len(chunk) != n_bytes:
+                raise OSError(f"{source} was cut short")
+            os.pwrite(handle, chunk, to)
+
+
+def _pieces(sources: Positions, targets: Positions, row_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (place in the source, place in the target, bytes) of what is copied at once."""
+    for first, to, length in _stretches(sources, targets):
+        whole = length * row_bytes
+        for done in range(0, whole, CHUNK_BYTES):
+            yield first * row_bytes + done, to * row_bytes + done, min(CHUNK_BYTES, whole - done)
+
+
+def _stretches(sources: Positions, targets: Positions) -> Iterator[tuple[int, int, int]]:
+    """Yield (source, target, length) of the longest pieces that lie the same way in both."""
+    ends = np.flatnonzero((np.diff(sources) != 1) | (np.diff(targets) != 1)) + 1
+    edges = [0, *ends.tolist(), len(sources)] if len(sources) else []
+    for start, end in itertools.pairwise(edges):
+        yield int(sources[start]), int(targets[start]), end - start
+
+
+def origin_mark(dataset: DomainDataset, rows: Rows) -> str:
+    """Return the name of the file that marks the versions of one data set among all caches.
+
+    Two caches are versions of one data set if folder, list, domains and size are the same, and the images are not. The
+    mark of images that are no files, whose folder is not known, is "".
+
+    Example:
+        >>> from qtdog.data.digits import RotatedDigits
+        >>> origin_mark(RotatedDigits(), Rows(1797, 28, 1))
+        ''
+    """
+    files = dataset.files()
+    if files is None:
+        return ""
+    origin = json.dumps([files[0], dataset.sheet.name, dataset.domains, rows.size, rows.channels])
+    return f"version-of-{hashlib.sha256(origin.encode()).hexdigest()[:24]}"
+
+
+def hold(handle: int) -> None:
+    """Keep an open file of a cache from being removed as long as it is open; where the disk knows no locks, do nothing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryFile() as stream:
+        ...     hold(stream.fileno())
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return
+
+
+def remove_replaced(place: Path, mark: str) -> None:
+    """Remove the other caches beside `place` that have its mark.
+
+    One that a process has open stays, and so does one that cannot be removed: the next version tries again.
+    """
+    for found in place.parent.glob(f"*/{mark}") if mark else ():
+        if found.parent != place and not found.parent.name.startswith("."):  # those are being built
+            _remove_unless_open(found.parent)
+
+
+def _remove_unless_open(place: Path) -> None:
+    try:
+        with (place / IMAGES).open("r+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place)
+    except OSError:
+        return
+
 
 MAX_LISTED = 20
 
@@ -89,7 +252,7 @@ def cache_root() -> Path:
 def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder: Path | None = None) -> str:
     """Return the data set's `content_sha256`; no image is hashed again that is as it was.
 
-    Files are remembered each (`data.index`), other data sets as a whole, by their signature.
+    Files are remembered each (`data.file_index`), other data sets as a whole, by their signature.
 
     Raises:
         DataError: an image cannot be read.
@@ -129,8 +292,8 @@ def open_cache(
     """Return the data set's images at `image_size`, decoding them now unless that was done before.
 
     The key is the content (not the path or the time), the size, the channels and the version of the decoder: runs share
-    one cache, and a changed image makes a new one, into which the other images are copied (`data.reuse`). Building is
-    atomic; a broken cache is rebuilt. Older versions of the same data set are then removed (`data.replaced`).
+    one cache, and a changed image makes a new one, into which the other images are copied (`data.decoded_cache`). Building is
+    atomic; a broken cache is rebuilt. Older versions of the same data set are then removed (`data.decoded_cache`).
 
     Raises:
         DataError: images cannot be read (up to 20 are named), or the disk is too small.

@@ -1,23 +1,71 @@
-"""WILDS Amazon as it lies on disk: `reviews.csv` and `splits/user.csv`, read without the package `wilds`.
-
-Ni et al., EMNLP 2019; Koh et al.: WILDS, ICML 2021. The two files have a row per review, in the same order; `split` is
--1 for a review that does not count, else one of five parts. A domain is a reviewer; those of `val` and `test` are in no
-other part.
-"""
+"""WILDS data sets as they lie on disk (Camelyon17, Amazon reviews), read without the package `wilds`."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from qtdog.core.errors import DataError
-from qtdog.data.files import require_path
-from qtdog.data.parts import ID_TEST, ID_VAL, TEST, TRAIN, VAL
-from qtdog.data.sheet import Datasheet
+from qtdog.data.cards import Datasheet
+from qtdog.data.dataset import ID_TEST, ID_VAL, TEST, TRAIN, VAL
+from qtdog.data.image_folder import FileDataset, Record, require_path
 from qtdog.data.text import TextDataset
 
-COLUMNS = ("reviewerID", "overall", "reviewText")
+CAMELYON17_COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
+UNSEEN = {1: VAL, 2: TEST}
+LABELS = ("normal", "tumor")
+
+
+class _Patch(NamedTuple):
+    record: Record
+    part: int
+
+
+def open_camelyon17(root: Path, sheet: Datasheet) -> FileDataset:
+    """Return the patches listed in `root/metadata.csv`, with hospitals as domains and the official division.
+
+    No patch is opened.
+
+    Raises:
+        DataError: the list is missing or malformed (the text gives the line).
+    """
+    path = root / "metadata.csv"
+    require_path(path, "the list of patches")
+    patches: list[_Patch] = []
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        missing = [name for name in CAMELYON17_COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise DataError(f"{path} has no column {', '.join(missing)}")
+        for row in reader:
+            patches.append(_patch(row, f"{path}, line {reader.line_num}"))
+    if not patches:
+        raise DataError(f"{path} lists no patch")
+    patches.sort()
+    dataset = FileDataset(sheet, root, [patch.record for patch in patches], LABELS)
+    dataset.parts = np.array([patch.part for patch in patches], dtype=np.int8)
+    return dataset
+
+
+def _patch(row: dict[str, str], where: str) -> _Patch:
+    try:
+        center, tumor, split = int(row["center"]), int(float(row["tumor"])), int(float(row["split"]))
+        patient, place = row["patient"], f"x_{int(row['x_coord'])}_y_{int(row['y_coord'])}"
+        if not patient.isdigit() or tumor not in (0, 1) or split not in (0, 1, 2, 3) or center < 0:
+            raise ValueError("a value is out of range")
+        slide = f"patient_{patient}_node_{int(row['node'])}"
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{where} is no patch: {error}") from error
+    part = UNSEEN.get(center, (TRAIN, ID_VAL)[min(split, 1)])
+    key = f"patches/{slide}/patch_{slide}_{place}.png"
+    return _Patch(Record(f"hospital_{center}", LABELS[tumor], key), part)
+
+
+REVIEW_COLUMNS = ("reviewerID", "overall", "reviewText")
 PART_OF = {0: TRAIN, 1: VAL, 2: ID_VAL, 3: TEST, 4: ID_TEST}
 LEFT_OUT = -1
 
@@ -32,7 +80,7 @@ def open_reviews(root: Path, sheet: Datasheet) -> TextDataset:
     for path in (reviews, division):
         require_path(path, "the file")
     texts, labels, users, parts = [], [], [], []
-    pairs = zip(_rows(reviews, COLUMNS), _rows(division, ("split",)), strict=True)
+    pairs = zip(_rows(reviews, REVIEW_COLUMNS), _rows(division, ("split",)), strict=True)
     try:
         for (line, review), (_, place) in pairs:
             part = _part(place["split"], f"{division}, row of {reviews.name}, line {line}")
