@@ -30,7 +30,7 @@ from qtdog.core.random import torch_stream
 from qtdog.data.augment import normalise
 from qtdog.data.open import open_dataset
 from qtdog.models.backbones import create_network, preprocessing
-from qtdog.models.lite0_package import BACKBONE, is_installed
+from qtdog.models.weights import BACKBONE, is_installed
 from qtdog.training.after_training import CALIBRATION_BATCH, calibration_indices
 
 SIZE = 96

@@ -23,9 +23,8 @@ from torch.nn.functional import cross_entropy
 from qtdog.conversion.attach import Attached, attach
 from qtdog.conversion.ship import load_into, save
 from qtdog.core.files import write_atomic
-from qtdog.models.backbones import create_network
+from qtdog.models.backbones import KNOWN, create_network
 from qtdog.models.featurizers import input_size
-from qtdog.models.known import KNOWN
 from qtdog.models.network import Network
 from qtdog.models.weights import pretraining_of
 from qtdog.packing.sizes import file_sizes

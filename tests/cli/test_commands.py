@@ -89,7 +89,7 @@ def test_loaded_logits_equal_the_training_time_logits(model):
     """The network rebuilt from the last checkpoint, quantizers attached, against the file."""
     from qtdog.conversion.attach import attach
     from qtdog.models.backbones import create_network
-    from qtdog.models.placement import place_
+    from qtdog.models.network import place_
     from qtdog.runs.folder import RunFolder
     from qtdog.training.checkpoint import latest_checkpoint
 

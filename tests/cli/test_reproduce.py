@@ -9,7 +9,7 @@ import pytest
 from qtdog.cli.reproduce_cost import Cost
 from qtdog.cli.reproduce_table import lines_of, value_of
 from qtdog.core.paper import PaperRow
-from qtdog.models.cost import training_flops
+from qtdog.models.flops import training_flops
 
 TINY = {"model.backbone": "digits_cnn", "model.weights": "none", "data.image_size": 12, "data.batch_size": 2}
 TINY |= {"train.steps": 4, "train.eval_every": 2, "quantizer.start_step": 2}

@@ -14,11 +14,11 @@ from torch.nn.functional import normalize
 from qtdog.core.config import Config
 from qtdog.core.errors import ModelError
 from qtdog.data.open import open_dataset
-from qtdog.models import clip_text
+from qtdog.models import clip_head as clip_text
 from qtdog.models.backbones import create_network
 from qtdog.models.featurizers import pretrained_cfg
 from qtdog.models.network import Network
-from qtdog.models.weight_files import read_weight_file
+from qtdog.models.weights import read_weight_file
 from qtdog.runs.folder import RunFolder
 from qtdog.training.problem import resolve
 from qtdog.training.run import run

@@ -7,7 +7,7 @@ from torch import Tensor
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError
 from qtdog.models.backbones import create_network
-from qtdog.models.context import Context
+from qtdog.models.feature_layers import Context
 from qtdog.models.network import Network
 
 

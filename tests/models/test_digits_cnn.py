@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.models.digits_cnn import WIDTHS, digits_cnn
+from qtdog.models.featurizers import WIDTHS, digits_cnn
 
 
 class Reference(nn.Module):

@@ -12,9 +12,8 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.bake import bake
 from qtdog.conversion.ship import load_into, save
 from qtdog.conversion.size_estimate import estimate_size
-from qtdog.models.backbones import create_network
+from qtdog.models.backbones import KNOWN, create_network
 from qtdog.models.featurizers import input_size
-from qtdog.models.known import KNOWN
 from qtdog.models.network import Network
 from qtdog.packing.sizes import file_sizes
 

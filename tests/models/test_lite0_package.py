@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from qtdog.core.errors import ModelError
-from qtdog.models import lite0_package
+from qtdog.models import weights as lite0_package
 from qtdog.models.backbones import create_network
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
-from qtdog.models.lite0_package import lite0_state, pair_in_order
-from qtdog.models.weights import load_weights_
+from qtdog.models.weights import lite0_state, load_weights_, pair_in_order
 
 installed = pytest.mark.skipif(not lite0_package.is_installed(), reason="the extra lite0 is not installed")
 

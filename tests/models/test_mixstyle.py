@@ -11,8 +11,8 @@ from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.feature_maps import EPS, Stage
 from qtdog.models.backbones import create_network
-from qtdog.models.digits_cnn import WIDTHS, digits_cnn
-from qtdog.models.mixstyle import MixStyle, mix_styles
+from qtdog.models.feature_layers import MixStyle, mix_styles
+from qtdog.models.featurizers import WIDTHS, digits_cnn
 from qtdog.models.network import Network
 
 LAYOUTS = [

@@ -1,9 +1,8 @@
 import pytest
 import timm
 
-from qtdog.models.known import KNOWN
-from qtdog.models.pretraining import corpora
-from qtdog.models.weights import pretraining_of
+from qtdog.models.backbones import KNOWN
+from qtdog.models.weights import corpora, pretraining_of
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from qtdog.conversion.ship import save
 from qtdog.core.errors import ModelError
 from qtdog.ensemble.load import load_any
 from qtdog.export.subject import read_subject
-from qtdog.models.backbones import create_network
-from qtdog.models.size_limit import SPARE_VALUES, at_most
+from qtdog.models.backbones import SPARE_VALUES, at_most, create_network
 
 MAX_GROWTH_KIB = 100_000
 

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
 from qtdog.core.errors import ModelError
-from qtdog.models import lite0_package
+from qtdog.models import weights as lite0_package
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
 from qtdog.models.weights import load_weights_
 

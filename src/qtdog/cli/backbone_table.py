@@ -26,8 +26,7 @@ def show_backbones(pattern: str, *, as_json: bool) -> None:
 
 def backbone_rows(pattern: str) -> list[dict[str, Any]]:
     """Return one row per backbone, without its classifier; sizes are missing where there are too many names."""
-    from qtdog.models.backbones import backbone_names
-    from qtdog.models.known import KNOWN
+    from qtdog.models.backbones import KNOWN, backbone_names
 
     names = list(KNOWN)
     if pattern:
@@ -36,7 +35,7 @@ def backbone_rows(pattern: str) -> list[dict[str, Any]]:
 
 
 def _row(name: str, *, sized: bool) -> dict[str, Any]:
-    from qtdog.models.known import KNOWN
+    from qtdog.models.backbones import KNOWN
     from qtdog.models.weights import pretraining_of
 
     known = KNOWN.get(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qtdog.cli.reproduce_plan import Job
 from qtdog.core.config import Config
 from qtdog.data.cards import CARDS
-from qtdog.models.cost import training_flops
+from qtdog.models.flops import training_flops
 from qtdog.models.text import TEXT_BACKBONES
 
 
@@ -40,7 +40,7 @@ def cost_of(jobs: Iterable[Job]) -> Cost:
     """Return what the runs cost that are not finished; a run that several rows share counts once.
 
     Raises:
-        ModelError: as in `models.cost.training_flops`.
+        ModelError: as in `models.flops.training_flops`.
     """
     missing = {job.folder.path: job for job in jobs if job.result is None}
     each: dict[tuple[str, int, int], float] = {}

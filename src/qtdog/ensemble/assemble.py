@@ -25,8 +25,7 @@ from qtdog.ensemble.measured import Measured, describe
 from qtdog.ensemble.member import Member, check_alike, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
 from qtdog.ensemble.one_model import Recipe, check_recipe, join
-from qtdog.models.network import Network
-from qtdog.models.placement import place_
+from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.ensemble_sizes import ensemble_sizes
 from qtdog.packing.sizes import file_sizes

@@ -14,7 +14,7 @@ from qtdog.conversion.ship import fill
 from qtdog.core.errors import FormatError
 from qtdog.ensemble.kinds import KINDS
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
-from qtdog.models.placement import place_
+from qtdog.models.network import place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
 from qtdog.training.shipped import STRUCTURE, ModelInfo, ShippedModel, load, network_for, read_info

@@ -11,8 +11,7 @@ from qtdog.ensemble.average import Latent, State, average, greedy, read_latent
 from qtdog.ensemble.exam import Exam, mean_accuracy
 from qtdog.ensemble.member import Member, check_one_start
 from qtdog.ensemble.tune import enable_, tune
-from qtdog.models.network import Network
-from qtdog.models.placement import place_
+from qtdog.models.network import Network, place_
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training.compose import make_quantizer
 from qtdog.training.shipped import empty_network

@@ -13,7 +13,7 @@ import torch
 from qtdog.core.errors import FormatError
 from qtdog.export.info import ExportInfo, parse_info
 from qtdog.export.subject import Subject, read_subject
-from qtdog.models.placement import place_
+from qtdog.models.network import place_
 
 EXTRA_FILE = "qtdog.json"
 

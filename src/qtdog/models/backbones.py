@@ -2,23 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from qtdog.core.errors import ModelError, nearest, unknown
 from qtdog.core.random import derive
 from qtdog.core.registry import Value
-from qtdog.models.clip_text import check_has_text_tower, text_classifier
-from qtdog.models.digits_cnn import WIDTHS
+from qtdog.models.clip_head import check_has_text_tower, text_classifier
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
+from qtdog.models.featurizers import WIDTHS, FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
 from qtdog.models.network import Network
 from qtdog.models.text import TEXT_BACKBONES, TextFeaturizer
 from qtdog.models.weights import load_weights_
+
+
+@dataclass(frozen=True)
+class KnownBackbone:
+    """A backbone that the project knows by name and tests.
+
+    Attributes:
+        name: as `--backbone` takes it, with the tag of its weights.
+        about: what it is, and who uses it.
+        extra: of pip, that brings what it needs; "" for none.
+
+    Example:
+        >>> KNOWN["resnet50.tv_in1k"].extra
+        ''
+    """
+
+    name: str
+    about: str
+    extra: str = ""
+
+
+_ALL = (
+    KnownBackbone("resnet50.tv_in1k", "the published protocol's; torchvision's first weights (V1)"),
+    KnownBackbone("resnet18.tv_in1k", "the small one of the field; torchvision's first weights (V1)"),
+    KnownBackbone("resnext50_32x4d.fb_swsl_ig1b_ft_in1k", "EoA's larger pretraining; weights for non-commercial use"),
+    KnownBackbone("deit_small_patch16_224.fb_in1k", "a transformer without a teacher's token"),
+    KnownBackbone("vit_base_patch16_clip_quickgelu_224.openai", "CLIP's image tower exactly; takes model.head=text"),
+    KnownBackbone("vit_base_patch16_clip_224.openai", "CLIP's image tower with an exact GELU; takes model.head=text"),
+    KnownBackbone("regnety_160.swag_lc_in1k", "MIRO's largest; SWAG weights for non-commercial use"),
+    KnownBackbone("mobilenetv3_large_100.ra_in1k", "for phones, with squeeze-and-excitation"),
+    KnownBackbone("tf_efficientnet_lite0", "for microcontrollers and phones; no squeeze-and-excitation"),
+    KnownBackbone("distilbert-base-uncased", "text; as WILDS trains on Amazon reviews", extra="text"),
+    KnownBackbone("distilbert-mini", "text; two narrow layers, words by hash, random weights only", extra="text"),
+    KnownBackbone("mnist_cnn", "digits; DomainBed's network, random weights only"),
+    KnownBackbone("digits_cnn", "digits; the same at a quarter of the width"),
+)
+KNOWN = {backbone.name: backbone for backbone in _ALL}
+
+
+ROOM = 2
+"""How many times the values of a file a network may register: tied weights do so twice."""
+SPARE_VALUES = 2**20
+
+
+@contextlib.contextmanager
+def at_most(n_values: int, what: str) -> Iterator[None]:
+    """Refuse modules that register far more than `n_values` parameters and buffers while the block runs.
+
+    A layer registers a weight before it is first written to, so that one which is refused has taken no memory.
+
+    Args:
+        n_values: expected in the whole network.
+        what: what is built, for the error.
+
+    Raises:
+        ModelError: the network is larger.
+
+    Example:
+        >>> from torch import nn
+        >>> with at_most(100, "the file"):
+        ...     nn.Linear(9, 10).bias.shape
+        torch.Size([10])
+    """
+    limit, found = ROOM * n_values + SPARE_VALUES, 0
+
+    def count(_module: object, name: str, value: Tensor | None) -> None:
+        nonlocal found
+        found += 0 if value is None else value.numel()
+        if found > limit:
+            text = f"{what} does not fit: it holds {n_values:,} values, the network that it names has more than"
+            raise ModelError(f"{text} {limit:,}. The file is damaged, or not what it says")
+
+    handles = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def backbone_names() -> list[str]:

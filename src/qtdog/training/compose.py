@@ -21,8 +21,7 @@ from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.models.network import Network
-from qtdog.models.placement import place_
+from qtdog.models.network import Network, place_
 from qtdog.models.stages import find_stages
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting

@@ -10,8 +10,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import DecodedCache, open_cache
 from qtdog.data.text import TextDomains, open_tokens
-from qtdog.models.text import TEXT_BACKBONES, make_tokeniser, vocabulary
-from qtdog.models.word_pieces import vocabulary_id
+from qtdog.models.text import TEXT_BACKBONES, make_tokeniser, vocabulary, vocabulary_id
 
 MIXES_PIXELS = ("mixup",)
 

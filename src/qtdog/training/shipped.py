@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from qtdog.conversion.ship import fill
 from qtdog.core.errors import ConfigError, FormatError
 from qtdog.data.augment import normalise
-from qtdog.models.backbones import create_network
+from qtdog.models.backbones import at_most, create_network
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.network import Network
-from qtdog.models.placement import place_
-from qtdog.models.size_limit import at_most
-from qtdog.models.text import TEXT_BACKBONES
-from qtdog.models.word_pieces import check_words
+from qtdog.models.network import Network, place_
+from qtdog.models.text import TEXT_BACKBONES, check_words
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
 
