@@ -31,7 +31,7 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.select import find_layers
 from qtdog.core.quantized import QuantSpec, scale_shape
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.step_size_init import initial_scale
 
 CASES = {"resnet50": (224, 8), "tf_efficientnet_lite0": (96, 48)}  # pixels and batch size
 SPEC = QuantSpec(7)

@@ -11,8 +11,8 @@ from qtdog.analysis.latent import plain_name
 from qtdog.analysis.noise import N_BINS, describe, kl_to_uniform, layer_noise
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.base import encode
+from qtdog.quantizers.step_size_init import initial_scale
 
 
 def test_truly_uniform_noise_has_the_divergence_of_the_floor():

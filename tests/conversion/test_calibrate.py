@@ -12,8 +12,8 @@ from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.bake import bake, plain_state_dict
 from qtdog.conversion.calibrate import LayerCalibration, calibrate_
 from qtdog.core.errors import ConfigError, Interrupted, ModelError
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.base import encode
+from qtdog.quantizers.step_size_init import initial_scale
 
 METHODS = ("rtn", "gptq", "obc")
 

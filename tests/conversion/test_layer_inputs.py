@@ -12,7 +12,7 @@ from torch import nn
 from qtdog.conversion import layer_inputs as layer_inputs_module
 from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.layer_inputs import HessianRecorder
-from qtdog.quantizers.hessian_math import row_errors
+from qtdog.quantizers.ptq import row_errors
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (7, 6)),

@@ -14,7 +14,7 @@ from qtdog.core.paper import PaperRow, PaperTable, choose_rows, find_table, pape
 from qtdog.data.cards import CARDS
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.quantizers.options import OPTION_NAMES
+from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
 

@@ -10,11 +10,10 @@ import torch
 from qtdog.core.config import AFTER_TRAINING
 from qtdog.core.config_io import load_preset, preset_names
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.grid import encode
+from qtdog.quantizers.base import OPTION_NAMES, QuantizerOptions, encode
 from qtdog.quantizers.inq import INQ
-from qtdog.quantizers.options import OPTION_NAMES, QuantizerOptions
 from qtdog.quantizers.registry import QUANTIZERS
-from qtdog.quantizers.starts import STARTS, initial_scale
+from qtdog.quantizers.step_size_init import STARTS, initial_scale
 
 PAGE = (Path(__file__).parents[2] / "docs/tasks/quantizers.md").read_text()
 

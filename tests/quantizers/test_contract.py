@@ -6,7 +6,7 @@ import torch
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.base import QuantizerOptions
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 
 LAST_STEP = 0.999

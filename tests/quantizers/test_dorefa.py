@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.dorefa import DoReFa
+from qtdog.quantizers.ste import DoReFa
 
 
 def enabled(weight, spec):

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.options import CHOICES, QuantizerOptions
+from qtdog.quantizers.base import CHOICES, Quantizer, QuantizerOptions
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 
 LATE = 0.99  # of the quantized steps: by then INQ has frozen its last weight

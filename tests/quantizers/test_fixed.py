@@ -5,11 +5,10 @@ import torch
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
-from qtdog.quantizers.fixed import Fixed
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.base import QuantizerOptions, encode
+from qtdog.quantizers.ptq import Fixed
 from qtdog.quantizers.registry import QUANTIZERS
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.step_size_init import initial_scale
 
 
 @pytest.fixture

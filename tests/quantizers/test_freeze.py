@@ -10,9 +10,9 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.bake import bake
 from qtdog.conversion.ship import load_into, save
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.released import Released
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.base import encode
+from qtdog.quantizers.controls import Released
+from qtdog.quantizers.step_size_init import initial_scale
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

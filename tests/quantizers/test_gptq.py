@@ -6,10 +6,9 @@ from torch import Tensor
 
 from qtdog.core.errors import ConfigError, Interrupted
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.gptq import gptq
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.hessian_math import row_errors
+from qtdog.quantizers.base import encode
 from qtdog.quantizers.obc import obc
+from qtdog.quantizers.ptq import gptq, row_errors
 
 
 def problem(n_rows: int, n_columns: int, seed: int) -> tuple[Tensor, Tensor]:

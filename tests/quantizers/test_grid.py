@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.grid import encode
+from qtdog.quantizers.base import encode
 
 
 @settings(deadline=None)

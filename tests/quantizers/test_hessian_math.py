@@ -1,6 +1,6 @@
 import torch
 
-from qtdog.quantizers.hessian_math import inverse_hessian, relative_error, row_errors
+from qtdog.quantizers.ptq import inverse_hessian, relative_error, row_errors
 
 
 def layer(n_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

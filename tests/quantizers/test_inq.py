@@ -15,8 +15,8 @@ from qtdog.conversion.ship import load_into, save
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
+from qtdog.quantizers.base import QuantizerOptions
 from qtdog.quantizers.inq import DEAD_LAYER_LEVEL, INQ, largest_level, power_of_two_codes
-from qtdog.quantizers.options import QuantizerOptions
 
 BITS = range(2, 9)
 

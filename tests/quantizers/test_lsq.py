@@ -6,10 +6,9 @@ import torch
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.grid import encode
+from qtdog.quantizers.base import QuantizerOptions, encode
 from qtdog.quantizers.lsq import LSQ, MIN_RAW_FRAC
-from qtdog.quantizers.options import QuantizerOptions
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.step_size_init import initial_scale
 
 
 def enabled(weight, spec, mode="log", **options) -> Any:

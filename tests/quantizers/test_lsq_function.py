@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtdog.quantizers import lsq_function
-from qtdog.quantizers.lsq_function import lsq_quantize
+from qtdog.quantizers import lsq as lsq_function
+from qtdog.quantizers.lsq import lsq_quantize
 
 SHAPES = {"conv": (12, 5, 3, 3), "linear": (9, 31), "conv1d": (4, 3, 5), "conv3d": (3, 2, 3, 3, 3)}
 

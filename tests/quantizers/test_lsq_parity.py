@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtdog.quantizers.lsq_function import lsq_quantize
+from qtdog.quantizers.lsq import lsq_quantize
 
 
 class Result(NamedTuple):

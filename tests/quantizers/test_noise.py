@@ -10,11 +10,9 @@ from qtdog.conversion.attach import attach, attached
 from qtdog.conversion.bake import bake
 from qtdog.conversion.ship import load_into, save
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.noise import AccumulatedNoise, FreshNoise, MatchedNoise
-from qtdog.quantizers.noise_then_round import NoiseThenRound
-from qtdog.quantizers.options import QuantizerOptions
-from qtdog.quantizers.starts import initial_scale
+from qtdog.quantizers.base import Quantizer, QuantizerOptions
+from qtdog.quantizers.controls import AccumulatedNoise, FreshNoise, MatchedNoise, NoiseThenRound
+from qtdog.quantizers.step_size_init import initial_scale
 
 N = 40_000
 A = 0.03

@@ -9,8 +9,8 @@ from torch import Tensor
 from qtdog.core.errors import ConfigError, Interrupted
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers import obc as obc_module
-from qtdog.quantizers.hessian_math import row_errors
 from qtdog.quantizers.obc import obc
+from qtdog.quantizers.ptq import row_errors
 
 
 def problem(n_rows: int, n_columns: int, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:

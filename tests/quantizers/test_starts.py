@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.grid import encode
-from qtdog.quantizers.starts import DEAD_LAYER_SCALE, STARTS, initial_scale, mse_start
+from qtdog.quantizers.base import encode
+from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, STARTS, initial_scale, mse_start
 
 SPECS = [
     QuantSpec(bits, axis, levels) for bits in (2, 4, 7) for axis in (0, 1, None) for levels in ("uniform", "symmetric")

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.base import QuantizerOptions, straight_through
 from qtdog.quantizers.ste import STE
-from qtdog.quantizers.straight_through import straight_through
 
 
 def enabled(weight, spec, **options):

@@ -15,8 +15,7 @@ from qtdog.conversion.select import Layer, find_layers, select
 from qtdog.core.config import QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.options import OPTION_NAMES, QuantizerOptions
+from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
 from qtdog.quantizers.registry import QUANTIZERS
 
 ALMOST_DONE = 1 - 2.0**-20  # progress at the last step: all that a member rounds step by step is rounded

@@ -13,8 +13,7 @@ from qtdog.conversion.select import WEIGHT_NAMES, Layer, check_pattern, find_lay
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.quantized import MAX_BITS, MIN_BITS, QuantSpec
 from qtdog.core.random import derive
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.options import OPTION_NAMES, QuantizerOptions
+from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
 from qtdog.quantizers.registry import QUANTIZERS, check_options
 
 GRANULARITIES = ("channel", "layer")
@@ -149,7 +148,7 @@ def attach(
         include: glob patterns of layer names; empty means every layer.
         exclude: glob patterns of layer names left in float; a module's name covers everything below it.
         quantizer: a name of `qtdog.quantizers.registry.QUANTIZERS`.
-        options: fields of `qtdog.quantizers.options.QuantizerOptions`, such as `step_mode="raw"`.
+        options: fields of `qtdog.quantizers.base.QuantizerOptions`, such as `step_mode="raw"`.
 
     Raises:
         ConfigError: an unknown name or value, a pattern that means no layer, a weight shared by a selected and an

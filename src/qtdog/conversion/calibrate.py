@@ -15,10 +15,8 @@ from qtdog.conversion.attach import Attached, Site, sites
 from qtdog.conversion.layer_inputs import HessianRecorder
 from qtdog.core.errors import ConfigError, ModelError, unknown
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.quantizers.fixed import Fixed
-from qtdog.quantizers.gptq import gptq
-from qtdog.quantizers.hessian_math import relative_error, row_errors
 from qtdog.quantizers.obc import obc
+from qtdog.quantizers.ptq import Fixed, gptq, relative_error, row_errors
 
 METHODS = {"gptq": gptq, "obc": obc}
 HESSIAN_BYTES = 2**30  # for the Hessians that are added up in one pass over the images

@@ -78,7 +78,7 @@ def clipped_frac(weight: Tensor, value: QuantizedTensor) -> float:
 
     Example:
         >>> from qtdog.core.quantized import QuantSpec
-        >>> from qtdog.quantizers.grid import encode
+        >>> from qtdog.quantizers.base import encode
         >>> weight = torch.tensor([[0.1, -0.1, 9.0, 0.2]])
         >>> clipped_frac(weight, encode(weight, torch.tensor([0.1]), QuantSpec(4)))
         0.25

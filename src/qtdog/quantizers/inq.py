@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.base import Quantizer, QuantizerOptions
 
 # A filter whose largest weight is below this share of its layer's is dead: levels that small could not hold what
 # training makes of it, so it gets those of the layer.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.hessian_math import inverse_hessian
+from qtdog.quantizers.ptq import inverse_hessian
 
 MEMORY_BYTES = 2**29  # for the inverse Hessians of the rows that are worked on together
 BLOCK = 64  # eliminations that are kept as factors before they are applied to the inverse Hessians

@@ -12,17 +12,12 @@ from qtdog.core.config import AFTER_TRAINING
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
 from qtdog.core.registry import Registry
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.dorefa import DoReFa
-from qtdog.quantizers.fixed import Fixed
-from qtdog.quantizers.freeze import Freeze
+from qtdog.quantizers.base import Quantizer, QuantizerOptions
+from qtdog.quantizers.controls import AccumulatedNoise, Freeze, FreshNoise, MatchedNoise, NoiseThenRound, Released
 from qtdog.quantizers.inq import INQ
 from qtdog.quantizers.lsq import LSQ
-from qtdog.quantizers.noise import AccumulatedNoise, FreshNoise, MatchedNoise
-from qtdog.quantizers.noise_then_round import NoiseThenRound
-from qtdog.quantizers.options import QuantizerOptions
-from qtdog.quantizers.released import Released
-from qtdog.quantizers.ste import STE
+from qtdog.quantizers.ptq import Fixed
+from qtdog.quantizers.ste import STE, DoReFa
 
 QuantizerFactory = Callable[[Tensor, QuantSpec, QuantizerOptions], Quantizer]
 """(weight, spec, options) to a quantizer for that weight, on its device, not yet enabled."""

@@ -17,7 +17,7 @@ from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.core.random import numpy_stream
 from qtdog.data.loader import Indices, eval_batches
-from qtdog.quantizers.fixed import Fixed
+from qtdog.quantizers.ptq import Fixed
 from qtdog.training.parts import Parts
 
 CALIBRATION_BATCH = 32

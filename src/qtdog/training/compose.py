@@ -25,7 +25,7 @@ from qtdog.models.network import Network, place_
 from qtdog.models.stages import find_stages
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.quantizers.options import OPTION_NAMES
+from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.evaluator import Evaluator
 from qtdog.training.inputs import check_input, open_inputs

@@ -1,4 +1,4 @@
-"""The noise controls: weights are disturbed in training but never rounded, and ship in float."""
+"""Controls that separate rounding from its side effects: noise, noise then rounding, freezing, the released code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from qtdog.core.quantized import QuantSpec, scale_shape
-from qtdog.quantizers.base import Quantizer
-from qtdog.quantizers.fixed_step import FixedStep
-from qtdog.quantizers.options import QuantizerOptions
+from qtdog.quantizers.base import FixedStep, Quantizer, QuantizerOptions
+from qtdog.quantizers.lsq import lsq_quantize
 
 
 class AccumulatedNoise(Quantizer):
@@ -132,3 +131,105 @@ class MatchedNoise(FixedStep):
             return weight
         scale = self.scale.reshape(scale_shape(weight.ndim, self.spec.axis))
         return weight + (self.uniform(weight) * scale).to(weight.dtype)
+
+
+class NoiseThenRound(FixedStep):
+    """In training w + U(-s/2, s/2), in evaluation and in the file the nearest point of that grid.
+
+    The step size s is LSQ's start and stays. Training never rounds, so this separates what the *noise* of quantization
+    does to training from what *rounding the result* does to the model. Weights beyond the range of the codes get noise
+    in training and the last code in evaluation; their gradient passes in training, not in evaluation.
+
+    Source: additive noise as a stand-in for rounding is that of Ballé et al. (ICLR 2017) and DiffQ (Défossez et al.,
+    TMLR 2022); here it is a control.
+
+    Args:
+        weight: the weight; only its shape and device count.
+        spec: bits and axis.
+        options: how the step sizes start, and the range of the codes.
+
+    Example:
+        >>> import torch
+        >>> from qtdog.core.quantized import QuantSpec
+        >>> weight = torch.tensor([[2.5, -1.5]])
+        >>> quantizer = NoiseThenRound(weight, QuantSpec(2))
+        >>> quantizer.enable_(weight)
+        >>> bool((quantizer(weight) != 0).all()), quantizer.eval()(weight).tolist()
+        (True, [[4.0, 0.0]])
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the disturbed weight in training, its nearest points in evaluation, `weight` before `enable_`."""
+        if not self.enabled:
+            return weight
+        scale = self.scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        if self.training:
+            return weight + (self.uniform(weight) * scale).to(weight.dtype)
+        return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax).to(weight.dtype)
+
+
+class Freeze(Quantizer):
+    """From the start step on the weight gets no gradient, so the optimizer leaves it alone; it ships in float.
+
+    An optimizer skips a parameter without a gradient altogether: neither momentum nor weight decay moves it. Beside
+    `released`, which freezes the same layers on a grid, this tells what the freezing does and what the grid does.
+
+    Args:
+        weight: the weight; only its place in the model counts.
+        spec: not used; there is no grid.
+        options: not used.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(1, 2, requires_grad=True)
+        >>> freeze = Freeze(weight, QuantSpec(7))
+        >>> freeze.enable_(weight)
+        >>> torch.equal(freeze(weight), weight), freeze(weight).requires_grad
+        (True, False)
+    """
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
+        super().__init__(spec)
+
+    @property
+    def packs(self) -> bool:
+        """False: the weight ships in float."""
+        return False
+
+    def enable_(self, weight: Tensor) -> None:
+        """Stop the training of the weight."""
+        self.enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight, once enabled cut off from its gradient."""
+        return weight.detach() if self.enabled else weight
+
+
+class Released(FixedStep):
+    """At the start step the weight moves to the grid of LSQ's start, and stays there.
+
+    In the authors' released code the optimizer still holds the parameters from before the swap to quantized layers: the
+    new weights and step sizes never receive an update. What trains on is the rest, that is batch norm's scale and shift
+    and the classifier. Here the same follows from a forward pass without a gradient, under a name of its own.
+
+    Args:
+        weight: the weight; only its shape and device count.
+        spec: bits and axis.
+        options: how the step sizes start, and the range of the codes.
+
+    Example:
+        >>> from qtdog.core.quantized import QuantSpec
+        >>> weight = torch.tensor([[2.5, -1.5]], requires_grad=True)
+        >>> released = Released(weight, QuantSpec(2))
+        >>> released.enable_(weight)
+        >>> released(weight).tolist(), released(weight).requires_grad
+        ([[4.0, 0.0]], False)
+    """
+
+    @torch.no_grad()
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight on its grid, without a gradient; before `enable_`, the weight itself."""
+        if not self.enabled:
+            return weight
+        scale = self.scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax).to(weight.dtype)
