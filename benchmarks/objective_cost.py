@@ -24,7 +24,7 @@ from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.objectives.objective import OBJECTIVES
+from qtdog.objectives.base import OBJECTIVES
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
 from qtdog.training.problem import make_problem, resolve

@@ -15,8 +15,7 @@ from qtdog.core.registry import import_members
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, Setting
 from qtdog.training.parts import Trainable
 
 import_members("qtdog.objectives")

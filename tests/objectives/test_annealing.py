@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtdog.objectives.domain_losses import domain_losses
 from qtdog.objectives.erm import erm_loss
+from qtdog.objectives.functional import domain_losses
 from qtdog.objectives.irm import irm_penalty
 from qtdog.objectives.vrex import vrex_loss
 

@@ -6,8 +6,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.objectives.arm import ARM
-from qtdog.objectives.objective import Setting
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import DomainBatch, ModelView, Setting
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.parts import Trainable
 from qtdog.training.problem import make_problem, resolve

@@ -5,8 +5,8 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
+from qtdog.objectives.base import Setting
 from qtdog.objectives.ccfp import CCFP, StyleShifts, consistency, domain_discrepancy, gram, reaching_only
-from qtdog.objectives.objective import Setting
 
 STAGES = [Stage("a", 3, axis=1, ndim=4), Stage("b", 5, axis=3, ndim=4), Stage("c", 4, axis=2, ndim=3)]
 SHAPES = [(6, 3, 4, 4), (6, 2, 3, 5), (6, 7, 4)]

@@ -4,11 +4,10 @@ import torch
 from torch import nn
 
 from qtdog.core.errors import ConfigError
+from qtdog.objectives.base import DomainBatch, ModelView, Setting
 from qtdog.objectives.distill import Distill, distillation_loss
 from qtdog.objectives.erm import ERM, erm_loss
 from qtdog.objectives.mixup import Mixup
-from qtdog.objectives.objective import Setting
-from qtdog.objectives.view import DomainBatch, ModelView
 
 
 class Net(nn.Module):

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtdog.objectives.base import DomainOutputs
 from qtdog.objectives.erm import erm_loss
-from qtdog.objectives.view import DomainOutputs
 
 
 def in_float64(logits: np.ndarray, labels: np.ndarray) -> float:

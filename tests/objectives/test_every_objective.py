@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtdog.data.digits import RotatedDigits
-from qtdog.objectives.objective import OBJECTIVES
+from qtdog.objectives.base import OBJECTIVES
 from qtdog.runs.folder import RunFolder
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import begin_step, update

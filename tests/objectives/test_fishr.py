@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from qtdog.objectives.base import DomainOutputs
 from qtdog.objectives.erm import erm_loss
 from qtdog.objectives.fishr import gradient_variance, spread
-from qtdog.objectives.view import DomainOutputs
 
 
 def variance_image_by_image(case, images, labels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qtdog.objectives.domain_losses import domain_losses
+from qtdog.objectives.functional import domain_losses
 
 
 def test_shares_and_loss_follow_the_algorithm(case, objective):

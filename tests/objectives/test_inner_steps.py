@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from qtdog.conversion.attach import attach
-from qtdog.objectives.inner_steps import with_gradients
-from qtdog.objectives.pairs import random_ring
+from qtdog.objectives.functional import random_ring, with_gradients
 
 SEED = 3
 

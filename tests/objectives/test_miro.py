@@ -8,8 +8,8 @@ from qtdog.core.errors import ModelError
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
+from qtdog.objectives.base import Setting
 from qtdog.objectives.miro import MIRO, miro_penalty
-from qtdog.objectives.objective import Setting
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.problem import make_problem, resolve
 

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
+from qtdog.objectives.functional import random_ring
 from qtdog.objectives.mixup import draw_shares, mixed_loss
-from qtdog.objectives.pairs import random_ring
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.problem import make_problem, resolve
 

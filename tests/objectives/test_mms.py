@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from qtdog.core.errors import ConfigError
+from qtdog.objectives.base import DomainOutputs, Setting
 from qtdog.objectives.mms import MMS, class_margins, mms_loss
-from qtdog.objectives.objective import Setting
-from qtdog.objectives.view import DomainOutputs
 
 
 def mms_by_hand(domains, weight, strength):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.objective import OBJECTIVES, Objective
+from qtdog.objectives.base import OBJECTIVES, Objective
 
 COMPARING = ("irm", "groupdro", "vrex", "coral", "deep-coral", "mmd", "mixup", "fishr", "mldg", "fish")
 # DomainBed's defaults and the ends of its random search

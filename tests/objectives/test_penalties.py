@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from qtdog.objectives.base import DomainOutputs
 from qtdog.objectives.coral import coral_penalty
 from qtdog.objectives.deep_coral import deep_coral_penalty
+from qtdog.objectives.functional import mean_over_pairs, random_ring
 from qtdog.objectives.irm import irm_penalty, scale_gradient
 from qtdog.objectives.mmd import mmd
-from qtdog.objectives.pairs import mean_over_pairs, random_ring
-from qtdog.objectives.view import DomainOutputs
 from qtdog.objectives.vrex import vrex_loss
 
 CLOSE = {"rtol": 1e-9, "atol": 0}

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
-from qtdog.objectives.objective import Setting
+from qtdog.objectives.base import Setting
 from qtdog.objectives.sagnet import SagNet, content_randomised, style_randomised, uniformity_loss
 
 EPS = 1e-6

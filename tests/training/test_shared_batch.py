@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
-from qtdog.objectives.objective import OBJECTIVES
+from qtdog.objectives.base import OBJECTIVES
 from qtdog.training.compose import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
 from qtdog.training.problem import make_problem

@@ -10,8 +10,7 @@ from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import Value
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
 
 
 @OBJECTIVES.register("arm")

@@ -13,10 +13,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage, Style, restyle, style
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.at_stages import at_stages, kept_at_stages
-from qtdog.objectives.heads import linear_head
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.functional import at_stages, kept_at_stages, linear_head
 
 
 def gram(features: Tensor, stage: Stage) -> Tensor:

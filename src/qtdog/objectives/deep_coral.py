@@ -8,11 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from qtdog.core.registry import HyperParameter, HyperParameters
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs, Objective
 from qtdog.objectives.coral import covariance
-from qtdog.objectives.domain_losses import domain_losses
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.pairs import mean_over_pairs
-from qtdog.objectives.view import DomainOutputs
+from qtdog.objectives.functional import domain_losses, mean_over_pairs
 
 
 def deep_coral_penalty(features: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.objective import Objective
-from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
+from qtdog.objectives.base import DomainBatch, DomainOutputs, ModelView, Objective
 
 Teacher = Callable[[Tensor], Tensor]
 """Normalised images (n, C, H, W) to logits (n, n_classes), without gradients, on the images' device."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.view import DomainOutputs
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs, Objective
 
 
 def erm_loss(domains: Sequence[DomainOutputs]) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from qtdog.core.registry import HyperParameter, HyperParameters
-from qtdog.objectives.inner_steps import add_, loss_and_gradients, moved, with_gradients
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective
+from qtdog.objectives.functional import add_, loss_and_gradients, moved, with_gradients
 
 
 @OBJECTIVES.register("fish")

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, Setting
 from qtdog.objectives.erm import erm_loss
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
 
 
 def gradient_variance(domain: DomainOutputs) -> Tensor:

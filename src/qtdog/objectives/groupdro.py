@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.domain_losses import domain_losses
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.functional import domain_losses
 
 
 def reweighted(shares: Tensor, losses: Tensor, eta: float) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from qtdog.core.registry import HyperParameter, HyperParameters
-from qtdog.objectives.domain_losses import domain_losses
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.view import DomainBatch, DomainOutputs, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective
+from qtdog.objectives.functional import domain_losses
 
 
 def scale_gradient(logits: Tensor, labels: Tensor) -> Tensor:

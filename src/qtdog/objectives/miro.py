@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.at_stages import kept_at_stages
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
 from qtdog.objectives.erm import erm_loss
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.functional import kept_at_stages
 
 START_VARIANCE = 0.1
 MIN_VARIANCE = 1e-5

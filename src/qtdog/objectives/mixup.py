@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qtdog.core.registry import HyperParameter, HyperParameters
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.pairs import random_ring
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective
+from qtdog.objectives.functional import random_ring
 
 
 def mixed_loss(logits: Tensor, labels: tuple[Tensor, Tensor], share: float) -> Tensor:

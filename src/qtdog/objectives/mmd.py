@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from qtdog.core.registry import HyperParameter, HyperParameters
-from qtdog.objectives.domain_losses import domain_losses
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.pairs import mean_over_pairs
-from qtdog.objectives.view import DomainOutputs
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs, Objective
+from qtdog.objectives.functional import domain_losses, mean_over_pairs
 
 GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # DomainBed's inverse bandwidths
 

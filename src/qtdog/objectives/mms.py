@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
-from qtdog.objectives.view import DomainOutputs
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs, Objective, Setting
 
 
 def class_margins(weight: Tensor) -> Tensor:

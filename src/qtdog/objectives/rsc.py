@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qtdog.core.registry import HyperParameter, HyperParameters
-from qtdog.objectives.objective import OBJECTIVES, Objective
-from qtdog.objectives.view import DomainBatch, ModelView
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective
 
 
 def kept_features(gradient: Tensor, frac: float) -> Tensor:

@@ -23,8 +23,8 @@ from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network, place_
 from qtdog.models.stages import find_stages
+from qtdog.objectives.base import OBJECTIVES, Objective, Setting
 from qtdog.objectives.distill import Distill, Teacher
-from qtdog.objectives.objective import OBJECTIVES, Objective, Setting
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.evaluator import Evaluator

@@ -19,7 +19,7 @@ from qtdog.conversion.health import LayerHealth, layer_health, worst
 from qtdog.core.errors import CollapseError, Interrupted, NonFiniteLossError
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch
-from qtdog.objectives.view import DomainBatch
+from qtdog.objectives.base import DomainBatch
 from qtdog.runs.record import Record, SourceRecord
 from qtdog.runs.selection import select
 from qtdog.training.averagers import snapshot, swapped

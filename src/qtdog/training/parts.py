@@ -14,8 +14,7 @@ from qtdog.conversion.attach import Attached
 from qtdog.core.config import Config
 from qtdog.data.loader import TrainBatches
 from qtdog.models.network import Network
-from qtdog.objectives.objective import Objective
-from qtdog.objectives.view import ModelView
+from qtdog.objectives.base import ModelView, Objective
 from qtdog.runs.record import Record
 from qtdog.training.averagers import Averager
 from qtdog.training.shared_batch import of_all_processes
