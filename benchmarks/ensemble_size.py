@@ -24,8 +24,8 @@ from qtdog.conversion.bake import bake
 from qtdog.ensemble.load import load_ensemble_model
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.packing.ensemble_file import save_ensemble
-from qtdog.packing.ensemble_sizes import ensemble_sizes
 from qtdog.packing.packed_file import PackedModel
+from qtdog.packing.sizes import ensemble_sizes
 
 ABOUT = {"kind": "eoq", "accuracy": {"source": None, "test": None}, "training_steps": 25_000, "training_runs": 5.0}
 CLASSES = [f"class {index}" for index in range(7)]

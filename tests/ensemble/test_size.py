@@ -8,8 +8,8 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.bake import bake
 from qtdog.models.backbones import create_network
 from qtdog.packing.ensemble_file import save_ensemble
-from qtdog.packing.ensemble_sizes import ensemble_sizes
 from qtdog.packing.packed_file import PackedModel
+from qtdog.packing.sizes import ensemble_sizes
 
 
 def five_members(backbone, **changed):

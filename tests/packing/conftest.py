@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from qtdog.packing.zstd_frame import compress
+from qtdog.packing.codecs import compress
 
 Tree = dict[str, Any]
 Change = Callable[[Tree, Tree], object]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.packing.bits import pack_codes, packed_bytes, unpack_codes
+from qtdog.packing.codecs import pack_codes, packed_bytes, unpack_codes
 
 
 def by_hand(codes, bits):

@@ -9,12 +9,19 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.packing.bits import pack_codes, packed_bytes
-from qtdog.packing.codecs import CODECS, MAX_EXPANSION, decode_codes, encode_codes
-from qtdog.packing.entropy import entropy_bits
-from qtdog.packing.header import DTYPE_BYTES
-from qtdog.packing.pools import decode_pool, encode_pool
-from qtdog.packing.zstd_frame import compress, decompress
+from qtdog.packing.codecs import (
+    CODECS,
+    MAX_EXPANSION,
+    compress,
+    decode_codes,
+    decompress,
+    encode_codes,
+    pack_codes,
+    packed_bytes,
+)
+from qtdog.packing.layout import DTYPE_BYTES
+from qtdog.packing.reader import decode_pool, encode_pool
+from qtdog.packing.sizes import entropy_bits
 
 
 def gaussian(n, sigma, bits, seed=0):

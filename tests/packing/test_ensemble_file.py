@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qtdog.core.errors import FormatError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble, save_ensemble
-from qtdog.packing.ensemble_sizes import ensemble_sizes
 from qtdog.packing.packed_file import PackedModel, load_packed, save_packed
+from qtdog.packing.sizes import ensemble_sizes
 
 SHARED = torch.arange(16, dtype=torch.float32)
 ABOUT = {"kind": "eoq", "accuracy": {"source": 0.5, "test": None}}

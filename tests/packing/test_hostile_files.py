@@ -19,9 +19,9 @@ import zstandard
 
 from qtdog.core.errors import FormatError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
+from qtdog.packing.codecs import compress
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed, save_packed
-from qtdog.packing.zstd_frame import compress
 
 N_INPUTS = int(os.environ.get("QTDOG_HOSTILE_INPUTS", "1250"))  # of each kind of damage, and there are nine
 MAX_GROWTH_KIB = 150_000

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from qtdog.core.errors import FormatError, RunError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.packing import packed_file
+from qtdog.packing.codecs import compress
 from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.packing.sizes import file_sizes
-from qtdog.packing.zstd_frame import compress
 
 
 def sample(bits=7):

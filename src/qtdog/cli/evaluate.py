@@ -127,7 +127,7 @@ def ensemble_cost(path: Path, model: ShippedModel | EnsembleModel) -> dict[str, 
     from dataclasses import asdict
 
     from qtdog.ensemble.model import EnsembleModel
-    from qtdog.packing.ensemble_sizes import ensemble_sizes
+    from qtdog.packing.sizes import ensemble_sizes
 
     if not isinstance(model, EnsembleModel):
         return {}

@@ -31,9 +31,8 @@ def inspect_file(
     """
     from qtdog.cli.console import print_json
     from qtdog.packing.ensemble_file import is_ensemble
-    from qtdog.packing.ensemble_sizes import ensemble_sizes
-    from qtdog.packing.read_layout import read_layout
-    from qtdog.packing.sizes import file_sizes
+    from qtdog.packing.reader import read_layout
+    from qtdog.packing.sizes import ensemble_sizes, file_sizes
 
     path = model / "model.safetensors" if model.is_dir() else model
     size = asdict(ensemble_sizes(path) if is_ensemble(path) else file_sizes(path))
@@ -49,10 +48,10 @@ def inspect_file(
 
 def _weights(path: Path) -> list[dict[str, Any]]:
     """Return for each stored quantized weight its grid, its codec, and what its codes cost beside their entropy."""
-    from qtdog.packing.entropy import entropy_bits
     from qtdog.packing.layout import stored_names
     from qtdog.packing.packed_file import read_contents
-    from qtdog.packing.read_layout import read_layout
+    from qtdog.packing.reader import read_layout
+    from qtdog.packing.sizes import entropy_bits
 
     header, layout = read_layout(path)
     contents = read_contents(path, layout)

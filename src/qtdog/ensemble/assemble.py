@@ -27,8 +27,7 @@ from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
 from qtdog.ensemble.one_model import Recipe, check_recipe, join
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
-from qtdog.packing.ensemble_sizes import ensemble_sizes
-from qtdog.packing.sizes import file_sizes
+from qtdog.packing.sizes import ensemble_sizes, file_sizes
 from qtdog.training.result import environment
 
 N_PROOF = 16  # images that are asked of the model in memory and of its file

@@ -16,26 +16,30 @@ from torch import Tensor
 from qtdog.core.errors import FormatError
 from qtdog.core.files import write_atomic
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.packing import strict_json
-from qtdog.packing.codecs import decode_codes, encode_codes
-from qtdog.packing.contents import DTYPE_NAMES, check_codes, check_quantized, check_rest, check_scale
-from qtdog.packing.description import coded_text, plain_text
-from qtdog.packing.header import MAX_HEADER_BYTES, TensorInfo
+from qtdog.packing import layout as strict_json
+from qtdog.packing.codecs import compress, decode_codes, encode_codes
 from qtdog.packing.layout import (
     CODED_VERSION,
     DESCRIPTION,
+    DTYPE_NAMES,
     KEY,
+    MAX_HEADER_BYTES,
     Entry,
     Layout,
+    TensorInfo,
+    check_codes,
+    check_quantized,
+    check_rest,
+    check_scale,
+    coded_text,
+    find_aliases,
     may_describe,
+    plain_text,
     pool_name,
     pooled,
     stored_names,
 )
-from qtdog.packing.pools import THOROUGH_LEVEL, decode_pool, encode_pool
-from qtdog.packing.read_layout import read_layout
-from qtdog.packing.ties import find_aliases
-from qtdog.packing.zstd_frame import compress
+from qtdog.packing.reader import THOROUGH_LEVEL, decode_pool, encode_pool, read_layout
 
 
 @dataclass(frozen=True)

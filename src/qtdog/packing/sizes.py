@@ -1,19 +1,73 @@
-"""How large a model file is, beside the same model in float32 and beside what the entropy of its codes allows."""
+"""How large a model or ensemble file is, beside float32 and beside what the entropy of its codes allows."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtdog.packing.description import plain_text
-from qtdog.packing.entropy import code_entropy
-from qtdog.packing.header import DTYPE_BYTES, Header, TensorInfo
-from qtdog.packing.layout import KEY, Layout, stored_names
+import torch
+from torch import Tensor
+
+from qtdog.core.quantized import QuantizedTensor
+from qtdog.packing.ensemble_file import check_members, member_metadata, member_name
+from qtdog.packing.layout import DTYPE_BYTES, KEY, Header, Layout, TensorInfo, plain_text, stored_names
 from qtdog.packing.packed_file import read_contents
-from qtdog.packing.read_layout import read_layout
+from qtdog.packing.reader import read_layout
+
+
+@dataclass(frozen=True)
+class CodeEntropy:
+    """What codes must cost.
+
+    Attributes:
+        n_codes: how many there are.
+        bits_per_code: entropy of the codes, each tensor by its own frequencies, averaged over all codes; 0 without any.
+    """
+
+    n_codes: int
+    bits_per_code: float
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of all codes at that price."""
+        return self.n_codes * self.bits_per_code / 8
+
+
+def entropy_bits(codes: Tensor) -> float:
+    """Return the empirical entropy of integer codes in bits per code, -Σ p log2 p over their frequencies p.
+
+    Source: Shannon, *A Mathematical Theory of Communication*, 1948, theorem 9: codes that are drawn independently
+    cannot be stored in less. Codes of a Gaussian weight with a standard deviation of σ steps have log2(σ sqrt(2πe)).
+
+    Args:
+        codes: int8, any shape, at least one.
+
+    Example:
+        >>> entropy_bits(torch.tensor([1, 1, -1, 0], dtype=torch.int8))
+        1.5
+    """
+    counts = torch.bincount(codes.reshape(-1).int() + 128)
+    frequencies = counts[counts > 0].double() / codes.numel()
+    return -(frequencies * frequencies.log2()).sum().item() + 0.0
+
+
+def code_entropy(weights: Iterable[QuantizedTensor]) -> CodeEntropy:
+    """Return the entropy of the codes of several weights, one under several names counted once.
+
+    Example:
+        >>> from qtdog.core.quantized import QuantSpec
+        >>> codes = torch.tensor([[1, 1, -1, 0]], dtype=torch.int8)
+        >>> code_entropy([QuantizedTensor(codes, torch.ones(1), QuantSpec(2))])
+        CodeEntropy(n_codes=4, bits_per_code=1.5)
+    """
+    once = {id(weight): weight for weight in weights}.values()
+    n_codes = sum(weight.codes.numel() for weight in once)
+    n_bits = math.fsum(weight.codes.numel() * entropy_bits(weight.codes) for weight in once)
+    return CodeEntropy(n_codes, n_bits / n_codes if n_codes else 0.0)
+
 
 FLOATS = {"F16", "BF16", "F32", "F64"}
 
@@ -98,3 +152,91 @@ def serialised_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, s
         tree[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [begin, end]}
     n_header = len(json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-n_header // 8) * 8 + end
+
+
+@dataclass(frozen=True)
+class EnsembleSizes:
+    """The size of an ensemble file.
+
+    Attributes:
+        bytes: of the file on disk: header, metadata and every member.
+        float32_bytes: of ONE member with float32 weights, in a file of its own with its metadata.
+        ratio: float32_bytes / bytes: below 1 where the ensemble is larger than one float model.
+        float32_models: bytes / float32_bytes: how many float models take that much.
+        n_members: members in the file.
+        shared_bytes: what the further members share instead of storing it again: coded weights, plain values.
+        bits_per_code, entropy_bits_per_code, entropy_bytes, over_entropy: as in `sizes.Sizes`, what is shared once.
+    """
+
+    bytes: int
+    float32_bytes: int
+    ratio: float
+    float32_models: float
+    n_members: int
+    shared_bytes: int
+    bits_per_code: float
+    entropy_bits_per_code: float
+    entropy_bytes: float
+    over_entropy: float
+
+
+def ensemble_sizes(path: Path | str) -> EnsembleSizes:
+    """Return the sizes of an ensemble file; its codes are read.
+
+    `float32_bytes` is exact: it is what `packed_file.save_packed` writes for member 0's dequantized weights.
+
+    Raises:
+        FormatError: no sound ensemble file.
+    """
+    path = Path(path)
+    header, layout = read_layout(path)
+    n_members = check_members(path, layout)
+    entropy = code_entropy(read_contents(path, layout).quantized.values())
+    n_bytes, one = path.stat().st_size, _float32_bytes(layout)
+    bound = entropy.bytes + value_bytes(layout)
+    return EnsembleSizes(
+        bytes=n_bytes,
+        float32_bytes=one,
+        ratio=one / n_bytes,
+        float32_models=n_bytes / one,
+        n_members=n_members,
+        shared_bytes=_shared_bytes(header, layout),
+        bits_per_code=8 * code_bytes(header, layout) / max(entropy.n_codes, 1),
+        entropy_bits_per_code=entropy.bits_per_code,
+        entropy_bytes=bound,
+        over_entropy=n_bytes / max(bound, 1),
+    )
+
+
+def _float32_bytes(layout: Layout) -> int:
+    """Return the bytes of member 0 in float32; names that it ties are stored once, as in a file of its own."""
+    prefix = member_name(0, "")
+    stored: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    for name in sorted(name for name in [*layout.quantized, *layout.rest, *layout.aliases] if name.startswith(prefix)):
+        owner = layout.aliases.get(name, name)
+        first = stored.setdefault(owner, name)
+        if first != name:
+            aliases[name.removeprefix(prefix)] = first.removeprefix(prefix)
+    tensors = {name.removeprefix(prefix): _float32(layout, owner) for owner, name in stored.items()}
+    text = plain_text(Layout({}, {}, aliases, member_metadata(layout.metadata)[0], {}))
+    return serialised_bytes(tensors, {KEY: text})
+
+
+def _float32(layout: Layout, owner: str) -> TensorInfo:
+    entry = layout.quantized.get(owner)
+    return layout.rest[owner] if entry is None else TensorInfo("F32", entry.shape)
+
+
+def _shared_bytes(header: Header, layout: Layout) -> int:
+    owners = [
+        owner for alias, owner in layout.aliases.items() if alias.split(".", 2)[1] != owner.split(".", 2)[1]
+    ]  # fmt: skip
+    return sum(_stored_bytes(header, layout, owner) for owner in owners)
+
+
+def _stored_bytes(header: Header, layout: Layout, owner: str) -> int:
+    entry = layout.quantized.get(owner)
+    if entry is None:
+        return layout.rest[owner].n_bytes
+    return header.tensors[stored_names(owner)[0]].n_bytes + entry.scale.n_bytes
