@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.bake import bake
+from qtdog.conversion.save import bake
 from qtdog.ensemble.load import load_ensemble_model
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.packing.ensemble_file import save_ensemble

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.bake import bake
+from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
 from qtdog.ensemble.exam import Exam, open_exam
 from qtdog.ensemble.member import read_member

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qtdog.conversion.attach import attach as attach
     from qtdog.conversion.attach import attached as attached
-    from qtdog.conversion.ship import load_into as load_into
-    from qtdog.conversion.ship import save as save
+    from qtdog.conversion.save import load_into as load_into
+    from qtdog.conversion.save import save as save
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
     from qtdog.ensemble.load import load_any as load_any
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "attach": "qtdog.conversion.attach",
     "attached": "qtdog.conversion.attach",
-    "load_into": "qtdog.conversion.ship",
-    "save": "qtdog.conversion.ship",
+    "load_into": "qtdog.conversion.save",
+    "save": "qtdog.conversion.save",
     "QuantizedTensor": "qtdog.core.quantized",
     "QuantSpec": "qtdog.core.quantized",
     "load": "qtdog.training.shipped",

@@ -4,8 +4,7 @@ from torch import nn
 
 from qtdog.analysis.hessian_trace import BlockTrace, mean_losses
 from qtdog.analysis.sensitivity import Sensitivity, cost_table, require_grid, rounding_error, sensitivities
-from qtdog.conversion.attach import attach, sites
-from qtdog.conversion.select import find_layers
+from qtdog.conversion.attach import attach, find_layers, sites
 from qtdog.core.config import AFTER_TRAINING, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.quantizers.registry import QUANTIZERS

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach, attached
-from qtdog.conversion.bake import bake, plain_state_dict
-from qtdog.conversion.report import layer_report
+from qtdog.conversion.inspect import layer_report
+from qtdog.conversion.save import bake, plain_state_dict
 from qtdog.core.errors import ConfigError
 
 

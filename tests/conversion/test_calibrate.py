@@ -9,8 +9,8 @@ from torch import nn
 
 from qtdog.conversion import calibrate as calibrate_module
 from qtdog.conversion.attach import attach, sites
-from qtdog.conversion.bake import bake, plain_state_dict
 from qtdog.conversion.calibrate import LayerCalibration, calibrate_
+from qtdog.conversion.save import bake, plain_state_dict
 from qtdog.core.errors import ConfigError, Interrupted, ModelError
 from qtdog.quantizers.base import encode
 from qtdog.quantizers.step_size_init import initial_scale

@@ -9,9 +9,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import StdConv2d
 from torch import nn
 
-from qtdog.conversion import layer_inputs as layer_inputs_module
+from qtdog.conversion import calibrate as layer_inputs_module
 from qtdog.conversion.attach import attach, sites
-from qtdog.conversion.layer_inputs import HessianRecorder
+from qtdog.conversion.calibrate import HessianRecorder
 from qtdog.quantizers.ptq import row_errors
 
 LAYERS = {

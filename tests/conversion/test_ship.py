@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.ship import load_into, save
+from qtdog.conversion.save import load_into, save
 from qtdog.core.errors import ModelError
 from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.packing.sizes import file_sizes

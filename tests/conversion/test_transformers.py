@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.ship import load_into, save
+from qtdog.conversion.save import load_into, save
 from qtdog.packing.packed_file import load_packed
 from qtdog.packing.sizes import file_sizes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.bake import bake
+from qtdog.conversion.save import bake
 from qtdog.models.backbones import create_network
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.packed_file import PackedModel

@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.ship import save
+from qtdog.conversion.save import save
 from qtdog.export.images import LabelledImages
 from qtdog.export.subject import Subject, read_subject
 from qtdog.models.backbones import create_network, preprocessing

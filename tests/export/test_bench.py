@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.bake import bake
+from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, FormatError, RunError
 from qtdog.export import bench as bench_module
 from qtdog.export.bench import Plan, bench, choose_runtimes, file_bytes, model_file

@@ -9,9 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.bake import bake
-from qtdog.conversion.ship import load_into, save
-from qtdog.conversion.size_estimate import estimate_size
+from qtdog.conversion.inspect import estimate_size
+from qtdog.conversion.save import bake, load_into, save
 from qtdog.models.backbones import KNOWN, create_network
 from qtdog.models.featurizers import input_size
 from qtdog.models.network import Network

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.conversion.ship import save
+from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
 from qtdog.ensemble.load import load_any
 from qtdog.export.subject import read_subject

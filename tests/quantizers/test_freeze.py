@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.bake import bake
-from qtdog.conversion.ship import load_into, save
+from qtdog.conversion.save import bake, load_into, save
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.base import encode
 from qtdog.quantizers.controls import Released

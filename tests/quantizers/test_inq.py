@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtdog.conversion.attach import attach, attached, sites
-from qtdog.conversion.ship import load_into, save
+from qtdog.conversion.save import load_into, save
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.health import LayerHealth, layer_health
+from qtdog.conversion.inspect import LayerHealth, layer_health
 from qtdog.core.errors import CollapseError
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder

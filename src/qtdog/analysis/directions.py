@@ -71,7 +71,7 @@ class Displaced:
     """A network that can be moved away from its weights, and is put back at the end of the context, exactly.
 
     The network must be plain: latent weights under a quantizer would look flat for free, since nothing moves inside a
-    bin, and moving step sizes would break it. Load a shipped file, or bake the weights (`conversion.bake`) into a
+    bin, and moving step sizes would break it. Load a shipped file, or bake the weights (`conversion.save`) into a
     freshly built network.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.analysis.hessian_trace import BlockTrace, block_traces
-from qtdog.conversion.select import Layer, find_layers, select
+from qtdog.conversion.attach import Layer, find_layers, select
 from qtdog.core.config import QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec

@@ -46,7 +46,7 @@ def _row(name: str, *, sized: bool) -> dict[str, Any]:
 def _sizes(name: str) -> dict[str, Any]:
     import torch
 
-    from qtdog.conversion.size_estimate import estimate_size
+    from qtdog.conversion.inspect import estimate_size
     from qtdog.core.errors import ModelError
     from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, input_size
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qtdog.conversion.ship import save
+from qtdog.conversion.save import save
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream

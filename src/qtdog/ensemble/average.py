@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtdog.conversion.bake import bake
+from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.ensemble.member import Member
 from qtdog.runs.folder import RunFolder

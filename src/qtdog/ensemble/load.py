@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qtdog.conversion.ship import fill
+from qtdog.conversion.save import fill
 from qtdog.core.errors import FormatError
 from qtdog.ensemble.kinds import KINDS
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel

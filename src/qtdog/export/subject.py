@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtdog.conversion.ship import fill
+from qtdog.conversion.save import fill
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.deployed import ASKED, OUTPUTS, Deployed

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qtdog.conversion.health import LayerHealth
+from qtdog.conversion.inspect import LayerHealth
 from qtdog.core.config import Config
 from qtdog.core.errors import CollapseError
 from qtdog.runs.record import SourceRecord

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qtdog.conversion.health import LayerHealth, layer_health, worst
+from qtdog.conversion.inspect import LayerHealth, layer_health, worst
 from qtdog.core.errors import CollapseError, Interrupted, NonFiniteLossError
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch

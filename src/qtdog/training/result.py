@@ -12,8 +12,8 @@ from typing import Any
 import timm
 import torch
 
-from qtdog.conversion.report import layer_report
-from qtdog.conversion.ship import save
+from qtdog.conversion.inspect import layer_report
+from qtdog.conversion.save import save
 from qtdog.core.config import config_hash
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic

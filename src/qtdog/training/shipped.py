@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from qtdog.conversion.ship import fill
+from qtdog.conversion.save import fill
 from qtdog.core.errors import ConfigError, FormatError
 from qtdog.data.augment import normalise
 from qtdog.models.backbones import at_most, create_network
