@@ -31,7 +31,7 @@ from qtdog.data.augment import normalise
 from qtdog.data.open import open_dataset
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.weights import BACKBONE, is_installed
-from qtdog.training.after_training import CALIBRATION_BATCH, calibration_indices
+from qtdog.training.finalize import CALIBRATION_BATCH, calibration_indices
 
 SIZE = 96
 SOURCES = ("art_painting", "cartoon", "photo")

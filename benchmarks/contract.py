@@ -28,10 +28,10 @@ from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
-from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
-from qtdog.training.health import HealthWatch
-from qtdog.training.problem import resolve
+from qtdog.training.collapse import HealthWatch
+from qtdog.training.protocol import resolve
 from qtdog.training.run import Voice, run
 
 AXES = {

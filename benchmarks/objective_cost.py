@@ -25,9 +25,9 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.protocol import make_problem, resolve
 
 LATE = 10**6  # of the step: no penalty waits any longer
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

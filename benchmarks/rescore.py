@@ -16,7 +16,7 @@ from qtdog.data.dataset import DomainSubset
 from qtdog.data.open import open_dataset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
-from qtdog.training.shipped import load
+from qtdog.training.load import load
 
 
 def main() -> None:

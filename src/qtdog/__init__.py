@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
     from qtdog.ensemble.load import load_any as load_any
-    from qtdog.training.shipped import load as load
+    from qtdog.training.load import load as load
 
 _HOMES = {
     "attach": "qtdog.conversion.attach",
@@ -26,7 +26,7 @@ _HOMES = {
     "save": "qtdog.conversion.save",
     "QuantizedTensor": "qtdog.core.quantized",
     "QuantSpec": "qtdog.core.quantized",
-    "load": "qtdog.training.shipped",
+    "load": "qtdog.training.load",
     "load_any": "qtdog.ensemble.load",
 }
 

@@ -14,7 +14,7 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.problem import resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
 SHORT = {

@@ -15,7 +15,7 @@ from qtdog.ensemble.calibration import fit_temperature
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.load import load_any, load_ensemble_model
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
-from qtdog.training.shipped import load
+from qtdog.training.load import load
 
 SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set", "train.eval_every=15")
 

@@ -21,9 +21,9 @@ from qtdog.data.open import open_any
 from qtdog.models import text
 from qtdog.models.text import TEXT_BACKBONES, make_tokeniser
 from qtdog.runs.folder import RunFolder
-from qtdog.training.problem import resolve
+from qtdog.training.load import load, read_info
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load, read_info
 
 NAME = "distilbert-base-uncased"
 SIGNS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

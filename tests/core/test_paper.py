@@ -16,7 +16,7 @@ from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
-from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
+from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 
 SOURCE = Path(__file__).parents[2] / "src" / "qtdog"
 TABLES = paper_tables()

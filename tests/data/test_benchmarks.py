@@ -15,11 +15,11 @@ from qtdog.core.errors import DataError
 from qtdog.data.archive import unpack
 from qtdog.data.cards import CARDS, UNCHECKED
 from qtdog.data.digits import FILES, FLIP_COLOUR, MnistDataset, read_mnist
-from qtdog.data.group_accuracy import group_accuracy
 from qtdog.data.splits import make_splits
 from qtdog.data.text import TextDataset
 from qtdog.data.verify import verify_texts
 from qtdog.data.wilds import open_camelyon17, open_reviews
+from qtdog.training.evaluation import group_accuracy
 
 PUBLISHED = {
     "pacs": (9991, 4, 7),
@@ -123,7 +123,7 @@ def test_camelyon_keeps_the_official_division(published, tmp_path):
 
 
 def test_camelyons_unseen_hospitals_are_never_sources(published, tmp_path, short_config):
-    from qtdog.training.problem import make_problem
+    from qtdog.training.protocol import make_problem
 
     dataset = open_camelyon17(unpacked(published("camelyon17"), tmp_path), CARDS["camelyon17"])
     problem = make_problem(short_config(data={"target": "hospital_2"}), dataset)

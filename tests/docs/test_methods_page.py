@@ -9,7 +9,7 @@ import pytest
 
 from qtdog.core.registry import Registry
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
+from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 
 PAGE = (Path(__file__).parents[2] / "docs/tasks/methods.md").read_text()
 AXES: dict[str, Registry[Any]] = {

@@ -15,7 +15,7 @@ from qtdog.core.errors import ConfigError, RunError
 from qtdog.ensemble.average import average, greedy, read_latent
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.shipped import empty_network
+from qtdog.training.load import empty_network
 
 
 @given(st.integers(1, 5), st.integers(0, 1000))

@@ -12,7 +12,7 @@ from qtdog.ensemble.load import build_model, load_any, load_ensemble_model
 from qtdog.ensemble.model import BATCH, EnsembleInfo, EnsembleModel
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel
-from qtdog.training.shipped import ShippedModel, load
+from qtdog.training.load import ShippedModel, load
 
 ABOUT = {"kind": "eoq", "accuracy": {"source": None, "test": 0.5}, "training_steps": 18, "training_runs": 3.0}
 

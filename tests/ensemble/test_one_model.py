@@ -20,7 +20,7 @@ from qtdog.ensemble.member import check_one_start
 from qtdog.ensemble.one_model import Recipe
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.lsq import initial_scale
-from qtdog.training.shipped import ShippedModel, load
+from qtdog.training.load import ShippedModel, load
 
 
 @pytest.fixture(scope="module")

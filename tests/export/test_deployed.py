@@ -6,7 +6,7 @@ from qtdog.ensemble.answers import answers
 from qtdog.export.deployed import OUTPUTS, Deployed
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
-from qtdog.training.shipped import Preprocessing, load
+from qtdog.training.load import Preprocessing, load
 
 HOW = Preprocessing(image_size=8, channels=3, mean=(0.2, 0.4, 0.6), std=(0.3, 0.5, 0.7))
 

@@ -21,7 +21,7 @@ from qtdog.export.integer_weight import SAFE
 from qtdog.export.runtimes import open_runtime
 from qtdog.export.subject import Subject, read_subject
 from qtdog.models.network import Network
-from qtdog.training.shipped import load
+from qtdog.training.load import load
 
 SUFFIX = {"openvino": ".xml", "torch": ".pt2"}
 

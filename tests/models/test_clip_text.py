@@ -20,9 +20,9 @@ from qtdog.models.featurizers import pretrained_cfg
 from qtdog.models.network import Network
 from qtdog.models.weights import read_weight_file
 from qtdog.runs.folder import RunFolder
-from qtdog.training.problem import resolve
+from qtdog.training.load import load
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 TOWER = "test_vit.r160_in1k"  # its head gives 1000 numbers, as many as the tiny text tower
 SIZES = {

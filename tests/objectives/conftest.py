@@ -16,7 +16,7 @@ from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, Setting
-from qtdog.training.parts import Trainable
+from qtdog.training.components import Trainable
 
 import_members("qtdog.objectives")
 

@@ -7,9 +7,9 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.objectives.arm import ARM
 from qtdog.objectives.base import DomainBatch, ModelView, Setting
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.parts import Trainable
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.components import Trainable
+from qtdog.training.protocol import make_problem, resolve
 
 SIZES = (4, 6, 2)
 

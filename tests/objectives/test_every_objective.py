@@ -8,13 +8,12 @@ import torch
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.runs.folder import RunFolder
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.checkpoint import flatten_optimizer, plain_names
+from qtdog.training.components import Parts, RunState
 from qtdog.training.loop import begin_step, update
-from qtdog.training.optimizer_state import flatten_optimizer, plain_names
-from qtdog.training.parts import Parts
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.resume import begin, save_state
-from qtdog.training.state import RunState
 
 
 @pytest.fixture(scope="module")

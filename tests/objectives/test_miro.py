@@ -10,8 +10,8 @@ from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import Setting
 from qtdog.objectives.miro import MIRO, miro_penalty
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.protocol import make_problem, resolve
 
 SHAPES = [(4, 3, 5, 5), (4, 6, 2, 2), (4, 7, 8)]
 

@@ -11,8 +11,8 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.functional import random_ring
 from qtdog.objectives.mixup import draw_shares, mixed_loss
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.protocol import make_problem, resolve
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 10.0])

@@ -21,7 +21,7 @@ from qtdog.runs.entry import Entry
 from qtdog.runs.find import find
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.selection import outcome
-from qtdog.training.problem import resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
 HOSTILE = ["</script>", "<!--", "]]>", "&lt;", "\u2028", "'\"`"]

@@ -16,13 +16,13 @@ from qtdog.core.files import sha256_file
 from qtdog.data.digits import RotatedDigits
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
-from qtdog.training import final as final_module
-from qtdog.training.after_training import calibration_indices, quantize_after_training_
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.evaluator import Evaluator
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training import finalize as final_module
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.evaluation import Evaluator
+from qtdog.training.finalize import calibration_indices, quantize_after_training_
+from qtdog.training.load import load
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import Voice, run
-from qtdog.training.shipped import load
 
 METHODS = ("rtn", "gptq", "obc")
 PLAN = {"steps": 6, "eval_every": 3}

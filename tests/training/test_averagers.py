@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from qtdog.conversion.attach import attach, sites
 from qtdog.core.errors import ConfigError
 from qtdog.quantizers.lsq import LSQ
-from qtdog.training.average import Average
-from qtdog.training.averagers import Averager, swapped
-from qtdog.training.bma import BMA
-from qtdog.training.compose import AVERAGERS
-from qtdog.training.sma import SMA
-from qtdog.training.swa import SWA
+from qtdog.training.averagers import BMA, SMA, SWA, Average, Averager, swapped
+from qtdog.training.build import AVERAGERS
 
 N_STEPS = 12
 

@@ -16,11 +16,11 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training import batch_norm as module
 from qtdog.training import loop as loop_module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.load import load
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 N_BATCHES = 3
 

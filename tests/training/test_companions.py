@@ -16,11 +16,11 @@ from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders
-from qtdog.training.companions import Companion, may_accompany
+from qtdog.training.collapse import HealthWatch
 from qtdog.training.fork import train_prefix
-from qtdog.training.health import HealthWatch
-from qtdog.training.problem import resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.run import Voice, run
+from qtdog.training.shared_updates import Companion, may_accompany
 
 START, STEPS = 3, 8
 AVERAGED = [name for name in AVERAGERS if name != "none"]

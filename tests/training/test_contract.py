@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import timm
 
-from qtdog.training.health import HealthWatch
+from qtdog.training.collapse import HealthWatch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "contract.py"
 

@@ -19,9 +19,9 @@ from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
-from qtdog.training.problem import resolve
+from qtdog.training.load import load
+from qtdog.training.protocol import resolve
 from qtdog.training.run import Voice, run
-from qtdog.training.shipped import load
 
 SETTINGS = ("digits", "domainbed", "mnist", "pacs-lite")
 NAMES = [name for name in preset_names() if not name.startswith("paper/")]  # those have tests of their own

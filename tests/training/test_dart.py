@@ -18,11 +18,11 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training import dart as dart_module
 from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
+from qtdog.training.collapse import HealthWatch
 from qtdog.training.dart import dart, merged_state
-from qtdog.training.health import HealthWatch
-from qtdog.training.problem import resolve
+from qtdog.training.load import load
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 STEPS, EVERY = 6, 2
 TINY = {

@@ -17,9 +17,9 @@ from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
-from qtdog.training.problem import resolve
+from qtdog.training.load import load, read_info
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load, read_info
 
 CONTEXT = {"feature_layer": "context", "feature_params": {"width": 8}}
 CASES: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from qtdog.training import loop as loop_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
 from qtdog.training.fork import prefix_config, train_prefix
-from qtdog.training.fork_state import fork_differences, fork_obstacle, reseeded
-from qtdog.training.problem import resolve
+from qtdog.training.protocol import resolve
+from qtdog.training.resume import fork_differences, fork_obstacle, reseeded
 from qtdog.training.run import Voice, run
 from qtdog.training.step_rules import STEP_RULES
 

@@ -16,8 +16,8 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Score, SourceRecord
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.health import HealthWatch, chance_accuracy
-from qtdog.training.problem import resolve
+from qtdog.training.collapse import HealthWatch, chance_accuracy
+from qtdog.training.protocol import resolve
 from qtdog.training.run import Voice, run
 
 HEALTHY = LayerHealth("conv", 0.01, 0.0, 1.02)

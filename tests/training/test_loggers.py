@@ -11,8 +11,8 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.loggers.logger import LOGGERS, Logger, watched
-from qtdog.training.problem import resolve
+from qtdog.training.loggers import LOGGERS, Logger, watched
+from qtdog.training.protocol import resolve
 from qtdog.training.run import Voice, run
 
 

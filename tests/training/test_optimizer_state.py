@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.training.optimizer_state import flatten_optimizer, plain_names, restore_optimizer_
+from qtdog.training.checkpoint import flatten_optimizer, plain_names, restore_optimizer_
 
 MAKERS = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2),

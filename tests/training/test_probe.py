@@ -9,8 +9,8 @@ from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
 
 PROBE = 3

@@ -14,12 +14,12 @@ from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.compose import AVERAGERS, STEP_RULES, compose, make_accelerator
-from qtdog.training.evaluator import Evaluator
-from qtdog.training.health import HealthWatch
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.build import AVERAGERS, STEP_RULES, compose, make_accelerator
+from qtdog.training.collapse import HealthWatch
+from qtdog.training.evaluation import Evaluator
+from qtdog.training.load import load
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 TINY = {
     "data": {"target": "75", "batch_size": 4, "image_size": 8},

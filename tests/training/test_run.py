@@ -14,12 +14,12 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.components import RunState
 from qtdog.training.loop import Doors, Track, train
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import Silent, Voice, run
-from qtdog.training.state import RunState
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem, resolve
+from qtdog.training.load import load
+from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 
 @pytest.fixture(scope="module")

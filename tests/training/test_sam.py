@@ -14,12 +14,10 @@ from qtdog.core.errors import NonFiniteLossError
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.erm import ERM
 from qtdog.quantizers.lsq import LSQ
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.loop import update
-from qtdog.training.problem import make_problem, resolve
-from qtdog.training.sagm import SAGM
-from qtdog.training.sam import SAM
-from qtdog.training.step_rules import Plain, StepRule, Update
+from qtdog.training.protocol import make_problem, resolve
+from qtdog.training.step_rules import SAGM, SAM, Plain, StepRule, Update
 
 RHO = 0.3
 SPACES = ("latent", "dequantized")

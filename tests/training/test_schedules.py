@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.data.digits import RotatedDigits
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.loop import begin_step
-from qtdog.training.problem import make_problem, resolve
-from qtdog.training.schedules import lr_factor
+from qtdog.training.protocol import make_problem, resolve
+from qtdog.training.step_rules import lr_factor
 
 FALLING = ("linear", "cosine")
 

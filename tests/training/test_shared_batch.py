@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.loop import begin_step, update
-from qtdog.training.problem import make_problem
+from qtdog.training.protocol import make_problem
 
 NAMES = ["erm", "irm", "vrex", "groupdro", "coral", "deep-coral", "mmd", "fishr", "rsc", "mms"]
 PARAMS = {"irm": {"anneal_steps": 0}, "vrex": {"anneal_steps": 0}, "fishr": {"anneal_steps": 0, "weight": 10.0}}

@@ -24,10 +24,9 @@ from qtdog.ensemble.member import read_member
 from qtdog.models.text import make_tokeniser
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
-from qtdog.training.inputs import check_input
-from qtdog.training.problem import resolve
+from qtdog.training.load import load
+from qtdog.training.protocol import check_input, resolve
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 FILLING = ["the", "product", "came", "in", "a", "box", "and", "i", "used", "it", "for", "my", "kitchen", "with", "that"]
 TELLING = {1: "awful", 2: "poor", 3: "okay", 4: "good", 5: "great"}
@@ -122,7 +121,7 @@ def test_from_reviews_to_answers(
 
 
 def test_only_texts_of_the_seen_side_are_trained_and_selected_on(dataset: TextDomains, tmp_path: Path, short_config):
-    from qtdog.training.problem import make_problem
+    from qtdog.training.protocol import make_problem
 
     problem = make_problem(text_config(short_config, dataset), dataset)
     assert problem.sources == ("seen",)

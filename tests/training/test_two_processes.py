@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from qtdog.cli.plan import Request, make_plan
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import checkpoint_folders
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.evaluator import Evaluator
-from qtdog.training.problem import make_problem
+from qtdog.training.evaluation import Evaluator
+from qtdog.training.load import load
+from qtdog.training.protocol import make_problem
 from qtdog.training.run import run
-from qtdog.training.shipped import load
 
 STEPS, START = 6, 3
 FLAGS = {"target": "75", "image_size": 8, "batch_size": 4, "steps": STEPS, "start_step": START}

@@ -23,13 +23,13 @@ from qtdog.data.decoded_cache import open_cache
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import make_accelerator
 from qtdog.training.checkpoint import Checkpoint
-from qtdog.training.compose import make_accelerator
-from qtdog.training.evaluator import Evaluator
+from qtdog.training.evaluation import Evaluator
 from qtdog.training.fork import train_prefix
-from qtdog.training.problem import make_problem
+from qtdog.training.load import load
+from qtdog.training.protocol import make_problem
 from qtdog.training.run import Voice, run
-from qtdog.training.shipped import load
 from qtdog.training.signals import StopRequest
 
 GAMMA_FRAC = 0.05  # of the length of the float weights: the radius if none is given

@@ -9,8 +9,8 @@ from torch import Tensor
 from qtdog.core.config import Config
 from qtdog.core.errors import RunError
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import AVERAGERS
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
-from qtdog.training.compose import AVERAGERS  # with every member registered
 
 
 def latent_weights(folder: RunFolder, config: Config) -> dict[str, Tensor]:

@@ -18,12 +18,12 @@ from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.loader import eval_batches
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import Checkpoint
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.components import Parts
 from qtdog.training.fork import prefix_config, train_prefix
-from qtdog.training.fork_state import load_plain_
-from qtdog.training.parts import Parts
-from qtdog.training.problem import Problem, make_problem
+from qtdog.training.protocol import Problem, make_problem
+from qtdog.training.resume import load_plain_
 from qtdog.training.run import Voice
 from qtdog.training.signals import StopRequest
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from qtdog.analysis.subject import Images
 from qtdog.core.progress import Progress
-from qtdog.training.shipped import ShippedModel
+from qtdog.training.load import ShippedModel
 
 BATCH = 128
 

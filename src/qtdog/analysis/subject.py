@@ -20,9 +20,8 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256
 from qtdog.data.open import open_readable
 from qtdog.runs.folder import RunFolder
-from qtdog.training.inputs import open_inputs
-from qtdog.training.problem import Problem, make_problem
-from qtdog.training.shipped import ShippedModel, load
+from qtdog.training.load import ShippedModel, load
+from qtdog.training.protocol import Problem, make_problem, open_inputs
 
 ID_DIGITS = 12
 
@@ -134,7 +133,7 @@ def open_subjects(
     Raises:
         RunError: no folder of a run, or a run that is not finished.
         DataError: the data set is not the one of a run, or the runs have different ones.
-        FormatError, ModelError: as in `training.shipped.load`.
+        FormatError, ModelError: as in `training.load.load`.
     """
     runs = [read_run(path) for path in paths]
     ids = [model_id(folder) for folder, _ in runs]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qtdog.export.bench_stats import Spread
     from qtdog.export.bench_worker import Opened
     from qtdog.export.images import LabelledImages
-    from qtdog.training.shipped import ModelInfo
+    from qtdog.training.load import ModelInfo
 
 FILES = "Model files: packed .safetensors, exported .onnx, .xml, .pt2 or .pte; or folders of finished runs."
 RUNTIME = (

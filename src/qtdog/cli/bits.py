@@ -122,7 +122,7 @@ def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.train import announce
     from qtdog.data.open import without_unreadable
-    from qtdog.training.problem import resolve
+    from qtdog.training.protocol import resolve
 
     flags = {name: given[name] for name in FLAGS if name in given}
     dataset, config = configure(Request(flags, given["preset"] or (), given["assign"] or ()))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from qtdog.ensemble.cascade import CascadeModel
     from qtdog.ensemble.model import EnsembleModel
-    from qtdog.training.shipped import ShippedModel
+    from qtdog.training.load import ShippedModel
 
 
 def cascading(shipped: ShippedModel | EnsembleModel) -> CascadeModel:

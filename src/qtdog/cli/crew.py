@@ -16,7 +16,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.fork import train_prefix
-from qtdog.training.fork_state import reseeded
+from qtdog.training.resume import reseeded
 from qtdog.training.run import Voice
 
 

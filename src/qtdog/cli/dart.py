@@ -55,7 +55,7 @@ def dart(
     from qtdog.core.errors import ConfigError
     from qtdog.report.table import method_name
     from qtdog.training.dart import dart as train_branches
-    from qtdog.training.problem import make_problem
+    from qtdog.training.protocol import make_problem
     from qtdog.training.run import Voice
 
     flags = {name: given[name] for name in FLAGS if name in given}

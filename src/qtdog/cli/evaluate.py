@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qtdog.data.dataset import DomainDataset
     from qtdog.ensemble.model import EnsembleModel
     from qtdog.ensemble.uncertainty import Doubt
-    from qtdog.training.shipped import ShippedModel
+    from qtdog.training.load import ShippedModel
 
 CASCADE = "Say too what an ensemble reaches if members are asked only until the first ones agree confidently."
 
@@ -172,7 +172,7 @@ def score_domains(
     from qtdog.core.errors import DataError
     from qtdog.data.loader import eval_batches
     from qtdog.ensemble.answers import collect, temperature_of
-    from qtdog.training.inputs import check_reads, open_inputs
+    from qtdog.training.protocol import check_reads, open_inputs
 
     how = shipped.info.preprocessing
     check_reads(shipped.info.backbone, dataset)

@@ -76,7 +76,7 @@ def _axis(kind: Kind) -> list[list[str]]:
     # `compose` has imported every member, so that each has entered its name.
     from qtdog.models.feature_layers import FEATURE_LAYERS
     from qtdog.quantizers.registry import QUANTIZERS
-    from qtdog.training.compose import AVERAGERS, OBJECTIVES, STEP_RULES
+    from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 
     if kind is Kind.QUANTIZERS:
         return [["none", "Leave the weights in float."], *([name, QUANTIZERS[name].about] for name in QUANTIZERS)]

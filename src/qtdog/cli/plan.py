@@ -15,7 +15,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
 from qtdog.runs.folder import RunFolder
-from qtdog.training.problem import dataset_layer, resolve
+from qtdog.training.protocol import dataset_layer, resolve
 
 # Flag of the command line → section and key of the configuration.
 FLAGS = {

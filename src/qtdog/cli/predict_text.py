@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtdog.ensemble.model import EnsembleModel
-    from qtdog.training.shipped import ShippedModel
+    from qtdog.training.load import ShippedModel
 
 
 def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path]) -> Iterator[Any]:

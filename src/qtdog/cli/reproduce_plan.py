@@ -15,7 +15,7 @@ from qtdog.core.paper import PaperRow, PaperTable
 from qtdog.data.cards import CARDS
 from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
-from qtdog.training.problem import resolve
+from qtdog.training.protocol import resolve
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def plan_jobs(question: Question, dataset: DomainDataset | None) -> list[Job]:
         dataset: the data; None if it is not here, and the runs are only to be counted.
 
     Raises:
-        ConfigError, DataError: as in `training.problem.resolve`.
+        ConfigError, DataError: as in `training.protocol.resolve`.
         RunError: a result cannot be read.
     """
     jobs = []

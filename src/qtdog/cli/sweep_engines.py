@@ -15,7 +15,7 @@ from qtdog.sweep.ray_engine import RayEngine
 from qtdog.sweep.sharing import keep_sharing
 from qtdog.sweep.slurm_engine import Job, SlurmEngine, batch_script
 from qtdog.sweep.task import Task
-from qtdog.training.loggers.logger import watched
+from qtdog.training.loggers import watched
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
     from qtdog.cli.progress import CountingBar, training_bar
     from qtdog.ensemble.teach import open_teacher
     from qtdog.report.table import method_name
-    from qtdog.training.loggers.logger import watched
+    from qtdog.training.loggers import watched
     from qtdog.training.run import Voice, run
 
     voice = Voice(training_bar, CountingBar("decoding images"), warn, CountingBar("quantizing after training"))

@@ -13,7 +13,7 @@ from qtdog.ensemble.calibration import brier_score, expected_calibration_error
 from qtdog.ensemble.model import EnsembleModel
 from qtdog.ensemble.selective import risk_coverage
 from qtdog.ensemble.uncertainty import Doubt, doubt
-from qtdog.training.shipped import ShippedModel
+from qtdog.training.load import ShippedModel
 
 KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
 

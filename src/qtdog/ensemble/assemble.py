@@ -28,7 +28,7 @@ from qtdog.ensemble.one_model import Recipe, check_recipe, join
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
-from qtdog.training.result import environment
+from qtdog.training.finalize import environment
 
 N_PROOF = 16  # images that are asked of the model in memory and of its file
 

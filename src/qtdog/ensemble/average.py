@@ -14,9 +14,9 @@ from qtdog.core.errors import ConfigError, RunError
 from qtdog.ensemble.member import Member
 from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import AVERAGERS
+from qtdog.training.build import make_quantizer
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
-from qtdog.training.compose import make_quantizer
-from qtdog.training.shipped import empty_network
+from qtdog.training.load import empty_network
 
 State = dict[str, Tensor]
 

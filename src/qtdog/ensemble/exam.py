@@ -17,10 +17,9 @@ from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores
-from qtdog.training.compose import make_accelerator
-from qtdog.training.evaluator import EVAL_BATCH
-from qtdog.training.inputs import open_inputs
-from qtdog.training.problem import Problem, make_problem, resolve
+from qtdog.training.build import make_accelerator
+from qtdog.training.evaluation import EVAL_BATCH
+from qtdog.training.protocol import Problem, make_problem, open_inputs, resolve
 
 Answers = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""

@@ -17,7 +17,7 @@ from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
 from qtdog.models.network import place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
-from qtdog.training.shipped import STRUCTURE, ModelInfo, ShippedModel, load, network_for, read_info
+from qtdog.training.load import STRUCTURE, ModelInfo, ShippedModel, load, network_for, read_info
 
 
 class _About(BaseModel):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtdog.data.augment import normalise
 from qtdog.models.network import Network
-from qtdog.training.shipped import ModelInfo, Preprocessing
+from qtdog.training.load import ModelInfo, Preprocessing
 
 BATCH = 64
 

@@ -13,8 +13,8 @@ from qtdog.ensemble.member import Member, check_one_start
 from qtdog.ensemble.tune import enable_, tune
 from qtdog.models.network import Network, place_
 from qtdog.quantizers.registry import QUANTIZERS
-from qtdog.training.compose import make_quantizer
-from qtdog.training.shipped import empty_network
+from qtdog.training.build import make_quantizer
+from qtdog.training.load import empty_network
 
 
 @dataclass(frozen=True)

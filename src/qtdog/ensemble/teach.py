@@ -14,7 +14,7 @@ from qtdog.ensemble.load import load_any
 from qtdog.ensemble.model import EnsembleModel
 from qtdog.models.backbones import preprocessing
 from qtdog.objectives.distill import Teacher
-from qtdog.training.shipped import ShippedModel
+from qtdog.training.load import ShippedModel
 
 
 def open_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:

@@ -10,12 +10,12 @@ from qtdog.ensemble.average import State
 from qtdog.ensemble.exam import Exam
 from qtdog.models.network import Network
 from qtdog.training.averagers import snapshot
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.final import final_network_
-from qtdog.training.fork_state import load_plain_
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.components import RunState
+from qtdog.training.finalize import final_network_
 from qtdog.training.loop import Doors, Track, train
+from qtdog.training.resume import load_plain_
 from qtdog.training.run import Silent
-from qtdog.training.state import RunState
 
 N_EVALUATIONS = 4
 

@@ -16,7 +16,7 @@ from qtdog.export.bench_stats import Timing, Turn, summarise
 from qtdog.export.bench_worker import Job, Opened, serve
 from qtdog.export.images import LabelledImages
 from qtdog.export.runtimes import RUNTIMES, runtimes_for
-from qtdog.training.result import environment
+from qtdog.training.finalize import environment
 
 GIVE_UP_S = 3  # what an ending process is waited for
 
@@ -71,7 +71,7 @@ class Bench:
         threads: that each could use.
         batch: images per call.
         interrupted: whether it was broken off before the last round.
-        machine: `training.result.environment`, and `cpu_features`.
+        machine: `training.finalize.environment`, and `cpu_features`.
     """
 
     rows: tuple[Measured, ...]

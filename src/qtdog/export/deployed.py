@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtdog.export.answer import Answer, settled
 from qtdog.models.network import Network
-from qtdog.training.shipped import Preprocessing
+from qtdog.training.load import Preprocessing
 
 INPUT = "images"
 OUTPUTS = {

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qtdog.core.errors import FormatError
-from qtdog.training.shipped import Preprocessing
+from qtdog.training.load import Preprocessing
 
 KEY = "qtdog"
 """Under this name the description lies in the metadata of an exported file, as JSON."""

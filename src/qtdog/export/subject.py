@@ -15,7 +15,7 @@ from qtdog.export.deployed import ASKED, OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
-from qtdog.training.shipped import STRUCTURE, ModelInfo, network_for, read_info
+from qtdog.training.load import STRUCTURE, ModelInfo, network_for, read_info
 
 
 @dataclass(frozen=True)

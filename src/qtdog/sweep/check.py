@@ -12,8 +12,8 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.teach import open_teacher
 from qtdog.sweep.expand import raise_all
 from qtdog.sweep.task import Task
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.protocol import make_problem
 
 # What differs between runs without deciding whether their parts go together.
 FREE = {

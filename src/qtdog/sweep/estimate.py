@@ -15,10 +15,10 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, nearest
 from qtdog.data.dataset import DomainDataset
 from qtdog.sweep.task import Task
-from qtdog.training.compose import compose, make_accelerator
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.components import Parts
 from qtdog.training.loop import begin_step, update
-from qtdog.training.parts import Parts
-from qtdog.training.problem import make_problem
+from qtdog.training.protocol import make_problem
 
 START_S = 5.0  # of a run on a cluster: imports, reading the network's weights, opening the data
 PROBE_STEPS = 5
@@ -143,7 +143,7 @@ def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
             other at every operation, and would tell nothing of a run with one.
 
     Raises:
-        ConfigError, DataError, ModelError: as in `training.compose.compose`.
+        ConfigError, DataError, ModelError: as in `training.build.compose`.
     """
     short = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
     before = torch.get_num_threads()

@@ -15,7 +15,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.sweep.search import drawn
 from qtdog.sweep.study import Axes, Labels, Layer, Method, Scalar, Study, axis_keys
-from qtdog.training.problem import dataset_layer, resolve
+from qtdog.training.protocol import dataset_layer, resolve
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from qtdog.core.config_io import Tree
 from qtdog.core.random import numpy_stream
 from qtdog.core.registry import HyperParameter
 from qtdog.sweep.study import Search
-from qtdog.training.compose import OBJECTIVES, STEP_RULES
+from qtdog.training.build import OBJECTIVES, STEP_RULES
 
 # Ranges of DomainBed for data sets of photographs (Gulrajani and Lopez-Paz, ICLR 2021, appendix D.4): 10^U(-5, -3.5),
 # 2^U(3, 5.5), 10^U(-6, -2).

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from qtdog.core.config import AFTER_TRAINING, Config, config_hash
 from qtdog.sweep.task import Task
-from qtdog.training.compose import AVERAGERS
+from qtdog.training.build import AVERAGERS
 from qtdog.training.fork import prefix_config
-from qtdog.training.fork_state import fork_obstacle
+from qtdog.training.resume import fork_obstacle
 
 
 def share_prefixes(runs: Sequence[Task]) -> list[Task]:

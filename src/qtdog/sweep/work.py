@@ -22,10 +22,10 @@ from qtdog.runs.folder import RunFolder
 from qtdog.sweep.notes import Outcome, Status
 from qtdog.sweep.task import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
-from qtdog.training.companions import Companion
 from qtdog.training.fork import train_prefix
-from qtdog.training.loggers.logger import watched
+from qtdog.training.loggers import watched
 from qtdog.training.run import Voice, run
+from qtdog.training.shared_updates import Companion
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from qtdog.models.network import Network
-from qtdog.training.parts import Parts
+from qtdog.training.components import Parts
 
 N_BATCHES = 50
 

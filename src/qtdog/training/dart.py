@@ -20,18 +20,15 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.quantizers.registry import works_after_training
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.selection import select
-from qtdog.training.average import Average
-from qtdog.training.averagers import State, float_names, snapshot
+from qtdog.training.averagers import Average, State, float_names, snapshot
 from qtdog.training.batch_norm import fit_batch_norm_
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.final import Final
-from qtdog.training.parts import Parts
-from qtdog.training.problem import Problem, make_problem
-from qtdog.training.result import finish
+from qtdog.training.components import Parts, RunState
+from qtdog.training.finalize import Final, finish
+from qtdog.training.protocol import Problem, make_problem
 from qtdog.training.resume import begin
 from qtdog.training.run import Voice, drive
-from qtdog.training.state import RunState
 
 # What may differ between branches: all that leaves the network and the held-out images alike.
 FREE = ("data.augment", "data.focus", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")

@@ -8,9 +8,9 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.problem import make_problem
+from qtdog.training.protocol import make_problem
 from qtdog.training.resume import begin
 from qtdog.training.run import Voice, drive
 

@@ -24,11 +24,8 @@ from qtdog.runs.record import Record, SourceRecord
 from qtdog.runs.selection import select
 from qtdog.training.averagers import snapshot, swapped
 from qtdog.training.batch_norm import fit_batch_norm_, take_batch_norm_of_the_first_process_
-from qtdog.training.parts import Parts
-from qtdog.training.probe import keep_classifier_gradients_
-from qtdog.training.schedules import lr_factor
-from qtdog.training.state import RunState
-from qtdog.training.step_rules import Update
+from qtdog.training.components import Parts, RunState
+from qtdog.training.step_rules import Update, keep_classifier_gradients_, lr_factor
 
 
 class Watcher(Protocol):

@@ -15,18 +15,16 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record
+from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import Checkpoint
-from qtdog.training.companions import Companion, Seat, joined
-from qtdog.training.compose import compose, make_accelerator
-from qtdog.training.final import final_network_
-from qtdog.training.health import HealthWatch, chance_accuracy
+from qtdog.training.collapse import HealthWatch, chance_accuracy
+from qtdog.training.components import Parts, RunState
+from qtdog.training.finalize import final_network_, finish
 from qtdog.training.loop import Doors, Track, Watcher, train
-from qtdog.training.parts import Parts
-from qtdog.training.problem import Problem, make_problem
-from qtdog.training.result import finish
+from qtdog.training.protocol import Problem, make_problem
 from qtdog.training.resume import begin, save_state
+from qtdog.training.shared_updates import Companion, Seat, joined
 from qtdog.training.signals import StopRequest, interruption
-from qtdog.training.state import RunState
 
 
 class Silent:
@@ -72,7 +70,7 @@ def run(
     A finished folder of the same configuration is left as it is and its result is returned.
 
     Args:
-        config: the effective configuration (`training.problem.resolve`).
+        config: the effective configuration (`training.protocol.resolve`).
         dataset: the data it names.
         folder: where everything is written.
         resume: go on from the last whole checkpoint, if there is one.
@@ -89,7 +87,7 @@ def run(
         Interrupted: a signal asked to stop; the state was saved.
         NonFiniteLossError: the loss became NaN; the last good state was saved.
         CollapseError: a quantized network fell to chance; the state was saved, and `diagnosis.json` says more.
-        ConfigError, DataError, ModelError: as in `training.compose.compose`.
+        ConfigError, DataError, ModelError: as in `training.build.compose`.
     """
     voice = voice or Voice()
     accelerator = make_accelerator(config)
@@ -135,7 +133,7 @@ def drive(
         problem: what it learns.
         voice: how to speak to the user.
         until: updates made at the end; None for all.
-        seats: runs that come along (`training.companions.joined`).
+        seats: runs that come along (`training.shared_updates.joined`).
 
     Raises:
         Interrupted, NonFiniteLossError, CollapseError: as in `training.loop.train`.

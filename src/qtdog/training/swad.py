@@ -9,8 +9,7 @@ from torch import nn
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.training.average import Average
-from qtdog.training.averagers import AVERAGERS, Averager, State
+from qtdog.training.averagers import AVERAGERS, Average, Averager, State
 
 
 @AVERAGERS.register("swad")

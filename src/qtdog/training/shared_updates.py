@@ -1,4 +1,4 @@
-"""Runs that differ from another only in their averager, carried along by its training."""
+"""Runs that differ in the averager alone share their updates: one trains, the others follow."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 from qtdog.core.config import Config
 from qtdog.core.errors import QtdogError, RunError
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import make_averager
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
-from qtdog.training.compose import make_averager
-from qtdog.training.fork_state import begin_fork_
-from qtdog.training.parts import Parts
-from qtdog.training.resume import restore_averager_
-from qtdog.training.state import RunState
+from qtdog.training.components import Parts, RunState
+from qtdog.training.resume import begin_fork_, restore_averager_
 
 
 @dataclass(frozen=True)

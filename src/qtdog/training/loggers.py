@@ -1,14 +1,17 @@
-"""What a logger is, and how several listen to one run."""
+"""Experiment loggers (TensorBoard, Weights & Biases, MLflow), each an extra."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.registry import Registry, import_members
+from qtdog.core.errors import ConfigError, extra
+from qtdog.core.registry import Registry
 from qtdog.runs.record import Record
 from qtdog.training.loop import Watcher
 
@@ -109,7 +112,6 @@ def watched(names: Sequence[str], folder: Path, watching: Watching | None = None
     Raises:
         ConfigError: an unknown name, with the nearest one; when the run begins, a library that is not installed.
     """
-    import_members("qtdog.training.loggers")
     kinds = [LOGGERS[name] for name in dict.fromkeys(names)]
     if not kinds:
         return watching
@@ -125,3 +127,78 @@ def watched(names: Sequence[str], folder: Path, watching: Watching | None = None
             yield Several(watchers)
 
     return several
+
+
+EXPERIMENT = "qtdog"
+MAX_PARAMETER = 500  # characters that MLflow takes
+
+
+@LOGGERS.register("mlflow")
+class MLflow(Logger):
+    """Sends to the experiment `qtdog` of the server in MLFLOW_TRACKING_URI, or a file in the present folder."""
+
+    def __init__(self, config: Config, folder: Path, step: int) -> None:
+        with extra("mlflow", "--log mlflow needs MLflow", ConfigError):
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+        self._client, self._metric, digest = MlflowClient(), Metric, config_hash(config)
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
+        runs = self._client.search_runs([experiment], f"tags.qtdog_hash = '{digest}'", max_results=1) if step else []
+        if runs:
+            self._id = runs[0].info.run_id
+            return
+        tags = {"qtdog_hash": digest, "qtdog_folder": folder.name}
+        self._id = self._client.create_run(experiment, tags=tags, run_name=run_name(config)).info.run_id
+        tree = config.model_dump(mode="json")
+        values = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
+        self._client.log_batch(self._id, params=[Param(k, str(v)[:MAX_PARAMETER]) for k, v in values.items()])
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        """Send some numbers."""
+        now = int(1000 * time.time())
+        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        """Mark the run as ended."""
+        self._client.set_terminated(self._id)
+
+
+@LOGGERS.register("tensorboard")
+class TensorBoard(Logger):
+    """Writes `tensorboard/` in the run folder: tensorboard --logdir runs."""
+
+    def __init__(self, config: Config, folder: Path, step: int) -> None:
+        with extra("tensorboard", "--log tensorboard needs TensorBoard", ConfigError):
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        """Write some numbers."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+@LOGGERS.register("wandb")
+class WeightsAndBiases(Logger):
+    """Sends to the project `qtdog` (WANDB_PROJECT), or keeps in the run folder with WANDB_MODE=offline."""
+
+    def __init__(self, config: Config, folder: Path, step: int) -> None:
+        with extra("wandb", "--log wandb needs Weights & Biases", ConfigError):
+            import wandb
+        how = {"id": config_hash(config), "resume": "allow", "dir": folder, "config": config.model_dump(mode="json")}
+        project = os.environ.get("WANDB_PROJECT", "qtdog")
+        self._run = wandb.init(project=project, name=run_name(config), settings=wandb.Settings(silent=True), **how)
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        """Send some numbers."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()

@@ -1,4 +1,4 @@
-"""The composition root: the one place where names become objects."""
+"""From names to objects: the one place where a configuration becomes the objects of a run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,13 @@ from qtdog.objectives.base import OBJECTIVES, Objective, Setting
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS, Averager
-from qtdog.training.evaluator import Evaluator
-from qtdog.training.inputs import check_input, open_inputs
-from qtdog.training.parts import Parts, Trainable
-from qtdog.training.problem import Problem
+from qtdog.training.components import Parts, Trainable
+from qtdog.training.evaluation import Evaluator
+from qtdog.training.protocol import Problem, check_input, open_inputs
 from qtdog.training.step_rules import STEP_RULES
 
 import_members("qtdog.objectives")
-for _module in ("bma", "sagm", "sam", "sma", "swa", "swad"):  # each enters its name
-    import_module(f"qtdog.training.{_module}")
+import_module("qtdog.training.swad")  # enters its name among the averagers
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -1,4 +1,4 @@
-"""The shipped model file: from a path to a network that answers as it did in training."""
+"""Load a packed model file: from a path to a network that answers as it did in training."""
 
 from __future__ import annotations
 

@@ -1,0 +1,321 @@
+"""The end of a run: average, quantize after training, write the model file, verify it, write the result."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice, zip_longest
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from qtdog.conversion.calibrate import calibrate_
+from qtdog.conversion.inspect import layer_report
+from qtdog.conversion.save import save
+from qtdog.core.config import config_hash
+from qtdog.core.errors import RunError
+from qtdog.core.files import sha256_file, write_atomic
+from qtdog.core.progress import Progress
+from qtdog.core.quantized import QuantizedTensor
+from qtdog.core.random import numpy_stream
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.loader import Indices, eval_batches
+from qtdog.data.text import TextDomains
+from qtdog.models.backbones import preprocessing
+from qtdog.models.feature_layers import make_feature_layer
+from qtdog.models.text import vocabulary
+from qtdog.packing.sizes import file_sizes
+from qtdog.quantizers.ptq import Fixed
+from qtdog.quantizers.registry import works_after_training
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Record
+from qtdog.runs.selection import select
+from qtdog.training.batch_norm import fit_batch_norm_
+from qtdog.training.components import Parts, RunState
+from qtdog.training.evaluation import group_scores
+from qtdog.training.load import load
+from qtdog.training.protocol import Problem
+
+CALIBRATION_BATCH = 32
+
+
+def quantize_after_training_(parts: Parts, check: Callable[[], None], progress: Progress) -> dict[str, Any]:
+    """Give the network's quantizers their codes by the method that the configuration names; return the report.
+
+    The images are training images of the sources, never held-out ones, never the target's. Every process does the same
+    work and takes the codes of the first one in the end, so that none waits long and all have the same network.
+
+    Args:
+        parts: of a run whose quantizer works after training, with the chosen float network in evaluation mode.
+        check: called often, equally often in every process; may raise to break off, the network still in float.
+        progress: told (done, total) of the work.
+
+    Returns:
+        method, start of the step sizes, n_images, seconds, and the layers (`conversion.calibrate.LayerCalibration`).
+
+    Raises:
+        ConfigError, ModelError: as in `conversion.calibrate.calibrate_`.
+    """
+    how, started = parts.config.quantizer, time.perf_counter()
+    n_wanted = 0 if how.name == "rtn" else how.calibration_images
+    images = CalibrationImages(parts, calibration_indices(parts.batches.pools, n_wanted, parts.config.train.seed))
+    layers = calibrate_(parts.network, how.name, images, damping=how.damping, check=check, progress=progress)
+    if parts.accelerator.num_processes > 1:
+        _take_codes_of_the_first_process_(parts)
+    return {
+        "method": how.name,
+        "init": how.init,
+        "n_images": len(images.indices),
+        "seconds": round(time.perf_counter() - started, 2),
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def calibration_indices(pools: Mapping[str, Indices], n: int, seed: int) -> Indices:
+    """Return n images spread evenly over the domains, in an order that the seed decides; all, if there are fewer.
+
+    A domain that runs out leaves its share to the others.
+
+    Example:
+        >>> pools = {"a": np.array([1, 2, 3]), "b": np.array([7])}
+        >>> sorted(calibration_indices(pools, 9, seed=0).tolist())
+        [1, 2, 3, 7]
+    """
+    orders = [numpy_stream(seed, "calibration", domain).permutation(pool) for domain, pool in pools.items()]
+    turns = chain.from_iterable(zip_longest(*orders))
+    return np.array(list(islice((index for index in turns if index is not None), n)), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Batches of images as the network sees them in evaluation, not augmented; can be gone through again.
+
+    Attributes:
+        parts: of the run.
+        indices: of the images, in their order.
+    """
+
+    parts: Parts
+    indices: Indices
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.indices) // CALIBRATION_BATCH)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield float32 (b, C, H, W) on the device."""
+        source = self.parts.batches
+        how = {"batch_size": CALIBRATION_BATCH, "mean": source.mean, "std": source.std}
+        for images, _ in eval_batches(source.cache, self.indices, source.class_index, **how):
+            yield images.to(self.parts.accelerator.device)
+
+
+def _take_codes_of_the_first_process_(parts: Parts) -> None:
+    assert parts.quantizer is not None
+    for quantizer in parts.quantizer.layers.values():
+        assert isinstance(quantizer, Fixed)
+        codes, scale = broadcast((quantizer.codes.contiguous(), quantizer.scale))
+        quantizer.set_(QuantizedTensor(codes, scale, quantizer.spec))
+
+
+@dataclass(frozen=True)
+class Final:
+    """What is known of the network that ships.
+
+    Attributes:
+        record: its evaluation.
+        extra: what the result says besides, by key of `result.json`.
+    """
+
+    record: Record
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def final_network_(
+    parts: Parts, state: RunState, *, check: Callable[[], None] = lambda: None, progress: Progress = None
+) -> Final:
+    """Give the network the weights that ship, and return what they measure.
+
+    That is the selected checkpoint, or what the averager insists on; quantized now if the quantizer works after
+    training. Every process calls this.
+
+    Args:
+        parts: of the run.
+        state: the end of training.
+        check: called often while it lasts; may raise to break off.
+        progress: told (done, total) of quantization after training.
+
+    Raises:
+        ConfigError, ModelError: as in `training.finalize.quantize_after_training_`.
+    """
+    step = select(parts.config.train.selection, state.records)
+    assert step is not None  # the last step is always evaluated, and selectable
+    averaged = parts.averager.final()
+    if averaged is None:
+        assert state.selected is not None
+        parts.network.load_state_dict(state.selected)
+        record = next(record for record in state.records if record.seen.step == step)
+    else:
+        parts.network.load_state_dict(averaged, strict=False)  # what is not averaged stays that of the last update
+        fit_batch_norm_(parts)
+        record = parts.evaluate(state.step, True, None, check)
+    parts.network.eval()
+    kept = {"kept": parts.averager.kept(step), "trained_on_heldout": parts.config.data.train_on_heldout}
+    if not works_after_training(parts.config.quantizer.name):
+        return Final(record, kept)
+    report = quantize_after_training_(parts, check, progress)
+    after = parts.evaluate(record.seen.step, True, None, check)
+    return Final(after, kept | _of_quantized(parts, record, report, after))
+
+
+def _of_quantized(parts: Parts, before: Record, report: dict[str, Any], after: Record) -> dict[str, Any]:
+    """Return what the result says of a network quantized after training: only the one that was chosen was."""
+    float_network = _accuracies(before) | {"source": asdict(before.seen)["source"]}
+    chosen = {parts.config.train.selection: {"step": after.seen.step} | _accuracies(after)}
+    return {"after_training": report | {"float": float_network}, "by_selection": chosen}
+
+
+def _accuracies(record: Record) -> dict[str, float | None]:
+    return {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
+
+
+def finish(
+    parts: Parts, state: RunState, final: Final, setting: tuple[Problem, DomainDataset], folder: RunFolder
+) -> dict[str, Any]:
+    """Write `model.safetensors` and `result.json` and return the result.
+
+    Args:
+        parts: with the network that ships (`training.finalize.final_network_`).
+        state: the end of training.
+        final: what the network measures.
+        setting: problem and data set.
+        folder: where to.
+
+    Raises:
+        RunError: the shipped file does not give the logits of the training-time model.
+    """
+    problem, dataset = setting
+    save(parts.network, folder.model_file, metadata=_metadata(parts, problem, dataset, final.record))
+    _prove(parts, problem, folder)
+    result = _result(parts, state, problem, final.record) | {
+        "dataset": dataset.sheet.name,
+        "n_skipped": len(dataset.skipped),
+        "size": asdict(file_sizes(folder.model_file)),
+        "model_sha256": sha256_file(folder.model_file),
+        "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],
+        "environment": environment(),
+    }
+    result |= group_scores(parts, problem, dataset)
+    write_atomic(folder.result_file, json.dumps(result | final.extra, indent=1))
+    return result | final.extra
+
+
+def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
+    config = parts.config
+    layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
+    size, channels = config.data.image_size, dataset.sheet.channels
+    how: dict[str, Any] = {"image_size": size, "channels": channels, "mean": mean, "std": std}
+    if isinstance(dataset, TextDomains):
+        how |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
+    return {
+        "backbone": config.model.backbone,
+        "head": config.model.head,
+        "feature_layer": config.model.feature_layer if layer.SHIPS else "none",
+        "feature_params": layer.params if layer.SHIPS else {},
+        "classes": list(dataset.classes),
+        "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
+        "dataset": dataset.sheet.name,
+        "source_domains": list(problem.sources),
+        "target_domain": problem.target,
+        "accuracy": {"source": chosen.seen.source_accuracy, "test": chosen.test_accuracy},
+        "pretraining": parts.network.pretraining,
+        "bits": config.quantizer.bits if parts.quantizer and parts.quantizer.packs else None,
+        "step": chosen.seen.step,
+        "selection": config.train.selection,
+        "config_hash": config_hash(config),
+    }
+
+
+def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
+    """Check that the file on disk gives the training-time logits on source images (never on the target)."""
+    device = parts.accelerator.device
+    images = parts.batches.batch(0).images.to(device)
+    shipped = load(folder.model_file, device=device)
+    with torch.no_grad():
+        ours, theirs = parts.network(images), shipped(images)
+    # Other devices may pick another convolution kernel from one call to the next.
+    same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
+    if not same:
+        worst = (ours - theirs).abs().max().item()
+        raise RunError(f"{folder.model_file} does not give the training-time logits (largest difference {worst:g})")
+
+
+def _result(parts: Parts, state: RunState, problem: Problem, chosen: Record) -> dict[str, Any]:
+    config = parts.config
+    forked_from = state.forked_from or {"step": 0, "seed": config.train.seed}
+    n_images = (config.train.steps - forked_from["step"]) * config.data.batch_size * len(problem.sources)
+    return {
+        "config_hash": config_hash(config),
+        "target_domain": problem.target,
+        "source_domains": list(problem.sources),
+        "test_mode": config.data.test_mode,
+        "selection": config.train.selection,
+        "selected_step": chosen.seen.step,
+        "source_accuracy": chosen.seen.source_accuracy,
+        "test_accuracy": chosen.test_accuracy,
+        "test_accuracy_80": {domain: score.accuracy for domain, score in chosen.test_in.items()},
+        "by_selection": _by_selection(state.records),
+        "pretraining": parts.network.pretraining,
+        "forked_from_step": forked_from["step"],
+        "forked_from_seed": forked_from["seed"],
+        "trained_s": round(state.trained_s, 2),  # of this run's own steps
+        "images_per_s": round(n_images / state.trained_s, 1) if state.trained_s else None,
+    }
+
+
+def _by_selection(records: list[Record]) -> dict[str, Any]:
+    """Return step and accuracies that each selection method would give; `oracle` looks at the target and says so."""
+    by_step = {record.seen.step: record for record in records}
+    methods = ["source", "last"] + (["oracle"] if records[0].test_accuracy is not None else [])
+    table = {}
+    for method in methods:
+        step = select(method, records)
+        if step is not None:
+            record = by_step[step]
+            accuracies = {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
+            table[method] = {"step": step} | accuracies
+    return table
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat a measurement."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "n_cores": os.cpu_count(),
+        "n_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()

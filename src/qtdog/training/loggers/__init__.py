@@ -1,1 +1,0 @@
-"""Programs that show how runs go, each an extra."""
