@@ -21,7 +21,7 @@ import torch
 
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
-from qtdog.ensemble.load import load_ensemble_model
+from qtdog.ensemble.model import load_ensemble_model
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.packed_file import PackedModel

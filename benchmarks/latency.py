@@ -32,8 +32,8 @@ from torch import nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
-from qtdog.ensemble.exam import Exam, open_exam
-from qtdog.ensemble.member import read_member
+from qtdog.ensemble.evaluation import Exam, open_exam
+from qtdog.ensemble.members import read_member
 from qtdog.export.bench import Bench, Measured, Plan, bench
 from qtdog.export.bench_stats import spread
 from qtdog.export.export import export

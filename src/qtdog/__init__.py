@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qtdog.conversion.save import save as save
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
-    from qtdog.ensemble.load import load_any as load_any
+    from qtdog.ensemble.model import load_any as load_any
     from qtdog.training.load import load as load
 
 _HOMES = {
@@ -27,7 +27,7 @@ _HOMES = {
     "QuantizedTensor": "qtdog.core.quantized",
     "QuantSpec": "qtdog.core.quantized",
     "load": "qtdog.training.load",
-    "load_any": "qtdog.ensemble.load",
+    "load_any": "qtdog.ensemble.model",
 }
 
 __all__ = ["QuantSpec", "QuantizedTensor", "__version__", "attach", "attached", "load", "load_any", "load_into", "save"]

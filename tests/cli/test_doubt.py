@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from qtdog.data.digits import RotatedDigits
-from qtdog.ensemble.answers import answers, member_logits, reliability
 from qtdog.ensemble.calibration import fit_temperature
 from qtdog.ensemble.cascade import CascadeModel
-from qtdog.ensemble.load import load_any, load_ensemble_model
+from qtdog.ensemble.evaluation import answers, member_logits, reliability
+from qtdog.ensemble.model import load_any, load_ensemble_model
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.training.load import load
 
@@ -44,8 +44,8 @@ def test_the_temperature_is_fitted_on_the_sources_and_travels_in_the_file(traine
     model = load_any(folder / "75-eoq" / "model.safetensors")
     calibration = result["calibration"]
     assert model.info.temperature == calibration["temperature"] != 1  # pyright: ignore
-    from qtdog.ensemble.exam import open_exam
-    from qtdog.ensemble.member import read_member
+    from qtdog.ensemble.evaluation import open_exam
+    from qtdog.ensemble.members import read_member
 
     members = [read_member(path) for path in sorted(folder.glob("75-seed*"))]
     exam = open_exam(members[0].config, RotatedDigits(), same_splits=True)

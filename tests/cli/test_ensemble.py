@@ -11,7 +11,7 @@ import pytest
 
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.digits import RotatedDigits
-from qtdog.ensemble.load import load_any
+from qtdog.ensemble.model import load_any
 from qtdog.training import loop as loop_module
 
 SHORT = ("--steps", 5, "--batch-size", 4, "--image-size", 12, "--set", "train.eval_every=2")

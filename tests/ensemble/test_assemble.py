@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError, DataError, RunError
-from qtdog.ensemble.assemble import Order, assemble, best_first, finished, members_hash
-from qtdog.ensemble.cost import cost
-from qtdog.ensemble.exam import open_exam
-from qtdog.ensemble.kinds import fitting_kind
-from qtdog.ensemble.load import load_any, load_ensemble_model
-from qtdog.ensemble.member import check_alike, read_member, share_splits
-from qtdog.ensemble.one_model import Recipe
+from qtdog.ensemble.assemble import Order, assemble, best_first, cost, finished, members_hash
+from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.members import check_alike, fitting_kind, read_member, share_splits
+from qtdog.ensemble.model import load_any, load_ensemble_model
+from qtdog.ensemble.weight_averaging import Recipe
 
 FLOAT = {"name": "none", "start_step": None}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.ensemble.average import average, greedy, read_latent
+from qtdog.ensemble.weight_averaging import average, greedy, read_latent
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load import empty_network

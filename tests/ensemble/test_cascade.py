@@ -20,8 +20,8 @@ from qtdog.ensemble.cascade import (
     plan_cascade,
     settle,
 )
-from qtdog.ensemble.exam import open_exam
-from qtdog.ensemble.load import load_ensemble_model
+from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.model import load_ensemble_model
 
 logit_blocks = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(2, 4)), elements=st.floats(-9, 9, width=32)

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from qtdog.core.errors import ConfigError
 from qtdog.ensemble.calibration import brier_score, expected_calibration_error, fit_temperature
-from qtdog.ensemble.selective import rejected, risk_coverage, unknown_auroc
-from qtdog.ensemble.uncertainty import doubt
+from qtdog.ensemble.uncertainty import doubt, rejected, risk_coverage, unknown_auroc
 
 
 def in_float64(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

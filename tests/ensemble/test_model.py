@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from qtdog.core.errors import FormatError
-from qtdog.ensemble.load import build_model, load_any, load_ensemble_model
-from qtdog.ensemble.model import BATCH, EnsembleInfo, EnsembleModel
+from qtdog.ensemble.model import BATCH, EnsembleInfo, EnsembleModel, build_model, load_any, load_ensemble_model
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel
 from qtdog.training.load import ShippedModel, load

@@ -11,13 +11,12 @@ import torch
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
-from qtdog.ensemble import tune as tune_module
+from qtdog.ensemble import weight_averaging as tune_module
 from qtdog.ensemble.assemble import Order, assemble
-from qtdog.ensemble.average import average, read_latent
-from qtdog.ensemble.exam import open_exam
-from qtdog.ensemble.load import load_any
-from qtdog.ensemble.member import check_one_start
-from qtdog.ensemble.one_model import Recipe
+from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.members import check_one_start
+from qtdog.ensemble.model import load_any
+from qtdog.ensemble.weight_averaging import Recipe, average, read_latent
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.lsq import initial_scale
 from qtdog.training.load import ShippedModel, load

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from qtdog.core.errors import ConfigError
-from qtdog.ensemble.answers import answers
 from qtdog.ensemble.cascade import ask
-from qtdog.ensemble.load import load_ensemble_model
+from qtdog.ensemble.evaluation import answers
+from qtdog.ensemble.model import load_ensemble_model
 from qtdog.export.deployed import ASKED, OUTPUTS
 from qtdog.export.export import export
 from qtdog.export.runtimes import open_runtime, open_subject

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.ensemble.answers import answers
+from qtdog.ensemble.evaluation import answers
 from qtdog.export.deployed import OUTPUTS, Deployed
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network

@@ -6,7 +6,7 @@ from torch import nn
 
 from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
-from qtdog.ensemble.load import load_any
+from qtdog.ensemble.model import load_any
 from qtdog.export.subject import read_subject
 from qtdog.models.backbones import SPARE_VALUES, at_most, create_network
 

@@ -18,9 +18,9 @@ from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
 from qtdog.data.open import open_any, open_texts
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.ensemble.assemble import Order, assemble
-from qtdog.ensemble.exam import open_exam
-from qtdog.ensemble.load import load_any
-from qtdog.ensemble.member import read_member
+from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.members import read_member
+from qtdog.ensemble.model import load_any
 from qtdog.models.text import make_tokeniser
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module

@@ -132,9 +132,8 @@ def join_crew(
     """
     from qtdog.cli.console import warn
     from qtdog.ensemble.assemble import Order, assemble, finished, members_hash
-    from qtdog.ensemble.exam import open_exam
-    from qtdog.ensemble.kinds import KINDS, fitting_kind
-    from qtdog.ensemble.member import read_member, share_splits
+    from qtdog.ensemble.evaluation import open_exam
+    from qtdog.ensemble.members import KINDS, fitting_kind, read_member, share_splits
 
     members = [read_member(folder) for folder in folders]
     kind = fitting_kind(members)

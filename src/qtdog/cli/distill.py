@@ -57,7 +57,7 @@ def distill(
     from qtdog.cli.plan import FLAGS, Request, make_plan
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.train import announce, run_all, show
-    from qtdog.ensemble.load import load_any
+    from qtdog.ensemble.model import load_any
 
     info = load_any(teacher).info
     flags = {name: given[name] for name in FLAGS if name in given}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.ensemble.exam import Exam
-    from qtdog.ensemble.member import Member
+    from qtdog.ensemble.evaluation import Exam
+    from qtdog.ensemble.members import Member
 
 KIND = (
     "eoq, eoa or ensemble keep all members; diwa and soup average them into one model. Default: what the members are."
@@ -62,9 +62,8 @@ def ensemble(
     """
     from qtdog.cli.console import print_json, warn
     from qtdog.ensemble.assemble import Order, assemble
-    from qtdog.ensemble.kinds import fitting_kind
-    from qtdog.ensemble.member import check_alike, read_member
-    from qtdog.ensemble.one_model import Recipe
+    from qtdog.ensemble.members import check_alike, fitting_kind, read_member
+    from qtdog.ensemble.weight_averaging import Recipe
 
     members = [read_member(run) for run in runs]
     check_alike(members)
@@ -88,8 +87,8 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
     from qtdog.data.open import open_readable
-    from qtdog.ensemble.exam import open_exam
-    from qtdog.ensemble.member import share_splits
+    from qtdog.ensemble.evaluation import open_exam
+    from qtdog.ensemble.members import share_splits
 
     config = members[0].config
     try:
@@ -106,7 +105,7 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
 
 def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None:
     from qtdog.cli.console import out, print_table
-    from qtdog.ensemble.kinds import KINDS
+    from qtdog.ensemble.members import KINDS
     from qtdog.report.cost_table import cost_table
     from qtdog.report.table import method_name
 

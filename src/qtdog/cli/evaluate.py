@@ -52,7 +52,7 @@ def evaluate(
     from qtdog.cli.console import out, print_json, print_table
     from qtdog.cli.progress import CountingBar
     from qtdog.data.open import open_any, without_unreadable
-    from qtdog.ensemble.load import load_any
+    from qtdog.ensemble.model import load_any
     from qtdog.report.table import percent
 
     shipped = load_any(model)
@@ -108,7 +108,7 @@ def tell_apart(shipped: ShippedModel | EnsembleModel, known: Sequence[Doubt], fo
 
     from qtdog.cli.predict import find_images, predictions
     from qtdog.core.errors import QtdogError
-    from qtdog.ensemble.selective import unknown_auroc
+    from qtdog.ensemble.uncertainty import unknown_auroc
 
     rows = list(predictions(shipped, find_images([folder])))
     for row in rows:
@@ -171,7 +171,7 @@ def score_domains(
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import DataError
     from qtdog.data.loader import eval_batches
-    from qtdog.ensemble.answers import collect, temperature_of
+    from qtdog.ensemble.evaluation import collect, temperature_of
     from qtdog.training.protocol import check_reads, open_inputs
 
     how = shipped.info.preprocessing
@@ -202,7 +202,7 @@ def _score(
 
     from torch.nn.functional import cross_entropy
 
-    from qtdog.ensemble.answers import answers, reliability, temperature_of
+    from qtdog.ensemble.evaluation import answers, reliability, temperature_of
 
     mean = logits.mean(0)
     found = answers(logits, temperature_of(shipped))

@@ -67,7 +67,7 @@ def predict(
     from qtdog.cli.evaluate import say_cost
     from qtdog.cli.predict_text import text_predictions
     from qtdog.core.errors import QtdogError
-    from qtdog.ensemble.load import load_any
+    from qtdog.ensemble.model import load_any
 
     shipped = load_any(model)
     say_cost(model, shipped)
@@ -138,8 +138,8 @@ def predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, files: Seq
 def answer_columns(shipped: ShippedModel | EnsembleModel | CascadeModel, images: Tensor) -> list[dict[str, Any]]:
     """Return for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length), what the model says of it."""
     from qtdog.cli.cascade import cascade_rows
-    from qtdog.ensemble.answers import member_logits
     from qtdog.ensemble.cascade import CascadeModel
+    from qtdog.ensemble.evaluation import member_logits
 
     device = next(shipped.parameters()).device
     inputs = shipped.prepare(images).to(device)
@@ -150,7 +150,7 @@ def answer_columns(shipped: ShippedModel | EnsembleModel | CascadeModel, images:
 
 def logit_rows(shipped: ShippedModel | EnsembleModel, logits: Tensor) -> list[dict[str, Any]]:
     """Return what a model says of each image whose logits (members, n, n_classes) are given."""
-    from qtdog.ensemble.answers import answers, temperature_of
+    from qtdog.ensemble.evaluation import answers, temperature_of
 
     found = answers(logits, temperature_of(shipped))
     best = found.probabilities.max(1)
@@ -168,7 +168,7 @@ def logit_rows(shipped: ShippedModel | EnsembleModel, logits: Tensor) -> list[di
 def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:
     """Take the class from the least certain share of the rows, in place, and mark which; 0 leaves them as they are."""
     from qtdog.cli.console import err
-    from qtdog.ensemble.selective import rejected
+    from qtdog.ensemble.uncertainty import rejected
 
     if not frac:
         return

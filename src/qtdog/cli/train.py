@@ -143,7 +143,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
 
     from qtdog.cli.console import SPEAKS, warn
     from qtdog.cli.progress import CountingBar, training_bar
-    from qtdog.ensemble.teach import open_teacher
+    from qtdog.ensemble.teacher import open_teacher
     from qtdog.report.table import method_name
     from qtdog.training.loggers import watched
     from qtdog.training.run import Voice, run

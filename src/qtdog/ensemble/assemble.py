@@ -1,9 +1,10 @@
-"""From finished runs to one file and what it measures."""
+"""From finished runs to one ensemble file, what it costs and what it measures."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,20 +16,110 @@ from qtdog.conversion.save import save
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
-from qtdog.ensemble.calibrate import calibrate
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
-from qtdog.ensemble.cost import Cost, cost
-from qtdog.ensemble.exam import Answers, Exam, Kept
-from qtdog.ensemble.kinds import KINDS, check_kind
-from qtdog.ensemble.load import build_model, load_any
-from qtdog.ensemble.measured import Measured, describe
-from qtdog.ensemble.member import Member, check_alike, share_splits
-from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
-from qtdog.ensemble.one_model import Recipe, check_recipe, join
+from qtdog.ensemble.evaluation import Classifier as Answers
+from qtdog.ensemble.evaluation import Exam, Kept, Scores, calibrate, mean_accuracy
+from qtdog.ensemble.members import KINDS, Member, check_alike, check_kind, heldout_note, share_splits
+from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load_any
+from qtdog.ensemble.weight_averaging import Recipe, check_recipe, join
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
 from qtdog.training.finalize import environment
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a model beside one run and one network.
+
+    Attributes:
+        training_steps: updates behind it; what members share at their beginning counts once.
+        training_runs: the same in lengths of one run.
+        inference_passes: forward passes per image.
+    """
+
+    training_steps: int
+    training_runs: float
+    inference_passes: int
+
+
+def cost(members: Sequence[Member], *, one_model: bool, extra_steps: int = 0) -> Cost:
+    """Return the cost of a model made from `members`.
+
+    Five runs that share the first 40 % of their steps cost 0.4 + 5 · 0.6 = 3.4 runs.
+
+    Args:
+        members: the runs it is made from.
+        one_model: whether it is one network; else every member is asked.
+        extra_steps: updates made after the members were joined.
+    """
+    own = sum(member.config.train.steps - member.forked_from[1] for member in members)
+    shared = sum(step for _, step in {member.forked_from for member in members})
+    one_run = sum(member.config.train.steps for member in members) / len(members)
+    steps = own + shared + extra_steps
+    return Cost(steps, steps / one_run, 1 if one_model else len(members))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores by domain, the whole model first, then its members where they are asked too."""
+
+    source: Scores
+    test: Scores
+    test_80: Scores
+
+    @property
+    def accuracy(self) -> dict[str, float | None]:
+        """Of the whole model, each domain counting once; None where nothing was measured."""
+        return {"source": mean_accuracy(self.source, 0), "test": mean_accuracy(self.test, 0)}
+
+
+def describe(members: Sequence[Member], measured: Measured, folder: Path) -> dict[str, Any]:
+    """Return what `result.json` says of the problem, the accuracies and the members.
+
+    Args:
+        members: the runs.
+        measured: the scores of what was made of them.
+        folder: where the result lies; the members' folders are given relative to it.
+    """
+    first = members[0]
+    told = [_told(member, folder) for member in members]
+    return {
+        "n_members": len(members),
+        "dataset": first.result.get("dataset"),
+        "pretraining": " / ".join(dict.fromkeys(member.info.pretraining for member in members)),
+        "target_domain": first.info.target_domain,
+        "source_domains": list(first.info.source_domains),
+        "no_source_score": heldout_note(members),
+        "test_mode": first.config.data.test_mode,
+        "selection": first.config.train.selection,
+        "source_accuracy": measured.accuracy["source"],
+        "test_accuracy": measured.accuracy["test"],
+        "test_accuracy_80": {domain: part[0].accuracy for domain, part in measured.test_80.items()},
+        "domains": {"source": _by_domain(measured.source), "test": _by_domain(measured.test)},
+        "members": told,
+        "member_mean": {key: _mean([one[key] for one in told]) for key in ("source_accuracy", "test_accuracy")},
+    }
+
+
+def _told(member: Member, folder: Path) -> dict[str, Any]:
+    keys = ("source_accuracy", "test_accuracy", "selected_step", "model_sha256", "config_hash")
+    told = {"folder": os.path.relpath(member.path, folder), "seed": member.config.train.seed}
+    told |= {"trial": member.config.data.trial, "forked_from_step": member.forked_from[1]}
+    return told | {key: member.result[key] for key in keys}
+
+
+def _by_domain(scores: Scores) -> dict[str, Any]:
+    return {
+        domain: asdict(part[0]) | {"member_accuracies": [score.accuracy for score in part[1:]]}
+        for domain, part in scores.items()
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
 
 N_PROOF = 16  # images that are asked of the model in memory and of its file
 
@@ -38,7 +129,7 @@ class Order:
     """What is to be made.
 
     Attributes:
-        kind: a name of `ensemble.kinds.KINDS`.
+        kind: a name of `ensemble.members.KINDS`.
         file: the model file to write; `result.json` goes beside it.
         recipe: for the kinds that end in one network.
         cascade_loss_frac: accuracy on the sources that a cascade may cost, for the others.

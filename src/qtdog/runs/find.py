@@ -70,7 +70,7 @@ def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> Entry:
 
 
 def _ensemble(path: Path, result: Mapping[str, Any]) -> Entry:
-    from qtdog.ensemble.kinds import KINDS  # brings torch, which runs alone do not need
+    from qtdog.ensemble.members import KINDS
 
     if "members" not in result:
         raise RunError(f"{path} has a result.json but no config.yaml, and is no ensemble either. Leave it out")

@@ -9,7 +9,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, ModelError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.ensemble.teach import open_teacher
+from qtdog.ensemble.teacher import open_teacher
 from qtdog.sweep.expand import raise_all
 from qtdog.sweep.task import Task
 from qtdog.training.build import compose, make_accelerator

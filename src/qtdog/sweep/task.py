@@ -17,7 +17,7 @@ class Join:
     """What an ensemble is made of.
 
     Attributes:
-        kind: a name of `ensemble.kinds.KINDS`.
+        kind: a name of `ensemble.members.KINDS`.
         members: folder names of the runs.
         pick: which of them diwa and soup average.
     """

@@ -14,10 +14,10 @@ from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import without_unreadable
 from qtdog.ensemble.assemble import Order, assemble, finished
-from qtdog.ensemble.exam import open_exam
-from qtdog.ensemble.member import read_member, share_splits
-from qtdog.ensemble.one_model import Recipe
-from qtdog.ensemble.teach import open_teacher
+from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.members import read_member, share_splits
+from qtdog.ensemble.teacher import open_teacher
+from qtdog.ensemble.weight_averaging import Recipe
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.notes import Outcome, Status
 from qtdog.sweep.task import Task

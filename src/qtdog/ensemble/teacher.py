@@ -10,8 +10,7 @@ from torch import Tensor
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import DomainDataset
-from qtdog.ensemble.load import load_any
-from qtdog.ensemble.model import EnsembleModel
+from qtdog.ensemble.model import EnsembleModel, load_any
 from qtdog.models.backbones import preprocessing
 from qtdog.objectives.distill import Teacher
 from qtdog.training.load import ShippedModel
@@ -23,7 +22,7 @@ def open_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
     Raises:
         ConfigError: the teacher has other classes or preprocessing than the student, or was trained on the domain that
             is to stay unseen.
-        FormatError, ModelError: as in `ensemble.load.load_any`.
+        FormatError, ModelError: as in `ensemble.model.load_any`.
     """
     if not config.objective.teacher:
         return None

@@ -1,9 +1,10 @@
-"""Scoring models on the held-out images of the sources and on the test images, with the rules of a run."""
+"""Score models on held-out source images and test images, and what they answer, with the rules of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +12,118 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.loader import eval_batches
+from qtdog.ensemble.calibration import brier_score, expected_calibration_error, fit_temperature
+from qtdog.ensemble.model import EnsembleModel
+from qtdog.ensemble.uncertainty import Doubt, doubt, risk_coverage
 from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores
 from qtdog.training.build import make_accelerator
 from qtdog.training.evaluation import EVAL_BATCH
+from qtdog.training.load import ShippedModel
 from qtdog.training.protocol import Problem, make_problem, open_inputs, resolve
 
-Answers = Callable[[Tensor], Tensor]
+KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers on n images.
+
+    Attributes:
+        probabilities: softmax of the mean logits at the model's temperature, shape (n, n_classes).
+        doubt: of each image; for a single model its mutual information is 0 and its agreement 1.
+    """
+
+    probabilities: Tensor
+    doubt: Doubt
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far the probabilities of answers can be trusted, from labelled images.
+
+    Attributes:
+        ece: expected calibration error, 15 bins of equal width.
+        brier: Brier score, 0 … 2.
+        aurc: area under the risk-coverage curve, by entropy.
+        risk_at_90: share of wrong answers among the surest 90 %.
+    """
+
+    ece: float
+    brier: float
+    aurc: float
+    risk_at_90: float
+
+
+def temperature_of(model: ShippedModel | EnsembleModel) -> float:
+    """Return the temperature of a model's probabilities: 1 for a single model."""
+    return model.info.temperature if isinstance(model, EnsembleModel) else 1.0
+
+
+@torch.no_grad()
+def member_logits(model: ShippedModel | EnsembleModel, images: Tensor) -> Tensor:
+    """Return the logits (members, n, n_classes) of normalised images (n, C, H, W); one member for a single model."""
+    return model.member_logits(images) if isinstance(model, EnsembleModel) else model(images)[None]
+
+
+def answers(logits: Tensor, temperature: float = 1.0) -> Answers:
+    """Return probabilities and doubt of logits (members, n, n_classes).
+
+    Example:
+        >>> found = answers(torch.tensor([[[0.0, 0.0]], [[2.0, 2.0]]]))
+        >>> found.probabilities.tolist(), round(found.doubt.entropy.item(), 4)
+        ([[0.5, 0.5]], 0.6931)
+    """
+    return Answers((logits.mean(0) / temperature).softmax(-1), doubt(logits, temperature))
+
+
+def reliability(found: Answers, labels: Tensor) -> Reliability:
+    """Return how far answers can be trusted.
+
+    Args:
+        found: the answers on n images.
+        labels: class indices, shape (n,).
+
+    Raises:
+        ConfigError: there are no images.
+
+    Example:
+        >>> sure = answers(torch.tensor([[[9.0, 0.0], [0.0, 9.0]]]))
+        >>> reliability(sure, torch.tensor([0, 1])).risk_at_90
+        0.0
+    """
+    if not len(labels):
+        raise ConfigError("there are no labelled images to compare the probabilities with")
+    correct = found.probabilities.argmax(1) == labels
+    curve = risk_coverage(found.doubt.entropy.cpu().numpy(), correct.cpu().numpy())
+    return Reliability(
+        ece=expected_calibration_error(found.probabilities, labels),
+        brier=brier_score(found.probabilities, labels),
+        aurc=curve.area,
+        risk_at_90=curve.risk_at(KEPT_COVERAGE),
+    )
+
+
+def collect(
+    model: ShippedModel | EnsembleModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the logits (members, n, n_classes) and labels (n,) of all batches, on the CPU.
+
+    Args:
+        model: on `device`.
+        batches: normalised images and labels.
+        device: where to compute.
+    """
+    parts = [(member_logits(model, images.to(device)).float().cpu(), labels.cpu()) for images, labels in batches]
+    return torch.cat([logits for logits, _ in parts], 1), torch.cat([labels for _, labels in parts])
+
+
+Classifier = Callable[[Tensor], Tensor]
 """Images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""
 Kept = list[tuple[Tensor, Tensor]]
 """Logits (k, n, n_classes) and labels (n,) of each batch, on the CPU."""
@@ -54,7 +156,7 @@ class Exam:
         """Whether there are source images that no member was trained on; without them the sources say nothing."""
         return self.same_splits and not self.problem.train_on_heldout
 
-    def source(self, answers: Answers, kept: Kept | None = None) -> Scores:
+    def source(self, answers: Classifier, kept: Kept | None = None) -> Scores:
         """Return the scores on the held-out part of each source.
 
         Empty if the members held out different images, or one of them trained on all: then the sources say nothing.
@@ -67,7 +169,7 @@ class Exam:
             return {}
         return {domain: self._score(answers, part, kept) for domain, part in self.problem.selection_sets().items()}
 
-    def test(self, answers: Answers, kept: Kept | None = None) -> tuple[Scores, Scores]:
+    def test(self, answers: Classifier, kept: Kept | None = None) -> tuple[Scores, Scores]:
         """Return the scores on the test images, and on the 80 % of the target that DomainBed's tables report.
 
         The test images are the whole target, or the third part of each source in the in-domain mode; both are empty
@@ -87,7 +189,7 @@ class Exam:
         whole = [merge_scores([first, second]) for first, second in zip(*parts, strict=True)]
         return {target: whole}, {target: parts[0]} if self.same_splits else {}
 
-    def _score(self, answers: Answers, indices: np.ndarray, kept: Kept | None) -> list[Score]:
+    def _score(self, answers: Classifier, indices: np.ndarray, kept: Kept | None) -> list[Score]:
         mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.sheet.channels)
         labels = self.dataset.class_index
         batches = eval_batches(self.cache, indices, labels, batch_size=EVAL_BATCH, mean=mean, std=std)
@@ -111,7 +213,7 @@ def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, prog
 
 @torch.no_grad()
 def score(
-    answers: Answers, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, kept: Kept | None = None
+    answers: Classifier, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, kept: Kept | None = None
 ) -> list[Score]:
     """Return accuracy and mean cross-entropy of each of k models over the same batches, read once.
 
@@ -154,3 +256,38 @@ def mean_accuracy(scores: Scores, index: int) -> float | None:
         0.75
     """
     return sum(part[index].accuracy for part in scores.values()) / len(scores) if scores else None
+
+
+def calibrate(source: Kept, test: Kept) -> dict[str, Any]:
+    """Return the temperature for an ensemble's probabilities, and their reliability without and with it.
+
+    The temperature is fitted to the held-out images of the sources alone; without any it is 1. The test images are
+    measured with it, never fitted to.
+
+    Args:
+        source: members' logits (members, n, n_classes) and labels (n,) on held-out source images, batch by batch.
+        test: the same on test images.
+
+    Returns:
+        `temperature`, and for `source` and `test`, where there are such images, `before` and `after`: each `ece`,
+        `brier`, `aurc`, `risk_at_90`.
+
+    Example:
+        >>> right = (torch.tensor([[[2.0, 0.0]] * 4]), torch.tensor([0, 0, 0, 1]))
+        >>> told = calibrate([right], [])
+        >>> round(told["temperature"], 2), sorted(told)
+        (1.82, ['source', 'temperature'])
+    """
+    told: dict[str, Any] = {"temperature": 1.0}
+    sets = {name: _joined(kept) for name, kept in (("source", source), ("test", test)) if kept}
+    if "source" in sets:
+        logits, labels = sets["source"]
+        told["temperature"] = fit_temperature(logits.mean(0), labels)
+    for name, (logits, labels) in sets.items():
+        when = {"before": 1.0, "after": told["temperature"]}
+        told[name] = {key: asdict(reliability(answers(logits, t), labels)) for key, t in when.items()}
+    return told
+
+
+def _joined(kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([logits for logits, _ in kept], 1), torch.cat([labels for _, labels in kept])

@@ -1,0 +1,324 @@
+"""One network from several: the mean of their weights (DiWA, soup), in float or quantized anew and tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtdog.conversion.attach import Attached
+from qtdog.conversion.save import bake
+from qtdog.core.config import Config
+from qtdog.core.config_io import build_config
+from qtdog.core.errors import ConfigError, RunError
+from qtdog.ensemble.evaluation import Exam, mean_accuracy
+from qtdog.ensemble.members import Member, check_one_start
+from qtdog.models.network import Network, place_
+from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.runs.folder import RunFolder
+from qtdog.training.averagers import AVERAGERS, snapshot
+from qtdog.training.build import compose, make_accelerator, make_quantizer
+from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
+from qtdog.training.components import RunState
+from qtdog.training.finalize import final_network_
+from qtdog.training.load import empty_network
+from qtdog.training.loop import Doors, Track, train
+from qtdog.training.resume import load_plain_
+from qtdog.training.run import Silent
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A member's weights before quantization.
+
+    Attributes:
+        state: under the names of the plain network.
+        buffers: names of what does not train, such as the statistics of batch norm.
+    """
+
+    state: State
+    buffers: frozenset[str]
+
+
+def read_latent(member: Member, warn: Callable[[str], None]) -> Latent:
+    """Return the latent weights behind a member's model file, from the checkpoints of its run.
+
+    Those are the weights at the selected step, or the ones that the run's averager insisted on.
+
+    Raises:
+        RunError: the run's checkpoints are gone, or do not fit its configuration.
+    """
+    checkpoint = latest_checkpoint(RunFolder(member.path).checkpoints, warn)
+    if checkpoint is None:
+        raise RunError(f"{member.path} has no checkpoint left, and only that holds the weights before quantization")
+    network = empty_network(member.info)
+    make_quantizer(member.config.quantizer, network)
+    try:
+        network.load_state_dict(_shipped(member, checkpoint))
+    except (RuntimeError, KeyError) as error:
+        raise RunError(f"the checkpoint in {member.path} does not fit its configuration: {error}") from error
+    buffers = frozenset(name for name, _ in network.named_buffers() if ".parametrizations." not in name)
+    return Latent(bake(network).rest, buffers)
+
+
+def _shipped(member: Member, checkpoint: Checkpoint) -> State:
+    config = member.config
+    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
+    averaged = averager.final()
+    if averaged is None:
+        return checkpoint.tensors["selected"]
+    return checkpoint.tensors["network"] | averaged  # what is not averaged is that of the last update
+
+
+def average(states: Sequence[Mapping[str, Tensor]], buffers: AbstractSet[str] = frozenset()) -> State:
+    """Return the mean of the weights, name by name: θ = (1/m) Σ_k θ_k, summed in float64.
+
+    Source: Ramé et al. (NeurIPS 2022), Eq. 1; Wortsman et al., "Model soups" (ICML 2022).
+
+    Args:
+        states: of m plain networks, with the same names and shapes.
+        buffers: names that do not train; they must be the same in all.
+
+    Raises:
+        ConfigError: a buffer differs: statistics of batch norm belong to the weights that they were measured with, and
+            their mean to none.
+
+    Example:
+        >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}])
+        {'w': tensor([2.])}
+    """
+    first = states[0]
+    for name in sorted(buffers & first.keys()):
+        if any(not torch.equal(state[name], first[name]) for state in states):
+            hint = "average members with frozen batch norm (model.freeze_bn=true)"
+            raise ConfigError(f"'{name}' differs between the members, and its mean would fit none of them: {hint}")
+    return {
+        name: value if name in buffers else _mean([state[name] for state in states]) for name, value in first.items()
+    }
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(values[0], dtype=torch.float64)  # keeps the memory format
+    for value in values:
+        total += value
+    return (total / len(values)).to(values[0].dtype)
+
+
+def greedy(accuracies: Sequence[float], score: Callable[[Sequence[int]], float]) -> list[int]:
+    """Return the members that take part in a greedy average, in the order in which they came in.
+
+    From the best single member on, each further one, by falling accuracy, stays in if the average is then at least as
+    accurate as before ("restricted" weight selection: Ramé et al., NeurIPS 2022, section 2.3.2).
+
+    Args:
+        accuracies: of each member alone, on the held-out source images.
+        score: that of the average of the members at some positions, on the same images.
+
+    Example:
+        >>> greedy([0.5, 0.9, 0.8], lambda chosen: 0.7 if 2 in chosen else 0.9)
+        [1, 0]
+    """
+    order = sorted(range(len(accuracies)), key=lambda index: -accuracies[index])
+    chosen = order[:1]
+    best = score(chosen)
+    for index in order[1:]:
+        accuracy = score([*chosen, index])
+        if accuracy >= best:
+            chosen, best = [*chosen, index], accuracy
+    return chosen
+
+
+N_EVALUATIONS = 4
+
+
+def tune_config(config: Config, steps: int) -> Config:
+    """Return the configuration of the short training: the members' own, quantized from the first step, constant rate.
+
+    Example:
+        >>> tune_config(Config(), 100).train.eval_every
+        25
+    """
+    changes = {
+        "averager": {"name": "none", "params": {}},
+        "quantizer": {"start_step": 0},
+        "optimizer": {"schedule": "constant", "decay_from": None},
+        "train": {"steps": steps, "eval_every": max(1, steps // N_EVALUATIONS), "selection": "source"},
+    }
+    return build_config([config.model_dump(), changes])
+
+
+def tune(weights: State, config: Config, exam: Exam, steps: int) -> Network:
+    """Return the quantized network of `weights` after `steps` updates on the sources, or before if it was better then.
+
+    What ships is the evaluation with the best accuracy on the held-out source images, that before the first update
+    included.
+
+    Args:
+        weights: of the plain network, in float.
+        config: of the members, with the start of the step sizes that is wanted.
+        exam: the images.
+        steps: updates.
+
+    Raises:
+        ConfigError: the members' objective has weights of its own, or their quantizer has no grid at its start.
+        NonFiniteLossError: the loss became NaN.
+    """
+    config = tune_config(config, steps)
+    parts = compose(config, exam.dataset, exam.problem, make_accelerator(config))
+    if parts.objective.state_dict():
+        text = f"objective '{config.objective.name}' has weights of its own, which are not averaged"
+        raise ConfigError(f"--tune: {text}; leave --tune out")
+    load_plain_(parts.network, weights)
+    enable_(parts.network, config)
+    state = RunState()
+    state.add_line(parts.evaluate(0, True, None, lambda: None).to_json())
+    state.selected = snapshot(parts.network)
+    ignore = Doors(save=lambda state: None, keep_line=lambda line: None, check=lambda: None, watcher=Silent())
+    train(Track(parts, state, ignore))
+    final_network_(parts, state)
+    return parts.network
+
+
+def enable_(network: Network, config: Config) -> None:
+    """Put the weights of a network with fresh quantizers on grids that fit them, in place.
+
+    Raises:
+        ConfigError: the quantizer has no grid right after its start (it freezes weights in stages, or has none).
+    """
+    quantizers = Attached(network)
+    quantizers.enable()
+    if not all(quantizer.packs for quantizer in quantizers.layers.values()):
+        raise ConfigError(f"weights cannot be put on the grid of quantizer '{config.quantizer.name}' at once: no soup")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How members become one network.
+
+    Attributes:
+        pick: which of them take part: "uniform" for all, "greedy" by accuracy on the held-out source images.
+        refit: where the step sizes of a soup start: "mse" for the least squared error of each channel, or "init" as in
+            its members' configuration.
+        tune_steps: updates of a soup on the sources after that.
+    """
+
+    pick: str = "uniform"
+    refit: str = "mse"
+    tune_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One network made of several.
+
+    Attributes:
+        network: in evaluation mode, with quantizers if it is a soup.
+        used: positions of the members that take part.
+    """
+
+    network: Network
+    used: tuple[int, ...]
+
+
+def check_recipe(kind: str, recipe: Recipe) -> None:
+    """Refuse a choice that a kind of ensemble would not read.
+
+    Raises:
+        ConfigError: naming the choice and the kind.
+    """
+    readers = {"pick": ("diwa", "soup"), "refit": ("soup",), "tune_steps": ("soup",)}
+    for name, kinds in readers.items():
+        if kind not in kinds and getattr(recipe, name) != getattr(Recipe(), name):
+            flag = name.removesuffix("_steps")
+            raise ConfigError(f"--{flag} is for --kind {' or '.join(kinds)}; leave it out for '{kind}'")
+
+
+def join(
+    members: Sequence[Member], kind: str, recipe: Recipe, exam: Exam | None, warn: Callable[[str], None]
+) -> Joined:
+    """Return the one network of kind `diwa` or `soup`.
+
+    Args:
+        members: finished runs that may answer together (`member.check_alike`).
+        kind: `diwa` for float weights, `soup` for weights quantized anew.
+        recipe: see there.
+        exam: the sources' images; needed by `greedy` and for tuning.
+        warn: is told of broken checkpoints.
+
+    Raises:
+        ConfigError: members without a common start, buffers that differ, members of a soup with other grids, or a
+            recipe that the quantizer cannot follow or that needs images which are not there.
+        RunError: a member's checkpoints are gone.
+    """
+    check_one_start(members)
+    config = _soup_config(members, recipe) if kind == "soup" else None
+    _check_images(recipe, exam)
+    latents = [read_latent(member, warn) for member in members]
+    used = list(range(len(members)))
+    if recipe.pick == "greedy" and exam is not None:
+        used = greedy(_accuracies(members), lambda chosen: _score(_network(members[0], latents, chosen, config), exam))
+    if config is not None and recipe.tune_steps and exam is not None:
+        network = tune(_mean_of_members(latents, used), config, exam, recipe.tune_steps)
+    else:
+        network = _network(members[0], latents, used, config)
+    return Joined(network.eval(), tuple(used))
+
+
+def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:
+    """Return the configuration of the soup: the first member's, its step sizes starting where the recipe says."""
+    first = members[0]
+    trees = [member.config.quantizer.model_dump(exclude={"start_step", "init"}) for member in members]
+    for member, tree in zip(members, trees, strict=True):
+        for key, value in tree.items():
+            if value != trees[0][key]:
+                text = f"{first.path} and {member.path} differ in quantizer.{key}: {trees[0][key]} and {value}"
+                raise ConfigError(f"{text}. A soup has one grid; make members of one, or --kind eoq")
+    name = first.config.quantizer.name
+    if "calibration_images" in QUANTIZERS[name].reads:
+        text = f"quantizer '{name}' finds its codes from images of the finished model, so the mean of weights has none"
+        raise ConfigError(f"{text}. Make a soup of members of another quantizer, or --kind eoq")
+    if recipe.refit == "mse" and "init" not in QUANTIZERS[name].reads:
+        raise ConfigError(f"quantizer '{name}' has one start of its own: add --refit init")
+    start = {"init": "mse"} if recipe.refit == "mse" else {}
+    return first.config.model_copy(update={"quantizer": first.config.quantizer.model_copy(update=start)})
+
+
+def _check_images(recipe: Recipe, exam: Exam | None) -> None:
+    asked = {"--pick greedy": recipe.pick == "greedy", "--tune": recipe.tune_steps > 0}
+    needy = [flag for flag, given in asked.items() if given]
+    if needy and exam is None:
+        raise ConfigError(f"{needy[0]} needs the images of the source domains: give --data")
+    if needy and exam is not None and not exam.has_source:
+        text = f"{needy[0]} needs source images that no member was trained on, and there are none"
+        raise ConfigError(f"{text}: train the members with one data.trial and without data.train_on_heldout")
+
+
+def _accuracies(members: Sequence[Member]) -> list[float]:
+    return [member.result["source_accuracy"] for member in members]
+
+
+def _score(network: Network, exam: Exam) -> float:
+    place_(network, exam.device).eval()
+    accuracy = mean_accuracy(exam.source(lambda images: network(images)[None]), 0)
+    assert accuracy is not None  # the exam has source images: `_check_images`
+    return accuracy
+
+
+def _mean_of_members(latents: Sequence[Latent], used: Sequence[int]) -> State:
+    return average([latents[index].state for index in used], latents[0].buffers)
+
+
+def _network(member: Member, latents: Sequence[Latent], used: Sequence[int], config: Config | None) -> Network:
+    """Return the float network of the mean weights, or, with the configuration of a soup, the quantized one."""
+    network = empty_network(member.info)
+    network.load_state_dict(_mean_of_members(latents, used))
+    if config is not None:
+        make_quantizer(config.quantizer, network)
+        enable_(network, config)
+    return network
