@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from qtdog.analysis.flatness_study import RADII, FlatnessPlan, measure_flatness
-from qtdog.analysis.passes import losses_by_domain
-from qtdog.analysis.subject import all_images, open_subjects
+from qtdog.analysis.flatness import RADII, FlatnessPlan, measure_flatness
+from qtdog.analysis.subject import all_images, losses_by_domain, open_subjects
 
 
 def arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from qtdog.analysis.bit_choice import Choice, Trial, choose
+from qtdog.analysis.bit_plan import Choice, Trial, choose
 from qtdog.core.errors import RunError
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qtdog.analysis.cam import as_images, heatmaps
-from qtdog.analysis.faithfulness import faithfulness
+from qtdog.analysis.gradcam import as_images, faithfulness, heatmaps
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.feature_maps import Stage
 from qtdog.models.backbones import create_network

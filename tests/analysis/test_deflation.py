@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from qtdog.analysis.deflation import deflated_trace, overlaps
-from qtdog.analysis.hessian_trace import vector_products
-from qtdog.analysis.spectrum import HessianProduct, top_eigenvalues
+from qtdog.analysis.hessian import HessianProduct, deflated_trace, overlaps, top_eigenvalues, vector_products
 
 N = 200
 

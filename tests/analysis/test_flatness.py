@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.directions import filter_direction, random_direction
 from qtdog.analysis.flatness import Flatness, local_flatness, summarise, weight_norm
+from qtdog.analysis.perturb import filter_direction, random_direction
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ModelError
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qtdog.analysis.hessian_trace import block_traces, mean_losses
+from qtdog.analysis.hessian import block_traces, mean_losses
 
 
 def test_a_quadratic_with_a_known_hessian_is_met_within_the_error_bars():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from qtdog.analysis.latent import plain_name
-from qtdog.analysis.noise import N_BINS, describe, kl_to_uniform, layer_noise
+from qtdog.analysis.quantization_noise import N_BINS, describe, kl_to_uniform, layer_noise
+from qtdog.analysis.subject import plain_name
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.quantizers.base import encode
@@ -78,5 +78,5 @@ def test_latent_weights_get_their_plain_names(name: str, plain: str):
 
 @pytest.mark.parametrize("averager", ["sma", "swad"])
 def test_a_fresh_process_knows_the_averager_of_a_run(averager):
-    code = f"from qtdog.analysis.latent import AVERAGERS; AVERAGERS['{averager}']"
+    code = f"from qtdog.analysis.subject import AVERAGERS; AVERAGERS['{averager}']"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtdog.analysis.figures import style
-from qtdog.analysis.outcome import Outcome, write_outcome
-from qtdog.analysis.points import Points
+from qtdog.analysis.results import Outcome, Points, write_outcome
 from qtdog.core.errors import FormatError, RunError
 
 

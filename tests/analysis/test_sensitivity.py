@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.hessian_trace import BlockTrace, mean_losses
-from qtdog.analysis.sensitivity import Sensitivity, cost_table, require_grid, rounding_error, sensitivities
+from qtdog.analysis.hessian import BlockTrace, mean_losses
+from qtdog.analysis.mixed_precision import Sensitivity, cost_table, require_grid, rounding_error, sensitivities
 from qtdog.conversion.attach import attach, find_layers, sites
 from qtdog.core.config import AFTER_TRAINING, QuantizerConfig
 from qtdog.core.errors import ConfigError

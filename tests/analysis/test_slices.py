@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix
 
-from qtdog.analysis.slices import Answer, confusion, slices, surest_mistakes
+from qtdog.analysis.errors_by_domain import Answer, confusion, slices, surest_mistakes
 
 
 def test_the_confusion_is_that_of_scikit_learn():

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qtdog.analysis.hessian_trace import mean_losses, vector_products
-from qtdog.analysis.spectrum import HessianProduct, density, lanczos, top_eigenvalues
+from qtdog.analysis.hessian import HessianProduct, density, lanczos, mean_losses, top_eigenvalues, vector_products
 from qtdog.core.errors import ModelError
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.surface import Plane, across, between, same_statistics
-from qtdog.analysis.surface_study import SurfacePlan
+from qtdog.analysis.loss_surface import Plane, SurfacePlan, across, between, same_statistics
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.training.batch_norm import estimate_statistics_
 

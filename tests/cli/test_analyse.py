@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qtdog.analysis import flatness_study, hessian_study
+from qtdog.analysis import flatness as flatness_study
+from qtdog.analysis import hessian as hessian_study
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qtdog.analysis import bit_trials
+from qtdog.analysis import bit_search as bit_trials
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError, Interrupted
 from qtdog.training import loop as loop_module

@@ -1,8 +1,8 @@
-"""A finished run as the subject of an analysis: its model, the roles of the domains, a fixed subset of the images."""
+"""A finished run as the subject of an analysis: its model, latent weights, roles of domains, a subset of images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError, DataError, RunError
@@ -20,8 +21,63 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256
 from qtdog.data.open import open_readable
 from qtdog.runs.folder import RunFolder
+from qtdog.training.build import AVERAGERS
+from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
 from qtdog.training.load import ShippedModel, load
 from qtdog.training.protocol import Problem, make_problem, open_inputs
+
+
+def latent_weights(folder: RunFolder, config: Config) -> dict[str, Tensor]:
+    """Return the weights before rounding by the names of the plain network: of the selected checkpoint, or the average.
+
+    Args:
+        folder: of a finished run.
+        config: its configuration.
+
+    Raises:
+        RunError: the run kept no checkpoint, or none with the weights that were shipped.
+        FormatError: the checkpoint is broken.
+    """
+    kept = checkpoint_folders(folder.checkpoints)
+    if not kept:
+        text = f"{folder.path} has no checkpoint, and only there are the weights before rounding"
+        raise RunError(f"{text}. Copy the run with its checkpoint/ folder, or train it again.")
+    state = shipped_state(kept[-1], config)
+    return {plain_name(name): value for name, value in state.items()}
+
+
+def shipped_state(place: Path, config: Config) -> dict[str, Tensor]:
+    """Return the state, with quantizers, that the shipped file was made of.
+
+    Raises:
+        RunError: the checkpoint holds no selected state.
+        FormatError: the checkpoint is broken.
+    """
+    checkpoint = read_checkpoint(place)
+    averaged = _average(checkpoint, config)
+    if averaged is not None:
+        return checkpoint.tensors["network"] | averaged
+    if "selected" not in checkpoint.tensors:
+        raise RunError(f"{place} holds no selected weights: the run has not come to its end")
+    return checkpoint.tensors["selected"]
+
+
+def _average(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor] | None:
+    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
+    return averager.final()
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a latent weight has without quantizers; any other name as it is.
+
+    Example:
+        >>> plain_name("featurizer.conv.parametrizations.weight.original")
+        'featurizer.conv.weight'
+    """
+    head, found, tail = name.rpartition("parametrizations.")
+    return head + tail.removesuffix(".original") if found and tail.endswith(".original") else name
+
 
 ID_DIGITS = 12
 
@@ -219,3 +275,63 @@ def training_images(subject: Subject, n: int, seed: int) -> Images:
         for domain, pool in pools.items()
     ]
     return _gathered(subject, np.concatenate(drawn))
+
+
+BATCH = 128
+
+
+def batches(model: ShippedModel, images: Images, *, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images, labels) as the model takes them, on its device, in order."""
+    device = next(model.network.parameters()).device
+    for pixels, labels in zip(images.pixels.split(size), images.labels.split(size), strict=True):
+        yield model.prepare(pixels).to(device), labels.to(device)
+
+
+@torch.no_grad()
+def logits(model: ShippedModel, images: Images, *, check: Callable[[], None] = lambda: None) -> Tensor:
+    """Return the logits (n, n_classes) of images, on the CPU.
+
+    Args:
+        model: in evaluation mode.
+        images: as they are stored.
+        check: called before each batch; may raise to break off.
+    """
+    answers = []
+    for prepared, _ in batches(model, images):
+        check()
+        answers.append(model(prepared).float().cpu())
+    return torch.cat(answers)
+
+
+def losses_by_domain(
+    model: ShippedModel, domains: Mapping[str, Images], *, check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Return the mean cross-entropy of each domain: one pass over all its images.
+
+    Raises:
+        whatever `check` raises.
+    """
+    return {
+        domain: functional.cross_entropy(logits(model, images, check=check).double(), images.labels).item()
+        for domain, images in domains.items()
+    }
+
+
+def role_mean(losses: Mapping[str, float | str], domains: tuple[str, ...]) -> float:
+    """Return the mean over some domains, each counting once whatever its size; losses may be a row of `points.csv`.
+
+    Example:
+        >>> role_mean({"a": 1.0, "b": "2.0", "c": 9.0}, ("a", "b"))
+        1.5
+    """
+    return sum(float(losses[domain]) for domain in domains) / len(domains)
+
+
+def shift(progress: Progress, before: int, total: int) -> Progress:
+    """Return the progress of a part, told as progress of the whole: (done, n) becomes (before + done, total).
+
+    Example:
+        >>> shift(lambda done, total: print(done, total), 10, 30)(5, 10)
+        15 30
+    """
+    return None if progress is None else lambda done, n: progress(before + done, total)

@@ -33,7 +33,7 @@ def cam(
 
       qtdog analyse cam runs/float runs/lsq --stage -2 --images 64 --shown 4
     """
-    from qtdog.analysis.cam_study import CamPlan, measure_cam
+    from qtdog.analysis.gradcam import CamPlan, measure_cam
     from qtdog.cli.progress import CountingBar
 
     plan = CamPlan(domain, images, shown, stage, seed)

@@ -34,7 +34,7 @@ def flatness(
 
       qtdog analyse flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
     """
-    from qtdog.analysis.flatness_study import FlatnessPlan, measure_flatness
+    from qtdog.analysis.flatness import FlatnessPlan, measure_flatness
     from qtdog.cli.progress import CountingBar
 
     asked = {"absolute": parse_numbers(radii, "--radii"), "filter": parse_numbers(filter_radii, "--filter-radii")}

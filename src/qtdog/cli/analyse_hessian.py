@@ -40,7 +40,7 @@ def hessian(
 
       qtdog analyse hessian runs/float runs/lsq --images 32 --probes 0
     """
-    from qtdog.analysis.hessian_study import HessianPlan, measure_hessian
+    from qtdog.analysis.hessian import HessianPlan, measure_hessian
     from qtdog.cli.progress import CountingBar
 
     plan = HessianPlan(

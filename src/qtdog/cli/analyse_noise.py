@@ -15,7 +15,7 @@ def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
 
       qtdog analyse noise runs/lsq runs/lsq-4bit --json
     """
-    from qtdog.analysis.noise_study import ALL, measure_noise
+    from qtdog.analysis.quantization_noise import ALL, measure_noise
     from qtdog.cli.progress import CountingBar
 
     folder = out / "noise"

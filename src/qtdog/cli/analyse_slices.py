@@ -26,7 +26,7 @@ def slices(
 
       qtdog analyse slices runs/lsq --images 256 --mistakes 12
     """
-    from qtdog.analysis.slices_study import measure_slices
+    from qtdog.analysis.errors_by_domain import measure_slices
     from qtdog.cli.progress import CountingBar
 
     folder = out / "slices"

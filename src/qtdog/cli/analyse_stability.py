@@ -14,7 +14,7 @@ def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = F
     Example:
       qtdog analyse stability runs/float runs/lsq runs/lsq-swad
     """
-    from qtdog.analysis.stability_study import measure_stability
+    from qtdog.analysis.stability import measure_stability
 
     folder = out / "stability"
     said = measure_stability(runs, labels_of(runs), folder, seed=seed)

@@ -30,7 +30,7 @@ def surface(
 
       qtdog analyse surface runs/float runs/lsq --out analyses/between
     """
-    from qtdog.analysis.surface_study import SurfacePlan, measure_surface
+    from qtdog.analysis.loss_surface import SurfacePlan, measure_surface
     from qtdog.cli.progress import CountingBar
 
     plan = SurfacePlan(2 if plane else 1, points, reach, images, seed)

@@ -143,8 +143,8 @@ def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
 
 
 def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
-    from qtdog.analysis.bit_choice import choose
-    from qtdog.analysis.bit_trials import BitTrials
+    from qtdog.analysis.bit_plan import choose
+    from qtdog.analysis.bit_search import BitTrials
     from qtdog.cli.console import err
     from qtdog.cli.progress import CountingBar
 
@@ -174,7 +174,7 @@ def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
 
 
 def _mixed(plan: BitPlan, budget: float, n_vectors: int, folder: Path) -> dict[str, Any]:
-    from qtdog.analysis.layer_choice import choose_layer_bits, uniform_candidate
+    from qtdog.analysis.bit_search import choose_layer_bits, uniform_candidate
     from qtdog.cli.console import SPEAKS, err
     from qtdog.cli.progress import CountingBar
     from qtdog.core.files import write_atomic

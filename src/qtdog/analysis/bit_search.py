@@ -1,0 +1,275 @@
+"""Train or price every candidate of a bit plan on the sources alone, and choose; the target is not in sight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+
+from qtdog.analysis.bit_plan import BitPlan, Trial, place
+from qtdog.analysis.flatness import Flatness, local_flatness, weight_norm
+from qtdog.analysis.hessian import mean_losses
+from qtdog.analysis.mixed_precision import Sensitivity, assign_bits, average_bits, cost_table, sensitivities
+from qtdog.core.config import Config, config_hash
+from qtdog.core.errors import CollapseError, NonFiniteLossError
+from qtdog.core.files import write_atomic
+from qtdog.core.progress import Progress
+from qtdog.core.random import numpy_stream
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.decoded_cache import open_cache
+from qtdog.data.loader import eval_batches
+from qtdog.models.backbones import preprocessing
+from qtdog.models.network import Network
+from qtdog.runs.folder import RunFolder
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.checkpoint import Checkpoint
+from qtdog.training.components import Parts
+from qtdog.training.evaluation import Evaluator
+from qtdog.training.fork import prefix_config, train_prefix
+from qtdog.training.load import load
+from qtdog.training.protocol import Problem, make_problem
+from qtdog.training.resume import load_plain_
+from qtdog.training.run import Voice, run
+from qtdog.training.signals import StopRequest
+
+N_IMAGES = 128  # training images of each source domain for the curvature
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Bits for each layer.
+
+    Attributes:
+        layers: what rounding each one is expected to cost.
+        candidates: bit-widths, in the order of `Sensitivity.errors`.
+        bits: of each layer.
+        budget: bits per quantized weight that were allowed.
+    """
+
+    layers: tuple[Sensitivity, ...]
+    candidates: tuple[int, ...]
+    bits: tuple[int, ...]
+    budget: float
+
+    @property
+    def average_bits(self) -> float:
+        """Bits per quantized weight that are used."""
+        return average_bits(self.bits, [layer.curvature.n_weights for layer in self.layers])
+
+    @property
+    def cost(self) -> float:
+        """Ω, twice the expected rise of the loss."""
+        return sum(self.cost_of(bits, layer) for bits, layer in zip(self.bits, self.layers, strict=True))
+
+    def cost_of(self, bits: int, layer: Sensitivity) -> float:
+        """Return Ω of one layer at one of the candidates."""
+        return layer.costs[self.candidates.index(bits)]
+
+    def uniform_cost(self, bits: int) -> float:
+        """Return Ω with one of the candidates for all layers."""
+        return sum(self.cost_of(bits, layer) for layer in self.layers)
+
+    def layer_bits(self) -> dict[str, int]:
+        """Return bits by layer name; a name comes before those that lie below it, since the last pattern counts."""
+        table = {name: bits for layer, bits in zip(self.layers, self.bits, strict=True) for name in layer.names}
+        return dict(sorted(table.items(), key=lambda item: item[0].count(".")))
+
+    def to_yaml(self) -> str:
+        """Return a preset that sets `quantizer.layer_bits`."""
+        head = f"# Bits per layer under a budget of {self.budget:g} per weight; {self.average_bits:.2f} are used.\n"
+        return head + yaml.safe_dump({"quantizer": {"layer_bits": self.layer_bits()}}, sort_keys=False)
+
+
+def choose_layer_bits(
+    plan: BitPlan,
+    budget: float,
+    out: Path,
+    *,
+    n_vectors: int = 20,
+    voice: Voice | None = None,
+    progress: Progress = None,
+) -> LayerChoice:
+    """Return the bits of each layer that cost least under a budget.
+
+    The float part of `plan.config` is trained on all sources (once, kept below `out`); each layer's cost is
+    `analysis.mixed_precision`'s, with the Hessian of the mean loss over the source domains, each counting once, on training
+    images that are not augmented; the budget is met exactly (`analysis.mixed_precision`).
+
+    Args:
+        plan: configuration, sources and candidates.
+        budget: bits per quantized weight.
+        out: folder of the float run.
+        n_vectors: random vectors of the curvature.
+        voice: how the run speaks to the user.
+        progress: is told of batches of images.
+
+    Raises:
+        ConfigError: the budget is below the smallest candidate, or as in `sensitivities`.
+        Interrupted, RunError, DataError, ModelError: as in `training.fork.train_prefix`.
+    """
+    assign_bits(np.zeros((1, len(plan.candidates))), [1], plan.candidates, budget)  # a wrong budget shows at once
+    prefix = train_prefix(plan.config, plan.sources, RunFolder(out / "float"), voice=voice)
+    layers = _sensitivities(plan, prefix, n_vectors, progress)
+    n_weights = [layer.curvature.n_weights for layer in layers]
+    bits = assign_bits(cost_table(layers), n_weights, plan.candidates, budget)
+    return LayerChoice(tuple(layers), plan.candidates, tuple(bits), budget)
+
+
+def _sensitivities(plan: BitPlan, prefix: Checkpoint, n_vectors: int, progress: Progress) -> list[Sensitivity]:
+    config = prefix_config(plan.config)
+    problem = make_problem(config, plan.sources)
+    parts = compose(config, plan.sources, problem, make_accelerator(config))
+    load_plain_(parts.network, prefix.tensors["network"])
+    with StopRequest() as stop:
+        losses = _losses(parts, problem, stop, progress)
+        how, seed = plan.config.quantizer, config.train.seed
+        return sensitivities(parts.network, losses, how, plan.candidates, n_vectors=n_vectors, seed=seed)
+
+
+def _losses(parts: Parts, problem: Problem, stop: StopRequest, progress: Progress) -> Iterator[tuple[Tensor, float]]:
+    """Yield the losses of every source domain's images; each domain weighs the same."""
+    drawn = [_drawn(parts.config.train.seed, domain, pool) for domain, pool in problem.train_pools().items()]
+    total, done = sum(-(-len(indices) // BATCH) for indices in drawn), 0
+    for indices in drawn:
+        images = parts.batches
+        batches = eval_batches(
+            images.cache, indices, images.class_index, batch_size=BATCH, mean=images.mean, std=images.std
+        )
+        for loss, share in mean_losses(parts.network, batches, len(indices)):
+            stop.check()
+            yield loss, share / len(drawn)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+
+def _drawn(seed: int, domain: str, pool: np.ndarray) -> np.ndarray:
+    order = numpy_stream(seed, "curvature", domain).permutation(len(pool))
+    return np.sort(pool[order[:N_IMAGES]])
+
+
+def uniform_candidate(candidates: Sequence[int], budget: float) -> int:
+    """Return the most bits that all layers could have under a budget.
+
+    Example:
+        >>> uniform_candidate([8, 6, 4], 7.5)
+        6
+    """
+    return max(bits for bits in candidates if bits <= budget)
+
+
+GAMMA_FRAC = 0.05  # of the length of the float weights: the radius if none is given
+
+
+@dataclass(frozen=True)
+class BitTrials:
+    """Runs a plan.
+
+    Attributes:
+        plan: what is tried.
+        out: folder of all runs.
+        voice: how the runs speak to the user.
+        say: is told in a line what begins.
+        measuring: is told of the random directions of each flatness.
+    """
+
+    plan: BitPlan
+    out: Path
+    voice: Voice = field(default_factory=Voice)
+    say: Callable[[str], None] = lambda text: None
+    measuring: Progress = None
+
+    def run(self) -> list[Trial]:
+        """Return the trial of every candidate without every source domain; what is finished is not done again.
+
+        Raises:
+            Interrupted: a signal asked to stop; calling again goes on.
+            RunError: a folder below `out` is in use or holds another run, or the disk is full.
+            ConfigError, DataError, ModelError: as in `training.run.run`.
+        """
+        return [trial for left_out in self.plan.sources.domains for trial in self._without(left_out)]
+
+    def _without(self, left_out: str) -> list[Trial]:
+        plan = self.plan
+        self.say(f"without {left_out}: {plan.start:,} float steps")
+        shared = plan.trial_config(left_out, plan.candidates[0])
+        prefix = train_prefix(shared, plan.sources, RunFolder(place(self.out, left_out, "float")), voice=self.voice)
+        trials = []
+        for bits in plan.candidates:
+            self.say(f"without {left_out}: {plan.steps_each:,} steps with {bits} bits")
+            folder = RunFolder(place(self.out, left_out, f"{bits}-bit"))
+            trials.append(self._trial(plan.trial_config(left_out, bits), prefix, folder))
+        return trials
+
+    def _trial(self, config: Config, prefix: Checkpoint, folder: RunFolder) -> Trial:
+        asked = {"config_hash": config_hash(config), "gamma": self.plan.gamma, "n_directions": self.plan.n_directions}
+        file = folder.path / "trial.json"
+        if file.is_file() and (kept := json.loads(file.read_text()))["asked"] == asked:
+            return Trial(**kept["trial"])
+        accelerator = make_accelerator(config)
+        trial = self._made(config, prefix, folder, accelerator)
+        if accelerator.is_main_process:
+            write_atomic(file, json.dumps({"asked": asked, "trial": asdict(trial)}, indent=1))
+        accelerator.wait_for_everyone()
+        return trial
+
+    def _made(self, config: Config, prefix: Checkpoint, folder: RunFolder, accelerator: Accelerator) -> Trial:
+        """Train one candidate and measure it; one that collapses has no accuracy, and the others go on."""
+        bits, left_out = config.quantizer.bits, config.data.target
+        try:
+            result = run(config, self.plan.sources, folder, resume=True, voice=self.voice, fork_from=prefix)
+        except (CollapseError, NonFiniteLossError) as error:
+            self.voice.warn(f"{bits} bits without {left_out}: {error}")
+            return Trial(bits, left_out, failed=str(error))
+        network = load(folder.model_file, device=accelerator.device).network
+        gamma = self.plan.gamma or GAMMA_FRAC * float_norm(network, prefix)
+        flat = self._flatness(config, network, gamma, accelerator)
+        return Trial(bits, left_out, result["test_accuracy"], **_numbers(flat), n_bytes=result["size"]["bytes"])
+
+    def _flatness(self, config: Config, network: Network, gamma: float, accelerator: Accelerator) -> Flatness:
+        loss = source_loss(config, self.plan.sources, network, accelerator)
+        with StopRequest() as stop:
+
+            def watched() -> float:
+                if accelerator.num_processes == 1:  # one of several would leave the others waiting
+                    stop.check()
+                return loss()
+
+            n_directions, seed = self.plan.n_directions, config.train.seed
+            (flat,) = local_flatness(
+                network, watched, [gamma], n_directions=n_directions, seed=seed, progress=self.measuring
+            )
+        return flat
+
+
+def _numbers(flat: Flatness) -> dict[str, Any]:
+    return {"flatness": flat.increase, "flatness_error": flat.standard_error, "gamma": flat.gamma}
+
+
+def float_norm(network: Network, prefix: Checkpoint) -> float:
+    """Return the length of all parameters of the float run joined: one scale for all candidates that began from it."""
+    own = {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(prefix.tensors["network"])
+    norm = weight_norm(network)
+    network.load_state_dict(own)
+    return norm
+
+
+def source_loss(
+    config: Config, dataset: DomainDataset, network: Network, accelerator: Accelerator
+) -> Callable[[], float]:
+    """Return a function that gives a network's mean cross-entropy on the held-out images of the training sources."""
+    problem = make_problem(config, dataset)
+    cache = open_cache(dataset, config.data.image_size)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
+    evaluator = Evaluator(network, accelerator, cache, dataset.class_index, problem, "target", mean, std)
+    images = np.concatenate(list(problem.selection_sets().values()))
+    return lambda: evaluator.score(images).loss
