@@ -34,12 +34,12 @@ from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
 from qtdog.ensemble.evaluation import Exam, open_exam
 from qtdog.ensemble.members import read_member
-from qtdog.export.bench import Bench, Measured, Plan, bench
-from qtdog.export.bench_stats import spread
+from qtdog.export.benchmark import Bench, Measured, Plan, bench
+from qtdog.export.benchmark_statistics import spread
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
-from qtdog.export.subject import Subject, read_subject
+from qtdog.export.source import Subject, read_subject
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import save
 from qtdog.export.images import LabelledImages
-from qtdog.export.subject import Subject, read_subject
+from qtdog.export.source import Subject, read_subject
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import save_ensemble

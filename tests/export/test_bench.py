@@ -17,17 +17,15 @@ import pytest
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, FormatError, RunError
-from qtdog.export import bench as bench_module
-from qtdog.export.bench import Plan, bench, choose_runtimes, file_bytes, model_file
-from qtdog.export.bench_machine import cpu_features
-from qtdog.export.bench_operators import count_operators
-from qtdog.export.bench_plot import plot_bench
-from qtdog.export.bench_stats import Turn, pareto, summarise
-from qtdog.export.bench_worker import Job, Opened, serve
+from qtdog.export import benchmark as bench_module
+from qtdog.export.benchmark import Plan, bench, choose_runtimes, file_bytes, model_file, plot_bench
+from qtdog.export.benchmark_machine import count_operators, cpu_features
+from qtdog.export.benchmark_statistics import Turn, pareto, summarise
+from qtdog.export.benchmark_worker import Job, Opened, serve
 from qtdog.export.export import export
 from qtdog.export.images import LabelledImages
 from qtdog.export.runtimes import open_runtime
-from qtdog.export.subject import read_subject
+from qtdog.export.source import read_subject
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.packed_file import PackedModel, save_packed
@@ -92,7 +90,7 @@ def test_memory_that_is_given_back_counts_for_the_peak():
     # in a process of its own: in one that runs tests, pages come and go beside it
     lines = [
         "import numpy as np",
-        "from qtdog.export.bench_machine import peak_memory, reset_peak_memory",
+        "from qtdog.export.benchmark_machine import peak_memory, reset_peak_memory",
         "before = reset_peak_memory()",
         "block = np.ones(200_000_000, dtype=np.uint8)",
         "del block",

@@ -8,10 +8,10 @@ from qtdog.core.errors import ConfigError
 from qtdog.ensemble.cascade import ask
 from qtdog.ensemble.evaluation import answers
 from qtdog.ensemble.model import load_ensemble_model
-from qtdog.export.deployed import ASKED, OUTPUTS
 from qtdog.export.export import export
+from qtdog.export.inference_module import ASKED, OUTPUTS
 from qtdog.export.runtimes import open_runtime, open_subject
-from qtdog.export.subject import Subject, read_subject
+from qtdog.export.source import Subject, read_subject
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 
 

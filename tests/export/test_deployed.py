@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtdog.ensemble.evaluation import answers
-from qtdog.export.deployed import OUTPUTS, Deployed
+from qtdog.export.inference_module import OUTPUTS, Deployed
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
 from qtdog.training.load import Preprocessing, load

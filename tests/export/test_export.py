@@ -12,14 +12,14 @@ from torch import nn
 
 from qtdog.cli.predict import predictions
 from qtdog.core.errors import DataError, ModelError, RunError
-from qtdog.export.deployed import OUTPUTS, Deployed
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
+from qtdog.export.inference_module import OUTPUTS, Deployed
 from qtdog.export.info import KEY
 from qtdog.export.integer_weight import SAFE
 from qtdog.export.runtimes import open_runtime
-from qtdog.export.subject import Subject, read_subject
+from qtdog.export.source import Subject, read_subject
 from qtdog.models.network import Network
 from qtdog.training.load import load
 

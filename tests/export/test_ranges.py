@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.export.ranges import N_BINS, Range, best_range, measure_ranges
+from qtdog.export.int8 import N_BINS, Range, best_range, measure_ranges
 
 
 @given(st.floats(-100, 0), st.floats(0, 100))

@@ -7,7 +7,7 @@ from torch import nn
 from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
 from qtdog.ensemble.model import load_any
-from qtdog.export.subject import read_subject
+from qtdog.export.source import read_subject
 from qtdog.models.backbones import SPARE_VALUES, at_most, create_network
 
 MAX_GROWTH_KIB = 100_000

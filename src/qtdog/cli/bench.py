@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.export.bench import Bench, Measured
-    from qtdog.export.bench_stats import Spread
-    from qtdog.export.bench_worker import Opened
+    from qtdog.export.benchmark import Bench, Measured
+    from qtdog.export.benchmark_statistics import Spread
+    from qtdog.export.benchmark_worker import Opened
     from qtdog.export.images import LabelledImages
     from qtdog.training.load import ModelInfo
 
@@ -55,8 +55,8 @@ def bench(
     from qtdog.cli.console import print_json
     from qtdog.cli.progress import CountingBar
     from qtdog.core.errors import ConfigError
-    from qtdog.export.bench import Plan
-    from qtdog.export.bench import bench as measure
+    from qtdog.export.benchmark import Plan
+    from qtdog.export.benchmark import bench as measure
 
     if domain is not None and data is None:
         raise ConfigError("--domain says where to measure accuracy: give --data too")
@@ -105,7 +105,7 @@ def _keep(found: Bench, folder: Path) -> None:
     import json
 
     from qtdog.core.files import write_atomic
-    from qtdog.export.bench_plot import plot_bench
+    from qtdog.export.benchmark import plot_bench
 
     write_atomic(folder / "bench.json", json.dumps(found.to_json(), indent=1))
     plot_bench(found, folder / "bench.png")

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from qtdog.data.dataset import DomainDataset
     from qtdog.export.export import Exported
-    from qtdog.export.subject import Subject
+    from qtdog.export.source import Subject
 
 MODEL = "A .safetensors file of 'qtdog train' or 'ensemble', or the folder that it is in."
 FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
@@ -55,7 +55,7 @@ def export(
     from qtdog.export.export import export as write
     from qtdog.export.formats import FORMATS, format_for
     from qtdog.export.images import Draw, draw_images
-    from qtdog.export.subject import read_subject
+    from qtdog.export.source import read_subject
 
     name = format_for(name, out)
     if out.is_dir() or not _is_place(out.parent):

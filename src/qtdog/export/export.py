@@ -14,20 +14,17 @@ import torch
 
 from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
-from qtdog.export.activations import make_plan
-from qtdog.export.deployed import Deployed
 from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
+from qtdog.export.inference_module import Deployed
 from qtdog.export.info import ExportInfo
+from qtdog.export.int8 import make_plan, measure_ranges, quantize_
 from qtdog.export.integer_weight import IntegerWeight
-from qtdog.export.joined_graph import join
+from qtdog.export.onnx_ensemble import join
 from qtdog.export.onnx_graph import find_codes, member_graphs, store_integers_
 from qtdog.export.parity import Parity, compare
-from qtdog.export.qdq import quantize_
-from qtdog.export.ranges import measure_ranges
-from qtdog.export.runtime_onnx import open_points
-from qtdog.export.runtimes import open_runtime, open_subject
-from qtdog.export.subject import Subject
+from qtdog.export.runtimes import open_points, open_runtime, open_subject
+from qtdog.export.source import Subject
 
 Told = Callable[[int, int], None] | None
 Watch = Callable[[str], Told]

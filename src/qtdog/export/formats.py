@@ -10,11 +10,11 @@ from typing import Any
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import Registry
 from qtdog.export.info import ExportInfo
+from qtdog.export.onnx_graph import save_onnx
+from qtdog.export.openvino import save_openvino
 from qtdog.export.parity import FLOAT, INTEGER, Limits
-from qtdog.export.save_onnx import save_onnx
-from qtdog.export.save_openvino import save_openvino
-from qtdog.export.save_torch import save_executorch, save_program
-from qtdog.export.subject import Subject
+from qtdog.export.source import Subject
+from qtdog.export.torch_export import save_executorch, save_program
 
 Save = Callable[[Subject, Any, Path, ExportInfo], None]
 

@@ -1,13 +1,43 @@
-"""What an exported file says of itself."""
+"""What an exported file says of itself, and the optional libraries of this room."""
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qtdog.core.errors import FormatError
+from qtdog.core.errors import FormatError, extra
 from qtdog.training.load import Preprocessing
+
+EXTRAS = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "executorch": "executorch",
+}
+
+
+def library(name: str) -> ModuleType:
+    """Return an optional library.
+
+    Args:
+        name: of the module, or of one inside it (`onnxscript.optimizer`).
+
+    Raises:
+        ModelError: it is not installed; the text says how to install it.
+
+    Example:
+        >>> library("onnx").__name__
+        'onnx'
+    """
+    root = name.partition(".")[0]
+    with extra(EXTRAS[root], f"this needs the library {root}, which cannot be imported"):
+        return importlib.import_module(name)
+
 
 KEY = "qtdog"
 """Under this name the description lies in the metadata of an exported file, as JSON."""

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.progress import Progress
-from qtdog.export.deployed import ASKED
 from qtdog.export.images import LabelledImages
+from qtdog.export.inference_module import ASKED
 
 Ask = Callable[[npt.NDArray[np.uint8]], dict[str, Any]]
 BATCH = 32

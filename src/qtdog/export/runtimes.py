@@ -1,22 +1,146 @@
-"""Opening a model file, packed or exported, in a runtime: one way to ask them all."""
+"""Open a model file, packed or exported, in a runtime: one way to ask them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from qtdog.core.errors import ConfigError, FormatError, unknown
-from qtdog.export.info import ExportInfo
-from qtdog.export.runtime_executorch import open_executorch
-from qtdog.export.runtime_onnx import open_onnxruntime
-from qtdog.export.runtime_openvino import open_openvino
-from qtdog.export.runtime_torch import open_module, open_packed, open_program
-from qtdog.export.subject import Subject
+from qtdog.core.errors import ConfigError, FormatError, ModelError, unknown
+from qtdog.export.executorch import open_executorch
+from qtdog.export.info import KEY, ExportInfo, library, parse_info
+from qtdog.export.openvino import open_openvino
+from qtdog.export.source import Subject, read_subject
+from qtdog.models.network import place_
+
+QUIET = 3  # onnxruntime's level "error"
+
+
+def open_onnxruntime(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any], list[Any]], Any]:
+    """Return description, function and session of an .onnx file.
+
+    Args:
+        path: the file.
+        threads: that one call may use.
+
+    Raises:
+        FormatError: damaged, or not made by qtdog.
+        ModelError: onnxruntime is not installed, or has no implementation of an operator.
+    """
+    ort = library("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = QUIET
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes share no base but this
+        raise _explained(path, error) from error
+    info = parse_info(path, session.get_modelmeta().custom_metadata_map.get(KEY))
+    name = session.get_inputs()[0].name
+    return info, lambda images: session.run(None, {name: images}), session
+
+
+def _explained(path: Path, error: Exception) -> FormatError | ModelError:
+    said = str(error).strip().splitlines()[0]
+    if "NOT_IMPLEMENTED" in said:
+        return ModelError(f"onnxruntime lacks an operator of {path}: {said}")
+    return FormatError(f"{path} cannot be opened by onnxruntime: {said}")
+
+
+def open_points(graph: Any, names: Sequence[str]) -> Callable[[Any], list[Any]]:
+    """Return a function from images to the values of some activations of a graph.
+
+    Args:
+        graph: an `onnx_ir.Model` from images.
+        names: of the activations.
+
+    Raises:
+        ModelError: onnxruntime is not installed, or has no implementation of an operator.
+    """
+    ort, onnx, ir = library("onnxruntime"), library("onnx"), library("onnx_ir")
+    proto = ir.to_proto(graph)
+    known = {output.name for output in proto.graph.output}
+    float32 = onnx.TensorProto.FLOAT
+    proto.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, float32, None) for name in names if name not in known
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = QUIET
+    try:
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes share no base but this
+        raise _explained(Path("the graph"), error) from error
+    source = session.get_inputs()[0].name
+    return lambda images: session.run(list(names), {source: images})
+
+
+EXTRA_FILE = "qtdog.json"
+
+Opened = tuple[ExportInfo, Callable[[Any], list[Any]], Any]
+
+
+def open_packed(path: Path, threads: int) -> Opened:
+    """Return description, function and module of a packed file: plain float32 layers, run one by one.
+
+    Raises:
+        FormatError: no sound packed file.
+        ModelError: its backbone is not known here, or does not fit.
+    """
+    return open_module(read_subject(path), threads)
+
+
+def open_module(subject: Subject, threads: int) -> Opened:
+    """Return description, function and module of a packed file's content.
+
+    Raises:
+        ModelError: its backbone is not known here, or does not fit.
+    """
+    module = subject.module()
+    for network in module.members:
+        place_(network, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    return _opened(subject.info("packed"), module, threads)
+
+
+def open_program(path: Path, threads: int) -> Opened:
+    """Return description, function and module of a .pt2 file.
+
+    A .pt2 is a zip of tensors and a description of the graph, parts of which torch may read with pickle: open none that
+    you do not trust. A file that does not say that `qtdog export` made it is refused, but anybody can say so.
+
+    Raises:
+        FormatError: damaged, or not made by qtdog.
+    """
+    extra = {EXTRA_FILE: ""}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not any(name.endswith(EXTRA_FILE) for name in names):
+            raise FormatError(f"{path} does not say what it is (no {EXTRA_FILE} inside): make it with 'qtdog export'")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecations inside torch
+            program = torch.export.load(path, extra_files=extra)
+    except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, OSError) as error:
+        raise FormatError(f"{path} cannot be opened by torch.export: {error}") from error
+    return _opened(parse_info(path, extra[EXTRA_FILE]), program.module(), threads)
+
+
+def _opened(info: ExportInfo, module: Any, threads: int) -> Opened:
+    torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def run(images: Any) -> list[Any]:
+        return [output.numpy() for output in module(torch.from_numpy(images))]
+
+    return info, run, module
+
 
 Pixels = npt.NDArray[np.uint8]
 Outputs = dict[str, npt.NDArray[np.float32]]

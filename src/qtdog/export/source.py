@@ -11,7 +11,7 @@ from typing import Any
 from qtdog.conversion.save import fill
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.deployed import ASKED, OUTPUTS, Deployed
+from qtdog.export.inference_module import ASKED, OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed

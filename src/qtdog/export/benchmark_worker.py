@@ -13,12 +13,10 @@ import numpy.typing as npt
 
 from qtdog.core.errors import ConfigError, ModelError, QtdogError
 from qtdog.core.random import numpy_stream
-from qtdog.export.bench_machine import peak_memory, reset_peak_memory
-from qtdog.export.bench_operators import Operators, count_operators
-from qtdog.export.bench_stats import Turn
-from qtdog.export.deployed import ASKED
-from qtdog.export.info import ExportInfo
-from qtdog.export.libraries import library
+from qtdog.export.benchmark_machine import Operators, count_operators, peak_memory, reset_peak_memory
+from qtdog.export.benchmark_statistics import Turn
+from qtdog.export.inference_module import ASKED
+from qtdog.export.info import ExportInfo, library
 from qtdog.export.runtimes import OpenModel, open_runtime
 
 MIN_CALLS, MIN_TURN_S = 3, 0.15

@@ -1,14 +1,16 @@
-"""ONNX files and OpenVINO IR in OpenVINO."""
+"""OpenVINO: write IR (an .xml and a .bin beside it), and run ONNX files and IR."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qtdog.core.errors import FormatError
-from qtdog.export.info import KEY, ExportInfo, parse_info
-from qtdog.export.libraries import library
+from qtdog.core.errors import FormatError, ModelError
+from qtdog.export.info import KEY, ExportInfo, library, parse_info
+from qtdog.export.onnx_graph import to_bytes
+from qtdog.export.source import Subject
 
 # where the processor has bfloat16, OpenVINO computes in it unless told otherwise, and logits move by 0.2
 PRECISION = "f32"
@@ -54,3 +56,23 @@ def read_text(model: Any, path: Path) -> str | None:
         entries = onnx.load(path, load_external_data=False).metadata_props
         return next((entry.value for entry in entries if entry.key == KEY), None)
     return model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
+
+
+def save_openvino(subject: Subject, graph: Any, path: Path, info: ExportInfo) -> None:
+    """Write an ONNX graph as OpenVINO IR with its description in the runtime information.
+
+    Raises:
+        ModelError: the openvino extra is not installed, or OpenVINO lacks an operator; the text names it.
+    """
+    openvino = library("openvino")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "graph.onnx"
+        source.write_bytes(to_bytes(subject, graph, info))
+        try:
+            model = openvino.convert_model(source)
+        except Exception as error:  # OpenVINO's own classes share no base but this
+            said = " ".join(str(error).split())[:400]
+            raise ModelError(f"OpenVINO cannot convert {subject.path}: {said}") from error
+        model.set_rt_info(info.model_dump_json(), KEY)
+        # float16 would move the logits, and the weights are integers already
+        openvino.save_model(model, path, compress_to_fp16=False)

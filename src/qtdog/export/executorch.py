@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from qtdog.core.errors import FormatError
-from qtdog.export.info import KEY, ExportInfo, parse_info
-from qtdog.export.libraries import library
+from qtdog.export.info import KEY, ExportInfo, library, parse_info
 
 
 def open_executorch(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any], list[Any]], Any]:

@@ -11,12 +11,11 @@ from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor, scale_shape
-from qtdog.export.deployed import Deployed
-from qtdog.export.info import KEY, ExportInfo
-from qtdog.export.libraries import library
+from qtdog.export.inference_module import Deployed
+from qtdog.export.info import KEY, ExportInfo, library
 from qtdog.export.onnx_graph import quiet, unsupported
-from qtdog.export.runtime_torch import EXTRA_FILE
-from qtdog.export.subject import Subject
+from qtdog.export.runtimes import EXTRA_FILE
+from qtdog.export.source import Subject
 
 
 def save_program(subject: Subject, _: Any, path: Path, info: ExportInfo) -> None:
