@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from qtdog.sweep.notes import read_journal
+from qtdog.sweep.journal import read_journal
 
 SET = {"data.image_size": 12, "data.batch_size": 8, "train.eval_every": 50}
 METHODS = {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"]}}

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.live import Live
 
 from qtdog.cli.sweep_board import Board
-from qtdog.sweep.driver import Progress
-from qtdog.sweep.notes import Outcome
+from qtdog.sweep.journal import Outcome
 from qtdog.sweep.plan import make_plan
+from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import read_study
-from qtdog.sweep.work import perform
+from qtdog.sweep.worker import perform
 from qtdog.training.run import Voice
 
 SET = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 4, "train.eval_every": 1}

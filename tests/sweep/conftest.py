@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.crew import Crew
-from qtdog.sweep.driver import Progress
-from qtdog.sweep.local import LocalEngine
-from qtdog.sweep.notes import Outcome
-from qtdog.sweep.plan import Plan, make_plan
+from qtdog.sweep.journal import Outcome
+from qtdog.sweep.local import Crew, LocalEngine
+from qtdog.sweep.plan import Plan, Task, make_plan
+from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import Study
-from qtdog.sweep.task import Task
-from qtdog.sweep.work import perform
+from qtdog.sweep.worker import perform
 from qtdog.training.run import Voice
 
 TINY = {

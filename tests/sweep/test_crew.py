@@ -7,10 +7,9 @@ import torch
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.machine import n_cores
-from qtdog.sweep.crew import Crew, make_crew, visible_gpus
-from qtdog.sweep.driver import Driver
-from qtdog.sweep.local import LocalEngine
-from qtdog.sweep.notes import state_folder
+from qtdog.sweep.journal import state_folder
+from qtdog.sweep.local import Crew, LocalEngine, make_crew, visible_gpus
+from qtdog.sweep.runner import Driver
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from qtdog.core.errors import ConfigError
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep import index as index_module
 from qtdog.sweep.diff import diff, of_folder, of_plan
-from qtdog.sweep.index import index_file, refresh
+from qtdog.sweep.index import ask, index_file, refresh
+from qtdog.sweep.journal import Outcome, keep_failure, keep_labels
 from qtdog.sweep.merge import merge
-from qtdog.sweep.notes import Outcome, keep_failure, keep_labels
-from qtdog.sweep.query import ask
-from qtdog.sweep.summary import pairs, results, values
+from qtdog.sweep.results import pairs, results, values
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def swept(tmp_path_factory):
     """Return a plan and a folder in which it is done; not to be changed."""
     from qtdog.sweep.plan import make_plan
     from qtdog.sweep.study import Study
-    from qtdog.sweep.work import perform
+    from qtdog.sweep.worker import perform
     from qtdog.training.run import Voice
 
     sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1}
@@ -146,7 +145,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize(("condition", "message"), ATTACKS)
 def test_the_index_can_only_be_read(swept, condition, message, monkeypatch):
-    monkeypatch.setattr("qtdog.sweep.query.MAX_S", 0.2)
+    monkeypatch.setattr("qtdog.sweep.index.MAX_S", 0.2)
     file = refresh(swept[1])
     before = file.read_bytes()
     with pytest.raises(ConfigError, match=message):

@@ -14,14 +14,12 @@ import yaml
 
 from qtdog.core.errors import RunError
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep import driver as driver_module
-from qtdog.sweep.driver import Driver
-from qtdog.sweep.notes import Outcome, Status, read_failures
-from qtdog.sweep.plan import make_plan, select
-from qtdog.sweep.state import is_done, standings, unfinished
+from qtdog.sweep import runner as driver_module
+from qtdog.sweep.journal import Outcome, Status, read_failures
+from qtdog.sweep.plan import Task, make_plan, select
+from qtdog.sweep.runner import Driver, is_done, standings, unfinished
 from qtdog.sweep.study import Study
-from qtdog.sweep.task import Task
-from qtdog.sweep.work import perform
+from qtdog.sweep.worker import perform
 from qtdog.training.run import Voice
 
 METHODS = {

@@ -7,8 +7,8 @@ import torch
 
 from qtdog.data.open import open_any
 from qtdog.sweep import estimate
-from qtdog.sweep.notes import Outcome, keep_journal
-from qtdog.sweep.pace import Pace
+from qtdog.sweep.estimate import Pace
+from qtdog.sweep.journal import Outcome, keep_journal
 
 
 def test_a_probe_has_the_threads_of_a_run_and_one_slow_step_does_not_count(monkeypatch, short_config):

@@ -7,10 +7,9 @@ import sys
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.artefacts import inputs, pack, unpack
-from qtdog.sweep.driver import Driver
-from qtdog.sweep.ray_engine import RayEngine, import_ray
-from qtdog.sweep.remote import do_task_elsewhere
+from qtdog.sweep.ray import RayEngine, import_ray
+from qtdog.sweep.runner import Driver
+from qtdog.sweep.worker import do_task_elsewhere, inputs, pack, unpack
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.driver import Driver
-from qtdog.sweep.slurm_engine import Job, SlurmEngine, Work, batch_script, import_submitit
+from qtdog.sweep.runner import Driver
+from qtdog.sweep.slurm import Job, SlurmEngine, Work, batch_script, import_submitit
 
 
 def test_the_batch_script_asks_for_what_was_asked(tmp_path):

@@ -10,10 +10,9 @@ import yaml
 
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.check import check_tasks
 from qtdog.sweep.plan import make_plan, select
-from qtdog.sweep.search import drawn
-from qtdog.sweep.study import Search, Study, read_study
+from qtdog.sweep.runner import check_tasks
+from qtdog.sweep.study import Search, Study, drawn, read_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 

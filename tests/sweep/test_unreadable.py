@@ -10,11 +10,10 @@ import pytest
 from qtdog.core.errors import ConfigError
 from qtdog.data.open import open_any
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.check import check_tasks
 from qtdog.sweep.plan import make_plan
-from qtdog.sweep.remote import do_task
+from qtdog.sweep.runner import check_tasks
 from qtdog.sweep.study import Study
-from qtdog.sweep.work import perform
+from qtdog.sweep.worker import do_task, perform
 from qtdog.training.run import Voice
 
 SETTINGS = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.sweep.index_row import Row
+    from qtdog.sweep.index import Row
 
 CONDITION = "SQL expression over the columns, like \"objective = 'coral' and bits = 7\". Default: all runs."
 AXES = ("objective", "averager", "quantizer")
@@ -41,8 +41,7 @@ def runs(
     """
     from qtdog.cli.console import print_json
     from qtdog.core.errors import ConfigError, RunError
-    from qtdog.sweep.index import refresh
-    from qtdog.sweep.query import ask
+    from qtdog.sweep.index import ask, refresh
 
     if as_json and as_csv:
         raise ConfigError("--json or --csv, not both")

@@ -26,10 +26,9 @@ from qtdog.cli.sweep_flags import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qtdog.sweep.engine import Engine
-    from qtdog.sweep.notes import Outcome
-    from qtdog.sweep.plan import Plan
-    from qtdog.sweep.task import Task
+    from qtdog.sweep.journal import Outcome
+    from qtdog.sweep.plan import Plan, Task
+    from qtdog.sweep.runner import Engine
 
 LIMIT = "Begin at most so many runs, then stop."
 DRY = "Say what would be done and how long it would take; start nothing."
@@ -91,15 +90,13 @@ def sweep_tasks(
 
     Raises:
         ConfigError: a mistake in what is to be done; nothing was started.
-        Interrupted, RunError: as in `sweep.driver.Driver.run`, or something failed.
+        Interrupted, RunError: as in `sweep.runner.Driver.run`, or something failed.
     """
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.sweep_board import make_board
     from qtdog.cli.train import warn_skipped
-    from qtdog.sweep.check import check_tasks
-    from qtdog.sweep.driver import Driver
-    from qtdog.sweep.notes import keep_labels
-    from qtdog.sweep.state import unfinished
+    from qtdog.sweep.journal import keep_labels
+    from qtdog.sweep.runner import Driver, check_tasks, unfinished
 
     warn_skipped(plan.dataset)
     check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images"))
@@ -114,7 +111,7 @@ def conclude(plan: Plan, failed: dict[str, Outcome], blocked: list[Task], folder
     from qtdog.cli.console import out
     from qtdog.cli.sweep_board import failure_lines
     from qtdog.core.errors import RunError
-    from qtdog.sweep.state import unfinished
+    from qtdog.sweep.runner import unfinished
 
     left = len(unfinished(plan.tasks, folder))
     out.print(f"{len(plan.tasks) - left} of {len(plan.tasks)} done in {folder}", highlight=False, markup=False)

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qtdog.cli.console import err
-from qtdog.sweep.driver import Progress
-from qtdog.sweep.expand import describe
-from qtdog.sweep.notes import Outcome
-from qtdog.sweep.pace import Pace
-from qtdog.sweep.state import step_of
-from qtdog.sweep.task import Task
+from qtdog.sweep.estimate import Pace
+from qtdog.sweep.journal import Outcome
+from qtdog.sweep.plan import Task
+from qtdog.sweep.runner import SweepProgress as Progress
+from qtdog.sweep.runner import step_of
+from qtdog.sweep.study import describe
 
 REFRESH_S = 0.5
 N_SHOWN = 20

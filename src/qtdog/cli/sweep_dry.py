@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qtdog.sweep.crew import Crew
-    from qtdog.sweep.estimate import Cluster
-    from qtdog.sweep.pace import Pace
-    from qtdog.sweep.plan import Plan
-    from qtdog.sweep.task import Task
+    from qtdog.sweep.estimate import Cluster, Pace
+    from qtdog.sweep.local import Crew
+    from qtdog.sweep.plan import Plan, Task
 
 
 def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | None, crew: Crew) -> None:
@@ -20,9 +18,8 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | N
     Step times are those of the folder's finished runs; where there are none, a few steps are made here and now.
     """
     from qtdog.cli.console import out, print_table
-    from qtdog.sweep.estimate import Cluster, parse_cluster
-    from qtdog.sweep.pace import Pace
-    from qtdog.sweep.state import unfinished
+    from qtdog.sweep.estimate import Cluster, Pace, parse_cluster
+    from qtdog.sweep.runner import unfinished
 
     where = parse_cluster(cluster) if cluster else Cluster(crew.workers, "core")
     missing = unfinished(tasks, folder)
@@ -50,8 +47,7 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | N
 
 def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> dict[str, float]:
     """Return seconds per step by task name, probing what no finished run tells."""
-    from qtdog.sweep.estimate import probe
-    from qtdog.sweep.pace import cost_class
+    from qtdog.sweep.estimate import cost_class, probe
 
     probed: dict[tuple[object, ...], float] = {}
     found = {}
@@ -90,7 +86,7 @@ def _checked(plan: Plan, folder: Path, step_s: dict[str, float], overhead: float
     """Return how far the same estimate is from what the finished tasks of this folder took."""
     from qtdog.cli.sweep_board import time_text
     from qtdog.sweep.estimate import task_seconds
-    from qtdog.sweep.notes import read_journal
+    from qtdog.sweep.journal import read_journal
 
     journal = read_journal(folder)
     known = [task for task in plan.tasks if task.name in journal and task.name in step_s]

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.crew import Crew, make_crew
-from qtdog.sweep.engine import Engine
-from qtdog.sweep.local import LocalEngine
-from qtdog.sweep.plan import Plan
-from qtdog.sweep.ray_engine import RayEngine
-from qtdog.sweep.sharing import keep_sharing
-from qtdog.sweep.slurm_engine import Job, SlurmEngine, batch_script
-from qtdog.sweep.task import Task
+from qtdog.sweep.local import Crew, LocalEngine, make_crew
+from qtdog.sweep.plan import Plan, Task, keep_sharing
+from qtdog.sweep.ray import RayEngine
+from qtdog.sweep.runner import Engine
+from qtdog.sweep.slurm import Job, SlurmEngine, batch_script
 from qtdog.training.loggers import watched
 
 

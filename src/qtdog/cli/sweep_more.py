@@ -27,8 +27,8 @@ from qtdog.cli.sweep_flags import (
 
 if TYPE_CHECKING:
     from qtdog.sweep.diff import Difference
-    from qtdog.sweep.notes import Outcome
-    from qtdog.sweep.task import Task
+    from qtdog.sweep.journal import Outcome
+    from qtdog.sweep.plan import Task
 
 AS_JSON = "Print JSON."
 FRESH = "Throw the failed runs' folders away first, instead of going on from their last checkpoint."
@@ -49,8 +49,8 @@ def status(
     """
     from qtdog.cli.console import print_json
     from qtdog.cli.sweep_study import open_plan
-    from qtdog.sweep.notes import read_failures
-    from qtdog.sweep.state import standings
+    from qtdog.sweep.journal import read_failures
+    from qtdog.sweep.runner import standings
 
     plan, folder = open_plan(study, data, out)
     found = standings(plan.tasks, folder)
@@ -71,8 +71,8 @@ def _show_status(
 ) -> None:
     from qtdog.cli.console import out, print_table
     from qtdog.cli.sweep_board import failure_lines, name_of, time_text
-    from qtdog.sweep.pace import Pace
-    from qtdog.sweep.state import STATES, unfinished
+    from qtdog.sweep.estimate import Pace
+    from qtdog.sweep.runner import STATES, unfinished
 
     if every:
         print_table(["run", "state", "folder"], [[name_of(task), found[task.name], task.name] for task in tasks])
@@ -117,7 +117,7 @@ def retry(
     from qtdog.cli.sweep import sweep_tasks
     from qtdog.cli.sweep_engines import Machines, make_engine
     from qtdog.cli.sweep_study import open_plan
-    from qtdog.sweep.notes import read_failures
+    from qtdog.sweep.journal import read_failures
     from qtdog.sweep.plan import select, with_needs
 
     machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))

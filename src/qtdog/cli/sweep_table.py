@@ -13,9 +13,9 @@ from qtdog.cli.sweep_flags import DataFolder, OutFolder, StudyFile
 
 if TYPE_CHECKING:
     from qtdog.report.compare import Comparison
-    from qtdog.sweep.index_row import Row
+    from qtdog.sweep.index import Row
     from qtdog.sweep.plan import Plan
-    from qtdog.sweep.summary import Result
+    from qtdog.sweep.results import Result
 
 PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."
 REFERENCE = "Method that the others are compared with, over the pairs of target and seed that both have."
@@ -57,7 +57,7 @@ def table(
     from qtdog.cli.console import print_json
     from qtdog.cli.sweep_study import open_plan
     from qtdog.core.errors import RunError
-    from qtdog.sweep.summary import MEASURES, results, values
+    from qtdog.sweep.results import MEASURES, results, values
 
     plan, folder = open_plan(study, data, out)
     found = results(plan, folder, _earlier(also or [], plan))
@@ -77,7 +77,7 @@ def table(
 
 def _earlier(files: Sequence[Path], plan: Plan) -> dict[str, Row]:
     from qtdog.cli.console import warn
-    from qtdog.sweep.earlier import read_earlier
+    from qtdog.sweep.results import read_earlier
 
     rows = read_earlier(files)
     foreign = len(rows.keys() - {task.name for task in plan.tasks})
@@ -89,7 +89,7 @@ def _earlier(files: Sequence[Path], plan: Plan) -> dict[str, Row]:
 
 
 def _runs(found: list[Result]) -> list[dict[str, Any]]:
-    from qtdog.sweep.earlier import KEPT
+    from qtdog.sweep.results import KEPT
 
     return [{"method": one.method} | {name: one.row.get(name) for name in KEPT} for one in found]
 
@@ -102,7 +102,7 @@ def _plot(tables: Mapping[str, Cells], reference: str, path: Path) -> None:
     """
     from qtdog.core.errors import ConfigError
     from qtdog.report.forest import plot_differences
-    from qtdog.sweep.summary import MEASURES
+    from qtdog.sweep.results import MEASURES
 
     panels = {
         title: compared
@@ -119,7 +119,7 @@ def _plot(tables: Mapping[str, Cells], reference: str, path: Path) -> None:
 
 def _compared(cells: Cells, reference: str) -> dict[str, Comparison]:
     from qtdog.report.compare import compare_values
-    from qtdog.sweep.summary import pairs
+    from qtdog.sweep.results import pairs
 
     if reference not in cells:
         return {}

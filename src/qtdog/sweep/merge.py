@@ -13,7 +13,7 @@ from qtdog.core.errors import FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
-from qtdog.sweep.notes import keep_labels, read_labels, state_folder
+from qtdog.sweep.journal import keep_labels, read_labels, state_folder
 from qtdog.training.checkpoint import checkpoint_folders
 
 

@@ -25,10 +25,10 @@ import torch
 
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any
-from qtdog.sweep.crew import GPU_VARIABLE
-from qtdog.sweep.notes import Outcome, state_folder
-from qtdog.sweep.task import Task
-from qtdog.sweep.work import perform, quiet_voice
+from qtdog.sweep.journal import Outcome, state_folder
+from qtdog.sweep.local import GPU_VARIABLE
+from qtdog.sweep.plan import Task
+from qtdog.sweep.worker import perform, quiet_voice
 
 POLL_S = 0.05
 STDIN, STDOUT = 0, 1

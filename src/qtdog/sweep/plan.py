@@ -1,21 +1,215 @@
-"""From a study to its tasks: runs, what they share, and the ensembles made of them."""
+"""From a study to its tasks: runs, float steps they share, and the ensembles made of them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from qtdog.core.config import config_hash
+from qtdog.core.config import AFTER_TRAINING, Config, config_hash
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_readable
-from qtdog.sweep.expand import Point, describe, expand, raise_all, rank_of, skips_unreadable
-from qtdog.sweep.sharing import keep_sharing, share_prefixes, share_updates
-from qtdog.sweep.study import Ensemble, Labels, Scalar, Study
-from qtdog.sweep.task import Join, Task
+from qtdog.sweep.study import (
+    Ensemble,
+    Labels,
+    Point,
+    Scalar,
+    Study,
+    describe,
+    expand,
+    raise_all,
+    rank_of,
+    skips_unreadable,
+)
+from qtdog.training.build import AVERAGERS
+from qtdog.training.fork import prefix_config
+from qtdog.training.resume import fork_obstacle
+
+Kind = Literal["prefix", "run", "ensemble"]
+
+
+@dataclass(frozen=True)
+class Join:
+    """What an ensemble is made of.
+
+    Attributes:
+        kind: a name of `ensemble.members.KINDS`.
+        members: folder names of the runs.
+        pick: which of them diwa and soup average.
+    """
+
+    kind: str
+    members: tuple[str, ...]
+    pick: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work; its folder below the sweep's has its name.
+
+    Attributes:
+        name: `<hash>` of a run, `prefix-<hash>`, or `<kind>-<hash>` of an ensemble.
+        kind: what it is.
+        rank: tasks of a lower rank come first.
+        labels: method, target, seed and the study's other axes; several where methods come to the same run.
+        config: of a run or prefix.
+        step: of a prefix, the updates to make; of a run, those that it takes over from `begin`.
+        begin: the folder whose checkpoint it begins from; "" to train from step 0.
+        after: the run that makes this one's updates with its own (`sweep.plan.share_updates`); "" if none does.
+        along: of such a run, the names and configurations of those whose updates it makes.
+        join: of an ensemble.
+    """
+
+    name: str
+    kind: Kind
+    rank: int
+    labels: tuple[Labels, ...] = ()
+    config: Config | None = field(default=None, repr=False)
+    step: int = 0
+    begin: str = ""
+    after: str = ""
+    along: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
+    join: Join | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the tasks that must be finished before this one."""
+        return self.join.members if self.join else ((self.begin,) if self.begin else ())
+
+    @property
+    def steps(self) -> int:
+        """Updates that the task makes; 0 for an ensemble, and for a run whose updates another one makes."""
+        if self.config is None or self.after:
+            return 0
+        return self.step if self.kind == "prefix" else self.config.train.steps - self.step
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a worker needs to do it."""
+        config = None if self.config is None else self.config.model_dump(mode="json")
+        join = None if self.join is None else vars(self.join) | {"members": list(self.join.members)}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "rank": self.rank,
+            "labels": list(self.labels),
+            "config": config,
+            "step": self.step,
+            "begin": self.begin,
+            "after": self.after,
+            "along": [[name, config.model_dump(mode="json")] for name, config in self.along],
+            "join": join,
+        }
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Task:
+        """Return the task that `to_json` described."""
+        config = None if tree["config"] is None else Config.model_validate(tree["config"])
+        join = None if tree["join"] is None else Join(**tree["join"] | {"members": tuple(tree["join"]["members"])})
+        along = tuple((name, Config.model_validate(one)) for name, one in tree["along"])
+        return cls(**tree | {"config": config, "join": join, "labels": tuple(tree["labels"]), "along": along})
+
+    def folder(self, out: Path) -> Path:
+        """Return its folder in the sweep's folder."""
+        return out / self.name
+
+
+def share_prefixes(runs: Sequence[Task]) -> list[Task]:
+    """Return the runs with their common beginnings as tasks of their own.
+
+    Runs share what lies before the step at which they quantize (a float run: at which others would); also those whose
+    learning rate falls only from there on. Quantization after training goes on from the last but one checkpoint of the
+    same float run. A beginning that only one run has is no task. What comes out is bit-identical to separate runs.
+
+    Args:
+        runs: tasks of kind "run".
+    """
+    beginnings = {run.name: _beginning(run.config) for run in runs if run.config is not None}
+    counts = Counter(found[0] for found in beginnings.values() if found is not None)
+    floats = {run.name for run in runs}
+    tasks: dict[str, Task] = {}
+    for run in runs:
+        assert run.config is not None
+        whole = config_hash(float_run(run.config))
+        found = beginnings[run.name]
+        if run.config.quantizer.name in AFTER_TRAINING and whole in floats:
+            tasks[run.name] = replace(run, begin=whole, step=_late(run.config))
+        elif found is not None and counts[found[0]] > 1:
+            name, prefix = found
+            step = prefix.decay_from
+            rank = min(run.rank, tasks[name].rank) if name in tasks else run.rank
+            tasks[name] = Task(name, "prefix", rank, (), prefix, step)
+            tasks[run.name] = replace(run, begin=name, step=step)
+        else:
+            tasks[run.name] = run
+    return list(tasks.values())
+
+
+def share_updates(runs: Sequence[Task]) -> list[Task]:
+    """Return the runs; of those that differ in nothing but their averager one makes the updates for all.
+
+    That is the one of the lowest rank. The others wait for it, and then finish from the checkpoint that they have; if
+    it fails they train by themselves. What comes out is bit-identical to separate runs.
+
+    Args:
+        runs: tasks of kind "run" that share nothing yet; others are returned as they are. Runs that begin at different
+            steps have no updates in common.
+    """
+    groups: dict[tuple[str, str, int], list[Task]] = {}
+    for run in runs:
+        if run.kind == "run" and run.config is not None:
+            groups.setdefault((config_hash(_without_averager(run.config)), run.begin, run.step), []).append(run)
+    changed: dict[str, Task] = {}
+    for group in groups.values():
+        first, *others = sorted(group, key=lambda run: run.rank)
+        along = tuple((run.name, run.config) for run in others if run.config is not None)
+        changed[first.name] = replace(first, along=along)
+        changed |= {run.name: replace(run, after=first.name) for run in others}
+    return [changed.get(run.name, run) for run in runs]
+
+
+def keep_sharing(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks of a plan, sharing updates among themselves alone, if the plan's tasks share any.
+
+    Example:
+        >>> run = Task("b", "run", 0, config=Config(), after="a")
+        >>> keep_sharing([run])[0].after, keep_sharing([Task("a", "run", 0, config=Config()), run])[1].after
+        ('', 'a')
+    """
+    if not any(task.after or task.along for task in tasks):
+        return list(tasks)
+    return share_updates([replace(task, after="", along=()) for task in tasks])
+
+
+def _without_averager(config: Config) -> Config:
+    return config.model_copy(update={"averager": Config().averager})
+
+
+def float_run(config: Config) -> Config:
+    """Return the same run without a quantizer."""
+    return config.model_copy(update={"quantizer": Config.model_validate({"quantizer": {"name": "none"}}).quantizer})
+
+
+def _late(config: Config) -> int:
+    """Return the step of the last but one checkpoint of a run that has come to its end."""
+    every = config.train.checkpoint_every or config.train.eval_every
+    return (config.train.steps - 1) // every * every
+
+
+def _beginning(config: Config) -> tuple[str, Config] | None:
+    """Return name and configuration of the float steps that a run begins with; None if it cannot take them over."""
+    step = config.decay_from if config.start_step is None else config.start_step
+    plain = {"schedule": "constant", "decay_from": step, "step_size_lr": 1.0}
+    shared = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=plain)})
+    prefix = prefix_config(shared)
+    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    if fork_obstacle(prefix, config, averager, step):
+        return None
+    return f"prefix-{config_hash(prefix)}", prefix
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""A study file: which runs to make, as methods times a grid."""
+"""A study file: which runs to make, as methods times a grid or a random search, expanded to configurations."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +15,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from qtdog.core.errors import ConfigError, unknown
+from qtdog.core.config import Config
+from qtdog.core.config_io import Tree, build_config, load_preset
+from qtdog.core.errors import ConfigError, DataError, unknown
+from qtdog.core.progress import Progress
+from qtdog.core.random import numpy_stream
+from qtdog.core.registry import HyperParameter
+from qtdog.data.dataset import DomainDataset
+from qtdog.training.build import OBJECTIVES, STEP_RULES
+from qtdog.training.protocol import dataset_layer, resolve
 
 Scalar = bool | int | float | str
 Labels = dict[str, Scalar]  # what a study calls one of its runs: method, target, seed and its other axes
@@ -187,3 +198,198 @@ def _fields(path: list[str]) -> list[str]:
     kinds: dict[str, type[BaseModel]] = {"base": Layer, "methods": Method, "ensembles": Ensemble}
     kind = kinds.get(path[0], Study) if path else Study
     return list((Search if path[-1:] == ["search"] else kind).model_fields)
+
+
+# Ranges of DomainBed for data sets of photographs (Gulrajani and Lopez-Paz, ICLR 2021, appendix D.4): 10^U(-5, -3.5),
+# 2^U(3, 5.5), 10^U(-6, -2).
+PROTOCOL = {
+    "lr": ("optimizer", "lr", HyperParameter(5e-5, "learning rate", search=(1e-5, 10**-3.5), log=True)),
+    "batch_size": ("data", "batch_size", HyperParameter(32, "images per domain", search=(8, 2**5.5), log=True)),
+    "weight_decay": (
+        "optimizer",
+        "weight_decay",
+        HyperParameter(0.0, "weight decay", search=(1e-6, 1e-2), log=True),
+    ),
+}
+
+
+def drawn(search: Search, index: int, config: Config) -> Tree:
+    """Return what draw number `index` of a search sets, as a tree for `build_config`; nothing for draw 0.
+
+    What is drawn for a key depends on (seed, index, key) alone, so that methods get the same learning rate in the same
+    draw. What the configuration sets itself for an objective or step rule is not drawn.
+
+    Args:
+        search: how many draws, and of what.
+        index: of the draw.
+        config: that the draw goes on top of: its objective and step rule declare the ranges.
+
+    Raises:
+        ConfigError: an unknown objective or step rule.
+
+    Example:
+        >>> from qtdog.core.config_io import build_config
+        >>> coral, search = build_config([{"objective": {"name": "coral"}}]), Search(n=3, over=["objective", "lr"])
+        >>> drawn(search, 0, coral), sorted(drawn(search, 1, coral))
+        ({}, ['objective', 'optimizer'])
+    """
+    tree: Tree = {}
+    if index == 0:
+        return tree
+    for name, (section, key, how) in PROTOCOL.items():
+        if name in search.over:
+            tree.setdefault(section, {})[key] = how.draw(numpy_stream(search.seed, "search", index, name))
+    members: dict[str, Any] = {"objective": (OBJECTIVES, config.objective), "step_rule": (STEP_RULES, config.step_rule)}
+    for axis, (registry, chosen) in members.items():
+        if axis not in search.over:
+            continue
+        known = registry[chosen.name].HYPERPARAMETERS
+        values = {
+            name: how.draw(numpy_stream(search.seed, "search", index, axis, name))
+            for name, how in known.items()
+            if name not in chosen.params and (how.search is not None or how.choices)
+        }
+        if values:
+            tree[axis] = {"params": chosen.params | values}
+    return tree
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run that a study asks for.
+
+    Attributes:
+        labels: where it stands: method, target, seed and the study's other axes.
+        config: effective.
+        rank: position of the first rule of the study's order that it matches.
+    """
+
+    labels: Labels
+    config: Config
+    rank: int
+
+
+def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress = None) -> list[Point]:
+    """Return every run of a study, in the order in which they are to be made.
+
+    Runs that an earlier rule of `study.order` means come first; among equals the methods take turns, so that each
+    combination of the axes is soon there for all of them.
+
+    Args:
+        study: the study.
+        dataset: its data.
+        source: what opens the data set, for the runs' configurations.
+        progress: of hashing images.
+
+    Raises:
+        ConfigError: a preset, key or value that there is not, or that does not fit the data; all are listed.
+        DataError: the data cannot be trained on.
+    """
+    errors: list[str] = []
+    rows: list[tuple[int, tuple[int, ...], int, Point]] = []
+    content = ""
+    for number, (name, method) in enumerate(study.methods.items()):
+        try:
+            shared = _layers(study, method, dataset, source)
+            build_config(shared)
+        except ConfigError as error:
+            errors.append(f"method '{name}': {error}")
+            continue
+        for place, labels, trees in _grid(study, method, dataset, shared):
+            labels = {"method": name} | labels
+            try:
+                config = resolve(build_config([*shared, *trees]), dataset, progress, content=content)
+            except (ConfigError, DataError) as error:
+                errors.append(f"method '{name}': {error}")
+                continue
+            content = config.data.content
+            rank = rank_of(study.order, labels)
+            rows.append((rank, place, number, Point(labels, config, rank)))
+    raise_all(errors)
+    return [row[-1] for row in sorted(rows, key=lambda row: row[:-1])]
+
+
+def skips_unreadable(study: Study) -> bool:
+    """Return whether a study, or one of its methods, leaves out unreadable images: it then does so for all of them."""
+    for method in study.methods.values():
+        with contextlib.suppress(ConfigError):  # `expand` says what is wrong
+            presets = [load_preset(name) for name in (*study.base.presets, *method.presets)]
+            if build_config([*presets, *_assigned(study.base), *_assigned(method)]).data.skip_unreadable:
+                return True
+    return False
+
+
+def raise_all(errors: Sequence[str]) -> None:
+    """Raise one ConfigError that lists all errors, each once; nothing if there are none."""
+    unique = list(dict.fromkeys(errors))
+    if unique:
+        head = f"{len(unique)} mistakes in the study, and nothing was started:\n" if len(unique) > 1 else ""
+        raise ConfigError(head + "\n".join(unique))
+
+
+def rank_of(order: Sequence[Axes], labels: Labels) -> int:
+    """Return the position of the first rule that means a run; their number if none does.
+
+    Example:
+        >>> rank_of([{"seed": [0], "target": ["art"]}, {"seed": [0, 1]}], {"seed": 0, "target": "photo"})
+        1
+    """
+    rules = (place for place, rule in enumerate(order) if all(labels.get(key) in rule[key] for key in rule))
+    return next(rules, len(order))
+
+
+def _layers(study: Study, method: Method, dataset: DomainDataset, source: str) -> list[Tree]:
+    own = [load_preset(name) for name in (*study.base.presets, *method.presets)]
+    first = dataset_layer(dataset, with_preset=not study.base.presets)
+    place = {"data": {"source": source, "skip_unreadable": bool(dataset.skipped)}}
+    return [first, *own, place, *_assigned(study.base), *_assigned(method)]
+
+
+def _assigned(layer: Layer) -> list[Tree]:
+    return [_tree(key, value) for key, value in layer.set.items()]
+
+
+def _tree(key: str, value: Any) -> Tree:
+    section, dot, name = key.partition(".")
+    if not (dot and section and name):
+        raise ConfigError(f"'{key}' is no dotted key, like train.steps")
+    return {section: {name: value}}
+
+
+def _grid(
+    study: Study, method: Method, dataset: DomainDataset, shared: Sequence[Tree]
+) -> Iterator[tuple[tuple[int, ...], Labels, list[Tree]]]:
+    """Yield place, labels and trees of each combination of the axes and draws of one method.
+
+    The place is the position on each of the study's axes, so that methods take turns.
+    """
+    axes = study.grid | method.grid
+    choices = [[(axis, value) for value in _values(axis, axes[axis], dataset)] for axis in axes]
+    search = method.search or study.search
+    every = itertools.product(range(search.n if search else 1), itertools.product(*choices))
+    common = {axis: _values(axis, values, dataset) for axis, values in study.grid.items()}
+    for draw, chosen in every:
+        place = tuple(values.index(value) for axis, value in chosen if value in (values := common.get(axis, [])))
+        labels: Labels = {axis: value if isinstance(value, Scalar) else str(value) for axis, value in chosen}
+        trees = [_tree(key, value) for axis, value in chosen for key in axis_keys(axis)]
+        if search:
+            labels["draw"] = draw
+            trees.append(drawn(search, draw, build_config([*shared, *trees])))
+        yield (draw, *place), labels, trees
+
+
+def _values(axis: str, values: Sequence[Any], dataset: DomainDataset) -> list[Any]:
+    if "data.target" not in axis_keys(axis):
+        return list(values)
+    return list(dataset.domains) if list(values) == ["all"] else [str(value) for value in values]
+
+
+def describe(labels: Labels) -> str:
+    """Return labels as text for people.
+
+    Example:
+        >>> describe({"method": "lsq", "target": "75", "seed": 0})
+        'lsq target=75 seed=0'
+    """
+    rest = " ".join(f"{name}={value}" for name, value in labels.items() if name != "method")
+    return f"{labels.get('method', '')} {rest}".strip()

@@ -1,4 +1,4 @@
-"""What a sweep writes down beside the runs, in `.sweep`: failures, names, logs. All of it may be deleted."""
+"""What a sweep writes down beside the runs, in `.sweep`: failures, names, logs."""
 
 from __future__ import annotations
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, RunError, extra
-from qtdog.sweep.artefacts import inputs, unpack
-from qtdog.sweep.notes import Outcome, state_folder
-from qtdog.sweep.remote import do_task, do_task_elsewhere
-from qtdog.sweep.task import Task
+from qtdog.sweep.journal import Outcome, state_folder
+from qtdog.sweep.plan import Task
+from qtdog.sweep.worker import do_task, do_task_elsewhere, inputs, unpack
 
 
 def import_ray() -> Any:

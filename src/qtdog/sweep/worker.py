@@ -1,31 +1,97 @@
-"""Doing one task, in this process: what every engine calls."""
+"""Do one task of a sweep, in this process or on another machine."""
 
 from __future__ import annotations
 
 import errno
+import io
+import shutil
 import sys
+import tarfile
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
+from qtdog.core.files import clear_disk_errors
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import without_unreadable
+from qtdog.data.open import open_any, without_unreadable
 from qtdog.ensemble.assemble import Order, assemble, finished
 from qtdog.ensemble.evaluation import open_exam
 from qtdog.ensemble.members import read_member, share_splits
 from qtdog.ensemble.teacher import open_teacher
 from qtdog.ensemble.weight_averaging import Recipe
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.notes import Outcome, Status
-from qtdog.sweep.task import Task
+from qtdog.sweep.journal import Outcome, Status
+from qtdog.sweep.plan import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
 from qtdog.training.fork import train_prefix
 from qtdog.training.loggers import watched
 from qtdog.training.run import Voice, run
 from qtdog.training.shared_updates import Companion
+
+Parcels = Mapping[str, bytes]  # folder name → its content
+
+
+def pack(folder: Path, only: Sequence[str] = ()) -> bytes:
+    """Return the content of a run folder as an uncompressed tar archive, without locks and temporary files.
+
+    Args:
+        folder: of the run.
+        only: names in it, like "checkpoint/step-00000010"; all if empty.
+    """
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name in only or sorted(path.name for path in folder.iterdir()):
+            archive.add(folder / name, arcname=name, filter=_wanted)
+    return stream.getvalue()
+
+
+def _wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    name = Path(info.name).name
+    return None if name == ".lock" or name.endswith(".tmp") else info
+
+
+def unpack(content: bytes, folder: Path) -> None:
+    """Make `folder` hold what `pack` packed, all at once; what it held before is replaced.
+
+    Raises:
+        tarfile.TarError: the archive is damaged, or would write outside of the folder.
+        RunError: the disk is full.
+    """
+    with clear_disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            new = temporary / "new"
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r") as archive:
+                archive.extractall(new, filter="data")
+            if folder.exists():
+                folder.rename(temporary / "old")
+            new.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def inputs(task: Task, out: Path) -> dict[str, bytes]:
+    """Return what another machine needs to do a task: what it came to so far, its beginning, its members."""
+    parcels = {}
+    if task.folder(out).is_dir():
+        parcels[task.name] = pack(task.folder(out))
+    if task.begin:
+        checkpoint = f"checkpoint/step-{task.step:08d}"
+        if (out / task.begin / checkpoint).is_dir():
+            parcels[task.begin] = pack(out / task.begin, [checkpoint])
+    for name in task.join.members if task.join else ():
+        parcels[name] = pack(out / name)
+    return parcels
+
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -135,3 +201,46 @@ _WORK: dict[str, Callable[[Task, Path, DomainDataset, Voice], Any]] = {
     "prefix": _prefix,
     "ensemble": _ensemble,
 }
+
+
+Answer = dict[str, Any]
+
+
+@lru_cache(maxsize=2)
+def _dataset(source: str) -> DomainDataset:
+    return open_any(source, min_domains=1)
+
+
+def do_task(tree: dict[str, Any], out: str, source: str, threads: int) -> Answer:
+    """Do a task in a folder that this machine shares with the sweep's.
+
+    Args:
+        tree: `Task.to_json`.
+        out: the sweep's folder.
+        source: what opens the data set on this machine.
+        threads: to use.
+
+    Returns:
+        the outcome, as a dictionary.
+    """
+    torch.set_num_threads(threads)
+    voice = Voice(warn=lambda text: print(text, file=sys.stderr, flush=True))
+    return asdict(perform(Task.from_json(tree), Path(out), _dataset(source), voice))
+
+
+def do_task_elsewhere(tree: dict[str, Any], parcels: Parcels, source: str, threads: int) -> tuple[Answer, bytes]:
+    """Do a task in a folder of this machine, and return the outcome and the run folder.
+
+    Args:
+        tree: `Task.to_json`.
+        parcels: what it needs (`sweep.worker.inputs`).
+        source: what opens the data set on this machine.
+        threads: to use.
+    """
+    with tempfile.TemporaryDirectory(prefix="qtdog-") as name:
+        for folder, content in parcels.items():
+            unpack(content, Path(name) / folder)
+        # only this run's folder goes back: whoever would come along trains by itself
+        answer = do_task(tree | {"along": []}, name, source, threads)
+        made = Path(name) / tree["name"]
+        return answer, pack(made) if made.is_dir() else b""

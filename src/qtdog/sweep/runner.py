@@ -1,20 +1,166 @@
-"""Driving a sweep: what is missing, in order, until nothing is."""
+"""Drive a sweep: what is done, what is missing, in order, until nothing is."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from qtdog.core.errors import Interrupted, QtdogError, RunError
-from qtdog.sweep.engine import Engine
-from qtdog.sweep.notes import Outcome, forget_failure, keep_failure, keep_journal
-from qtdog.sweep.state import is_done, unfinished
-from qtdog.sweep.task import Task
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError, QtdogError, RunError
+from qtdog.core.progress import Progress
+from qtdog.data.dataset import DomainDataset
+from qtdog.ensemble.teacher import open_teacher
+from qtdog.runs.folder import RunFolder
+from qtdog.sweep.journal import Outcome, forget_failure, keep_failure, keep_journal, last_line, read_failures
+from qtdog.sweep.plan import Task, keep_sharing
+from qtdog.sweep.study import raise_all
+from qtdog.training.build import compose, make_accelerator
+from qtdog.training.protocol import make_problem
 from qtdog.training.signals import StopRequest
+
+# What differs between runs without deciding whether their parts go together.
+FREE = {
+    "train": ("seed", "eval_every", "checkpoint_every"),
+    "data": ("trial", "target", "source"),
+    "model": ("init_seed",),
+}
+
+
+def check_tasks(tasks: Sequence[Task], dataset: DomainDataset, progress: Progress = None) -> None:
+    """Refuse tasks of which one has a name that there is not, or parts that do not go together.
+
+    Args:
+        tasks: what is to be done.
+        dataset: its data.
+        progress: of decoding images.
+
+    Raises:
+        ConfigError: every mistake, with the method that it is in.
+    """
+    seen: set[str] = set()
+    errors = []
+    for task in tasks:
+        if task.config is None or task.kind == "prefix":
+            continue
+        kind = _kind(task.config)
+        if kind not in seen:
+            seen.add(kind)
+            error = _mistake(task.config, dataset, progress)
+            errors += [f"method '{task.labels[0]['method']}': {error}"] if error else []
+    raise_all(errors)
+
+
+def _kind(config: Config) -> str:
+    tree = config.model_dump(mode="json")
+    for section, keys in FREE.items():
+        for key in keys:
+            tree[section].pop(key)
+    tree["data"]["has_target"] = config.data.target != "none"
+    return json.dumps(tree, sort_keys=True)
+
+
+def _mistake(config: Config, dataset: DomainDataset, progress: Progress) -> str | None:
+    try:
+        problem = make_problem(config, dataset)
+        teacher = open_teacher(config, dataset)
+        compose(config, dataset, problem, make_accelerator(config), progress, teacher=teacher)
+    except (ConfigError, DataError, ModelError) as error:
+        return str(error)
+    return None
+
+
+def is_done(task: Task, out: Path) -> bool:
+    """Return whether a task's result is there."""
+    folder = RunFolder(task.folder(out))
+    if task.kind == "prefix":
+        return (folder.checkpoints / f"step-{task.step:08d}" / "checkpoint.json").is_file()
+    return folder.result_file.is_file() and folder.model_file.is_file()
+
+
+def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
+    """Return the tasks that are still to be done, in their order; a beginning only if something waits for it.
+
+    Runs that would share the updates of one that is done share their own.
+    """
+    missing = [task for task in tasks if not is_done(task, out)]
+    wanted = {name for task in missing for name in task.needs}
+    return keep_sharing([task for task in missing if task.kind != "prefix" or task.name in wanted])
+
+
+STATES = ("done", "running", "failed", "begun", "missing")
+
+
+def standings(tasks: Sequence[Task], out: Path) -> dict[str, str]:
+    """Return the state of each task, one of `STATES`; begun is what stopped on the way."""
+    failed = read_failures(out)
+    return {task.name: _standing(task, out, failed) for task in tasks}
+
+
+def _standing(task: Task, out: Path, failed: Collection[str]) -> str:
+    if is_done(task, out):
+        return "done"
+    folder = task.folder(out)
+    if is_in_use(folder):
+        return "running"
+    if task.name in failed:
+        return "failed"
+    return "begun" if folder.is_dir() else "missing"
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process of this machine (or one that shares its locks) holds a run folder."""
+    file = folder / ".lock"
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def step_of(task: Task, out: Path) -> int:
+    """Return how many updates of a task are known to be made: at its last evaluation or checkpoint."""
+    folder = RunFolder(task.folder(out))
+    if is_done(task, out):
+        return task.config.train.steps if task.config and task.kind == "run" else task.step
+    saved = sorted(path.name for path in folder.checkpoints.glob("step-*"))
+    step = int(saved[-1].removeprefix("step-")) if saved else 0
+    return max(step, last_line(folder.metrics_file).get("step", 0))
+
+
+class Engine(Protocol):
+    """Runs tasks side by side.
+
+    Attributes:
+        slots: how many at a time.
+    """
+
+    slots: int
+
+    def start(self, task: Task) -> None:
+        """Begin a task; there are free slots, and what it needs is done."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[Outcome]:
+        """Return the tasks that ended since, after at most `timeout_s` seconds."""
+        ...
+
+    def stop(self) -> None:
+        """Ask all that run to save their state and end; `poll` reports them."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; what still runs is ended."""
+        ...
+
 
 POLL_S = 0.2
 BUSY_S = 5.0  # until a folder that another process held is looked at again
@@ -24,7 +170,7 @@ MAX_LOST = 5  # times that the process of one task may die before that counts as
 class Board(Protocol):
     """Who is shown how a sweep goes."""
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: SweepProgress) -> None:
         """Called often."""
         ...
 
@@ -34,7 +180,7 @@ class Board(Protocol):
 
 
 @dataclass
-class Progress:
+class SweepProgress:
     """Where a sweep stands.
 
     Attributes:
@@ -88,12 +234,12 @@ class Driver:
     ) -> None:
         missing = unfinished(tasks, out)
         names = {task.name for task in missing}
-        self.progress = Progress(tasks, missing, done={task.name for task in tasks if task.name not in names})
+        self.progress = SweepProgress(tasks, missing, done={task.name for task in tasks if task.name not in names})
         self._out, self._engine, self._board, self._left = out, engine, board, limit
         self._lost: Counter[str] = Counter()
         self._stopping: QtdogError | None = None
 
-    def run(self) -> Progress:
+    def run(self) -> SweepProgress:
         """Do all that is missing and return how it went; a task that fails does not stop the others.
 
         Raises:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, extra
-from qtdog.sweep.notes import Outcome, state_folder
-from qtdog.sweep.remote import Answer, do_task
-from qtdog.sweep.task import Task
+from qtdog.sweep.journal import Outcome, state_folder
+from qtdog.sweep.plan import Task
+from qtdog.sweep.worker import Answer, do_task
 
 SIGNAL_S = 120  # before a job's time is over
 
