@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qtdog.report.analyses import find_analyses
-from qtdog.report.latency import read_bench
-from qtdog.report.page import PageOptions, build_page
+from qtdog.report.html import PageOptions, build_page
+from qtdog.report.inputs import find_analyses, read_bench
 from qtdog.runs.find import find
 
 MADE = runpy.run_path(str(Path(__file__).parents[1] / "report" / "made_runs.py"))

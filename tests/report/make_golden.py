@@ -6,9 +6,9 @@ import runpy
 import tempfile
 from pathlib import Path
 
-from qtdog.report.block import make_block
 from qtdog.report.compare import compare, comparison_sheet
-from qtdog.report.render import SHEETS, render
+from qtdog.report.tables import make_block
+from qtdog.report.text_tables import SHEETS, render
 from qtdog.runs.find import find
 
 HERE = Path(__file__).parent

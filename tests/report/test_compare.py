@@ -9,7 +9,7 @@ from scipy import stats
 
 from qtdog.core.errors import ConfigError
 from qtdog.report.compare import compare, compare_values, comparison_sheet
-from qtdog.report.forest import plot_differences
+from qtdog.report.plots import plot_differences
 from qtdog.runs.find import find
 
 ACCURACIES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12)

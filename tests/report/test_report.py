@@ -13,10 +13,8 @@ import pytest
 from qtdog.core.config import Config
 from qtdog.core.errors import RunError
 from qtdog.data.digits import RotatedDigits
-from qtdog.report.analyses import find_analyses
-from qtdog.report.embed import asset, json_for_html
-from qtdog.report.latency import latencies, read_bench
-from qtdog.report.page import PageOptions, build_page
+from qtdog.report.html import PageOptions, asset, build_page, json_for_html
+from qtdog.report.inputs import find_analyses, latencies, read_bench
 from qtdog.runs.entry import Entry
 from qtdog.runs.find import find
 from qtdog.runs.folder import RunFolder

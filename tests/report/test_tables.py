@@ -16,9 +16,8 @@ import pandas as pd
 import pytest
 
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.report.block import AVERAGE, GAP, SOURCE, WORST, make_block
-from qtdog.report.marks import body
-from qtdog.report.render import render
+from qtdog.report.tables import AVERAGE, GAP, SOURCE, WORST, make_block
+from qtdog.report.text_tables import body, render
 from qtdog.runs.domainbed import read_domainbed
 from qtdog.runs.find import find
 from qtdog.runs.selection import SELECTIONS, check_selections, outcome

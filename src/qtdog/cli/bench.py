@@ -122,7 +122,7 @@ def _show(found: Bench) -> None:
     headers = ["model", "processor ÷ first", "memory", "file", "operators"]
     rows = [_cost_row(row) for row in found.rows]
     if any(row.accuracy is not None for row in found.rows):
-        from qtdog.report.table import percent
+        from qtdog.report.tables import percent
 
         headers.append("accuracy (%)")
         rows = [[*row, percent(of.accuracy)] for row, of in zip(rows, found.rows, strict=True)]

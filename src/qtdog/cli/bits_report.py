@@ -25,7 +25,7 @@ def choice_table(choice: Choice) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(candidate: Candidate, choice: Choice) -> list[str]:
-    from qtdog.report.table import percent
+    from qtdog.report.tables import percent
 
     name = f"{candidate.bits} *" if candidate.bits == choice.bits else str(candidate.bits)
     accuracies = [percent(accuracy) for accuracy in candidate.accuracies.values()]

@@ -53,7 +53,7 @@ def dart(
     from qtdog.cli.progress import CountingBar, training_bar
     from qtdog.cli.train import announce, show
     from qtdog.core.errors import ConfigError
-    from qtdog.report.table import method_name
+    from qtdog.report.tables import method_name
     from qtdog.training.dart import dart as train_branches
     from qtdog.training.protocol import make_problem
     from qtdog.training.run import Voice

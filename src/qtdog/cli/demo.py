@@ -27,7 +27,7 @@ def demo(
       qtdog demo
     """
     from qtdog.cli.console import err, print_json, print_table
-    from qtdog.report.cost_table import cost_table
+    from qtdog.report.tables import cost_table
 
     results = [result for target in TARGETS for result in run_target(out, target, steps)]
     headers, rows = cost_table(by_method(results))
@@ -73,9 +73,8 @@ def by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 def write_report(out: Path, results: Sequence[dict[str, Any]]) -> Path:
     """Write `report.md` and `accuracy.png` from finished runs and ensembles, and return the report's path."""
     from qtdog.core.files import write_atomic
-    from qtdog.report.cost_table import cost_table
-    from qtdog.report.plot import Curve, plot_curves
-    from qtdog.report.table import markdown
+    from qtdog.report.plots import Curve, plot_curves
+    from qtdog.report.tables import cost_table, markdown
     from qtdog.runs.folder import RunFolder
 
     curves = []
@@ -104,7 +103,7 @@ def write_report(out: Path, results: Sequence[dict[str, Any]]) -> Path:
 def write_page(out: Path) -> Path:
     """Write `report.html` from everything finished in a folder, and return its path."""
     from qtdog.core.files import write_atomic
-    from qtdog.report.page import PageOptions, build_page
+    from qtdog.report.html import PageOptions, build_page
     from qtdog.runs.find import find
 
     page = out / "report.html"

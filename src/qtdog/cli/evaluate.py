@@ -53,7 +53,7 @@ def evaluate(
     from qtdog.cli.progress import CountingBar
     from qtdog.data.open import open_any, without_unreadable
     from qtdog.ensemble.model import load_any
-    from qtdog.report.table import percent
+    from qtdog.report.tables import percent
 
     shipped = load_any(model)
     threshold = cascading(shipped).threshold if cascade else None
@@ -81,7 +81,7 @@ def evaluate(
 
 def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:
     from qtdog.cli.console import print_table
-    from qtdog.report.table import percent
+    from qtdog.report.tables import percent
 
     told = [(domain, score["cascade"]) for domain, score in scores.items()]
     rows = [
@@ -92,7 +92,7 @@ def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _row(name: str, score: Mapping[str, Any]) -> list[str]:
-    from qtdog.report.table import percent
+    from qtdog.report.tables import percent
 
     trust = [f"{score['ece']:.3f}", f"{score['brier']:.3f}", percent(score["risk_at_90"])]
     return [name, percent(score["accuracy"]), f"{score['n']:,}", *trust]
@@ -140,7 +140,7 @@ def ensemble_cost(path: Path, model: ShippedModel | EnsembleModel) -> dict[str, 
 def say_cost(path: Path, model: ShippedModel | EnsembleModel) -> None:
     """Print what an ensemble costs beside one model to standard error; nothing for one model."""
     from qtdog.cli.console import err
-    from qtdog.report.cost_table import cost_line
+    from qtdog.report.tables import cost_line
 
     told = ensemble_cost(path, model)
     if told:

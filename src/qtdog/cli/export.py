@@ -103,7 +103,7 @@ def _is_place(folder: Path) -> bool:
 def _show(made: Exported) -> None:
     from qtdog.cli.console import out, print_table, warn
     from qtdog.export.formats import FORMATS
-    from qtdog.report.table import percent
+    from qtdog.report.tables import percent
 
     parity = made.parity
     size = f"{made.n_bytes / 1e6:.3g} MB ({made.n_bytes / made.packed_bytes:.2f} times the packed file)"

@@ -204,7 +204,7 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> str:
     import json
 
-    from qtdog.report.table import markdown
+    from qtdog.report.tables import markdown
 
     if style is Format.JSON:
         return json.dumps(list(rows), indent=1) + "\n"

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from qtdog.cli.console import err
 from qtdog.core.config import Config
-from qtdog.report.table import method_name, percent
+from qtdog.report.tables import method_name, percent
 from qtdog.runs.record import Record
 
 

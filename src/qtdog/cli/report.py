@@ -34,9 +34,8 @@ def report(
     from qtdog.cli.table import checked_datasets, choose_split, say_left_out
     from qtdog.core.errors import ConfigError
     from qtdog.core.files import write_atomic
-    from qtdog.report.analyses import find_analyses
-    from qtdog.report.latency import latencies, read_bench
-    from qtdog.report.page import PageOptions, build_page
+    from qtdog.report.html import PageOptions, build_page
+    from qtdog.report.inputs import find_analyses, latencies, read_bench
     from qtdog.runs.find import find
 
     if out.is_dir():

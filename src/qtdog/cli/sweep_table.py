@@ -101,7 +101,7 @@ def _plot(tables: Mapping[str, Cells], reference: str, path: Path) -> None:
         ConfigError: no picture can be written there, or no two methods can be compared.
     """
     from qtdog.core.errors import ConfigError
-    from qtdog.report.forest import plot_differences
+    from qtdog.report.plots import plot_differences
     from qtdog.sweep.results import MEASURES
 
     panels = {
@@ -143,7 +143,7 @@ def _numbers(cells: Cells, reference: str) -> dict[str, Any]:
 
 def _show(cells: Cells, reference: str, title: str, *, markdown: bool) -> None:
     from qtdog.cli.console import out, print_table
-    from qtdog.report.table import markdown as to_markdown
+    from qtdog.report.tables import markdown as to_markdown
 
     headers, rows = table_rows(cells, reference)
     if markdown:
@@ -165,7 +165,7 @@ def table_rows(cells: Cells, reference: str) -> tuple[list[str], list[list[str]]
         cells: method → target → replicate → accuracy as a fraction.
         reference: the method that differences are to.
     """
-    from qtdog.report.marks import estimate_text
+    from qtdog.report.text_tables import estimate_text
     from qtdog.runs.aggregate import estimate
 
     targets = sorted({target for by_target in cells.values() for target in by_target})

@@ -116,8 +116,8 @@ def say_left_out(found: Found) -> None:
 
 def _tables(groups: Sequence[list[Entry]], selections: Sequence[str], kind: str, *, split: str, pooled: bool) -> str:
     from qtdog.core.errors import RunError
-    from qtdog.report.block import make_block
-    from qtdog.report.render import render
+    from qtdog.report.tables import make_block
+    from qtdog.report.text_tables import render
 
     blocks = [make_block(group, name, split=split, pooled=pooled) for group in groups for name in selections]
     filled = [block for block in blocks if block.rows]
@@ -137,7 +137,7 @@ def _comparison(
 ) -> str:
     from qtdog.core.errors import RunError
     from qtdog.report.compare import compare, comparison_sheet
-    from qtdog.report.render import SHEETS
+    from qtdog.report.text_tables import SHEETS
 
     sheets = []
     for group in groups:

@@ -144,7 +144,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
     from qtdog.cli.console import SPEAKS, warn
     from qtdog.cli.progress import CountingBar, training_bar
     from qtdog.ensemble.teacher import open_teacher
-    from qtdog.report.table import method_name
+    from qtdog.report.tables import method_name
     from qtdog.training.loggers import watched
     from qtdog.training.run import Voice, run
 
@@ -193,8 +193,7 @@ def table_of(
     results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]
 ) -> tuple[list[str], list[list[str]]]:
     """Return the table of runs of one method: a row for them, and with ensembles one for these, with their cost."""
-    from qtdog.report.cost_table import cost_table
-    from qtdog.report.table import target_table
+    from qtdog.report.tables import cost_table, target_table
 
     method = results[0]["method"]
     if not ensembles:
@@ -205,7 +204,7 @@ def table_of(
 
 def _keep_table(out: Path, results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]) -> None:
     from qtdog.core.files import write_atomic
-    from qtdog.report.table import markdown
+    from qtdog.report.tables import markdown
 
     write_atomic(out / "results.json", json.dumps(list(results), indent=1))
     write_atomic(out / "results.md", markdown(*table_of(results, ensembles)) + "\n")
@@ -233,7 +232,7 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
 
 
 def _where_to_look(result: dict[str, Any]) -> list[str]:
-    from qtdog.report.table import percent
+    from qtdog.report.tables import percent
 
     folder, each = escape(result["folder"]), "member" if "members" in result else "layer"
     kept = f" ({result['kept']})" if "kept" in result else ""

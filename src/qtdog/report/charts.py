@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtdog.report.block import AVERAGE, GAP, SOURCE, WORST, Block
-from qtdog.report.latency import Timed
+from qtdog.report.inputs import Timed
+from qtdog.report.tables import AVERAGE, GAP, SOURCE, WORST, Block
 from qtdog.runs.aggregate import Estimate
 from qtdog.runs.entry import Entry
 from qtdog.runs.record import Record

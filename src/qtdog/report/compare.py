@@ -11,10 +11,8 @@ from scipy import stats
 
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.random import numpy_stream
-from qtdog.report.block import outcomes
-from qtdog.report.labels import label_rows
-from qtdog.report.marks import Cell, Sheet
-from qtdog.report.table import NO_TARGET, percent
+from qtdog.report.tables import NO_TARGET, label_rows, outcomes, percent
+from qtdog.report.text_tables import Cell, Sheet
 from qtdog.runs.entry import Entry
 
 CONFIDENCE = 0.95

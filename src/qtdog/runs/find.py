@@ -9,7 +9,7 @@ from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.report.table import method_name, unseen
+from qtdog.report.tables import method_name, unseen
 from qtdog.runs.domainbed import plain, read_domainbed
 from qtdog.runs.entry import Cost, Entry, Outcome, settings_of
 from qtdog.runs.folder import RunFolder

@@ -2,28 +2,196 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qtdog import __version__
-from qtdog.report.analyses import Analysis
-from qtdog.report.block import SPLITS, Block, make_block
 from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_cell, size_chart
-from qtdog.report.embed import asset, csp_hash, data_uri, json_for_html, link
-from qtdog.report.labels import label_rows
-from qtdog.report.latency import BenchFile, latencies
-from qtdog.report.marks import estimate_text
-from qtdog.report.table import NO_TARGET
-from qtdog.report.web_table import block_table, numbers_table, runs_table, settings_table
+from qtdog.report.inputs import Analysis, BenchFile, latencies
+from qtdog.report.tables import NO_TARGET, SPLITS, Block, differing, label_rows, make_block, percent, value_text
+from qtdog.report.text_tables import MISSING, body, estimate_text, headers
 from qtdog.runs.entry import Entry
 from qtdog.runs.find import Found
-from qtdog.runs.selection import SELECTIONS
+from qtdog.runs.selection import SELECTIONS, outcome
+
+# in JSON these stand in strings only, and in HTML they could end the element that holds the JSON
+ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+
+
+def asset(name: str) -> str:
+    """Return the text of a file of `report/assets`."""
+    return (resources.files("qtdog") / "report" / "assets" / name).read_text()
+
+
+def json_for_html(value: Any) -> Markup:
+    r"""Return JSON that can stand in a `<script type="application/json">`: no string in it can end the element.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+
+    Example:
+        >>> print(json_for_html({"name": "</script><img src=x>"}))
+        {"name":"\u003c/script\u003e\u003cimg src=x\u003e"}
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup("".join(ESCAPES.get(character, character) for character in text))
+
+
+def csp_hash(text: str) -> Markup:
+    """Return the source expression by which a content security policy allows just this script or style.
+
+    Example:
+        >>> csp_hash("")
+        Markup("'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='")
+    """
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+
+
+def data_uri(png: Path) -> str:
+    """Return a PNG as a `data:` address."""
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+
+
+def link(path: Path, page: Path) -> str:
+    """Return the relative address of a file from the page that names it; no name in it can be read as anything else.
+
+    Example:
+        >>> link(Path("runs/a b/result.json"), Path("runs/report.html"))
+        'a%20b/result.json'
+        >>> link(Path("javascript:x"), Path("report.html"))
+        'javascript%3Ax'
+    """
+    return quote(os.path.relpath(path, page.parent))
+
+
+MAX_NUMBERS = 200  # rows of an analysis that are shown; all are in its CSV
+
+
+@dataclass(frozen=True)
+class WebCell:
+    """A cell.
+
+    Attributes:
+        text: what is shown.
+        value: what is sorted by; None for a missing value, which always comes last.
+        mark: `best`, `second` or nothing.
+        href: where it leads; empty for nowhere.
+    """
+
+    text: str
+    value: float | str | None
+    mark: str = ""
+    href: str = ""
+
+
+@dataclass(frozen=True)
+class WebTable:
+    """A table that sorts and filters.
+
+    Attributes:
+        id: unique in the page.
+        caption: what it shows.
+        headers: names of the columns.
+        rows: cells; the first of each row is its header.
+    """
+
+    id: str
+    caption: str
+    headers: list[str]
+    rows: list[list[WebCell]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether it holds numbers only."""
+        columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]
+        return [all(not isinstance(cell.value, str) for cell in column) for column in columns]
+
+
+def block_table(block: Block, name: str) -> WebTable:
+    """Return a table in DomainBed's layout for the page."""
+    rows = []
+    for row, cells in zip(block.rows, body(block), strict=True):
+        accuracies = [row.cells[column].mean for column in block.columns]
+        costs = [row.n_trials, row.cost.size.get("bytes"), row.n_models, row.cost.training_steps, row.cost.passes]
+        values = [row.method, *accuracies, *costs]
+        rows.append([WebCell(cell.text, value, cell.mark) for cell, value in zip(cells, values, strict=True)])
+    return WebTable(name, block.title, headers(block), rows)
+
+
+def settings_table(rows: Mapping[str, Sequence[Entry]], name: str) -> tuple[WebTable, list[tuple[str, str]]]:
+    """Return a table of the settings that differ between methods, and those that all have, as (key, value)."""
+    settings = {label: group[0].settings for label, group in rows.items() if group[0].settings}
+    keys = differing(list(settings.values()))
+    cells = [
+        [WebCell(label, label), *(_setting(one[key]) if key in one else WebCell("", None) for key in keys)]
+        for label, one in settings.items()
+    ]
+    shared = {key: value for one in settings.values() for key, value in one.items() if key not in keys}
+    common = [(key, value_text(value)) for key, value in shared.items()]
+    return WebTable(name, "Settings that are not alike in all methods", ["method", *keys], cells), common
+
+
+def _setting(value: Any) -> WebCell:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return WebCell(value_text(value), value if number else value_text(value))
+
+
+def runs_table(rows: Mapping[str, Sequence[Entry]], split: str, page: Path, name: str) -> WebTable:
+    """Return a table of every run, with what its own selection gives and a link to its files."""
+    head = ["run", "method", "unseen", "trial", "seed", "selection", "step", "target", "source", "gap", "file"]
+    cells = [_run(label, entry, split, page) for label, group in rows.items() for entry in group]
+    return WebTable(name, "Every run, with the checkpoint that it ships", head, cells)
+
+
+def _run(label: str, entry: Entry, split: str, page: Path) -> list[WebCell]:
+    selection = entry.selection or "source"
+    found = outcome(entry, selection)
+    target, source = (None, None) if found is None else (found.on(split), found.source)
+    gap = None if target is None or source is None else source - target
+    file = entry.path if entry.kind == "domainbed" else entry.path / "result.json"
+    step = None if found is None else found.step
+    size = entry.cost.size.get("bytes")
+    numbers = [WebCell(percent(value), value) for value in (target, source, gap)]
+    return [
+        WebCell(entry.path.name, entry.path.name, href=link(file, page)),
+        WebCell(label, label),
+        WebCell(entry.target, entry.target),
+        WebCell(str(entry.trial), entry.trial),
+        WebCell(str(entry.seed), entry.seed),
+        WebCell(selection, selection),
+        WebCell(MISSING if step is None else f"{step:,}", step),
+        *numbers,
+        WebCell(MISSING if size is None else f"{size / 1e6:.3g} MB", size),
+    ]
+
+
+def numbers_table(numbers: Sequence[Mapping[str, Any]], caption: str, name: str) -> WebTable:
+    """Return the numbers of an analysis, the first 200 rows of them."""
+    keys = list(dict.fromkeys(key for row in numbers for key in row))
+    rows = [[_number(row.get(key)) for key in keys] for row in numbers[:MAX_NUMBERS]]
+    return WebTable(name, caption, keys, rows)
+
+
+def _number(value: Any) -> WebCell:
+    if value is None:
+        return WebCell(MISSING, None)
+    if isinstance(value, float):
+        return WebCell(f"{value:.4g}", value)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return WebCell(value_text(value), value if number else value_text(value))
+
 
 MAX_FIGURE_BYTES = 3_000_000  # of all figures together; in base64 they take a third more, and the page stays below 5 MB
 
