@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qtdog.cli.plan import Request, make_plan
+from qtdog.api.experiment import Request, make_plan
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import compose, make_accelerator

@@ -118,7 +118,7 @@ def bits(
 def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
     """Return the whole data set and the plan on its sources; no image of the target is opened."""
     from qtdog.analysis.bit_plan import BitPlan, parse_candidates, without_target
-    from qtdog.cli.plan import FLAGS, Request, configure
+    from qtdog.api.experiment import FLAGS, Request, configure
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.train import announce
     from qtdog.data.open import without_unreadable

@@ -68,7 +68,7 @@ def train_line(given: Mapping[str, Any], presets: Sequence[str], choice: int | M
         >>> train_line({"data": "my photos", "lr": None, "assign": ["train.seed=1"]}, ["pacs-lite"], 6)
         "qtdog train --data 'my photos' --preset pacs-lite --set train.seed=1 --bits 6"
     """
-    from qtdog.cli.plan import FLAGS
+    from qtdog.api.experiment import FLAGS
 
     words = ["qtdog", "train"]
     for name in FLAGS:

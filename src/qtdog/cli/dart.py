@@ -48,8 +48,8 @@ def dart(
       qtdog dart --data photos/ --target c --branch data.augment=none --branch objective.name=coral --out runs/two
     """
     given = dict(locals())
+    from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.console import print_json, warn
-    from qtdog.cli.plan import FLAGS, Request, make_plan
     from qtdog.cli.progress import CountingBar, training_bar
     from qtdog.cli.train import announce, show
     from qtdog.core.errors import ConfigError

@@ -44,8 +44,7 @@ def run_target(out: Path, target: str, steps: int) -> list[dict[str, Any]]:
     """Return the results of a float run, a 7-bit run and the ensemble of this and two more, for one unseen angle."""
     from dataclasses import replace
 
-    from qtdog.cli.crew import Crew
-    from qtdog.cli.plan import Request, make_plan
+    from qtdog.api.experiment import Crew, Request, make_plan
     from qtdog.cli.train import join_all, run_all
 
     flags = {"target": target, "steps": steps}

@@ -54,7 +54,7 @@ def distill(
       qtdog distill ensemble.safetensors --data photos/ --bits 5 --set objective.teacher_temperature=4
     """
     given = dict(locals())
-    from qtdog.cli.plan import FLAGS, Request, make_plan
+    from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.progress import CountingBar
     from qtdog.cli.train import announce, run_all, show
     from qtdog.ensemble.model import load_any

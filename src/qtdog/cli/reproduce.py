@@ -121,8 +121,8 @@ def run_missing(question: Question, dataset: DomainDataset | None) -> None:
     Raises:
         Interrupted: a signal asked to stop; everything so far is kept.
     """
+    from qtdog.api.experiment import Planned
     from qtdog.cli.console import err
-    from qtdog.cli.plan import Planned
     from qtdog.cli.reproduce_plan import plan_jobs
     from qtdog.cli.train import run_all
 
@@ -162,7 +162,7 @@ def _ensembles(
     question: Question, jobs: Sequence[Job], dataset: DomainDataset | None, targets: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Return the result of the ensemble of each target whose members are all there."""
-    from qtdog.cli.crew import join_crew
+    from qtdog.api.experiment import join_crew
 
     made = {}
     method = jobs[0].row.method.lower().replace(" ", "-")

@@ -92,9 +92,8 @@ def train(
       qtdog train --resume --out runs/photos-c                       (after a crash, or Ctrl-C)
     """
     given = dict(locals())
+    from qtdog.api.experiment import FLAGS, Crew, Request, make_plan, with_saved_crew
     from qtdog.cli.console import print_json
-    from qtdog.cli.crew import Crew
-    from qtdog.cli.plan import FLAGS, Request, make_plan, with_saved_crew
     from qtdog.cli.progress import CountingBar
 
     flags = {name: given[name] for name in FLAGS}
@@ -167,8 +166,8 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
 
 def join_all(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[str, Any]]:
     """Make the ensemble of each target from its finished members and return their results; only one process does."""
+    from qtdog.api.experiment import join_crew
     from qtdog.cli.console import SPEAKS
-    from qtdog.cli.crew import join_crew
     from qtdog.cli.progress import CountingBar
 
     if not SPEAKS:
@@ -181,7 +180,7 @@ def join_all(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[s
 
 def _remember(out: Path, plan: Sequence[Any], crew: Any) -> None:
     """Write down what was asked for, as one configuration: the first run's, for all targets if there are several."""
-    from qtdog.cli.crew import keep_plan
+    from qtdog.api.experiment import keep_plan
 
     first = plan[0].config
     target = "all" if len({planned.config.data.target for planned in plan}) > 1 else first.data.target
