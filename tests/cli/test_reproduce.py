@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtdog.cli.reproduce_cost import Cost
-from qtdog.cli.reproduce_table import lines_of, value_of
+from qtdog.cli.reproduce import Cost, lines_of, value_of
 from qtdog.core.paper import PaperRow
 from qtdog.models.flops import training_flops
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qtdog.cli.analyse_common import labels_of
+from qtdog.cli.analyze import labels_of
 from qtdog.runs.folder import RunFolder
 
 FLOAT, DECAY = {"quantizer": {"name": "none"}}, {"optimizer": {"schedule": "linear"}}

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from qtdog.cli.sweep_board import Board
+from qtdog.cli.sweep_progress import Board
 from qtdog.sweep.journal import Outcome
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import SweepProgress as Progress

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from qtdog.cli.predict_text import text_predictions
+from qtdog.cli.predict import text_predictions
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.data.open import open_any

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtdog.cli.predict_text import text_predictions
+from qtdog.cli.predict import text_predictions
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
 from qtdog.data.open import open_any, open_texts

@@ -52,8 +52,7 @@ def bench(
 
       qtdog bench runs/float five-int8.onnx --data photos/ --out comparison/
     """
-    from qtdog.cli.console import print_json
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar, print_json
     from qtdog.core.errors import ConfigError
     from qtdog.export.benchmark import Plan
     from qtdog.export.benchmark import bench as measure
@@ -77,7 +76,7 @@ def bench(
 
 def _images(data: str, domain: str | None, n_images: int) -> Callable[[Opened], LabelledImages]:
     """Return a function that gives an opened model images of one domain, the same ones to every model of one kind."""
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar
     from qtdog.core.errors import ConfigError
     from qtdog.data.open import open_dataset
     from qtdog.export.images import Draw, draw_images

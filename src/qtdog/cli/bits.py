@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from qtdog.cli.bits_report import choice_table, layer_table, train_line
-from qtdog.cli.flags import (
+from qtdog.cli.options import (
     AsJson,
     Assignments,
     Averager,
@@ -30,8 +30,81 @@ from qtdog.cli.flags import (
 )
 
 if TYPE_CHECKING:
-    from qtdog.analysis.bit_plan import BitPlan
+    from qtdog.analysis.bit_plan import BitPlan, Candidate, Choice
+    from qtdog.analysis.bit_search import LayerChoice
     from qtdog.data.dataset import DomainDataset
+
+
+def choice_table(choice: Choice) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows, a row per candidate; the recommended one has a star.
+
+    Example:
+        >>> from qtdog.analysis.bit_plan import Trial, choose
+        >>> trials = [Trial(4, domain, accuracy, 0.25, 0.1, 1.0, 2000) for domain, accuracy in [("a", 0.5), ("b", 0.7)]]
+        >>> choice_table(choose(trials))[1]
+        [['4 *', '50.0', '70.0', '60.0 ± 10.0', '0.0 ± 0.0', '0.25 ± 0.07', '0.002 MB']]
+    """
+    headers = ["bits", *choice.candidates[0].accuracies, "mean", "behind best", "flatness", "file"]
+    return headers, [_row(candidate, choice) for candidate in choice.candidates]
+
+
+def _row(candidate: Candidate, choice: Choice) -> list[str]:
+    from qtdog.report.tables import percent
+
+    name = f"{candidate.bits} *" if candidate.bits == choice.bits else str(candidate.bits)
+    accuracies = [percent(accuracy) for accuracy in candidate.accuracies.values()]
+    if candidate.accuracy is None:
+        return [name, *accuracies, "failed", "–", "–", "–"]
+    return [
+        name,
+        *accuracies,
+        f"{percent(candidate.accuracy)} ± {percent(candidate.standard_error)}",
+        f"{percent(candidate.behind)} ± {percent(candidate.behind_error)}",
+        f"{candidate.flatness:.3g} ± {candidate.flatness_error:.1g}",
+        f"{(candidate.n_bytes or 0) / 1e6:.3g} MB",
+    ]
+
+
+def layer_table(choice: LayerChoice) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows, a row per layer."""
+    rows = [
+        [
+            " = ".join(layer.names),
+            f"{layer.curvature.n_weights:,}",
+            f"{layer.curvature.mean:.2e} ± {layer.curvature.standard_error / layer.curvature.n_weights:.0e}",
+            f"{choice.cost_of(bits, layer):.2e}",
+            str(bits),
+        ]
+        for layer, bits in zip(choice.layers, choice.bits, strict=True)
+    ]
+    return ["layer", "weights", "mean curvature", "expected cost", "bits"], rows
+
+
+def train_line(given: Mapping[str, Any], presets: Sequence[str], choice: int | Mapping[str, int]) -> str:
+    """Return the command that uses the choice.
+
+    Args:
+        given: the options of `qtdog bits`.
+        presets: names or files, in order.
+        choice: the number of bits, or those of each layer, which the last preset holds.
+
+    Example:
+        >>> train_line({"data": "my photos", "lr": None, "assign": ["train.seed=1"]}, ["pacs-lite"], 6)
+        "qtdog train --data 'my photos' --preset pacs-lite --set train.seed=1 --bits 6"
+    """
+    from qtdog.api.experiment import FLAGS
+
+    words = ["qtdog", "train"]
+    for name in FLAGS:
+        if given.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(given[name])]
+    words += [word for name in presets for word in ("--preset", name)]
+    # --set wins over everything, and must not win over the choice
+    replaced = "quantizer.bits=" if isinstance(choice, int) else "quantizer.layer_bits="
+    assigned = [text for text in given["assign"] or () if not text.startswith(replaced)]
+    words += [word for text in assigned for word in ("--set", text)]
+    return shlex.join(words + (["--bits", str(choice)] if isinstance(choice, int) else []))
+
 
 TARGET = "The domain that the model is for: none of its images is opened; 'none' if every domain is a source."
 START = "First quantized step; the float steps before it are shared by all candidates. Default: 40 % of the steps."
@@ -119,7 +192,7 @@ def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
     """Return the whole data set and the plan on its sources; no image of the target is opened."""
     from qtdog.analysis.bit_plan import BitPlan, parse_candidates, without_target
     from qtdog.api.experiment import FLAGS, Request, configure
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar
     from qtdog.cli.train import announce
     from qtdog.data.open import without_unreadable
     from qtdog.training.protocol import resolve
@@ -145,8 +218,7 @@ def _plan(given: Mapping[str, Any]) -> tuple[DomainDataset, BitPlan]:
 def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
     from qtdog.analysis.bit_plan import choose
     from qtdog.analysis.bit_search import BitTrials
-    from qtdog.cli.console import err
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar, err
 
     n_sources, n_candidates = len(plan.sources.domains), len(plan.candidates)
     err.print(
@@ -175,8 +247,7 @@ def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
 
 def _mixed(plan: BitPlan, budget: float, n_vectors: int, folder: Path) -> dict[str, Any]:
     from qtdog.analysis.bit_search import choose_layer_bits, uniform_candidate
-    from qtdog.cli.console import SPEAKS, err
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import SPEAKS, CountingBar, err
     from qtdog.core.files import write_atomic
 
     err.print(f"{plan.start:,} float steps on all sources, then the curvature of each layer", highlight=False)
@@ -216,8 +287,7 @@ class _Counter:
 
 
 def _voice() -> Any:
-    from qtdog.cli.console import warn
-    from qtdog.cli.progress import CountingBar, training_bar
+    from qtdog.cli.console import CountingBar, training_bar, warn
     from qtdog.training.run import Voice
 
     return Voice(training_bar, CountingBar("decoding images"), warn)

@@ -83,8 +83,7 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
     Raises:
         DataError: `data` is given and cannot be used, or its images are not those that the members were trained on.
     """
-    from qtdog.cli.console import warn
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar, warn
     from qtdog.core.errors import DataError
     from qtdog.data.open import open_readable
     from qtdog.ensemble.evaluation import open_exam

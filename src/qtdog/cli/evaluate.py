@@ -48,9 +48,8 @@ def evaluate(
 
       qtdog eval model.safetensors new-site/ --unknown other-things/ --json
     """
-    from qtdog.cli.cascade import cascading
-    from qtdog.cli.console import out, print_json, print_table
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar, out, print_json, print_table
+    from qtdog.cli.predict import cascading
     from qtdog.data.open import open_any, without_unreadable
     from qtdog.ensemble.model import load_any
     from qtdog.report.tables import percent
@@ -168,7 +167,7 @@ def score_domains(
     """
     from accelerate import Accelerator
 
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar
     from qtdog.core.errors import DataError
     from qtdog.data.loader import eval_batches
     from qtdog.ensemble.evaluation import collect, temperature_of

@@ -48,9 +48,7 @@ def export(
 
       qtdog export runs/five/c-eoq -o five.onnx --format onnx-int8 --data photos/ --cascade
     """
-    from qtdog.cli.console import print_json
-    from qtdog.cli.ended import tidy_end
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar, print_json, tidy_end
     from qtdog.core.errors import ConfigError
     from qtdog.export.export import export as write
     from qtdog.export.formats import FORMATS, format_for

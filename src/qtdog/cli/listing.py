@@ -1,13 +1,82 @@
-"""`qtdog list`."""
+"""`qtdog list` and `qtdog inspect`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qtdog.core.registry import Registry
+
+if TYPE_CHECKING:
+    from qtdog.packing.layout import Layout
+
+
+BITS = 7
+MAX_MEASURED = 40  # building a model without memory takes about a tenth of a second
+NO_SIZE = "–"
+
+
+def show_backbones(pattern: str, *, as_json: bool) -> None:
+    """Print the known backbones, or all whose name contains `pattern` (JSON says more of each)."""
+    from qtdog.cli.console import err, print_json, print_table
+
+    rows = backbone_rows(pattern)
+    if as_json:
+        print_json(rows)
+        return
+    print_table(["backbone", "parameters", f"{BITS} bits", "its weights saw"], [_cells(row) for row in rows])
+    if not pattern:
+        err.print("These are tested; every other timm model works too: qtdog list backbones NAME", highlight=False)
+    elif len(rows) > MAX_MEASURED:
+        err.print(f"{len(rows)} names: sizes are shown for at most {MAX_MEASURED}; narrow the pattern", highlight=False)
+
+
+def backbone_rows(pattern: str) -> list[dict[str, Any]]:
+    """Return one row per backbone, without its classifier; sizes are missing where there are too many names."""
+    from qtdog.models.backbones import KNOWN, backbone_names
+
+    names = list(KNOWN)
+    if pattern:
+        names = [name for name in {**KNOWN, **dict.fromkeys(backbone_names())} if pattern in name.lower()]
+    return [_row(name, sized=len(names) <= MAX_MEASURED) for name in names]
+
+
+def _row(name: str, *, sized: bool) -> dict[str, Any]:
+    from qtdog.models.backbones import KNOWN
+    from qtdog.models.weights import pretraining_of
+
+    known = KNOWN.get(name)
+    about = "" if known is None else known.about + (f" (pip install 'qtdog[{known.extra}]')" if known.extra else "")
+    return {"name": name, "about": about, "pretraining": pretraining_of(name)} | (_sizes(name) if sized else {})
+
+
+def _sizes(name: str) -> dict[str, Any]:
+    import torch
+
+    from qtdog.conversion.inspect import estimate_size
+    from qtdog.core.errors import ModelError
+    from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, input_size
+
+    size = input_size(name)
+    try:
+        with torch.device("meta"):
+            featurizer = build_featurizer(FeaturizerSpec(name, 3, size or 224))
+        found = estimate_size(featurizer, bits=BITS, exclude=())
+    except (ModelError, RuntimeError, NotImplementedError):  # an extra is missing, or it needs values while it is built
+        return {}
+    sizes = {"n_parameters": found.n_parameters, "float32_bytes": found.float32_bytes}
+    return sizes | {f"{BITS}bit_bytes": found.packed_bytes, "image_size": size}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    saw = row["pretraining"].partition(" (")[0] or "nothing: random only"
+    if "n_parameters" not in row:
+        return [row["name"], NO_SIZE, NO_SIZE, saw]
+    return [row["name"], f"{row['n_parameters'] / 1e6:.2f} M", f"{row[f'{BITS}bit_bytes'] / 1e6:.2f} MB", saw]
 
 
 class Kind(StrEnum):
@@ -44,7 +113,6 @@ def listing(
 
       qtdog list options quantizer
     """
-    from qtdog.cli.backbone_table import show_backbones
     from qtdog.cli.console import print_json, print_table
 
     if kind is Kind.BACKBONES:
@@ -94,3 +162,92 @@ def _about(member: Any) -> str:
     defaults = {name: how.default for name, how in member.HYPERPARAMETERS.items()}
     values = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in defaults.items())
     return (member.__doc__ or "").split("\n")[0] + (f" [params: {values}]" if values else "")
+
+
+TOLD = ("backbone", "classes", "bits", "dataset", "source_domains", "target_domain", "accuracy", "pretraining", "step")
+
+
+def inspect_file(
+    model: Annotated[Path, typer.Argument(help="A packed .safetensors file, or the folder of a run.", metavar="MODEL")],
+    *,
+    weights: Annotated[bool, typer.Option("--weights", help="List every quantized weight.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a packed model file says of itself, and where its bytes go.
+
+    The bound is the entropy of the codes, each weight by its own frequencies, plus all other values as they are.
+
+    Examples:
+      qtdog inspect runs/photos-c
+
+      qtdog inspect model.safetensors --weights
+    """
+    from qtdog.cli.console import print_json
+    from qtdog.packing.ensemble_file import is_ensemble
+    from qtdog.packing.reader import read_layout
+    from qtdog.packing.sizes import ensemble_sizes, file_sizes
+
+    path = model / "model.safetensors" if model.is_dir() else model
+    size = asdict(ensemble_sizes(path) if is_ensemble(path) else file_sizes(path))
+    layout = read_layout(path)[1]
+    rows = _weights(path) if weights else []
+    if as_json:
+        print_json({"model": str(path), "metadata": layout.metadata, "size": size, "weights": rows})
+        return
+    _show(layout, size)
+    if weights:
+        _show_weights(rows)
+
+
+def _weights(path: Path) -> list[dict[str, Any]]:
+    """Return for each stored quantized weight its grid, its codec, and what its codes cost beside their entropy."""
+    from qtdog.packing.layout import stored_names
+    from qtdog.packing.packed_file import read_contents
+    from qtdog.packing.reader import read_layout
+    from qtdog.packing.sizes import entropy_bits
+
+    header, layout = read_layout(path)
+    contents = read_contents(path, layout)
+    rows = []
+    for name, entry in layout.quantized.items():
+        stored = header.tensors[stored_names(name)[0]].n_bytes
+        row = {"weight": name, "shape": list(entry.shape), "bits": entry.spec.bits, "levels": entry.spec.levels}
+        row |= {"codec": entry.codec, "bits_per_code": 8 * stored / entry.n_codes}
+        rows.append(row | {"entropy_bits_per_code": entropy_bits(contents.quantized[name].codes)})
+    return rows
+
+
+def _show(layout: Layout, size: dict[str, Any]) -> None:
+    from qtdog.cli.console import print_table
+
+    about, ensemble = layout.metadata, layout.metadata.get("ensemble")
+    kind = f"ensemble of {size['n_members']}" if ensemble else "one model"
+    rows = [*([name, _text(about[name])] for name in TOLD if name in about)]
+    one = " of one member" if ensemble else ""
+    rows += [
+        ["file", f"{size['bytes']:,} bytes"],
+        [f"float32{one}", f"{size['float32_bytes']:,} bytes, {size['ratio']:.2f} times the file"],
+        ["bits per code", f"{size['bits_per_code']:.3f}, their entropy {size['entropy_bits_per_code']:.3f}"],
+        ["file ÷ bound", f"{size['over_entropy']:.3f}"],
+    ]
+    print_table(["", kind], rows)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:12])) + (f" … ({len(value)})" if len(value) > 12 else "")
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show_weights(rows: list[dict[str, Any]]) -> None:
+    from qtdog.cli.console import print_table
+
+    headers = ["weight", "shape", "bits", "levels", "codec", "bits per code", "entropy"]
+    lines = []
+    for row in rows:
+        shape = " × ".join(map(str, row["shape"]))
+        costs = (f"{row[key]:.3f}" for key in ("bits_per_code", "entropy_bits_per_code"))
+        lines.append([row["weight"], shape, str(row["bits"]), row["levels"], row["codec"], *costs])
+    print_table(headers, lines)

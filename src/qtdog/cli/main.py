@@ -6,26 +6,21 @@ import sys
 
 import typer
 
-from qtdog.cli.analyse import analyse_app
+from qtdog.cli.analyze import analyse_app
 from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
-from qtdog.cli.dart import dart
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
-from qtdog.cli.distill import distill
 from qtdog.cli.ensemble import ensemble
 from qtdog.cli.evaluate import evaluate
 from qtdog.cli.export import export
-from qtdog.cli.inspect_file import inspect_file
-from qtdog.cli.listing import listing
+from qtdog.cli.listing import inspect_file, listing
 from qtdog.cli.predict import predict
-from qtdog.cli.report import report
 from qtdog.cli.reproduce import reproduce
-from qtdog.cli.runs import runs
-from qtdog.cli.sweep_app import sweep_app
-from qtdog.cli.table import table
-from qtdog.cli.train import train
+from qtdog.cli.sweep import sweep_app
+from qtdog.cli.tables import report, runs, table
+from qtdog.cli.train import dart, distill, train
 from qtdog.core.errors import QtdogError
 
 EPILOG = (

@@ -1,4 +1,4 @@
-"""`qtdog predict`."""
+"""`qtdog predict`, for images and for texts, with one model, an ensemble or a cascade."""
 
 from __future__ import annotations
 
@@ -17,6 +17,98 @@ if TYPE_CHECKING:
     from qtdog.ensemble.cascade import CascadeModel
     from qtdog.ensemble.model import EnsembleModel
     from qtdog.training.load import ShippedModel
+
+
+def cascading(shipped: ShippedModel | EnsembleModel) -> CascadeModel:
+    """Return an ensemble as a cascade.
+
+    Raises:
+        ConfigError: it is one model, or its file has no threshold.
+    """
+    from qtdog.core.errors import ConfigError
+    from qtdog.ensemble.cascade import CascadeModel
+    from qtdog.ensemble.model import EnsembleModel
+
+    if not isinstance(shipped, EnsembleModel):
+        raise ConfigError("--cascade is for an ensemble; this file holds one model")
+    return CascadeModel(shipped)
+
+
+def cascade_rows(model: CascadeModel, inputs: Tensor) -> list[dict[str, Any]]:
+    """Return what a cascade says of each input, in order, with the number of `members` that were asked."""
+    rows: dict[int, dict[str, Any]] = {}
+    for group in model.ask(inputs):
+        n_asked = len(group.logits)
+        for place, row in zip(group.places.tolist(), logit_rows(model.model, group.logits), strict=True):
+            doubt = {"mutual_information": 0.0, "agreement": 1.0}
+            rows[place] = row | {name: row.get(name, value) for name, value in doubt.items()} | {"members": n_asked}
+    return [rows[place] for place in sorted(rows)]
+
+
+def say_members(rows: Sequence[dict[str, Any]], n_members: int) -> None:
+    """Print how many members were asked on average to standard error; nothing without an answer."""
+    from qtdog.cli.console import err
+
+    if rows:
+        mean = sum(row["members"] for row in rows) / len(rows)
+        text = f"cascade: {mean:.2f} of {n_members} members asked on average"
+        err.print(text, highlight=False)
+
+
+def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path]) -> Iterator[Any]:
+    """Yield a row (`text`, `class`, `probability`, …) for each line of the .txt files among and below `paths`.
+
+    A file that cannot be read gives its error instead.
+
+    Raises:
+        DataError: a path is missing, or is a folder without such a file.
+        ModelError: the file holds no vocabulary, and it cannot be had from elsewhere.
+    """
+    import torch
+
+    from qtdog.core.errors import DataError
+    from qtdog.models.text import make_tokeniser
+
+    how = shipped.info.preprocessing
+    tokenise = make_tokeniser(shipped.info.backbone, how.max_tokens, how.vocabulary)
+    for file in find_texts(paths):
+        try:
+            lines = read_lines(file)
+        except DataError as error:
+            yield error
+            continue
+        for start in range(0, len(lines), BATCH):
+            part = lines[start : start + BATCH]
+            tokens = torch.from_numpy(tokenise([text for _, text in part])).long()
+            for (number, _), told in zip(part, answer_columns(shipped, tokens), strict=True):
+                yield {"text": f"{file}:{number}"} | told
+
+
+def find_texts(paths: Sequence[Path]) -> list[Path]:
+    """Return the .txt files among and below `paths`, in order (DataError if a path is missing or holds none)."""
+    from qtdog.core.errors import DataError
+    from qtdog.data.image_folder import require_path
+
+    found: list[Path] = []
+    for path in paths:
+        require_path(path, "the text file or folder")
+        inside = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"there is no .txt file in {path}; each line of one is a text")
+        found += inside
+    return found
+
+
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """Return number (from 1) and text of each line that is not empty (DataError if the file is no UTF-8 text)."""
+    from qtdog.core.errors import DataError
+
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
 
 BATCH = 64
 
@@ -62,10 +154,8 @@ def predict(
 
       qtdog predict reviews.safetensors today.txt                   (a model of text: each line is one)
     """
-    from qtdog.cli.cascade import cascading, say_members
     from qtdog.cli.console import fail
     from qtdog.cli.evaluate import say_cost
-    from qtdog.cli.predict_text import text_predictions
     from qtdog.core.errors import QtdogError
     from qtdog.ensemble.model import load_any
 
@@ -137,7 +227,6 @@ def predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, files: Seq
 
 def answer_columns(shipped: ShippedModel | EnsembleModel | CascadeModel, images: Tensor) -> list[dict[str, Any]]:
     """Return for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length), what the model says of it."""
-    from qtdog.cli.cascade import cascade_rows
     from qtdog.ensemble.cascade import CascadeModel
     from qtdog.ensemble.evaluation import member_logits
 

@@ -1,13 +1,19 @@
-"""`qtdog sweep STUDY`."""
+"""`qtdog sweep`: run a study, ask for its status, retry, table, merge."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from qtdog.cli.sweep_flags import (
+from qtdog.cli.console import CountingBar
+from qtdog.cli.options import (
     Address,
     DataFolder,
     EngineChoice,
@@ -22,13 +28,541 @@ from qtdog.cli.sweep_flags import (
     Threads,
     Workers,
 )
+from qtdog.core.errors import ConfigError
+from qtdog.sweep.local import Crew, LocalEngine, make_crew
+from qtdog.sweep.plan import Plan, Task, default_out, keep_sharing, make_plan
+from qtdog.sweep.ray import RayEngine
+from qtdog.sweep.runner import Engine
+from qtdog.sweep.slurm import Job, SlurmEngine, batch_script
+from qtdog.sweep.study import read_study
+from qtdog.training.loggers import watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from qtdog.report.compare import Comparison
+    from qtdog.sweep.diff import Difference
+    from qtdog.sweep.estimate import Cluster, Pace
+    from qtdog.sweep.index import Row
     from qtdog.sweep.journal import Outcome
-    from qtdog.sweep.plan import Plan, Task
-    from qtdog.sweep.runner import Engine
+    from qtdog.sweep.results import Result
+
+
+def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Path]:
+    """Return the plan of a study file and the folder of its runs.
+
+    Raises:
+        ConfigError, DataError: as in `sweep.study.read_study` and `sweep.plan.make_plan`.
+    """
+    found = read_study(study)
+    plan = make_plan(found, data, CountingBar("reading images"))
+    return plan, out or default_out(found)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the user asked the runs to be made on.
+
+    Attributes:
+        engine: local, ray or slurm.
+        workers: runs at a time; None for one per GPU or core, with ray for as many as there is room for.
+        threads: of each; None for all cores shared out.
+        gpus: of each; None for one where there are any, with ray and slurm for none.
+        address: of a Ray cluster.
+        partition: of Slurm.
+        hours: of each Slurm job.
+        loggers: who is told of the runs' numbers.
+    """
+
+    engine: str = "local"
+    workers: int | None = None
+    threads: int | None = None
+    gpus: float | None = None
+    address: str | None = None
+    partition: str = ""
+    hours: float = 4.0
+    loggers: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Refuse flags that the engine would not read.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        readers = {"--address": ("ray",), "--partition": ("slurm",)}
+        given = {"--address": self.address, "--partition": self.partition}
+        watched(self.loggers, Path())
+        if self.loggers and self.engine != "local":
+            raise ConfigError("--log is for --engine local; on a cluster look at the run folders")
+        for flag, engines in readers.items():
+            if given[flag] and self.engine not in engines:
+                raise ConfigError(f"{flag} is for --engine {' or '.join(engines)}; leave it out for {self.engine}")
+
+    def shared(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks as they are done here: where a logger listens, each run makes its own updates."""
+        return [one for task in tasks for one in keep_sharing([task])] if self.loggers else list(tasks)
+
+    @property
+    def crew(self) -> Crew:
+        """How the runs share this machine.
+
+        Raises:
+            ConfigError: GPUs that it does not have.
+        """
+        return make_crew(workers=self.workers, threads=self.threads, gpus=self.gpus)
+
+
+def make_engine(machines: Machines, plan: Plan, folder: Path) -> Engine:
+    """Return the engine, ready to start tasks.
+
+    Raises:
+        ConfigError, RunError: what it needs is not installed or not there.
+    """
+    if machines.engine == "ray":
+        here = make_crew(workers=machines.workers, threads=machines.threads, gpus=0)
+        workers = machines.workers if machines.address else here.workers
+        threads = (machines.threads or 1) if machines.address else here.threads
+        how = {"workers": workers, "threads": threads, "gpus": machines.gpus or 0.0, "address": machines.address}
+        return RayEngine(folder, plan.source, **how)
+    if machines.engine == "slurm":
+        return SlurmEngine(folder, plan.source, workers=machines.workers or 64, job=_job(machines))
+    return LocalEngine(folder, plan.source, machines.crew, loggers=machines.loggers)
+
+
+def show_batch_script(machines: Machines, folder: Path) -> None:
+    """Print the batch script of a dry run with Slurm; nothing for other engines."""
+    if machines.engine == "slurm":
+        from qtdog.cli.console import out
+
+        out.print(batch_script(_job(machines), folder), highlight=False, markup=False, soft_wrap=True)
+
+
+def _job(machines: Machines) -> Job:
+    return Job(machines.threads or 1, int(machines.gpus or 0), machines.hours, machines.partition)
+
+
+def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | None, crew: Crew) -> None:
+    """Say what is missing of some tasks, and estimate its time here or on a cluster; nothing is started.
+
+    Step times are those of the folder's finished runs; where there are none, a few steps are made here and now.
+    """
+    from qtdog.cli.console import out, print_table
+    from qtdog.sweep.estimate import Cluster, Pace, parse_cluster
+    from qtdog.sweep.runner import unfinished
+
+    where = parse_cluster(cluster) if cluster else Cluster(crew.workers, "core")
+    missing = unfinished(tasks, folder)
+    kinds = {kind: sum(task.kind == kind for task in missing) for kind in ("prefix", "run", "ensemble")}
+    named = f"{kinds['run']} runs, {kinds['prefix']} shared beginnings, {kinds['ensemble']} ensembles"
+    out.print(f"{len(tasks) - len(missing)} of {len(tasks)} done; missing: {named}", highlight=False)
+    pace = Pace(plan.tasks, folder)
+    step_s = step_times(plan, tasks, pace, crew.threads)
+    rows = _rows(missing, step_s, pace.overhead, where)
+    place = cluster or f"{crew.workers} workers of this machine"
+    print_table(["what", "estimate"], rows, title=f"what is missing, on {place}")
+    source = f"{pace.n} finished runs" if pace.n else "a few steps made just now"
+    out.print(f"Step times: {source}; overhead of evaluations and start: {pace.overhead:.2f}.", highlight=False)
+    if cluster:
+        device = where.device
+        text = f"Assumed, not measured: one {where.name} is {device.speed:g} times one worker here, "
+        out.print(f"{text}at ${device.usd_per_hour:g} an hour.", highlight=False)
+    for line in _checked(plan, folder, step_s, pace.overhead):
+        out.print(line, highlight=False)
+    if plan.study.share_prefix or plan.study.share_averaged:
+        alone = sum(task.config.train.steps for task in tasks if task.kind == "run" and task.config is not None)
+        steps = sum(task.steps for task in tasks)
+        out.print(f"Sharing: {steps:,} steps in all instead of {alone:,}.", highlight=False)
+
+
+def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> dict[str, float]:
+    """Return seconds per step by task name, probing what no finished run tells."""
+    from qtdog.sweep.estimate import cost_class, probe
+
+    probed: dict[tuple[object, ...], float] = {}
+    found = {}
+    for task in tasks:
+        if task.config is None:
+            continue
+        known = pace.step_s(task.config)
+        if known is None:
+            key = cost_class(task.config)
+            if key not in probed:
+                probed[key] = probe(task.config, plan.dataset, threads=threads)
+            known = probed[key]
+        found[task.name] = known
+    return found
+
+
+def _rows(missing: Sequence[Task], step_s: dict[str, float], overhead: float, where: Cluster) -> list[list[str]]:
+    from qtdog.cli.sweep_progress import time_text
+    from qtdog.sweep.estimate import START_S, simulate, task_seconds
+
+    device = where.device
+    how = {"overhead": overhead, "speed": device.speed, "start_s": 0.0 if where.name == "core" else START_S}
+    found = simulate(missing, where.n, lambda task: task_seconds(task, step_s, **how))
+    cost = found.wall_s / 3600 * where.n * device.usd_per_hour
+    idle = 1 - found.busy_s / (found.wall_s * where.n) if found.wall_s else 0.0
+    return [
+        ["wall time", time_text(found.wall_s)],
+        ["device time", time_text(found.busy_s)],
+        ["longest chain of runs", time_text(found.critical_s)],
+        ["devices idle", f"{idle:.0%}"],
+        ["cost (assumed prices)", f"${cost:,.2f}"],
+    ]
+
+
+def _checked(plan: Plan, folder: Path, step_s: dict[str, float], overhead: float) -> list[str]:
+    """Return how far the same estimate is from what the finished tasks of this folder took."""
+    from qtdog.cli.sweep_progress import time_text
+    from qtdog.sweep.estimate import task_seconds
+    from qtdog.sweep.journal import read_journal
+
+    journal = read_journal(folder)
+    known = [task for task in plan.tasks if task.name in journal and task.name in step_s]
+    if not known:
+        return []
+    actual = sum(journal[task.name]["seconds"] for task in known)
+    guessed = sum(task_seconds(task, step_s, overhead=overhead) for task in known)
+    return [f"Checked on {len(known)} finished: estimated {time_text(guessed)}, took {time_text(actual)}."]
+
+
+PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."
+REFERENCE = "Method that the others are compared with, over the pairs of target and seed that both have."
+ALSO = "Count runs of an earlier table (--format json) that the folder lacks; may be given several times."
+N_SUMMARY = 4  # columns behind the targets
+Cells = Mapping[str, Mapping[str, Mapping[tuple[object, ...], float]]]
+
+
+class Format(StrEnum):
+    """How the tables are written."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    JSON = "json"
+
+
+def table(
+    study: StudyFile,
+    *,
+    out: OutFolder = None,
+    data: DataFolder = None,
+    reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
+    format_: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = Format.TEXT,
+    plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
+    also: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=ALSO)] = None,
+) -> None:
+    """Show what a study says so far: mean ± standard error per method and target, and paired differences.
+
+    Twice: of the selected checkpoint, and of the mean over the evaluations after the start step, since one checkpoint
+    swings by several points.
+
+    Examples:
+      qtdog sweep table studies/digits.yaml --reference float
+
+      qtdog sweep table studies/digits.yaml --plot differences.png
+
+      qtdog sweep table studies/digits.yaml --also laptop.json --format json
+    """
+    from qtdog.cli.console import print_json
+    from qtdog.core.errors import RunError
+    from qtdog.sweep.results import MEASURES, results, values
+
+    plan, folder = open_plan(study, data, out)
+    found = results(plan, folder, _earlier(also or [], plan))
+    if not found:
+        raise RunError(f"no run of the study is finished in {folder}: qtdog sweep {study}")
+    name = reference or next(iter(plan.study.methods))
+    tables = {measure: values(found, measure) for measure in MEASURES}
+    if plot:
+        _plot(tables, name, plot)
+    if format_ is Format.JSON:
+        print_json({measure: _numbers(cells, name) for measure, cells in tables.items()} | {"runs": _runs(found)})
+        return
+    for measure, title in MEASURES.items():
+        if tables[measure]:
+            _show(tables[measure], name, f"accuracy (%), {title}", markdown=format_ is Format.MARKDOWN)
+
+
+def _earlier(files: Sequence[Path], plan: Plan) -> dict[str, Row]:
+    from qtdog.cli.console import warn
+    from qtdog.sweep.results import read_earlier
+
+    rows = read_earlier(files)
+    foreign = len(rows.keys() - {task.name for task in plan.tasks})
+    if foreign:
+        warn(
+            f"{foreign} of the {len(rows)} runs in {', '.join(map(str, files))} are not of this study and do not count"
+        )
+    return rows
+
+
+def _runs(found: list[Result]) -> list[dict[str, Any]]:
+    from qtdog.sweep.results import KEPT
+
+    return [{"method": one.method} | {name: one.row.get(name) for name in KEPT} for one in found]
+
+
+def _plot(tables: Mapping[str, Cells], reference: str, path: Path) -> None:
+    """Draw what is known of the unseen domains.
+
+    Raises:
+        ConfigError: no picture can be written there, or no two methods can be compared.
+    """
+    from qtdog.core.errors import ConfigError
+    from qtdog.report.plots import plot_differences
+    from qtdog.sweep.results import MEASURES
+
+    panels = {
+        title: compared
+        for measure, title in MEASURES.items()
+        if measure != "source_accuracy" and (compared := _compared(tables[measure], reference))
+    }
+    if not panels:
+        raise ConfigError(f"no finished run can be compared with one of {reference!r} yet: nothing to draw")
+    try:
+        plot_differences(panels, reference, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: {error}") from error
+
+
+def _compared(cells: Cells, reference: str) -> dict[str, Comparison]:
+    from qtdog.report.compare import compare_values
+    from qtdog.sweep.results import pairs
+
+    if reference not in cells:
+        return {}
+    return {method: compare_values(first, second) for method, first, second in pairs(cells, reference)}
+
+
+def _numbers(cells: Cells, reference: str) -> dict[str, Any]:
+    from qtdog.runs.aggregate import estimate
+
+    def numbers(runs: Mapping[tuple[object, ...], float]) -> dict[str, Any]:
+        found = estimate(list(runs.values()))
+        return {"mean": found.mean, "standard_error": found.error, "n": found.n}
+
+    methods = {method: {target: numbers(runs) for target, runs in targets.items()} for method, targets in cells.items()}
+    compared = {
+        method: {"mean": one.mean, "low": one.low, "high": one.high, "p_value": one.p_value, "n": one.n}
+        for method, one in _compared(cells, reference).items()
+    }
+    return {"methods": methods, "reference": reference, "differences": compared}
+
+
+def _show(cells: Cells, reference: str, title: str, *, markdown: bool) -> None:
+    from qtdog.cli.console import out, print_table
+    from qtdog.report.tables import markdown as to_markdown
+
+    headers, rows = table_rows(cells, reference)
+    if markdown:
+        typer.echo(f"{title}\n\n{to_markdown(headers, rows)}\n")
+        return
+    fits = sum(max(map(len, column)) + 2 for column in zip(headers, *rows, strict=True)) + 2 <= out.width
+    n_targets = len(headers) - 1 - N_SUMMARY
+    shown = range(len(headers)) if fits else [0, *range(1 + n_targets, len(headers))]
+    print_table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], title=title)
+    about = f"− {reference}: mean difference over pairs of target and seed, with a 95 % bootstrap interval."
+    narrow = "" if fits else " Each target: in a wider window, or with --format markdown."
+    out.print(about + narrow, highlight=False, markup=False, soft_wrap=True)
+
+
+def table_rows(cells: Cells, reference: str) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: a method each, its mean ± standard error per target, the mean over the targets, runs.
+
+    Args:
+        cells: method → target → replicate → accuracy as a fraction.
+        reference: the method that differences are to.
+    """
+    from qtdog.report.text_tables import estimate_text
+    from qtdog.runs.aggregate import estimate
+
+    targets = sorted({target for by_target in cells.values() for target in by_target})
+    compared = _compared(cells, reference)
+    headers = ["method", *targets, "mean", "runs", f"− {reference}", "95 % interval"]
+    rows = []
+    for method, by_target in cells.items():
+        per_target = [estimate(list(by_target.get(target, {}).values())) for target in targets]
+        known = [one.mean for one in per_target if one.mean is not None]
+        mean = f"{100 * sum(known) / len(known):.1f}" if len(known) == len(targets) else "–"
+        row = [method, *(estimate_text(one) for one in per_target), mean, str(sum(one.n for one in per_target))]
+        rows.append([*row, *_difference(compared.get(method))])
+    return headers, rows
+
+
+def _difference(one: Comparison | None) -> list[str]:
+    if one is None:
+        return ["", ""]
+    low, high = one.low, one.high
+    interval = "" if low is None or high is None else f"{100 * low:+.1f} … {100 * high:+.1f}"
+    return [f"{100 * one.mean:+.1f} (n={one.n})", interval]
+
+
+AS_JSON = "Print JSON."
+FRESH = "Throw the failed runs' folders away first, instead of going on from their last checkpoint."
+
+
+def status(
+    study: StudyFile,
+    *,
+    out: OutFolder = None,
+    data: DataFolder = None,
+    every: Annotated[bool, typer.Option("--all", help="A line for each run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
+) -> None:
+    """Show what is done, running, failed (and why) and missing. Nothing is changed.
+
+    Example:
+      qtdog sweep status studies/digits.yaml
+    """
+    from qtdog.cli.console import print_json
+    from qtdog.sweep.journal import read_failures
+    from qtdog.sweep.runner import standings
+
+    plan, folder = open_plan(study, data, out)
+    found = standings(plan.tasks, folder)
+    failures = {name: why for name, why in read_failures(folder).items() if found.get(name) == "failed"}
+    if as_json:
+        tasks = [
+            {"folder": task.name, "kind": task.kind, "labels": list(task.labels), "state": found[task.name]}
+            | ({"reason": failures[task.name].reason} if task.name in failures else {})
+            for task in plan.tasks
+        ]
+        print_json({"out": str(folder), "counts": Counter(found.values()), "tasks": tasks})
+        return
+    _show_status(plan.tasks, found, failures, folder, every=every)
+
+
+def _show_status(
+    tasks: Sequence[Task], found: dict[str, str], failures: dict[str, Outcome], folder: Path, *, every: bool
+) -> None:
+    from qtdog.cli.console import out, print_table
+    from qtdog.cli.sweep_progress import failure_lines, name_of, time_text
+    from qtdog.sweep.estimate import Pace
+    from qtdog.sweep.runner import STATES, unfinished
+
+    if every:
+        print_table(["run", "state", "folder"], [[name_of(task), found[task.name], task.name] for task in tasks])
+    counts: dict[str, Counter[str]] = {}
+    for task in tasks:
+        name = str(task.labels[0]["method"]) if task.labels else "shared steps"
+        counts.setdefault(name, Counter())[found[task.name]] += 1
+    rows = [[name, *(str(count[state] or "") for state in STATES)] for name, count in counts.items()]
+    total = Counter(found[task.name] for task in tasks)
+    print_table(["method", *STATES], [*rows, ["all", *(str(total[state] or "") for state in STATES)]])
+    for line in failure_lines(tasks, failures, []):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    left = Pace(tasks, folder).left_s(unfinished(tasks, folder), [])
+    if left:
+        out.print(f"About {time_text(left)} of one worker left, by the runs that are done.", highlight=False)
+
+
+def retry(
+    study: StudyFile,
+    *,
+    out: OutFolder = None,
+    data: DataFolder = None,
+    only: Only = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
+    log: Log = None,
+    engine: EngineChoice = EngineName.LOCAL,
+    workers: Workers = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    partition: Partition = "",
+    hours: Hours = 4.0,
+) -> None:
+    """Try just the runs again that failed (`qtdog sweep STUDY` does so too, beside what is missing).
+
+    Example:
+      qtdog sweep retry studies/digits.yaml --fresh
+    """
+    import shutil
+
+    from qtdog.cli.console import out as console
+    from qtdog.sweep.journal import read_failures
+    from qtdog.sweep.plan import select, with_needs
+
+    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
+    machines.check()
+    plan, folder = open_plan(study, data, out)
+    failed = set(read_failures(folder))
+    tasks = [task for task in (select(plan.tasks, only) if only else plan.tasks) if task.name in failed]
+    if not tasks:
+        console.print("nothing failed")
+        return
+    if fresh:
+        for task in tasks:
+            shutil.rmtree(task.folder(folder), ignore_errors=True)
+    wanted = machines.shared(with_needs(plan.tasks, tasks))
+    sweep_tasks(plan, wanted, folder, lambda: make_engine(machines, plan, folder))
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="Study file, or folder of run folders.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Study file, or folder of run folders.", metavar="B")],
+    *,
+    data: DataFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
+) -> None:
+    """Show which runs two studies (or a study and a folder) do not have in common, and which values differ.
+
+    Examples:
+      qtdog sweep diff studies/digits.yaml studies/pacs.yaml
+
+      qtdog sweep diff studies/digits.yaml runs/digits
+    """
+    from dataclasses import asdict
+
+    from qtdog.cli.console import print_json
+    from qtdog.sweep.diff import diff as compare
+    from qtdog.sweep.diff import of_folder, of_plan
+
+    sides = [of_folder(side) if side.is_dir() else of_plan(open_plan(side, data, None)[0]) for side in (first, second)]
+    found = compare(*sides)
+    if as_json:
+        changed = [{"runs": n, "values": list(lines)} for lines, n in found.changed.items()]
+        print_json(asdict(found) | {"changed": changed})
+    else:
+        _show_difference(found)
+
+
+def _show_difference(found: Difference) -> None:
+    from qtdog.cli.console import out
+
+    out.print(f"{found.common} runs in both", highlight=False)
+    for lines, n in list(found.changed.items())[:20]:
+        out.print(f"{n} differ in {', '.join(lines)}", highlight=False, markup=False, soft_wrap=True)
+    for side, names in (("the first", found.only_first), ("the second", found.only_second)):
+        if names:
+            listed = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+            out.print(f"{len(names)} only in {side}: {listed}", highlight=False, markup=False, soft_wrap=True)
+
+
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Folders of run folders, from other machines.", metavar="FROM")],
+    *,
+    into: Annotated[Path, typer.Option(help="The folder that shall have them all.")],
+) -> None:
+    """Copy the runs that are missing in a folder, or came farther elsewhere. The sources are not changed.
+
+    Example:
+      qtdog sweep merge /mnt/other/runs/digits --into runs/digits
+    """
+    from qtdog.cli.console import out
+    from qtdog.core.errors import RunError
+    from qtdog.sweep.merge import merge as bring_together
+
+    found = bring_together(sources, into)
+    counts = f"{len(found.copied)} copied, {len(found.kept)} were there, {len(found.busy)} in use and left alone"
+    out.print(counts, highlight=False)
+    if found.conflicts:
+        listed = ", ".join(found.conflicts[:10])
+        raise RunError(
+            f"{len(found.conflicts)} runs are finished in both places with different files; those in {into} stayed: "
+            f"{listed}. Runs on other processors or versions of PyTorch may differ in the last bits"
+        )
+
 
 LIMIT = "Begin at most so many runs, then stop."
 DRY = "Say what would be done and how long it would take; start nothing."
@@ -64,9 +598,6 @@ def sweep(
 
       qtdog sweep status studies/digits.yaml
     """
-    from qtdog.cli.sweep_dry import dry_run
-    from qtdog.cli.sweep_engines import Machines, make_engine, show_batch_script
-    from qtdog.cli.sweep_study import open_plan
     from qtdog.core.errors import ConfigError
     from qtdog.sweep.plan import select
 
@@ -92,8 +623,8 @@ def sweep_tasks(
         ConfigError: a mistake in what is to be done; nothing was started.
         Interrupted, RunError: as in `sweep.runner.Driver.run`, or something failed.
     """
-    from qtdog.cli.progress import CountingBar
-    from qtdog.cli.sweep_board import make_board
+    from qtdog.cli.console import CountingBar
+    from qtdog.cli.sweep_progress import make_board
     from qtdog.cli.train import warn_skipped
     from qtdog.sweep.journal import keep_labels
     from qtdog.sweep.runner import Driver, check_tasks, unfinished
@@ -109,7 +640,7 @@ def sweep_tasks(
 def conclude(plan: Plan, failed: dict[str, Outcome], blocked: list[Task], folder: Path) -> None:
     """Say how a sweep ended, and leave with an error if something failed."""
     from qtdog.cli.console import out
-    from qtdog.cli.sweep_board import failure_lines
+    from qtdog.cli.sweep_progress import failure_lines
     from qtdog.core.errors import RunError
     from qtdog.sweep.runner import unfinished
 
@@ -118,3 +649,27 @@ def conclude(plan: Plan, failed: dict[str, Outcome], blocked: list[Task], folder
     if failed:
         lines = failure_lines(plan.tasks, failed, blocked)
         raise RunError("\n".join([f"{len(failed)} failed; the same command tries them again:", *lines]))
+
+
+DEFAULT = "run"
+
+
+class SweepGroup(TyperGroup):
+    """Reads `qtdog sweep STUDY …` as `qtdog sweep run STUDY …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default command before arguments that name none."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+sweep_app = typer.Typer(
+    cls=SweepGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Make all runs of a study, and go on where they stopped: [bold]qtdog sweep STUDY.yaml[/].",
+)
+sweep_app.command(name=DEFAULT)(sweep)
+for _command in (status, retry, table, diff, merge):
+    sweep_app.command()(_command)

@@ -1,4 +1,4 @@
-"""`qtdog train`."""
+"""`qtdog train`, `qtdog distill` and `qtdog dart`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.markup import escape
 
-from qtdog.cli.flags import (
+from qtdog.cli.options import (
     LOG,
+    OUT,
     AsJson,
     Assignments,
     Averager,
@@ -33,6 +35,10 @@ from qtdog.cli.flags import (
     Weights,
     panel,
 )
+
+if TYPE_CHECKING:
+    from qtdog.core.config import Config
+
 
 START = "First quantized step. Default: 40 % of the steps."
 SKIP = "Leave out images that cannot be read; the run's skipped.json names them."
@@ -93,8 +99,7 @@ def train(
     """
     given = dict(locals())
     from qtdog.api.experiment import FLAGS, Crew, Request, make_plan, with_saved_crew
-    from qtdog.cli.console import print_json
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import CountingBar, print_json
 
     flags = {name: given[name] for name in FLAGS}
     crew = Crew(members, member_splits.value, fork_at)
@@ -140,8 +145,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
     """Make every planned run, one after another, and return their results with folder and method."""
     from dataclasses import replace
 
-    from qtdog.cli.console import SPEAKS, warn
-    from qtdog.cli.progress import CountingBar, training_bar
+    from qtdog.cli.console import SPEAKS, CountingBar, training_bar, warn
     from qtdog.ensemble.teacher import open_teacher
     from qtdog.report.tables import method_name
     from qtdog.training.loggers import watched
@@ -167,8 +171,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
 def join_all(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[str, Any]]:
     """Make the ensemble of each target from its finished members and return their results; only one process does."""
     from qtdog.api.experiment import join_crew
-    from qtdog.cli.console import SPEAKS
-    from qtdog.cli.progress import CountingBar
+    from qtdog.cli.console import SPEAKS, CountingBar
 
     if not SPEAKS:
         return []
@@ -244,3 +247,138 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
         source, test = percent(before["source_accuracy"]), percent(before["test_accuracy"])
         lines.append(f"       in float, before quantization: source {source}, test {test}")
     return lines
+
+
+DISTILL_TARGET = "The unseen domain. Default: the one that the teacher held out."
+
+
+def distill(
+    teacher: Annotated[Path, typer.Argument(help="The model.safetensors of an ensemble, or of one model.")],
+    *,
+    data: Data = None,
+    target: Annotated[str | None, panel("Problem", DISTILL_TARGET)] = None,
+    preset: Presets = None,
+    assign: Assignments = None,
+    backbone: Annotated[str | None, panel("Method", "Of the student. Default: the teacher's.")] = None,
+    weight: Annotated[float | None, panel("Method", "Of the teacher's answers against the labels.")] = None,
+    temperature: Annotated[float | None, panel("Method", "Softens the answers of both.")] = None,
+    quantizer: Annotated[str | None, panel("Method", "Of the student.")] = None,
+    bits: Bits = None,
+    steps: Steps = None,
+    lr: LearningRate = None,
+    seed: Annotated[int | None, panel("Training", "Of the student.")] = None,
+    out: RunFolderOrNone = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one small student to the answers of an ensemble, on the source images alone.
+
+    The student costs one model's memory and time, and keeps part of what the ensemble gains. Backbone, image size and
+    unseen domain are the teacher's unless given. A teacher that was trained on the unseen domain is refused.
+
+    Examples:
+      qtdog distill runs/eoq/ensemble/model.safetensors --data photos/ --preset pacs-lite --out runs/student
+
+      qtdog distill ensemble.safetensors --data photos/ --bits 5 --set objective.teacher_temperature=4
+    """
+    given = dict(locals())
+    from qtdog.api.experiment import FLAGS, Request, make_plan
+    from qtdog.cli.console import CountingBar
+    from qtdog.ensemble.model import load_any
+
+    info = load_any(teacher).info
+    flags = {name: given[name] for name in FLAGS if name in given}
+    flags["target"] = target or info.target_domain or "none"
+    flags["backbone"] = backbone or info.backbone
+    flags["image_size"] = info.preprocessing.image_size
+    own = _assignments(teacher, weight, temperature)
+    request = Request(flags, preset or (), [*own, *(assign or ())], out=out, resume=resume)
+    dataset, plan = make_plan(request, CountingBar("reading images"))
+    announce(dataset)
+    results = run_all(dataset, plan, resume=resume)
+    if as_json:
+        from qtdog.cli.console import print_json
+
+        print_json(results[0])
+    else:
+        show(results)
+
+
+def _assignments(teacher: Path, weight: float | None, temperature: float | None) -> list[str]:
+    path = str(teacher.resolve())
+    values: dict[str, Any] = {"teacher": path, "teacher_weight": weight, "teacher_temperature": temperature}
+    # JSON is YAML in which a path with a colon or a quote stays one text
+    return [f"objective.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+DART_TARGET = "The unseen domain; 'none' to train on everything."
+BRANCH = (
+    "A branch, by what is its own: 'data.augment=none', or several values with ';' between them. Give it once for each "
+    "branch. Default: a branch for each source domain, which gets half of its batches (data.focus)."
+)
+MERGE = "Steps between merges. Default: a tenth of the steps."
+
+
+def dart(
+    *,
+    data: Data = None,
+    target: Annotated[str | None, panel("Problem", DART_TARGET)] = None,
+    preset: Presets = None,
+    assign: Assignments = None,
+    branch: Annotated[list[str] | None, panel("Method", BRANCH, metavar="KEY=VALUE[;…]")] = None,
+    merge_every: Annotated[int | None, panel("Method", MERGE, min=1)] = None,
+    quantizer: Quantizer = None,
+    bits: Bits = None,
+    steps: Annotated[int | None, panel("Training", "Number of updates of each branch.")] = None,
+    lr: LearningRate = None,
+    seed: Annotated[int | None, panel("Training", "Of the first branch.")] = None,
+    out: Annotated[Path, panel("Run", OUT)],
+    resume: Annotated[bool, panel("Run", "Go on with what is in the folder.", "--resume")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train branches side by side, average them now and then, and ship one network (DART, CVPR 2023).
+
+    The branches begin alike and differ in what they see: by default each gets half of its batches from a source domain
+    of its own. It costs as many times the training as there are branches, and all of them lie in memory at once; what
+    ships is one model.
+
+    Examples:
+      qtdog dart --data photos/ --target c --preset pacs-lite --out runs/dart
+
+      qtdog dart --data photos/ --target c --branch data.augment=none --branch objective.name=coral --out runs/two
+    """
+    given = dict(locals())
+    from qtdog.api.experiment import FLAGS, Request, make_plan
+    from qtdog.cli.console import CountingBar, print_json, training_bar, warn
+    from qtdog.core.errors import ConfigError
+    from qtdog.report.tables import method_name
+    from qtdog.training.dart import dart as train_branches
+    from qtdog.training.protocol import make_problem
+    from qtdog.training.run import Voice
+
+    flags = {name: given[name] for name in FLAGS if name in given}
+    dataset, plan = make_plan(Request(flags, preset or (), assign or (), out=out), CountingBar("reading images"))
+    if len(plan) > 1:
+        raise ConfigError("dart takes one --target at a time")
+    config = plan[0].config
+    configs = _branches(config, make_problem(config, dataset).sources, branch or ())
+    announce(dataset)
+    voice = Voice(training_bar, CountingBar("decoding images"), warn)
+    every = merge_every or max(1, config.train.steps // 10)
+    result = train_branches(configs, dataset, out, merge_every=every, resume=resume, voice=voice)
+    told = {"method": f"{method_name(config.model_dump())}, dart", "folder": str(out)}
+    result |= told | {"training_steps": config.train.steps * len(configs)}
+    print_json(result) if as_json else show([result])
+
+
+def _branches(config: Config, sources: Sequence[str], texts: Sequence[str]) -> list[Config]:
+    """Return the configuration of each branch: one start, seeds counted up, and what is its own."""
+    from qtdog.core.config_io import build_config, parse_assignment
+
+    own: list[list[dict[str, Any]]] = [[parse_assignment(one) for one in text.split(";")] for text in texts]
+    own = own or [[{"data": {"focus": source}}] for source in sources]
+    configs = []
+    for number, changes in enumerate(own):
+        common = {"train": {"seed": config.train.seed + number}, "model": {"init_seed": config.init_seed}}
+        configs.append(build_config([config.model_dump(), common, *changes]))
+    return configs

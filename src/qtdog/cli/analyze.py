@@ -1,0 +1,387 @@
+"""`qtdog analyze`: what can be asked of finished runs, one command per question."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qtdog.analysis.subject import Subject
+
+
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, as 'qtdog train' wrote them.", metavar="RUNS...")]
+Out = Annotated[Path, typer.Option(help="Where KIND/ is written; the same command goes on there.")]
+Data = Annotated[str | None, typer.Option(help="Where the data set lies now, if not where the runs found it.")]
+NImages = Annotated[int, typer.Option("--images", min=1, help="Images of each domain: held-out ones of the sources.")]
+Seed = Annotated[int, typer.Option(help="Of the images and all random draws.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print analysis.json.")]
+OUT = Path("analyses")
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each run: its method and settings, and what else tells it from the others.
+
+    Raises:
+        ConfigError: a run is named twice.
+        RunError: no folder of a run.
+    """
+    from collections import Counter
+
+    from qtdog.analysis.subject import read_run
+    from qtdog.core.errors import ConfigError
+    from qtdog.report.tables import method_name, setting_labels
+    from qtdog.runs.entry import settings_of
+
+    twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} is named twice")
+    configs = [read_run(path)[1] for path in paths]
+    trees = [config.model_dump(mode="json") for config in configs]
+    names = setting_labels([method_name(tree) for tree in trees], [settings_of(tree) for tree in trees])
+    for told in (
+        [f", {config.data.target} unseen" for config in configs],
+        [f", trial {config.data.trial}" for config in configs],
+        [f", seed {config.train.seed}" for config in configs],
+        [f" ({path.name or path})" for path in paths],
+    ):
+        names = _told_apart(names, told)
+    return names
+
+
+def _told_apart(names: Sequence[str], told: Sequence[str]) -> list[str]:
+    """Return names with what is told of each added, among those of one name where it differs."""
+    said: dict[str, set[str]] = {}
+    for name, text in zip(names, told, strict=True):
+        said.setdefault(name, set()).add(text)
+    return [name + text if len(said[name]) > 1 else name for name, text in zip(names, told, strict=True)]
+
+
+def subjects_of(paths: Sequence[Path], data: str | None) -> list[Subject]:
+    """Return the runs, their models on the device of this machine.
+
+    Raises:
+        RunError, DataError, FormatError, ModelError: as in `analysis.subject.open_subjects`.
+    """
+    from accelerate import Accelerator
+
+    from qtdog.analysis.subject import open_subjects
+    from qtdog.cli.console import CountingBar
+
+    device = Accelerator().device
+    return open_subjects(paths, labels_of(paths), data=data, device=device, progress=CountingBar("reading images"))
+
+
+@contextlib.contextmanager
+def stoppable(folder: Path) -> Iterator[Callable[[], None]]:
+    """Yield a function that raises Interrupted once Ctrl-C was pressed; what is measured by then is kept.
+
+    Raises:
+        Interrupted: with a text that says how to go on.
+    """
+    from qtdog.core.errors import Interrupted
+    from qtdog.training.signals import StopRequest
+
+    try:
+        with StopRequest() as stop:
+            yield stop.check
+    except Interrupted as error:
+        again = Interrupted(f"stopped; what is measured is kept in {folder}, and the same command goes on from there")
+        again.exit_code = error.exit_code
+        raise again from error
+
+
+def show(
+    said: dict[str, Any],
+    folder: Path,
+    columns: Sequence[str],
+    *,
+    as_json: bool,
+    shown: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> None:
+    """Print some columns and rows of the numbers of an analysis, its notes, and where its files are; or all as JSON."""
+    from qtdog.cli.console import err, out, print_json, print_table
+
+    if as_json:
+        print_json(said)
+        return
+    rows = [[_cell(row[name]) for name in columns] for row in said["numbers"] if shown(row)]
+    print_table([name.replace("_", " ") for name in columns], rows, title=said["title"])
+    for note in said["notes"]:
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
+    files = ", ".join([*said["data"], *said["figures"]])
+    err.print(f"{folder}: {files}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+STAGE = "Which feature map: 0 is the first stage, -1 the last. Earlier ones are finer."
+
+
+def cam(
+    runs: Runs,
+    *,
+    domain: Annotated[str | None, typer.Option(help="Whose images. Default: the target.")] = None,
+    shown: Annotated[int, typer.Option(min=1, help="Images that are drawn.")] = 6,
+    stage: Annotated[int, typer.Option(help=STAGE)] = -1,
+    images: NImages = 32,
+    seed: Seed = 0,
+    data: Data = None,
+    out: Out = OUT,
+    as_json: AsJson = False,
+) -> None:
+    """Map where runs find their evidence for the true class, on the same images, and test whether the maps are true.
+
+    Needs grad-cam (extra 'cam'). A faithful map loses the class fast when its hottest pixels go (deletion), and finds
+    it fast when they come (insertion); both are compared with a random order.
+
+    Examples:
+      qtdog analyse cam runs/float runs/lsq
+
+      qtdog analyse cam runs/float runs/lsq --stage -2 --images 64 --shown 4
+    """
+    from qtdog.analysis.gradcam import CamPlan, measure_cam
+    from qtdog.cli.console import CountingBar
+
+    plan = CamPlan(domain, images, shown, stage, seed)
+    folder = out / "cam"
+    with stoppable(folder) as check:
+        said = measure_cam(subjects_of(runs, data), plan, folder, progress=CountingBar("maps"), check=check)
+    columns = ["run", "n_images", "deletion", "random_deletion", "insertion", "random_insertion"]
+    show(said, folder, columns, as_json=as_json)
+
+
+RADII = "Radii in the units of the weights, separated by commas; '' for none."
+FILTER_RADII = "Radii as shares of each filter's length; '' for none."
+
+
+def flatness(
+    runs: Runs,
+    *,
+    directions: Annotated[int, typer.Option(help="Random directions, in opposite pairs; both count.")] = 100,
+    radii: Annotated[str, typer.Option(help=RADII)] = "0,5,10,15,20,25,30,35,40,45,50,55,60",
+    filter_radii: Annotated[str, typer.Option(help=FILTER_RADII)] = "0,0.025,0.05,0.075,0.1",
+    images: NImages = 256,
+    seed: Seed = 0,
+    data: Data = None,
+    out: Out = OUT,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much the loss rises at a distance γ from the weights, on sources and target (QT-DoG, Eq. 5).
+
+    One pass over the images for each direction and radius. Smaller is flatter. The rounded weights are what moves.
+
+    Examples:
+      qtdog analyse flatness runs/float runs/lsq
+
+      qtdog analyse flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
+    """
+    from qtdog.analysis.flatness import FlatnessPlan, measure_flatness
+    from qtdog.cli.console import CountingBar
+
+    asked = {"absolute": parse_numbers(radii, "--radii"), "filter": parse_numbers(filter_radii, "--filter-radii")}
+    gammas = {kind: values for kind, values in asked.items() if values}
+    plan = FlatnessPlan(gammas, directions, images, seed)
+    folder = out / "flatness"
+    with stoppable(folder) as check:
+        bar = CountingBar("passes over the images")
+        said = measure_flatness(subjects_of(runs, data), plan, folder, progress=bar, check=check)
+    columns = ["run", "on", "radius", "gamma", "increase", "standard_error"]
+    some = {kind: few(values) for kind, values in gammas.items()}  # all of them are in the table on disk
+    show(said, folder, columns, as_json=as_json, shown=lambda row: row["gamma"] in some[row["radius"]])
+
+
+def few(values: Sequence[float]) -> set[float]:
+    """Return at most four values of many, evenly spread, the last among them.
+
+    Example:
+        >>> sorted(few([0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60]))
+        [15, 30, 45, 60]
+    """
+    return {values[(len(values) - 1) * k // 4] for k in range(1, 5)}
+
+
+def parse_numbers(text: str, option: str) -> tuple[float, ...]:
+    """Return numbers from a list like `0,5,10`, ascending, each once; none of an empty text.
+
+    Raises:
+        ConfigError: no such list.
+
+    Example:
+        >>> parse_numbers("0, 10,5", "--radii")
+        (0.0, 5.0, 10.0)
+    """
+    from qtdog.core.errors import ConfigError
+
+    try:
+        return tuple(sorted({float(part) for part in text.split(",")})) if text else ()
+    except ValueError as error:
+        raise ConfigError(f"{option} takes numbers like 0,5,10; got '{text}'") from error
+
+
+class Role(StrEnum):
+    """On which images the loss is measured."""
+
+    SOURCES = "sources"
+    TARGET = "target"
+
+
+def hessian(
+    runs: Runs,
+    *,
+    on: Annotated[Role, typer.Option(help="Held-out images of the sources, or the target.")] = Role.SOURCES,
+    vectors: Annotated[int, typer.Option(help="Random vectors of the trace, at most.")] = 500,
+    error: Annotated[float, typer.Option(help="Standard error of the trace that is enough, as a share of it.")] = 0.05,
+    eigenvalues: Annotated[int, typer.Option(help="How many of the largest.")] = 3,
+    probes: Annotated[int, typer.Option(help="Random vectors of the spectral density; 0 for none.")] = 4,
+    images: NImages = 64,
+    seed: Seed = 0,
+    data: Data = None,
+    out: Out = OUT,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the curvature of the loss at the weights that ship: trace, largest eigenvalues, spectral density.
+
+    Random vectors are added until the trace is known to --error. The density needs curvlinops (extra 'curvature').
+
+    Examples:
+      qtdog analyse hessian runs/float runs/lsq
+
+      qtdog analyse hessian runs/float runs/lsq --images 32 --probes 0
+    """
+    from qtdog.analysis.hessian import HessianPlan, measure_hessian
+    from qtdog.cli.console import CountingBar
+
+    plan = HessianPlan(
+        on=on.value,
+        n_images=images,
+        max_vectors=vectors,
+        error_frac=error,
+        n_eigenvalues=eigenvalues,
+        n_probes=probes,
+        seed=seed,
+    )
+    folder = out / "hessian"
+    with stoppable(folder) as check:
+        bar = CountingBar("vectors, eigenvalues and probes")
+        said = measure_hessian(subjects_of(runs, data), plan, folder, progress=bar, check=check)
+    columns = ["run", "trace", "standard_error", "image_error", "n_vectors", "top_eigenvalue", "residual"]
+    show(said, folder, columns, as_json=as_json)
+
+
+def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
+    """Compare what rounding does to the weights with uniform noise: divergence, symmetry, clipped share, per layer.
+
+    Needs the checkpoint/ folder of each run, where the weights before rounding are. No image is opened.
+
+    Examples:
+      qtdog analyse noise runs/lsq
+
+      qtdog analyse noise runs/lsq runs/lsq-4bit --json
+    """
+    from qtdog.analysis.quantization_noise import ALL, measure_noise
+    from qtdog.cli.console import CountingBar
+
+    folder = out / "noise"
+    with stoppable(folder) as check:
+        said = measure_noise(runs, labels_of(runs), folder, progress=CountingBar("layers"), check=check)
+    columns = ["run", "layer", "n", "kl", "floor", "excess", "mean", "std", "clipped_frac", "moved_frac"]
+    show(said, folder, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
+
+
+def slices(
+    runs: Runs,
+    *,
+    images: Annotated[int | None, typer.Option(min=1, help="Images of each domain. Default: all.")] = None,
+    mistakes: Annotated[int, typer.Option(min=0, help="Surest mistakes on the target that are drawn.")] = 24,
+    seed: Seed = 0,
+    data: Data = None,
+    out: Out = OUT,
+    as_json: AsJson = False,
+) -> None:
+    """Show where runs err: confusion by domain, worst domain, worst class, gap to the target, surest mistakes.
+
+    Examples:
+      qtdog analyse slices runs/float runs/lsq
+
+      qtdog analyse slices runs/lsq --images 256 --mistakes 12
+    """
+    from qtdog.analysis.errors_by_domain import measure_slices
+    from qtdog.cli.console import CountingBar
+
+    folder = out / "slices"
+    with stoppable(folder) as check:
+        bar = CountingBar("domains")
+        options = {"n_images": images, "n_mistakes": mistakes, "seed": seed}
+        said = measure_slices(subjects_of(runs, data), folder, **options, progress=bar, check=check)
+    columns = ["run", "source_accuracy", "target_accuracy", "gap", "worst_domain", "worst_class", "worst_cell"]
+    show(said, folder, columns, as_json=as_json)
+
+
+def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = False) -> None:
+    """Draw accuracy over the steps of runs, and measure how far selection on the sources can be trusted.
+
+    The rank correlation is between source-validation and target accuracy over the checkpoints that could be shipped:
+    near 1 the sources choose well, near 0 they choose blindly. Runs need not be finished.
+
+    Example:
+      qtdog analyse stability runs/float runs/lsq runs/lsq-swad
+    """
+    from qtdog.analysis.stability import measure_stability
+
+    folder = out / "stability"
+    said = measure_stability(runs, labels_of(runs), folder, seed=seed)
+    columns = ["run", "n_checkpoints", "target_std", "largest_drop", "spearman", "spearman_low", "spearman_high"]
+    show(said, folder, [*columns, "selected", "best"], as_json=as_json)
+
+
+REACH = "Around one run: share of each filter's length. Between two: how far beyond them, as a share of their distance."
+
+
+def surface(
+    runs: Runs,
+    *,
+    plane: Annotated[bool, typer.Option("--plane", help="A plane instead of a line: POINTS × POINTS passes.")] = False,
+    points: Annotated[int, typer.Option(help="Points on each axis.")] = 21,
+    reach: Annotated[float, typer.Option(help=REACH)] = 0.25,
+    images: NImages = 128,
+    seed: Seed = 0,
+    data: Data = None,
+    out: Out = OUT,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the loss around a run, or along the straight line between two: is there a wall between them?
+
+    Examples:
+      qtdog analyse surface runs/lsq --plane --points 11 --out analyses/around
+
+      qtdog analyse surface runs/float runs/lsq --out analyses/between
+    """
+    from qtdog.analysis.loss_surface import SurfacePlan, measure_surface
+    from qtdog.cli.console import CountingBar
+
+    plan = SurfacePlan(2 if plane else 1, points, reach, images, seed)
+    folder = out / "surface"
+    with stoppable(folder) as check:
+        bar = CountingBar("points of the surface")
+        said = measure_surface(subjects_of(runs, data), plan, folder, progress=bar, check=check)
+    columns = [name for name in ("x", "y", "sources", "target") if name in said["numbers"][0]]
+    show(said, folder, columns, as_json=as_json, shown=lambda row: row["y"] == 0)
+
+
+analyse_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Ask why runs do what they do: flatness, curvature, rounding noise, stability, attention, mistakes.",
+    epilog="Every command writes OUT/KIND/: points, a table, figures (PNG, PDF) and analysis.json for the report.",
+)
+for _command in (flatness, hessian, surface, noise, stability, cam, slices):
+    analyse_app.command()(_command)

@@ -1,0 +1,296 @@
+"""`qtdog table`, `qtdog report` and `qtdog runs`: finished runs as tables, as a page, as a list."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qtdog.runs.entry import Entry
+    from qtdog.runs.find import Found
+    from qtdog.sweep.index import Row
+
+
+RUNS = "Run folders, folders of them, DomainBed's results.jsonl or folders of these."
+SELECT = "Only this way to choose a checkpoint: source, mean, last or oracle; may be given several times."
+SPLIT = "Count the 'whole' unseen domain or DomainBed's '80' % split. Default: 80 if DomainBed's runs are there."
+BEST = "One row per method: of several settings in a trial, the best by the selection's own score (DomainBed's search)."
+COMPARE = "Compare two rows, by their names in the table, over the pairs (unseen domain, trial) that both have."
+SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
+
+
+class Format(StrEnum):
+    """How a table is written."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+    CSV = "csv"
+
+
+class Split(StrEnum):
+    """Which part of the unseen domain counts."""
+
+    WHOLE = "whole"
+    EIGHTY = "80"
+
+
+def table(
+    runs: Annotated[list[Path], typer.Argument(help=RUNS, metavar="RUNS...")],
+    *,
+    format_: Annotated[Format | None, typer.Option("--format", help="Default: by the ending of -o, else text.")] = None,
+    select: Annotated[list[str] | None, typer.Option(help=SELECT)] = None,
+    split: Annotated[Split | None, typer.Option(help=SPLIT)] = None,
+    best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=BEST)] = False,
+    per_dataset: Annotated[bool, typer.Option("--per-dataset", help="A table for each of several data sets.")] = False,
+    compare: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help=COMPARE)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write instead of printing.")] = None,
+) -> None:
+    """Put finished runs into one table: mean ± standard error over trials, in DomainBed's layout.
+
+    A row per method (and setting), a column per unseen domain, a block for each way to choose the checkpoint.
+
+    Examples:
+      qtdog table runs/pacs
+
+      qtdog table runs/pacs old/domainbed/results.jsonl --select source -o table.tex
+
+      qtdog table runs/pacs --compare 'erm + float' 'erm + lsq 7 bit'
+    """
+    from qtdog.core.files import write_atomic
+    from qtdog.runs.find import find
+    from qtdog.runs.selection import check_selections
+
+    selections = check_selections(select or ())
+    found = find(runs)
+    split_name = choose_split(found, None if split is None else split.value)
+    kind = format_.value if format_ else SUFFIXES.get(out.suffix if out else "", "text")
+    groups = [found.of(name) for name in checked_datasets(found, per_dataset=per_dataset)]
+    how = {"split": split_name, "pooled": best_of_settings}
+    if compare is not None:
+        content = _comparison(groups, compare, selections, kind, **how)
+    else:
+        content = _tables(groups, selections, kind, **how)
+    say_left_out(found)
+    if out is None:
+        typer.echo(content, nl=False)
+    else:
+        write_atomic(out, content)
+
+
+def choose_split(found: Found, asked: str | None) -> str:
+    """Return the part of the unseen domain that counts: as asked, else DomainBed's where its runs are there."""
+    return asked or ("80" if any(entry.kind == "domainbed" for entry in found.entries) else "whole")
+
+
+def checked_datasets(found: Found, *, per_dataset: bool) -> list[str]:
+    """Return the data sets to make tables of; warns if one name stands for several contents.
+
+    Raises:
+        RunError: several, and `per_dataset` was not asked for.
+    """
+    from qtdog.cli.console import warn
+    from qtdog.core.errors import RunError
+
+    names = found.datasets
+    if len(names) > 1 and not per_dataset:
+        counts = ", ".join(f"{name} ({len(found.of(name))})" for name in names)
+        raise RunError(f"these are runs of several data sets: {counts}. Name fewer, or give --per-dataset")
+    for name in names:
+        contents = sorted({entry.content[:12] for entry in found.of(name) if entry.content})
+        if len(contents) > 1:
+            warn(f"the runs have {len(contents)} different contents under the name {name}: {', '.join(contents)}")
+    return names
+
+
+def say_left_out(found: Found) -> None:
+    """Say to standard error which runs are not finished."""
+    from qtdog.cli.console import warn
+
+    if found.unfinished:
+        listed = ", ".join(str(path) for path in found.unfinished[:3]) + (" …" if len(found.unfinished) > 3 else "")
+        warn(f"left out, not finished: {len(found.unfinished)} ({listed})")
+
+
+def _tables(groups: Sequence[list[Entry]], selections: Sequence[str], kind: str, *, split: str, pooled: bool) -> str:
+    from qtdog.core.errors import RunError
+    from qtdog.report.tables import make_block
+    from qtdog.report.text_tables import render
+
+    blocks = [make_block(group, name, split=split, pooled=pooled) for group in groups for name in selections]
+    filled = [block for block in blocks if block.rows]
+    if not filled:
+        raise RunError(f"no run has an unseen domain that was measured with --select {' '.join(selections)}")
+    return render(filled, kind)
+
+
+def _comparison(
+    groups: Sequence[list[Entry]],
+    names: tuple[str, str],
+    selections: Sequence[str],
+    kind: str,
+    *,
+    split: str,
+    pooled: bool,
+) -> str:
+    from qtdog.core.errors import RunError
+    from qtdog.report.compare import compare, comparison_sheet
+    from qtdog.report.text_tables import SHEETS
+
+    sheets = []
+    for group in groups:
+        tried = [compare(group, names, name, split=split, pooled=pooled) for name in selections]
+        found = [one for one in tried if one is not None]
+        if not found:
+            raise RunError(f"'{names[0]}' and '{names[1]}' have no unseen domain and trial in common")
+        sheets.append(comparison_sheet(f"{group[0].dataset}: A = {names[0]}, B = {names[1]}", found))
+    return SHEETS[kind](sheets)
+
+
+REPORT_RUNS = "Run folders, folders of them, DomainBed's results.jsonl; folders with an analysis.json beside or below."
+REPORT_SPLIT = "Count the 'whole' unseen domain or DomainBed's '80' % split. Default: 80 if DomainBed's runs are there."
+REPORT_BEST = (
+    "One row per method: of several settings in a trial, the best by the selection's own score (DomainBed's search)."
+)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help=REPORT_RUNS, metavar="RUNS...")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "qtdog report",
+    bench: Annotated[Path | None, typer.Option(help="bench.json of 'qtdog bench', for accuracy over latency.")] = None,
+    split: Annotated[Split | None, typer.Option(help=REPORT_SPLIT)] = None,
+    best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=REPORT_BEST)] = False,
+) -> None:
+    """Write one page with tables, charts, settings and analyses of finished runs. It needs no network and no server.
+
+    Examples:
+      qtdog report runs/pacs -o pacs.html
+
+      qtdog report runs/pacs runs/analyses old/domainbed/results.jsonl --bench bench.json -o pacs.html
+    """
+    from qtdog.cli.console import err, warn
+    from qtdog.core.errors import ConfigError
+    from qtdog.core.files import write_atomic
+    from qtdog.report.html import PageOptions, build_page
+    from qtdog.report.inputs import find_analyses, latencies, read_bench
+    from qtdog.runs.find import find
+
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; -o takes the file to write, like {out / 'report.html'}")
+    found = find(runs)
+    checked_datasets(found, per_dataset=True)
+    measured = None if bench is None else read_bench(bench)
+    if measured is not None and not latencies({"": found.entries}, measured):
+        warn(f"no file in {bench} lies in the folder of a run, so there is no chart of latencies")
+    options = PageOptions(
+        out=out,
+        title=title,
+        split=choose_split(found, None if split is None else split.value),
+        pooled=best_of_settings,
+        analyses=find_analyses(runs),
+        bench=measured,
+    )
+    write_atomic(out, build_page(found, options))
+    say_left_out(found)
+    err.print(f"report  {out.resolve()}", highlight=False, soft_wrap=True, markup=False)
+
+
+CONDITION = "SQL expression over the columns, like \"objective = 'coral' and bits = 7\". Default: all runs."
+AXES = ("objective", "averager", "quantizer")
+SHOWN = (
+    "method,objective,averager,quantizer,bits,target,seed,source_accuracy,test_accuracy,mean_after_start,state,folder"
+)
+SHORT = {"source_accuracy": "source", "test_accuracy": "unseen", "mean_after_start": "after start"}
+COLUMNS = "Which columns, separated by commas; 'all' for every one. Accuracies are fractions."
+
+
+def runs(
+    condition: Annotated[str, typer.Argument(help=CONDITION)] = "",
+    *,
+    out: Annotated[Path, typer.Option(help="Folder below which the runs are.")] = Path("runs"),
+    columns: Annotated[str, typer.Option(help=COLUMNS, show_default=False)] = SHOWN,
+    order: Annotated[str, typer.Option(help="Column to sort by, like 'test_accuracy desc'.")] = "folder",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all columns.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Find runs. The index is a cache of the run folders (<OUT>/.sweep/index.sqlite): it may be deleted at any time.
+
+    Examples:
+      qtdog runs "objective = 'coral' and bits = 7"
+
+      qtdog runs "study = 'digits' and method in ('float', 'lsq')" --order "test_accuracy desc" --csv
+
+      qtdog runs "state = 'failed'" --columns method,target,seed,error
+    """
+    from qtdog.cli.console import print_json
+    from qtdog.core.errors import ConfigError, RunError
+    from qtdog.sweep.index import ask, refresh
+
+    if as_json and as_csv:
+        raise ConfigError("--json or --csv, not both")
+    if not out.is_dir():
+        raise RunError(f"{out} is no folder; --out takes the folder that holds the runs")
+    every = as_json or columns.strip() == "all"
+    names = [] if every else [name.strip() for name in columns.split(",") if name.strip()]
+    found = ask(refresh(out), condition, columns=names, order=order)
+    if as_json:
+        print_json(found)
+    elif as_csv:
+        typer.echo(csv_text(found, names), nl=False)
+    else:
+        _show(found, names)
+
+
+def csv_text(rows: list[Row], names: list[str]) -> str:
+    """Return rows as CSV with a head; a cell that a spreadsheet would run as a formula gets a quote before it."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(names or (list(rows[0]) if rows else []))
+    for row in rows:
+        writer.writerow([_harmless(value) for value in row.values()])
+    return stream.getvalue()
+
+
+def _harmless(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+def _show(rows: list[Row], names: list[str]) -> None:
+    from qtdog.cli.console import err, print_table
+
+    headers = names or (list(rows[0]) if rows else [])
+    kept = [name for name in headers if _tells(name, rows)]
+    if rows:
+        shown = [[cell_text(name, row[name]) for name in kept] for row in rows]
+        print_table([SHORT.get(name, name) for name in kept], shown)
+    err.print(f"{len(rows)} runs", highlight=False)
+
+
+def _tells(name: str, rows: list[Row]) -> bool:
+    """Return whether a column says something: an axis does not where all have it alike, or a method names it."""
+    values = {row[name] for row in rows}
+    named = all(row.get("method") for row in rows)
+    return values != {None} and (name not in AXES or (len(values) > 1 and not named))
+
+
+def cell_text(name: str, value: object) -> str:
+    """Return a value for people: accuracies in percent.
+
+    Example:
+        >>> cell_text("test_accuracy", 0.876), cell_text("bits", None), cell_text("lr", 0.0004)
+        ('87.6', '', '0.0004')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        percent = name.endswith("_accuracy") or name.endswith("_after_start")
+        return f"{100 * value:.1f}" if percent else f"{value:g}"
+    return str(value)
