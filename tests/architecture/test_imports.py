@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "sweep", "report", "ensemble", "analysis", "export", "training", "conversion")
-ROOMS += ("data", "models", "quantizers", "objectives", "packing", "core")
+ROOMS = ("cli", "api", "sweep", "report", "ensemble", "analysis", "export", "training", "conversion")
+ROOMS += ("runs", "data", "models", "quantizers", "objectives", "packing", "core")
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:

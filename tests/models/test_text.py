@@ -106,9 +106,9 @@ def test_hashed_words_stay_in_their_range(given_text: str, n: int):
     row = hashed(given_text, 50, n)
     n_words = min(n, 1 + len(text.WORD.findall(given_text.lower())))
     assert row.shape == (n,)
-    assert row[0] == text.START
-    assert ((row[1:n_words] > text.START) & (row[1:n_words] < 50)).all()
-    assert (row[n_words:] == text.PAD).all()
+    assert row[0] == text.START_ID
+    assert ((row[1:n_words] > text.START_ID) & (row[1:n_words] < 50)).all()
+    assert (row[n_words:] == text.PAD_ID).all()
 
 
 def test_hashed_words_do_not_look_at_case():

@@ -100,8 +100,8 @@ def choose_layer_bits(
     """Return the bits of each layer that cost least under a budget.
 
     The float part of `plan.config` is trained on all sources (once, kept below `out`); each layer's cost is
-    `analysis.mixed_precision`'s, with the Hessian of the mean loss over the source domains, each counting once, on training
-    images that are not augmented; the budget is met exactly (`analysis.mixed_precision`).
+    `analysis.mixed_precision`'s, with the Hessian of the mean loss over the source domains, each counting once, on
+    training images that are not augmented; the budget is met exactly.
 
     Args:
         plan: configuration, sources and candidates.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ def read_plan(out: Path) -> tuple[dict[str, Any], Crew] | None:
 
 
 def join_crew(
-    dataset: DomainDataset, folders: Sequence[Path], out: Path | None, progress: Progress = None
+    dataset: DomainDataset,
+    folders: Sequence[Path],
+    out: Path | None,
+    progress: Progress = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
     """Return the result of the ensemble of finished runs that have one target, made and measured now if need be.
 
@@ -129,14 +134,15 @@ def join_crew(
         folders: the run folders.
         out: folder of the ensemble's folder; None for `runs`.
         progress: of decoding images.
+        warn: is called with what the user should know.
 
     Raises:
         ConfigError, RunError: as in `ensemble.assemble.assemble`.
     """
-    from qtdog.cli.console import warn
     from qtdog.ensemble.assemble import Order, assemble, finished, members_hash
     from qtdog.ensemble.evaluation import open_exam
-    from qtdog.ensemble.members import KINDS, fitting_kind, read_member, share_splits
+    from qtdog.ensemble.members import fitting_kind, read_member, share_splits
+    from qtdog.runs.entry import KINDS
 
     members = [read_member(folder) for folder in folders]
     kind = fitting_kind(members)

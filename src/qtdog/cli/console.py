@@ -30,7 +30,8 @@ from rich.progress import (
 from rich.table import Table
 
 from qtdog.core.config import Config
-from qtdog.report.tables import method_name, percent
+from qtdog.report.tables import percent
+from qtdog.runs.entry import method_name
 from qtdog.runs.record import Record
 
 # Of several processes (`accelerate launch`) only the first one speaks, but each may fail.

@@ -104,8 +104,8 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
 
 def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None:
     from qtdog.cli.console import out, print_table
-    from qtdog.ensemble.members import KINDS
-    from qtdog.report.tables import cost_table, method_name
+    from qtdog.report.tables import cost_table
+    from qtdog.runs.entry import KINDS, method_name
 
     runs = [member.result | {"training_steps": member.config.train.steps} for member in members]
     first = method_name(members[0].config.model_dump())

@@ -399,6 +399,7 @@ def _ensembles(
 ) -> dict[str, dict[str, Any]]:
     """Return the result of the ensemble of each target whose members are all there."""
     from qtdog.api.experiment import join_crew
+    from qtdog.cli.console import warn
 
     made = {}
     method = jobs[0].row.method.lower().replace(" ", "-")
@@ -406,7 +407,7 @@ def _ensembles(
     for target in targets:
         members = [job for job in jobs if job.config.data.target == target]
         if dataset is not None and all(job.result is not None for job in members):
-            made[target] = join_crew(dataset, [job.folder.path for job in members], out)
+            made[target] = join_crew(dataset, [job.folder.path for job in members], out, warn=warn)
     return made
 
 

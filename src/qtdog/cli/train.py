@@ -147,7 +147,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
 
     from qtdog.cli.console import SPEAKS, CountingBar, training_bar, warn
     from qtdog.ensemble.teacher import open_teacher
-    from qtdog.report.tables import method_name
+    from qtdog.runs.entry import method_name
     from qtdog.training.loggers import watched
     from qtdog.training.run import Voice, run
 
@@ -171,14 +171,14 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
 def join_all(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[str, Any]]:
     """Make the ensemble of each target from its finished members and return their results; only one process does."""
     from qtdog.api.experiment import join_crew
-    from qtdog.cli.console import SPEAKS, CountingBar
+    from qtdog.cli.console import SPEAKS, CountingBar, warn
 
     if not SPEAKS:
         return []
     crews: dict[str, list[Path]] = {}
     for planned in plan:
         crews.setdefault(planned.config.data.target, []).append(planned.folder.path)
-    return [join_crew(dataset, folders, out, CountingBar("decoding images")) for folders in crews.values()]
+    return [join_crew(dataset, folders, out, CountingBar("decoding images"), warn) for folders in crews.values()]
 
 
 def _remember(out: Path, plan: Sequence[Any], crew: Any) -> None:
@@ -351,7 +351,7 @@ def dart(
     from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.console import CountingBar, print_json, training_bar, warn
     from qtdog.core.errors import ConfigError
-    from qtdog.report.tables import method_name
+    from qtdog.runs.entry import method_name
     from qtdog.training.dart import dart as train_branches
     from qtdog.training.protocol import make_problem
     from qtdog.training.run import Voice

@@ -292,8 +292,8 @@ def open_cache(
     """Return the data set's images at `image_size`, decoding them now unless that was done before.
 
     The key is the content (not the path or the time), the size, the channels and the version of the decoder: runs share
-    one cache, and a changed image makes a new one, into which the other images are copied (`data.decoded_cache`). Building is
-    atomic; a broken cache is rebuilt. Older versions of the same data set are then removed (`data.decoded_cache`).
+    one cache, and a changed image makes a new one, into which the other images are copied. Building is atomic; a broken
+    cache is rebuilt. Older versions of the same data set are then removed.
 
     Raises:
         DataError: images cannot be read (up to 20 are named), or the disk is too small.

@@ -19,12 +19,13 @@ from qtdog.core.random import torch_stream
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
 from qtdog.ensemble.evaluation import Classifier as Answers
 from qtdog.ensemble.evaluation import Exam, Kept, Scores, calibrate, mean_accuracy
-from qtdog.ensemble.members import KINDS, Member, check_alike, check_kind, heldout_note, share_splits
+from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load_any
 from qtdog.ensemble.weight_averaging import Recipe, check_recipe, join
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
+from qtdog.runs.entry import KINDS
 from qtdog.training.finalize import environment
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import sha256_file
-from qtdog.core.registry import Registry
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
+from qtdog.runs.entry import KINDS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.load import STRUCTURE, ModelInfo, read_info
 
@@ -149,37 +149,6 @@ def _starts(first: Member, other: Member) -> list[tuple[str, Any, Any]]:
     rows = [("pretraining", first.info.pretraining, other.info.pretraining)]
     rows += [(f"model.{key}", models[0][key], models[1][key]) for key in models[0]]
     return [*rows, ("the seed of the random start is", first.init_seed, other.init_seed)]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One way to make a model of several.
-
-    Attributes:
-        title: for tables.
-        about: one line for people.
-        members: what a member must be: "quantized", "averaged", "float" or "any".
-        one_model: whether the result is one network; else all members are kept and asked.
-    """
-
-    title: str
-    about: str
-    members: str
-    one_model: bool = False
-
-
-KINDS: Registry[Kind] = Registry("kind of ensemble")
-KINDS.add("eoq", Kind("EoQ", "Ensemble of quantized models: argmax of the mean logits (paper, Eq. 6).", "quantized"))
-KINDS.add("eoa", Kind("EoA", "Ensemble of moving averages (Arpit et al., 2022): the mean of their logits.", "averaged"))
-KINDS.add("ensemble", Kind("ensemble", "Deep ensemble of float models: the mean of their logits.", "float"))
-KINDS.add(
-    "diwa",
-    Kind("DiWA", "One float model: the mean of the members' weights (Ramé et al., 2022).", "any", one_model=True),
-)
-KINDS.add(
-    "soup",
-    Kind("soup", "One quantized model: the mean of the latent weights, quantized anew.", "quantized", one_model=True),
-)
 
 
 def fitting_kind(members: Sequence[Member]) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from qtdog.conversion.save import fill
 from qtdog.core.errors import FormatError
 from qtdog.data.augment import normalise
-from qtdog.ensemble.members import KINDS
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
+from qtdog.runs.entry import KINDS
 from qtdog.training.load import STRUCTURE, ModelInfo, Preprocessing, ShippedModel, load, network_for, read_info
 
 BATCH = 64

@@ -18,9 +18,9 @@ class ARM(Objective):
     """Mean cross-entropy with the context of each domain beside its images (Zhang et al., NeurIPS 2021); needs context.
 
     The contextual meta-learning variant: L = 1/n · Σ_i −log p(y_i | x_i, c), where c is the mean of the context network
-    over the images of the domain of x_i (`models.feature_layers`). The network is `--set model.feature_layer=context`, and
-    ships with the model. At test time the images that are given together are taken for one domain, so that a prediction
-    depends on the others in its batch.
+    over the images of the domain of x_i (`models.feature_layers`). The network is `--set model.feature_layer=context`,
+    and ships with the model. At test time the images that are given together are taken for one domain, so that a
+    prediction depends on the others in its batch.
 
     Raises:
         ConfigError: the network has no context.

@@ -11,9 +11,9 @@ from scipy import stats
 
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.random import numpy_stream
-from qtdog.report.tables import NO_TARGET, label_rows, outcomes, percent
+from qtdog.report.tables import label_rows, outcomes, percent
 from qtdog.report.text_tables import Cell, Sheet
-from qtdog.runs.entry import Entry
+from qtdog.runs.entry import NO_TARGET, Entry
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 9999

@@ -20,9 +20,9 @@ from markupsafe import Markup
 from qtdog import __version__
 from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_cell, size_chart
 from qtdog.report.inputs import Analysis, BenchFile, latencies
-from qtdog.report.tables import NO_TARGET, SPLITS, Block, differing, label_rows, make_block, percent, value_text
+from qtdog.report.tables import SPLITS, Block, differing, label_rows, make_block, percent, value_text
 from qtdog.report.text_tables import MISSING, body, estimate_text, headers
-from qtdog.runs.entry import Entry
+from qtdog.runs.entry import NO_TARGET, Entry
 from qtdog.runs.find import Found
 from qtdog.runs.selection import SELECTIONS, outcome
 

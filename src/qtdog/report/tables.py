@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtdog.runs.aggregate import Estimate, estimate
-from qtdog.runs.entry import Cost, Entry, Outcome
+from qtdog.runs.entry import NO_TARGET, Cost, Entry, Outcome, unseen
 from qtdog.runs.selection import SELECTIONS, outcome
-
-NO_TARGET = "no unseen domain"
 
 
 def percent(value: float | None) -> str:
@@ -35,29 +33,6 @@ def size_text(size: Mapping[str, float]) -> str:
     return f"{text} ({size['ratio']:.2f}x smaller)" if size["ratio"] > 1.005 else text
 
 
-def method_name(config: Mapping[str, Any]) -> str:
-    """Return a short name of what a configuration trains: every axis that is not at its plainest, and the grid.
-
-    Example:
-        >>> method_name({"objective": {"name": "erm"}, "quantizer": {"name": "lsq", "bits": 7}})
-        'erm + lsq 7 bit'
-        >>> method_name({"objective": {"name": "coral"}, "averager": {"name": "swad"}, "quantizer": {"name": "none"}})
-        'coral + swad + float'
-    """
-    names = [config["objective"]["name"]]
-    names += ["teacher"] if config["objective"].get("teacher") else []
-    chosen = [config.get("model", {}).get("feature_layer", "none")]
-    chosen += [config.get(axis, {}).get("name", "none") for axis in ("step_rule", "averager")]
-    return " + ".join([*names, *(name for name in chosen if name not in ("none", "plain")), _grid(config["quantizer"])])
-
-
-def _grid(quantizer: Mapping[str, Any]) -> str:
-    if quantizer["name"] == "none":
-        return "float"
-    mixed = " (mixed)" if quantizer.get("layer_bits") else ""
-    return f"{quantizer['name']} {quantizer['bits']} bit{mixed}"
-
-
 def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows: a row per method, a column per unseen domain, then averages and size.
 
@@ -75,17 +50,6 @@ def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[li
             [method, *map(percent, per_target), percent(_mean(per_target)), percent(source), size_text(runs[0]["size"])]
         )
     return headers, rows
-
-
-def unseen(result: Mapping[str, Any]) -> str:
-    """Return what a result was tested on: its unseen domain, or words for what stands in its place.
-
-    Example:
-        >>> unseen({"test_mode": "target", "target_domain": "sketch"})
-        'sketch'
-    """
-    in_domain = result["test_mode"] == "in-domain"
-    return "last 20 % of sources" if in_domain else str(result["target_domain"] or NO_TARGET)
 
 
 def _mean(values: Any) -> float | None:

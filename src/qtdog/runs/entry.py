@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtdog.core.registry import Registry
 from qtdog.runs.record import Record
 
 # What names a problem or a repetition of it, and not a method: entries that differ in nothing else share a row.
@@ -115,3 +116,81 @@ def settings_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         tree["quantizer"] = {"name": "none"}
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     return {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
+
+
+NO_TARGET = "no unseen domain"
+
+
+def method_name(config: Mapping[str, Any]) -> str:
+    """Return a short name of what a configuration trains: every axis that is not at its plainest, and the grid.
+
+    Example:
+        >>> method_name({"objective": {"name": "erm"}, "quantizer": {"name": "lsq", "bits": 7}})
+        'erm + lsq 7 bit'
+        >>> method_name({"objective": {"name": "coral"}, "averager": {"name": "swad"}, "quantizer": {"name": "none"}})
+        'coral + swad + float'
+    """
+    names = [config["objective"]["name"]]
+    names += ["teacher"] if config["objective"].get("teacher") else []
+    chosen = [config.get("model", {}).get("feature_layer", "none")]
+    chosen += [config.get(axis, {}).get("name", "none") for axis in ("step_rule", "averager")]
+    return " + ".join([*names, *(name for name in chosen if name not in ("none", "plain")), _grid(config["quantizer"])])
+
+
+def _grid(quantizer: Mapping[str, Any]) -> str:
+    if quantizer["name"] == "none":
+        return "float"
+    mixed = " (mixed)" if quantizer.get("layer_bits") else ""
+    return f"{quantizer['name']} {quantizer['bits']} bit{mixed}"
+
+
+def unseen(result: Mapping[str, Any]) -> str:
+    """Return what a result was tested on: its unseen domain, or words for what stands in its place.
+
+    Example:
+        >>> unseen({"test_mode": "target", "target_domain": "sketch"})
+        'sketch'
+    """
+    in_domain = result["test_mode"] == "in-domain"
+    return "last 20 % of sources" if in_domain else str(result["target_domain"] or NO_TARGET)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to make a model of several.
+
+    Attributes:
+        title: for tables.
+        about: one line for people.
+        members: what a member must be: "quantized", "averaged", "float" or "any".
+        one_model: whether the result is one network; else all members are kept and asked.
+    """
+
+    title: str
+    about: str
+    members: str
+    one_model: bool = False
+
+
+KINDS: Registry[Kind] = Registry("kind of ensemble")
+
+
+KINDS.add("eoq", Kind("EoQ", "Ensemble of quantized models: argmax of the mean logits (paper, Eq. 6).", "quantized"))
+
+
+KINDS.add("eoa", Kind("EoA", "Ensemble of moving averages (Arpit et al., 2022): the mean of their logits.", "averaged"))
+
+
+KINDS.add("ensemble", Kind("ensemble", "Deep ensemble of float models: the mean of their logits.", "float"))
+
+
+KINDS.add(
+    "diwa",
+    Kind("DiWA", "One float model: the mean of the members' weights (Ramé et al., 2022).", "any", one_model=True),
+)
+
+
+KINDS.add(
+    "soup",
+    Kind("soup", "One quantized model: the mean of the latent weights, quantized anew.", "quantized", one_model=True),
+)

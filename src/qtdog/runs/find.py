@@ -9,9 +9,8 @@ from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.report.tables import method_name, unseen
 from qtdog.runs.domainbed import plain, read_domainbed
-from qtdog.runs.entry import Cost, Entry, Outcome, settings_of
+from qtdog.runs.entry import KINDS, Cost, Entry, Outcome, method_name, settings_of, unseen
 from qtdog.runs.folder import RunFolder
 
 MAX_RUN_BYTES = 64 * 1024**2  # of a result or the metrics of one run: longer is no run's
@@ -70,8 +69,6 @@ def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> Entry:
 
 
 def _ensemble(path: Path, result: Mapping[str, Any]) -> Entry:
-    from qtdog.ensemble.members import KINDS
-
     if "members" not in result:
         raise RunError(f"{path} has a result.json but no config.yaml, and is no ensemble either. Leave it out")
     members = result["members"]
