@@ -32,7 +32,7 @@ from torch import nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
-from qtdog.ensemble.evaluation import Exam, open_exam
+from qtdog.ensemble.evaluation import EvaluationSet, open_evaluation_set
 from qtdog.ensemble.members import read_member
 from qtdog.export.benchmark import Bench, Measured, Plan, bench
 from qtdog.export.benchmark_statistics import spread
@@ -117,17 +117,19 @@ def exported(
     return made
 
 
-def open_ensemble(folder: Path, data: str) -> tuple[Path, Exam]:
+def open_ensemble(folder: Path, data: str) -> tuple[Path, EvaluationSet]:
     """Return the file of an ensemble, and the images of its members' problem."""
     told = json.loads((folder / "result.json").read_text())["members"][0]["folder"]
     config = read_member(folder / told).config
-    return folder / "model.safetensors", open_exam(config, open_any(data, min_domains=1), same_splits=True)
+    return folder / "model.safetensors", open_evaluation_set(config, open_any(data, min_domains=1), same_splits=True)
 
 
-def pictures(exam: Exam, indices: np.ndarray, domains: tuple[str, ...]) -> LabelledImages:
+def pictures(evaluation_set: EvaluationSet, indices: np.ndarray, domains: tuple[str, ...]) -> LabelledImages:
     """Return images as a runtime takes them, in random order."""
     order = np.random.default_rng(0).permutation(indices)
-    return LabelledImages(exam.cache.gather(order).numpy(), exam.dataset.class_index[order].astype(np.int64), domains)
+    return LabelledImages(
+        evaluation_set.cache.gather(order).numpy(), evaluation_set.dataset.class_index[order].astype(np.int64), domains
+    )
 
 
 def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:
@@ -147,16 +149,18 @@ def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:
 
 def measure_real(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Measure real members on real images of the sources and of the unseen domain, and print a table for each."""
-    file, exam = open_ensemble(options.ensemble, options.data)
-    splits, sources = exam.problem.splits, exam.problem.sources
+    file, evaluation_set = open_ensemble(options.ensemble, options.data)
+    splits, sources = evaluation_set.problem.splits, evaluation_set.problem.sources
     training = np.concatenate([splits[domain].train for domain in sources])
-    files = real_files(file, pictures(exam, np.random.default_rng(0).permutation(training)[:1280], sources), work)
-    target = exam.config.data.target
+    files = real_files(
+        file, pictures(evaluation_set, np.random.default_rng(0).permutation(training)[:1280], sources), work
+    )
+    target = evaluation_set.config.data.target
     timed = {"held-out images of the sources": np.concatenate([splits[domain].heldout for domain in sources])}
-    timed[f"{target}, unseen"] = exam.dataset.indices(target)
+    timed[f"{target}, unseen"] = evaluation_set.dataset.indices(target)
     results = {}
     for name, indices in timed.items():
-        images = pictures(exam, indices, sources)
+        images = pictures(evaluation_set, indices, sources)
         plan = Plan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES)
         found = bench(files, plan, images=lambda _, images=images: images)
         show_real(name, found)

@@ -16,7 +16,7 @@ from qtdog.data.dataset import DomainSubset
 from qtdog.data.open import open_dataset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         if result is None or config is None or config.data.target == "none":
             continue
         target = config.data.target
-        found = score_domains(load(folder.model_file), DomainSubset(dataset, (target,)))[target]["accuracy"]
+        found = score_domains(load_model(folder.model_file), DomainSubset(dataset, (target,)))[target]["accuracy"]
         same = found == result["test_accuracy"]
         n_wrong += not same
         print(f"{'same' if same else 'WRONG'}  {found:.4f}  {folder.path}", flush=True)

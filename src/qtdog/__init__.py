@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from qtdog.conversion.save import save as save
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
-    from qtdog.ensemble.model import load_any as load_any
-    from qtdog.training.load import load as load
+    from qtdog.ensemble.model import load as load
+    from qtdog.ensemble.model import load as load_any
 
 _HOMES = {
     "attach": "qtdog.conversion.attach",
@@ -26,9 +26,11 @@ _HOMES = {
     "save": "qtdog.conversion.save",
     "QuantizedTensor": "qtdog.core.quantized",
     "QuantSpec": "qtdog.core.quantized",
-    "load": "qtdog.training.load",
-    "load_any": "qtdog.ensemble.model",
+    "load": "qtdog.ensemble.model",
 }
+
+_ALIASES = {"load_any": "load"}
+"""Earlier names, which still work."""
 
 __all__ = ["QuantSpec", "QuantizedTensor", "__version__", "attach", "attached", "load", "load_any", "load_into", "save"]
 
@@ -39,9 +41,10 @@ except metadata.PackageNotFoundError:  # run from a source tree that is not inst
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    current = _ALIASES.get(name, name)
+    if current not in _HOMES:
         raise AttributeError(f"module 'qtdog' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_HOMES[current]), current)
     globals()[name] = value
     return value
 

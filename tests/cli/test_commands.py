@@ -13,7 +13,7 @@ import torch
 
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_dataset
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 
 SHORT = ("--steps", 4, "--batch-size", 4, "--image-size", 16, "--set", "train.eval_every=2")
 NET = ("--backbone", "digits_cnn", "--weights", "none", *SHORT)
@@ -64,7 +64,7 @@ def test_predict_in_a_fresh_process_gives_the_loaded_models_numbers(model):
     command = [sys.executable, "-m", "qtdog", "predict", str(out / "model.safetensors"), str(root / "x"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)
-    shipped = load(out / "model.safetensors")
+    shipped = load_model(out / "model.safetensors")
     dataset = open_dataset(str(root))
     images = open_cache(dataset, 16).gather(dataset.indices("x"))
     best = shipped.probabilities(images).max(1)
@@ -102,7 +102,7 @@ def test_loaded_logits_equal_the_training_time_logits(model):
     place_(network, torch.device("cpu"))
     attach(network, bits=7, exclude=("classifier",)).set_enabled(True)
     network.load_state_dict(checkpoint.tensors["selected"])
-    shipped = load(out / "model.safetensors")
+    shipped = load_model(out / "model.safetensors")
     images = shipped.prepare(open_cache(open_dataset(str(root)), 16).gather(range(36)))
     with torch.no_grad():
         assert torch.equal(network.eval()(images), shipped(images))

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 
 SHORT = ("--steps", 6, "--set", "train.eval_every=3", "--set", "data.batch_size=4")
 
@@ -30,7 +30,7 @@ def test_a_student_is_trained_shipped_and_resumed(qtdog, teacher, tmp_path):
     result = json.loads(outcome.out)
     assert result["target_domain"] == "75"
     assert result["layers"][0]["bits"] == 5
-    assert load(tmp_path / "s" / "model.safetensors").info.preprocessing.image_size == 12
+    assert load_model(tmp_path / "s" / "model.safetensors").info.preprocessing.image_size == 12
     saved = yaml.safe_load((tmp_path / "s" / "config.yaml").read_text())["objective"]
     assert len(saved["teacher_sha256"]) == 64
     (tmp_path / "s" / "result.json").unlink()

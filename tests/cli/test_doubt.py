@@ -13,9 +13,9 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.calibration import fit_temperature
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.evaluation import answers, member_logits, reliability
-from qtdog.ensemble.model import load_any, load_ensemble_model
+from qtdog.ensemble.model import load, load_ensemble_model
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 
 SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set", "train.eval_every=15")
 
@@ -41,16 +41,16 @@ def pictures(tmp_path):
 
 def test_the_temperature_is_fitted_on_the_sources_and_travels_in_the_file(trained):
     folder, result = trained
-    model = load_any(folder / "75-eoq" / "model.safetensors")
+    model = load(folder / "75-eoq" / "model.safetensors")
     calibration = result["calibration"]
     assert model.info.temperature == calibration["temperature"] != 1  # pyright: ignore
-    from qtdog.ensemble.evaluation import open_exam
+    from qtdog.ensemble.evaluation import open_evaluation_set
     from qtdog.ensemble.members import read_member
 
     members = [read_member(path) for path in sorted(folder.glob("75-seed*"))]
-    exam = open_exam(members[0].config, RotatedDigits(), same_splits=True)
+    evaluation_set = open_evaluation_set(members[0].config, RotatedDigits(), same_splits=True)
     kept = []
-    exam.source(lambda images: member_logits(model, images), kept)
+    evaluation_set.source(lambda images: member_logits(model, images), kept)
     logits, labels = torch.cat([one for one, _ in kept], 1), torch.cat([one for _, one in kept])
     assert fit_temperature(logits.mean(0), labels) == pytest.approx(calibration["temperature"], rel=1e-4)
     again = reliability(answers(logits, calibration["temperature"]), labels)
@@ -62,7 +62,7 @@ def test_predict_tells_the_doubt_of_an_ensemble(qtdog, trained, pictures):
     folder, _ = trained
     rows = json.loads(qtdog("predict", folder / "75-eoq" / "model.safetensors", pictures, "--json").out)
     assert set(rows[0]) == {"image", "class", "probability", "entropy", "mutual_information", "agreement"}
-    model = load_any(folder / "75-eoq" / "model.safetensors")
+    model = load(folder / "75-eoq" / "model.safetensors")
     with Image.open(rows[3]["image"]) as picture:
         pixels = torch.from_numpy(np.asarray(picture.resize((12, 12)))[None, :, :, None].copy())
     assert rows[3]["agreement"] in (0.5, 1.0)
@@ -74,7 +74,7 @@ def test_predict_of_one_model_has_its_entropy_only(qtdog, trained, pictures):
     file = folder / "75-seed0" / "model.safetensors"
     rows = json.loads(qtdog("predict", file, pictures, "--json").out)
     assert set(rows[0]) == {"image", "class", "probability", "entropy"}
-    shipped = load(file)
+    shipped = load_model(file)
     from pathlib import Path
 
     from qtdog.data.decode import decode_resized

@@ -11,7 +11,7 @@ import pytest
 
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.digits import RotatedDigits
-from qtdog.ensemble.model import load_any
+from qtdog.ensemble.model import load
 from qtdog.training import loop as loop_module
 
 SHORT = ("--steps", 5, "--batch-size", 4, "--image-size", 12, "--set", "train.eval_every=2")
@@ -123,7 +123,7 @@ def test_eval_and_predict_take_an_ensemble(qtdog, crew, tmp_path):
     for k, image in enumerate(images):
         Image.fromarray(image[..., 0].numpy()).save(tmp_path / f"{k}.png")
     rows = list(csv.DictReader(io.StringIO(qtdog("predict", file, tmp_path, "--format", "csv").out)))
-    model = load_any(file)
+    model = load(file)
     best = model.probabilities(images).max(1)
     assert [row["class"] for row in rows] == [model.info.classes[k] for k in best.indices.tolist()]
     assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(), abs=1e-6)

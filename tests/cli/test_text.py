@@ -19,9 +19,9 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.data.open import open_any
 from qtdog.models import text
-from qtdog.models.text import TEXT_BACKBONES, make_tokeniser
+from qtdog.models.text import TEXT_BACKBONES, make_tokenizer
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import load, read_info
+from qtdog.training.load import load_model, read_info
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -81,8 +81,8 @@ def trained(reviews: Path, hub: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_the_file_alone_answers_as_the_network_in_training(trained, reviews, tmp_path):
     with pytest.raises(ModelError, match="could not be had"):
-        make_tokeniser(NAME, 8)
-    shipped = load(trained / "model.safetensors")
+        make_tokenizer(NAME, 8)
+    shipped = load_model(trained / "model.safetensors")
     assert shipped.info.preprocessing.vocabulary == tuple(WORDS)
     lines = ["A great box, kitchens", "AWFUL É kitchen"]
     (tmp_path / "today.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError, DataError, RunError
-from qtdog.ensemble.assemble import Order, assemble, best_first, cost, finished, members_hash
-from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.assemble import EnsembleSpec, assemble, best_first, cost, finished, members_hash
+from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import check_alike, fitting_kind, read_member, share_splits
-from qtdog.ensemble.model import load_any, load_ensemble_model
+from qtdog.ensemble.model import load, load_ensemble_model
 from qtdog.ensemble.weight_averaging import Recipe
 
 FLOAT = {"name": "none", "start_step": None}
 
 
 @pytest.fixture(scope="module")
-def exam(quantized, digits):
-    return open_exam(quantized[0].config, digits, same_splits=True)
+def evaluation_set(quantized, digits):
+    return open_evaluation_set(quantized[0].config, digits, same_splits=True)
 
 
-def test_members_are_measured_as_in_their_runs(quantized, exam, out):
-    result = assemble(quantized, Order("eoq", out), exam)
+def test_members_are_measured_as_in_their_runs(quantized, evaluation_set, out):
+    result = assemble(quantized, EnsembleSpec("eoq", out), evaluation_set)
     assert json.loads(out.with_name("result.json").read_text()) == result
     for k, member in enumerate(best_first(quantized)):
         source = [part["member_accuracies"][k] for part in result["domains"]["source"].values()]
@@ -38,10 +38,10 @@ def test_members_are_measured_as_in_their_runs(quantized, exam, out):
     assert (result["training_steps"], result["training_runs"], result["inference_passes"]) == (18, 3.0, 3)
 
 
-def test_accuracy_is_that_of_the_file(quantized, exam, digits, out):
-    result = assemble(quantized, Order("eoq", out), exam)
-    model = load_any(out)
-    images = exam.cache.gather(digits.indices("75"))
+def test_accuracy_is_that_of_the_file(quantized, evaluation_set, digits, out):
+    result = assemble(quantized, EnsembleSpec("eoq", out), evaluation_set)
+    model = load(out)
+    images = evaluation_set.cache.gather(digits.indices("75"))
     right = model.probabilities(images).argmax(1).numpy() == digits.class_index[digits.indices("75")]
     assert result["test_accuracy"] == right.mean()
     assert model.info.accuracy == {"source": result["source_accuracy"], "test": result["test_accuracy"]}
@@ -49,17 +49,17 @@ def test_accuracy_is_that_of_the_file(quantized, exam, digits, out):
 
 
 def test_without_images_nothing_is_claimed(quantized, out):
-    result = assemble(quantized, Order("eoq", out))
+    result = assemble(quantized, EnsembleSpec("eoq", out))
     assert result["source_accuracy"] is None
     assert result["test_accuracy"] is None
-    assert load_any(out).info.accuracy == {"source": None, "test": None}
+    assert load(out).info.accuracy == {"source": None, "test": None}
 
 
 def test_other_images_than_those_of_training_are_refused(quantized, image_tree):
     from qtdog.data.open import open_dataset
 
     with pytest.raises(DataError, match="changed since"):
-        open_exam(quantized[0].config, open_dataset(str(image_tree)), same_splits=True)
+        open_evaluation_set(quantized[0].config, open_dataset(str(image_tree)), same_splits=True)
 
 
 def test_kind_follows_the_members(quantized, floats, train_member, out):
@@ -68,7 +68,7 @@ def test_kind_follows_the_members(quantized, floats, train_member, out):
         for seed in (0, 1)
     ]
     assert [fitting_kind(members) for members in (quantized, averaged, floats)] == ["eoq", "eoa", "ensemble"]
-    assert assemble(averaged, Order("eoa", out))["kind"] == "eoa"
+    assert assemble(averaged, EnsembleSpec("eoa", out))["kind"] == "eoa"
     assert load_ensemble_model(out).info.members[0].bits is None
     for members, kind, message in (
         (floats, "eoq", "takes quantized members; .* is float"),
@@ -77,7 +77,7 @@ def test_kind_follows_the_members(quantized, floats, train_member, out):
         (quantized, "eog", "unknown kind of ensemble 'eog'; did you mean 'eo"),
     ):
         with pytest.raises(ConfigError, match=message):
-            assemble(members, Order(kind, out))
+            assemble(members, EnsembleSpec(kind, out))
     with pytest.raises(ConfigError, match="of several kinds"):
         fitting_kind([quantized[0], floats[0]])
 
@@ -126,34 +126,36 @@ def test_folders_that_are_no_finished_runs_are_refused(quantized, out, tmp_path)
     (copy / "result.json").unlink()
     with pytest.raises(RunError, match="not finished; go on with: qtdog train --resume"):
         read_member(copy)
-    assemble(quantized, Order("eoq", out))
+    assemble(quantized, EnsembleSpec("eoq", out))
     with pytest.raises(ConfigError, match="holds an ensemble; give the runs"):
         read_member(out.parent)
 
 
 def test_a_run_is_not_overwritten(quantized):
     with pytest.raises(RunError, match="holds a run, and its result"):
-        assemble(quantized, Order("eoq", quantized[0].path / "ensemble.safetensors"))
+        assemble(quantized, EnsembleSpec("eoq", quantized[0].path / "ensemble.safetensors"))
 
 
 def test_different_splits_leave_no_score_on_the_sources(quantized, train_member, digits, out):
     members = [quantized[0], train_member(data={"trial": 1})]
     assert not share_splits(members)
-    exam = open_exam(members[0].config, digits, same_splits=False)
-    result = assemble(members, Order("eoq", out), exam)
+    evaluation_set = open_evaluation_set(members[0].config, digits, same_splits=False)
+    result = assemble(members, EnsembleSpec("eoq", out), evaluation_set)
     assert "held out different images" in result["no_source_score"]
     assert result["source_accuracy"] is None
     assert result["domains"]["source"] == result["test_accuracy_80"] == {}
     assert result["domains"]["test"]["75"]["member_accuracies"][1] == members[1].result["test_accuracy"]
     with pytest.raises(ConfigError, match="source images that no member was trained on"):
-        assemble(members, Order("diwa", out, Recipe(pick="greedy")), exam)
+        assemble(members, EnsembleSpec("diwa", out, Recipe(pick="greedy")), evaluation_set)
 
 
 def test_members_trained_on_the_held_out_images_have_no_score_on_the_sources(train_member, digits, out):
     data = {"target": "75", "batch_size": 8, "image_size": 12, "train_on_heldout": True}
     train = {"steps": 3, "eval_every": 3, "selection": "last"}
     members = [train_member(data=data, train=train | {"seed": seed}) for seed in range(2)]
-    result = assemble(members, Order("eoq", out), open_exam(members[0].config, digits, same_splits=True))
+    result = assemble(
+        members, EnsembleSpec("eoq", out), open_evaluation_set(members[0].config, digits, same_splits=True)
+    )
     assert result["no_source_score"] == "the members were trained on the held-out images too"
     assert (result["source_accuracy"], result["domains"]["source"]) == (None, {})
     assert (result["calibration"]["temperature"], result["cascade"]["threshold"]) == (1.0, None)
@@ -164,8 +166,8 @@ def test_in_domain_scores_are_on_the_third_part(train_member, digits, out):
     mode = {"test_mode": "in-domain"}
     members = [train_member(data=mode, quantizer=FLOAT, train={"seed": seed}) for seed in (0, 1)]
     for same_splits in (True, False):
-        exam = open_exam(members[0].config, digits, same_splits=same_splits)
-        result = assemble(members, Order("ensemble", out), exam)
+        evaluation_set = open_evaluation_set(members[0].config, digits, same_splits=same_splits)
+        result = assemble(members, EnsembleSpec("ensemble", out), evaluation_set)
         if same_splits:
             found = [part["member_accuracies"][0] for part in result["domains"]["test"].values()]
             assert np.mean(found) == pytest.approx(best_first(members)[0].result["test_accuracy"])
@@ -174,13 +176,13 @@ def test_in_domain_scores_are_on_the_third_part(train_member, digits, out):
 
 
 def test_what_was_made_is_found_again_until_something_changes(quantized, out):
-    order = Order("eoq", out)
-    assert finished(quantized, order) is None
-    result = assemble(quantized, order)
-    assert finished(quantized, order) == result
-    assert finished(quantized[:2], order) is None
+    spec = EnsembleSpec("eoq", out)
+    assert finished(quantized, spec) is None
+    result = assemble(quantized, spec)
+    assert finished(quantized, spec) == result
+    assert finished(quantized[:2], spec) is None
     out.write_bytes(out.read_bytes() + b"\0")
-    assert finished(quantized, order) is None
+    assert finished(quantized, spec) is None
 
 
 def test_the_name_of_an_ensemble_is_that_of_its_members_in_any_order(quantized):

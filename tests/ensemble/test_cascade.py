@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qtdog.core.errors import ConfigError
-from qtdog.ensemble.assemble import Order, assemble
+from qtdog.ensemble.assemble import EnsembleSpec, assemble
 from qtdog.ensemble.cascade import (
     NEVER,
     CascadeModel,
@@ -20,7 +20,7 @@ from qtdog.ensemble.cascade import (
     plan_cascade,
     settle,
 )
-from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.model import load_ensemble_model
 
 logit_blocks = hnp.arrays(
@@ -105,8 +105,8 @@ def test_the_target_has_no_say_in_the_threshold():
 
 
 def test_an_ensemble_file_keeps_its_threshold_and_answers_with_it(quantized, digits, out):
-    exam = open_exam(quantized[0].config, digits, same_splits=True)
-    result = assemble(quantized, Order("eoq", out), exam)
+    evaluation_set = open_evaluation_set(quantized[0].config, digits, same_splits=True)
+    result = assemble(quantized, EnsembleSpec("eoq", out), evaluation_set)
     model = load_ensemble_model(out)
     assert model.info.cascade_threshold == result["cascade"]["threshold"]
     if result["cascade"]["threshold"] is not None:
@@ -120,6 +120,6 @@ def test_an_ensemble_file_keeps_its_threshold_and_answers_with_it(quantized, dig
 
 
 def test_an_ensemble_without_a_threshold_says_how_to_get_one(quantized, out):
-    assemble(quantized, Order("eoq", out), None)
+    assemble(quantized, EnsembleSpec("eoq", out), None)
     with pytest.raises(ConfigError, match="has no threshold"):
         CascadeModel(load_ensemble_model(out))

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from qtdog.core.errors import FormatError
-from qtdog.ensemble.model import BATCH, EnsembleInfo, EnsembleModel, build_model, load_any, load_ensemble_model
+from qtdog.ensemble.model import BATCH, EnsembleInfo, EnsembleModel, build_model, load, load_ensemble_model
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel
-from qtdog.training.load import ShippedModel, load
+from qtdog.training.load import LoadedModel, load_model
 
 ABOUT = {"kind": "eoq", "accuracy": {"source": None, "test": 0.5}, "training_steps": 18, "training_runs": 3.0}
 
@@ -31,7 +31,7 @@ def images():
 @torch.no_grad()
 def test_each_member_answers_as_its_own_file_does(path, quantized, images):
     model = load_ensemble_model(path)
-    expected = torch.stack([load(member.path / "model.safetensors")(images) for member in quantized])
+    expected = torch.stack([load_model(member.path / "model.safetensors")(images) for member in quantized])
     assert torch.equal(model.member_logits(images), expected)
     assert not model.training
 
@@ -81,10 +81,10 @@ def test_info_is_that_of_the_members(path, quantized):
 
 
 def test_load_any_takes_both_kinds_and_load_names_an_ensemble(path, quantized):
-    assert isinstance(load_any(path), EnsembleModel)
-    assert isinstance(load_any(quantized[0].path / "model.safetensors"), ShippedModel)
-    with pytest.raises(FormatError, match=r"holds an ensemble, not one model: read it with qtdog\.load_any"):
-        load(path)
+    assert isinstance(load(path), EnsembleModel)
+    assert isinstance(load(quantized[0].path / "model.safetensors"), LoadedModel)
+    with pytest.raises(FormatError, match=r"holds an ensemble, not one model: read it with qtdog\.load$"):
+        load_model(path)
     with pytest.raises(FormatError, match="one model, no ensemble"):
         load_ensemble_model(quantized[0].path / "model.safetensors")
 
@@ -108,7 +108,7 @@ def test_build_model_does_not_share_what_trains(quantized):
 def test_a_description_that_makes_no_sense_is_refused(quantized, tmp_path, change, message):
     save_ensemble(tmp_path / "x", [member.packed for member in quantized], ABOUT | change)
     with pytest.raises(FormatError, match=message):
-        load_any(tmp_path / "x")
+        load(tmp_path / "x")
 
 
 def test_members_of_several_sorts_are_refused(path, tmp_path):
@@ -117,4 +117,4 @@ def test_members_of_several_sorts_are_refused(path, tmp_path):
         other = PackedModel(second.quantized, second.rest, second.metadata | change)
         save_ensemble(tmp_path / "x", [first, other], ABOUT)
         with pytest.raises(FormatError, match=f"have one {next(iter(change))}, found several"):
-            load_any(tmp_path / "x")
+            load(tmp_path / "x")

@@ -6,7 +6,7 @@ from qtdog.ensemble.evaluation import answers
 from qtdog.export.inference_module import OUTPUTS, Deployed
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
-from qtdog.training.load import Preprocessing, load
+from qtdog.training.load import Preprocessing, load_model
 
 HOW = Preprocessing(image_size=8, channels=3, mean=(0.2, 0.4, 0.6), std=(0.3, 0.5, 0.7))
 
@@ -37,7 +37,7 @@ def test_the_graph_says_of_an_ensemble_what_predict_says(sharpness, temperature)
 
 def test_a_packed_file_opened_as_a_runtime_answers_as_load_does(packed, photos):
     path = packed("test_resnet")
-    model = load(path)
+    model = load_model(path)
     found = open_runtime(path)(photos.pixels)
     pixels = torch.from_numpy(photos.pixels)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from qtdog.export.integer_weight import SAFE
 from qtdog.export.runtimes import open_runtime
 from qtdog.export.source import Subject, read_subject
 from qtdog.models.network import Network
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 
 SUFFIX = {"openvino": ".xml", "torch": ".pt2"}
 
@@ -80,7 +80,7 @@ def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(subject, 
 def test_image_files_get_the_class_that_predict_gives_them(subject, photos, image_tree, tmp_path):
     packed = subject("test_resnet")
     files = sorted(image_tree.rglob("*.png"))[:9]
-    expected = [row["class"] for row in predictions(load(packed.path), files)]
+    expected = [row["class"] for row in predictions(load_model(packed.path), files)]
     made = export(packed, tmp_path / "m.onnx", "onnx", photos)
     session = onnxruntime.InferenceSession(str(made.path))
     found = []

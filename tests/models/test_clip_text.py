@@ -20,7 +20,7 @@ from qtdog.models.featurizers import pretrained_cfg
 from qtdog.models.network import Network
 from qtdog.models.weights import read_weight_file
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -99,7 +99,7 @@ def test_a_run_ships_and_loads_without_the_text_tower(
     with pytest.raises(ModelError, match="unknown backbone with a text tower"):
         create(str(image_weights))
     monkeypatch.setitem(clip_text.TEXT_TOWERS, TOWER, ("gone", "gone"))
-    shipped = load(tmp_path / "run" / "model.safetensors")
+    shipped = load_model(tmp_path / "run" / "model.safetensors")
     assert shipped.info.head == "text"
     assert shipped.network.features(torch.randn(2, 3, 32, 32)).norm(dim=1).tolist() == pytest.approx([1.0] * 2)
 

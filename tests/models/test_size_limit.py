@@ -6,7 +6,7 @@ from torch import nn
 
 from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
-from qtdog.ensemble.model import load_any
+from qtdog.ensemble.model import load
 from qtdog.export.source import read_subject
 from qtdog.models.backbones import SPARE_VALUES, at_most, create_network
 
@@ -35,7 +35,7 @@ def hostile(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("use", [load_any, lambda path: read_subject(path).module()])
+@pytest.mark.parametrize("use", [load, lambda path: read_subject(path).module()])
 def test_a_file_that_names_a_huge_network_is_refused_before_memory_is_taken(hostile, use):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError, match="does not fit: it holds"):

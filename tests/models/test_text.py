@@ -16,7 +16,7 @@ from qtdog.core.errors import ModelError
 from qtdog.models import text
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
-from qtdog.models.text import TEXT_BACKBONES, hashed, make_tokeniser
+from qtdog.models.text import TEXT_BACKBONES, hashed, make_tokenizer
 
 NAME = "distilbert-base-uncased"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "book", "##s", ",", "a"]
@@ -40,7 +40,7 @@ def create(name: str, weights: str) -> Network:
 
 
 def test_words_become_the_numbers_of_the_vocabulary(hub: Path):
-    tokens = make_tokeniser(NAME, 8)(["A GOOD book, books", "bad", ""])
+    tokens = make_tokenizer(NAME, 8)(["A GOOD book, books", "bad", ""])
     assert tokens.dtype == np.int32
     assert tokens.tolist() == [
         [2, 10, 5, 7, 9, 7, 8, 3],
@@ -50,7 +50,7 @@ def test_words_become_the_numbers_of_the_vocabulary(hub: Path):
 
 
 def test_long_texts_are_cut_and_still_end(hub: Path):
-    assert make_tokeniser(NAME, 4)(["good bad good bad"]).tolist() == [[2, 5, 6, 3]]
+    assert make_tokenizer(NAME, 4)(["good bad good bad"]).tolist() == [[2, 5, 6, 3]]
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_what_cannot_be_had_says_what_to_do(hub: Path, tmp_path: Path, monkeypat
     with pytest.raises(ModelError, match=r"the weights of 'distilbert-base-uncased' could not be had.*HF_HOME"):
         create(NAME, "imagenet")
     with pytest.raises(ModelError, match=r"the vocabulary of 'distilbert-base-uncased' could not be had.*HF_HOME"):
-        make_tokeniser(NAME, 8)
+        make_tokenizer(NAME, 8)
 
 
 def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch):
@@ -98,7 +98,7 @@ def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.Mo
 def test_a_vocabulary_that_fills_up_with_another_number_is_refused(hub: Path):
     (hub / "vocab.txt").write_text("\n".join([WORDS[1], WORDS[0], *WORDS[2:]]))
     with pytest.raises(ModelError, match="fills up with 1, the network takes 0"):
-        make_tokeniser(NAME, 8)
+        make_tokenizer(NAME, 8)
 
 
 @given(st.text(), st.integers(2, 20))

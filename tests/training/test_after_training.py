@@ -20,7 +20,7 @@ from qtdog.training import finalize as final_module
 from qtdog.training.build import compose, make_accelerator
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.finalize import calibration_indices, quantize_after_training_
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import Voice, run
 
@@ -57,7 +57,7 @@ def test_a_run_ships_codes_and_reports_what_the_file_measures(tmp_path, config_o
     assert counted[-1][0] == counted[-1][1]
 
     parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
-    shipped = load(folder.model_file)
+    shipped = load_model(folder.model_file)
     assert isinstance(parts.evaluate, Evaluator)
     measured = dataclasses.replace(parts.evaluate, network=shipped.network)(0, True, None, lambda: None)
     assert result["source_accuracy"] == measured.seen.source_accuracy

@@ -18,7 +18,7 @@ from qtdog.training import loop as loop_module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
 from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
 
@@ -136,7 +136,7 @@ def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digit
     folder = RunFolder(tmp_path / "run")
     result = run(config, digits, folder)
     assert result["kept"] == f"average of updates 2 to {result['selected_step']}"
-    network = load(folder.model_file).network
+    network = load_model(folder.model_file).network
     shipped = {name: buffer.clone() for name, buffer in network.named_buffers()}
     parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
     for name, value in by_hand(network, [parts.batches.batch(step).images for step in range(N_BATCHES)]).items():

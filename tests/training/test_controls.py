@@ -19,7 +19,7 @@ from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import Voice, run
 
@@ -123,7 +123,7 @@ def test_a_control_ships_what_it_says(whole: Callable[[str], RunFolder], tiny: C
     packed = load_packed(folder.model_file)
     assert len(packed.quantized) == (0 if name in FLOAT else N_LAYERS)
     assert {value.spec.bits for value in packed.quantized.values()} <= {config.quantizer.bits}
-    model = load(folder.model_file)
+    model = load_model(folder.model_file)
     assert model.info.bits == (None if name in FLOAT else config.quantizer.bits)
     assert torch.isfinite(model(torch.zeros(2, 1, 8, 8))).all()
 

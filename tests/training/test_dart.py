@@ -20,7 +20,7 @@ from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.dart import dart, merged_state
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -64,7 +64,7 @@ def test_one_branch_alone_is_a_plain_run(branch, digits, tmp_path):
     merged = dart([config], digits, tmp_path / "dart", merge_every=EVERY)
     for name in ("source_accuracy", "test_accuracy", "selected_step", "by_selection"):
         assert merged[name] == plain[name]
-    one, other = (load(tmp_path / name / "model.safetensors").network.state_dict() for name in ("plain", "dart"))
+    one, other = (load_model(tmp_path / name / "model.safetensors").network.state_dict() for name in ("plain", "dart"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 

@@ -17,7 +17,7 @@ from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
-from qtdog.training.load import load, read_info
+from qtdog.training.load import load_model, read_info
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -81,7 +81,7 @@ def test_what_only_trains_leaves_nothing_in_the_file(tmp_path, config, digits, n
         "digits_cnn", n_classes=10, channels=1, image_size=12, weights="none", freeze_bn=True, seed=0
     )
     assert packed.quantized.keys() | packed.rest.keys() == plain.state_dict().keys()
-    shipped = load(folder.model_file)
+    shipped = load_model(folder.model_file)
     assert (shipped.info.feature_layer, shipped.info.feature_params) == ("none", {})
     assert not any(module._forward_hooks for module in shipped.modules())
 
@@ -91,7 +91,7 @@ def test_the_context_ships_quantized_and_answers_for_a_batch(tmp_path, config, d
     result = run(config("arm"), digits, folder)  # which proves that the file gives the training-time logits
     names = [layer["name"] for layer in result["layers"]]
     assert [name for name in names if name.startswith("context")] == [f"context.layers.{i}" for i in (0, 3, 6)]
-    shipped = load(folder.model_file)
+    shipped = load_model(folder.model_file)
     assert shipped.info.feature_layer == "context"
     assert shipped.info.feature_params == {"channels": 1, "width": 8}
     images = torch.rand(6, 1, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS, STEP_RULES, compose, make_accelerator
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.evaluation import Evaluator
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
 
@@ -102,7 +102,7 @@ def test_an_average_that_ships_is_measured_anew(recipe, digits, tmp_path):
     config = recipe("digits", averager={"name": "swa", "params": {"start": 1, "every": 1}})
     folder = RunFolder(tmp_path)
     result = run(config, digits, folder)
-    network = load(folder.model_file).network
+    network = load_model(folder.model_file).network
     parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
     assert isinstance(parts.evaluate, Evaluator)
     scored = replace(parts.evaluate, network=network).score(digits.indices("75"))

@@ -11,7 +11,7 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import make_problem, resolve
 from qtdog.training.run import run
 
@@ -35,7 +35,7 @@ def test_without_a_target_everything_is_trained_on(tmp_path, short_config, digit
     result = run(config, digits, RunFolder(tmp_path))
     assert result["source_domains"] == list(digits.domains)
     assert result["test_accuracy"] is None
-    assert load(tmp_path / "model.safetensors").info.target_domain is None
+    assert load_model(tmp_path / "model.safetensors").info.target_domain is None
 
 
 def test_selection_last_ships_the_last_checkpoint(tmp_path, short_config, digits):

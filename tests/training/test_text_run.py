@@ -17,14 +17,14 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
 from qtdog.data.open import open_any, open_texts
 from qtdog.data.text import TextDomains, open_tokens
-from qtdog.ensemble.assemble import Order, assemble
-from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.assemble import EnsembleSpec, assemble
+from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import read_member
-from qtdog.ensemble.model import load_any
-from qtdog.models.text import make_tokeniser
+from qtdog.ensemble.model import load
+from qtdog.models.text import make_tokenizer
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import check_input, resolve
 from qtdog.training.run import run
 
@@ -80,8 +80,8 @@ def text_config(short_config: Callable[..., Config], dataset: TextDomains, **cha
 
 def reference(folder: Path, texts: Any, part: str) -> tuple[float, float]:
     """Return average and 10th percentile over authors, from the file and NumPy alone."""
-    shipped, rows = load(folder / "model.safetensors"), texts.indices(part)
-    tokens = make_tokeniser("distilbert-mini", N_TOKENS)(texts.texts(rows))
+    shipped, rows = load_model(folder / "model.safetensors"), texts.indices(part)
+    tokens = make_tokenizer("distilbert-mini", N_TOKENS)(texts.texts(rows))
     with torch.no_grad():
         chosen = shipped(torch.from_numpy(tokens).long()).argmax(1).numpy()
     right = chosen == texts.class_index[rows]
@@ -111,7 +111,7 @@ def test_from_reviews_to_answers(
 
     (tmp_path / "today.txt").write_text("a great box\n\nAWFUL product\n")
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe")
-    shipped = load(tmp_path / "run" / "model.safetensors")
+    shipped = load_model(tmp_path / "run" / "model.safetensors")
     rows = list(text_predictions(shipped, [tmp_path / "today.txt", tmp_path / "broken.txt"]))
     assert [row["text"].rpartition(":")[2] for row in rows[:2]] == ["1", "3"]
     assert all(row["class"] in "12345" and 0 < row["probability"] <= 1 for row in rows[:2])
@@ -158,10 +158,10 @@ def test_two_text_models_make_an_ensemble(dataset: TextDomains, tmp_path: Path, 
         changes: dict[str, Any] = {"train": {"steps": 4, "eval_every": 2, "seed": seed}, "quantizer": {"start_step": 1}}
         run(text_config(short_config, dataset, **changes), dataset, RunFolder(tmp_path / str(seed)))
     members = [read_member(tmp_path / str(seed)) for seed in (0, 1)]
-    exam = open_exam(members[0].config, dataset, same_splits=True)
-    result = assemble(members, Order("eoq", tmp_path / "eoq" / "model.safetensors"), exam)
+    evaluation_set = open_evaluation_set(members[0].config, dataset, same_splits=True)
+    result = assemble(members, EnsembleSpec("eoq", tmp_path / "eoq" / "model.safetensors"), evaluation_set)
     assert 0 <= result["test_accuracy"] <= 1
-    rows = list(text_predictions(load_any(tmp_path / "eoq" / "model.safetensors"), [_note(tmp_path)]))
+    rows = list(text_predictions(load(tmp_path / "eoq" / "model.safetensors"), [_note(tmp_path)]))
     assert {"class", "mutual_information"} <= set(rows[0])
     assert result["pretraining"] == "none"
 

@@ -21,7 +21,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import compose, make_accelerator
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.evaluation import Evaluator
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import make_problem
 from qtdog.training.run import run
 
@@ -71,7 +71,7 @@ def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(tmp_path):
     assert config is not None
     evaluate = compose(config, digits, make_problem(config, digits), make_accelerator(config)).evaluate
     assert isinstance(evaluate, Evaluator)
-    shipped = replace(evaluate, network=load(folder.model_file).network)
+    shipped = replace(evaluate, network=load_model(folder.model_file).network)
     told = folder.read_metrics()[-1].seen.source
     for domain, part in evaluate.problem.selection_sets().items():
         assert shipped.score(part).loss == pytest.approx(told[domain].loss, rel=1e-6)

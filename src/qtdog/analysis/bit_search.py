@@ -33,7 +33,7 @@ from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.components import Parts
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.fork import prefix_config, train_prefix
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import Problem, make_problem
 from qtdog.training.resume import load_plain_
 from qtdog.training.run import Voice, run
@@ -229,7 +229,7 @@ class BitTrials:
         except (CollapseError, NonFiniteLossError) as error:
             self.voice.warn(f"{bits} bits without {left_out}: {error}")
             return Trial(bits, left_out, failed=str(error))
-        network = load(folder.model_file, device=accelerator.device).network
+        network = load_model(folder.model_file, device=accelerator.device).network
         gamma = self.plan.gamma or GAMMA_FRAC * float_norm(network, prefix)
         flat = self._flatness(config, network, gamma, accelerator)
         return Trial(bits, left_out, result["test_accuracy"], **_numbers(flat), n_bytes=result["size"]["bytes"])

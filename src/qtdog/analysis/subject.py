@@ -23,7 +23,7 @@ from qtdog.data.open import open_readable
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
-from qtdog.training.load import ShippedModel, load
+from qtdog.training.load import LoadedModel, load_model
 from qtdog.training.protocol import Problem, make_problem, open_inputs
 
 
@@ -114,7 +114,7 @@ class Subject:
     label: str
     folder: RunFolder
     config: Config
-    model: ShippedModel
+    model: LoadedModel
     dataset: DomainDataset
     problem: Problem
     id: str
@@ -206,7 +206,7 @@ def open_subjects(
             label=label,
             folder=folder,
             config=config,
-            model=load(folder.model_file, device=device),
+            model=load_model(folder.model_file, device=device),
             dataset=dataset,
             problem=make_problem(config, dataset),
             id=identity,
@@ -280,7 +280,7 @@ def training_images(subject: Subject, n: int, seed: int) -> Images:
 BATCH = 128
 
 
-def batches(model: ShippedModel, images: Images, *, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(model: LoadedModel, images: Images, *, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images, labels) as the model takes them, on its device, in order."""
     device = next(model.network.parameters()).device
     for pixels, labels in zip(images.pixels.split(size), images.labels.split(size), strict=True):
@@ -288,7 +288,7 @@ def batches(model: ShippedModel, images: Images, *, size: int = BATCH) -> Iterat
 
 
 @torch.no_grad()
-def logits(model: ShippedModel, images: Images, *, check: Callable[[], None] = lambda: None) -> Tensor:
+def logits(model: LoadedModel, images: Images, *, check: Callable[[], None] = lambda: None) -> Tensor:
     """Return the logits (n, n_classes) of images, on the CPU.
 
     Args:
@@ -304,7 +304,7 @@ def logits(model: ShippedModel, images: Images, *, check: Callable[[], None] = l
 
 
 def losses_by_domain(
-    model: ShippedModel, domains: Mapping[str, Images], *, check: Callable[[], None] = lambda: None
+    model: LoadedModel, domains: Mapping[str, Images], *, check: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Return the mean cross-entropy of each domain: one pass over all its images.
 

@@ -139,8 +139,8 @@ def join_crew(
     Raises:
         ConfigError, RunError: as in `ensemble.assemble.assemble`.
     """
-    from qtdog.ensemble.assemble import Order, assemble, finished, members_hash
-    from qtdog.ensemble.evaluation import open_exam
+    from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
+    from qtdog.ensemble.evaluation import open_evaluation_set
     from qtdog.ensemble.members import fitting_kind, read_member, share_splits
     from qtdog.runs.entry import KINDS
 
@@ -148,11 +148,13 @@ def join_crew(
     kind = fitting_kind(members)
     name = members[0].config.data.target.replace("/", "_")
     folder = Path("runs") / f"{kind}-{members_hash(members, kind)}" if out is None else out / f"{name}-{kind}"
-    order = Order(kind, folder / "model.safetensors")
-    result = finished(members, order)
+    spec = EnsembleSpec(kind, folder / "model.safetensors")
+    result = finished(members, spec)
     if result is None:
-        exam = open_exam(members[0].config, dataset, same_splits=share_splits(members), progress=progress)
-        result = assemble(members, order, exam, warn=warn)
+        evaluation_set = open_evaluation_set(
+            members[0].config, dataset, same_splits=share_splits(members), progress=progress
+        )
+        result = assemble(members, spec, evaluation_set, warn=warn)
     return result | {"method": f"{KINDS[kind].title} of {len(members)}", "folder": str(folder)}
 
 

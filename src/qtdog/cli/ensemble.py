@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.ensemble.evaluation import Exam
+    from qtdog.ensemble.evaluation import EvaluationSet
     from qtdog.ensemble.members import Member
 
 KIND = (
@@ -61,7 +61,7 @@ def ensemble(
       qtdog ensemble runs/five/c-seed* --kind soup --tune 300 --out runs/soup
     """
     from qtdog.cli.console import print_json, warn
-    from qtdog.ensemble.assemble import Order, assemble
+    from qtdog.ensemble.assemble import EnsembleSpec, assemble
     from qtdog.ensemble.members import check_alike, fitting_kind, read_member
     from qtdog.ensemble.weight_averaging import Recipe
 
@@ -69,15 +69,15 @@ def ensemble(
     check_alike(members)
     name = kind or fitting_kind(members)
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
-    order = Order(name, file, Recipe(pick.value, refit.value, tune), cascade_loss / 100)
-    result = assemble(members, order, find_exam(members, data), warn=warn)
+    spec = EnsembleSpec(name, file, Recipe(pick.value, refit.value, tune), cascade_loss / 100)
+    result = assemble(members, spec, find_evaluation_set(members, data), warn=warn)
     if as_json:
         print_json(result)
     else:
-        _show(members, result, order.file)
+        _show(members, result, spec.file)
 
 
-def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
+def find_evaluation_set(members: Sequence[Member], data: str | None) -> EvaluationSet | None:
     """Return the images to measure on: those in `data`, else where the members' configuration says if they are there.
 
     Raises:
@@ -86,7 +86,7 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
     from qtdog.cli.console import CountingBar, warn
     from qtdog.core.errors import DataError
     from qtdog.data.open import open_readable
-    from qtdog.ensemble.evaluation import open_exam
+    from qtdog.ensemble.evaluation import open_evaluation_set
     from qtdog.ensemble.members import share_splits
 
     config = members[0].config
@@ -94,7 +94,7 @@ def find_exam(members: Sequence[Member], data: str | None) -> Exam | None:
         progress, skip = CountingBar("decoding images"), config.data.skip_unreadable
         source = data or config.data.source
         dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=progress)
-        return open_exam(config, dataset, same_splits=share_splits(members), progress=progress)
+        return open_evaluation_set(config, dataset, same_splits=share_splits(members), progress=progress)
     except DataError as error:
         if data is not None:
             raise

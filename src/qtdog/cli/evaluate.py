@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qtdog.data.dataset import DomainDataset
     from qtdog.ensemble.model import EnsembleModel
     from qtdog.ensemble.uncertainty import Doubt
-    from qtdog.training.load import ShippedModel
+    from qtdog.training.load import LoadedModel
 
 CASCADE = "Say too what an ensemble reaches if members are asked only until the first ones agree confidently."
 
@@ -51,10 +51,10 @@ def evaluate(
     from qtdog.cli.console import CountingBar, out, print_json, print_table
     from qtdog.cli.predict import cascading
     from qtdog.data.open import open_any, without_unreadable
-    from qtdog.ensemble.model import load_any
+    from qtdog.ensemble.model import load
     from qtdog.report.tables import percent
 
-    shipped = load_any(model)
+    shipped = load(model)
     threshold = cascading(shipped).threshold if cascade else None
     dataset = open_any(data, min_domains=1)
     if skip_unreadable:
@@ -97,7 +97,7 @@ def _row(name: str, score: Mapping[str, Any]) -> list[str]:
     return [name, percent(score["accuracy"]), f"{score['n']:,}", *trust]
 
 
-def tell_apart(shipped: ShippedModel | EnsembleModel, known: Sequence[Doubt], folder: Path) -> dict[str, float]:
+def tell_apart(shipped: LoadedModel | EnsembleModel, known: Sequence[Doubt], folder: Path) -> dict[str, float]:
     """Return how well doubt tells the images below `folder` from known ones: AUROC of entropy and disagreement.
 
     Raises:
@@ -121,7 +121,7 @@ def tell_apart(shipped: ShippedModel | EnsembleModel, known: Sequence[Doubt], fo
     return told
 
 
-def ensemble_cost(path: Path, model: ShippedModel | EnsembleModel) -> dict[str, Any]:
+def ensemble_cost(path: Path, model: LoadedModel | EnsembleModel) -> dict[str, Any]:
     """Return what an ensemble is and costs (`size`, `training_steps`, `training_runs`, `inference_passes`), else {}."""
     from dataclasses import asdict
 
@@ -136,7 +136,7 @@ def ensemble_cost(path: Path, model: ShippedModel | EnsembleModel) -> dict[str, 
     return told | steps | {"inference_passes": n_members}
 
 
-def say_cost(path: Path, model: ShippedModel | EnsembleModel) -> None:
+def say_cost(path: Path, model: LoadedModel | EnsembleModel) -> None:
     """Print what an ensemble costs beside one model to standard error; nothing for one model."""
     from qtdog.cli.console import err
     from qtdog.report.tables import cost_line
@@ -148,7 +148,7 @@ def say_cost(path: Path, model: ShippedModel | EnsembleModel) -> None:
 
 
 def score_domains(
-    shipped: ShippedModel | EnsembleModel,
+    shipped: LoadedModel | EnsembleModel,
     dataset: DomainDataset,
     doubts: list[Doubt] | None = None,
     threshold: float | None = None,
@@ -195,7 +195,7 @@ def score_domains(
 
 
 def _score(
-    shipped: ShippedModel | EnsembleModel, logits: Tensor, labels: Tensor, doubts: list[Doubt] | None
+    shipped: LoadedModel | EnsembleModel, logits: Tensor, labels: Tensor, doubts: list[Doubt] | None
 ) -> dict[str, Any]:
     from dataclasses import asdict
 

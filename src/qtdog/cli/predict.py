@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from qtdog.ensemble.cascade import CascadeModel
     from qtdog.ensemble.model import EnsembleModel
-    from qtdog.training.load import ShippedModel
+    from qtdog.training.load import LoadedModel
 
 
-def cascading(shipped: ShippedModel | EnsembleModel) -> CascadeModel:
+def cascading(shipped: LoadedModel | EnsembleModel) -> CascadeModel:
     """Return an ensemble as a cascade.
 
     Raises:
@@ -55,7 +55,7 @@ def say_members(rows: Sequence[dict[str, Any]], n_members: int) -> None:
         err.print(text, highlight=False)
 
 
-def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path]) -> Iterator[Any]:
+def text_predictions(shipped: LoadedModel | EnsembleModel, paths: Sequence[Path]) -> Iterator[Any]:
     """Yield a row (`text`, `class`, `probability`, …) for each line of the .txt files among and below `paths`.
 
     A file that cannot be read gives its error instead.
@@ -67,10 +67,10 @@ def text_predictions(shipped: ShippedModel | EnsembleModel, paths: Sequence[Path
     import torch
 
     from qtdog.core.errors import DataError
-    from qtdog.models.text import make_tokeniser
+    from qtdog.models.text import make_tokenizer
 
     how = shipped.info.preprocessing
-    tokenise = make_tokeniser(shipped.info.backbone, how.max_tokens, how.vocabulary)
+    tokenise = make_tokenizer(shipped.info.backbone, how.max_tokens, how.vocabulary)
     for file in find_texts(paths):
         try:
             lines = read_lines(file)
@@ -157,9 +157,9 @@ def predict(
     from qtdog.cli.console import fail
     from qtdog.cli.evaluate import say_cost
     from qtdog.core.errors import QtdogError
-    from qtdog.ensemble.model import load_any
+    from qtdog.ensemble.model import load
 
-    shipped = load_any(model)
+    shipped = load(model)
     say_cost(model, shipped)
     asked: Any = cascading(shipped) if cascade else shipped
     rows: list[dict[str, Any]] = []
@@ -180,7 +180,7 @@ def predict(
         raise typer.Exit(1)
 
 
-def image_predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, paths: Sequence[Path]) -> Iterator[Any]:
+def image_predictions(shipped: LoadedModel | EnsembleModel | CascadeModel, paths: Sequence[Path]) -> Iterator[Any]:
     """Yield `predictions` of the images among and below `paths`."""
     yield from predictions(shipped, find_images(paths))
 
@@ -200,7 +200,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, files: Sequence[Path]) -> Iterator[Any]:
+def predictions(shipped: LoadedModel | EnsembleModel | CascadeModel, files: Sequence[Path]) -> Iterator[Any]:
     """Yield for each file, in order, a row (`image`, `class`, `probability`, `entropy`, …), or the error it gave."""
     import numpy as np
     import torch
@@ -225,7 +225,7 @@ def predictions(shipped: ShippedModel | EnsembleModel | CascadeModel, files: Seq
         yield from rows
 
 
-def answer_columns(shipped: ShippedModel | EnsembleModel | CascadeModel, images: Tensor) -> list[dict[str, Any]]:
+def answer_columns(shipped: LoadedModel | EnsembleModel | CascadeModel, images: Tensor) -> list[dict[str, Any]]:
     """Return for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length), what the model says of it."""
     from qtdog.ensemble.cascade import CascadeModel
     from qtdog.ensemble.evaluation import member_logits
@@ -237,7 +237,7 @@ def answer_columns(shipped: ShippedModel | EnsembleModel | CascadeModel, images:
     return logit_rows(shipped, member_logits(shipped, inputs))
 
 
-def logit_rows(shipped: ShippedModel | EnsembleModel, logits: Tensor) -> list[dict[str, Any]]:
+def logit_rows(shipped: LoadedModel | EnsembleModel, logits: Tensor) -> list[dict[str, Any]]:
     """Return what a model says of each image whose logits (members, n, n_classes) are given."""
     from qtdog.ensemble.evaluation import answers, temperature_of
 

@@ -146,7 +146,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
     from dataclasses import replace
 
     from qtdog.cli.console import SPEAKS, CountingBar, training_bar, warn
-    from qtdog.ensemble.teacher import open_teacher
+    from qtdog.ensemble.teacher import load_teacher
     from qtdog.runs.entry import method_name
     from qtdog.training.loggers import watched
     from qtdog.training.run import Voice, run
@@ -158,7 +158,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
         start = None
         if shared is not None and folder.read_result() is None:
             start = shared.checkpoint(config, dataset, voice)
-        teacher = open_teacher(config, dataset)
+        teacher = load_teacher(config, dataset)
         heard = replace(voice, watcher=watched(loggers if SPEAKS else (), folder.path, training_bar))
         result = run(config, dataset, folder, resume=resume, voice=heard, fork_from=start, teacher=teacher)
         if shared is not None:
@@ -284,9 +284,9 @@ def distill(
     given = dict(locals())
     from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.console import CountingBar
-    from qtdog.ensemble.model import load_any
+    from qtdog.ensemble.model import load
 
-    info = load_any(teacher).info
+    info = load(teacher).info
     flags = {name: given[name] for name in FLAGS if name in given}
     flags["target"] = target or info.target_domain or "none"
     flags["backbone"] = backbone or info.backbone

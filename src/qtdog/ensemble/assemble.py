@@ -18,9 +18,9 @@ from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
 from qtdog.ensemble.evaluation import Classifier as Answers
-from qtdog.ensemble.evaluation import Exam, Kept, Scores, calibrate, mean_accuracy
+from qtdog.ensemble.evaluation import EvaluationSet, Kept, Scores, calibrate, mean_accuracy
 from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
-from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load_any
+from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load
 from qtdog.ensemble.weight_averaging import Recipe, check_recipe, join
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
@@ -126,8 +126,8 @@ N_PROOF = 16  # images that are asked of the model in memory and of its file
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be made.
+class EnsembleSpec:
+    """Which ensemble to make, and where to write it.
 
     Attributes:
         kind: a name of `ensemble.members.KINDS`.
@@ -148,14 +148,18 @@ class Order:
 
 
 def assemble(
-    members: Sequence[Member], order: Order, exam: Exam | None = None, *, warn: Callable[[str], None] = print
+    members: Sequence[Member],
+    spec: EnsembleSpec,
+    evaluation_set: EvaluationSet | None = None,
+    *,
+    warn: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Make the model that `order` asks for, measure it, write file and result, and return the result.
+    """Make the model that `spec` describes, measure it, write file and result, and return the result.
 
     Args:
         members: finished runs.
-        order: kind, place and recipe.
-        exam: the images to measure it on; None to measure nothing.
+        spec: kind, place and recipe.
+        evaluation_set: the images to measure it on; None to measure nothing.
         warn: is told what went wrong without stopping.
 
     Raises:
@@ -165,30 +169,30 @@ def assemble(
         FormatError, ModelError: a member's file cannot be used.
     """
     check_alike(members)
-    check_kind(order.kind, members)
-    check_recipe(order.kind, order.recipe)
-    check_place(order)
-    if KINDS[order.kind].one_model:
-        measured, price, details = _one_model(members, order, exam, warn)
+    check_kind(spec.kind, members)
+    check_recipe(spec.kind, spec.recipe)
+    check_place(spec)
+    if KINDS[spec.kind].one_model:
+        measured, price, details = _one_model(members, spec, evaluation_set, warn)
     else:
         members = best_first(members)
-        measured, price, details = _all_members(members, order, exam)
-    told = {"kind": order.kind} | describe(members, measured, order.file.parent)
+        measured, price, details = _all_members(members, spec, evaluation_set)
+    told = {"kind": spec.kind} | describe(members, measured, spec.file.parent)
     result = told | asdict(price) | details | {"environment": environment()}
-    write_atomic(order.result_file, json.dumps(result, indent=1))
+    write_atomic(spec.result_file, json.dumps(result, indent=1))
     return result
 
 
-def check_place(order: Order) -> None:
+def check_place(spec: EnsembleSpec) -> None:
     """Refuse to write into the folder of a run, or over a result that is no ensemble's.
 
     Raises:
         RunError: naming the folder.
     """
-    folder = order.file.parent
+    folder = spec.file.parent
     foreign = (folder / "config.yaml").exists()
-    if order.result_file.is_file():
-        foreign = foreign or "members" not in json.loads(order.result_file.read_text())
+    if spec.result_file.is_file():
+        foreign = foreign or "members" not in json.loads(spec.result_file.read_text())
     if foreign:
         raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --out")
 
@@ -204,15 +208,15 @@ def best_first(members: Sequence[Member]) -> list[Member]:
     return sorted(members, key=lambda member: -member.result["source_accuracy"])
 
 
-def finished(members: Sequence[Member], order: Order) -> dict[str, Any] | None:
+def finished(members: Sequence[Member], spec: EnsembleSpec) -> dict[str, Any] | None:
     """Return the result of just this ensemble if it was made before, else None."""
-    if not (order.result_file.is_file() and order.file.is_file()):
+    if not (spec.result_file.is_file() and spec.file.is_file()):
         return None
-    check_place(order)
-    result = json.loads(order.result_file.read_text())
+    check_place(spec)
+    result = json.loads(spec.result_file.read_text())
     files = sorted(member.result["model_sha256"] for member in members)
-    same = result["kind"] == order.kind and sorted(member["model_sha256"] for member in result["members"]) == files
-    return result if same and result["model_sha256"] == sha256_file(order.file) else None
+    same = result["kind"] == spec.kind and sorted(member["model_sha256"] for member in result["members"]) == files
+    return result if same and result["model_sha256"] == sha256_file(spec.file) else None
 
 
 def members_hash(members: Sequence[Member], kind: str) -> str:
@@ -224,61 +228,63 @@ def members_hash(members: Sequence[Member], kind: str) -> str:
 Outcome = tuple[Measured, Cost, dict[str, Any]]
 
 
-def _all_members(members: Sequence[Member], order: Order, exam: Exam | None) -> Outcome:
+def _all_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set: EvaluationSet | None) -> Outcome:
     price = cost(members, one_model=False)
     infos = tuple(member.info for member in members)
     none: dict[str, float | None] = {"source": None, "test": None}
-    info = EnsembleInfo(order.kind, infos, none, price.training_steps, price.training_runs)
-    device = "cpu" if exam is None else exam.device
-    model = build_model(order.file, [member.packed for member in members], info, device=device)
-    measured, trust, cascade = _measure_all(exam, model, order.cascade_loss_frac)
-    about = {"kind": order.kind, "accuracy": measured.accuracy}
+    info = EnsembleInfo(spec.kind, infos, none, price.training_steps, price.training_runs)
+    device = "cpu" if evaluation_set is None else evaluation_set.device
+    model = build_model(spec.file, [member.packed for member in members], info, device=device)
+    measured, trust, cascade = _measure_all(evaluation_set, model, spec.cascade_loss_frac)
+    about = {"kind": spec.kind, "accuracy": measured.accuracy}
     about |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
     about |= {"temperature": trust["temperature"], "cascade_threshold": cascade["threshold"]}
-    save_ensemble(order.file, [member.packed for member in members], about)
-    _prove(model, members[0], order.file)
-    size = asdict(ensemble_sizes(order.file))
-    details = {"size": size, "model_sha256": sha256_file(order.file), "calibration": trust, "cascade": cascade}
+    save_ensemble(spec.file, [member.packed for member in members], about)
+    _prove(model, members[0], spec.file)
+    size = asdict(ensemble_sizes(spec.file))
+    details = {"size": size, "model_sha256": sha256_file(spec.file), "calibration": trust, "cascade": cascade}
     return measured, price, details
 
 
-def _one_model(members: Sequence[Member], order: Order, exam: Exam | None, warn: Callable[[str], None]) -> Outcome:
-    recipe = order.recipe
-    joined = join(members, order.kind, recipe, exam, warn)
-    network = place_(joined.network, torch.device("cpu") if exam is None else exam.device)
-    measured = _measure(exam, lambda images: network(images)[None])
+def _one_model(
+    members: Sequence[Member], spec: EnsembleSpec, evaluation_set: EvaluationSet | None, warn: Callable[[str], None]
+) -> Outcome:
+    recipe = spec.recipe
+    joined = join(members, spec.kind, recipe, evaluation_set, warn)
+    network = place_(joined.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
+    measured = _measure(evaluation_set, lambda images: network(images)[None])
     price = cost(members, one_model=True, extra_steps=recipe.tune_steps)
-    told = {"kind": order.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in joined.used]}
+    told = {"kind": spec.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in joined.used]}
     told |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
     changes = {
         "accuracy": measured.accuracy,
-        "bits": members[0].info.bits if order.kind == "soup" else None,
+        "bits": members[0].info.bits if spec.kind == "soup" else None,
         "step": max(member.info.step for member in members),
-        "config_hash": members_hash(members, order.kind),
+        "config_hash": members_hash(members, spec.kind),
         "joined": told,
     }
-    save(network, order.file, metadata=members[0].packed.metadata | changes)
-    _prove(network, members[0], order.file)
-    size = asdict(file_sizes(order.file))
+    save(network, spec.file, metadata=members[0].packed.metadata | changes)
+    _prove(network, members[0], spec.file)
+    size = asdict(file_sizes(spec.file))
     recipe_told = asdict(recipe) | {"used": list(joined.used)}
-    return measured, price, {"size": size, "model_sha256": sha256_file(order.file), "recipe": recipe_told}
+    return measured, price, {"size": size, "model_sha256": sha256_file(spec.file), "recipe": recipe_told}
 
 
 def _with_mean(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits.mean(0, keepdim=True), logits])
 
 
-def _measure(exam: Exam | None, answers: Answers) -> Measured:
-    if exam is None:
+def _measure(evaluation_set: EvaluationSet | None, answers: Answers) -> Measured:
+    if evaluation_set is None:
         return Measured({}, {}, {})
-    return Measured(exam.source(answers), *exam.test(answers))
+    return Measured(evaluation_set.source(answers), *evaluation_set.test(answers))
 
 
 def _measure_all(
-    exam: Exam | None, model: EnsembleModel, loss_frac: float
+    evaluation_set: EvaluationSet | None, model: EnsembleModel, loss_frac: float
 ) -> tuple[Measured, dict[str, Any], dict[str, Any]]:
     """Return the scores of the ensemble and its members, how far to trust its answers, and when to stop asking."""
-    if exam is None:
+    if evaluation_set is None:
         return Measured({}, {}, {}), calibrate([], []), plan_cascade([], [], 1.0, loss_frac)
 
     def answer(images: torch.Tensor) -> torch.Tensor:
@@ -286,7 +292,7 @@ def _measure_all(
 
     source: Kept = []
     test: Kept = []
-    measured = Measured(exam.source(answer, source), *exam.test(answer, test))
+    measured = Measured(evaluation_set.source(answer, source), *evaluation_set.test(answer, test))
     seen, unseen = ([(logits[1:], labels) for logits, labels in kept] for kept in (source, test))
     trust = calibrate(seen, unseen)
     return measured, trust, plan_cascade(seen, unseen, trust["temperature"], loss_frac)
@@ -301,7 +307,7 @@ def _prove(model: EnsembleModel | Network, member: Member, file: Path) -> None:
     images = torch.randn(shape, generator=torch_stream(0, "proof")).contiguous(memory_format=torch.channels_last)
     if how.max_tokens:  # every vocabulary has the first eight numbers
         images = torch.randint(1, 8, (N_PROOF, how.max_tokens), generator=torch_stream(0, "proof"))
-    ours, theirs = model(images.to(device)), load_any(file, device=device)(images.to(device))
+    ours, theirs = model(images.to(device)), load(file, device=device)(images.to(device))
     same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
     if not same:
         worst = (ours - theirs).abs().max().item()

@@ -24,7 +24,7 @@ from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores
 from qtdog.training.build import make_accelerator
 from qtdog.training.evaluation import EVAL_BATCH
-from qtdog.training.load import ShippedModel
+from qtdog.training.load import LoadedModel
 from qtdog.training.protocol import Problem, make_problem, open_inputs, resolve
 
 KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
@@ -60,13 +60,13 @@ class Reliability:
     risk_at_90: float
 
 
-def temperature_of(model: ShippedModel | EnsembleModel) -> float:
+def temperature_of(model: LoadedModel | EnsembleModel) -> float:
     """Return the temperature of a model's probabilities: 1 for a single model."""
     return model.info.temperature if isinstance(model, EnsembleModel) else 1.0
 
 
 @torch.no_grad()
-def member_logits(model: ShippedModel | EnsembleModel, images: Tensor) -> Tensor:
+def member_logits(model: LoadedModel | EnsembleModel, images: Tensor) -> Tensor:
     """Return the logits (members, n, n_classes) of normalised images (n, C, H, W); one member for a single model."""
     return model.member_logits(images) if isinstance(model, EnsembleModel) else model(images)[None]
 
@@ -110,7 +110,7 @@ def reliability(found: Answers, labels: Tensor) -> Reliability:
 
 
 def collect(
-    model: ShippedModel | EnsembleModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    model: LoadedModel | EnsembleModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the logits (members, n, n_classes) and labels (n,) of all batches, on the CPU.
 
@@ -132,7 +132,7 @@ Scores = dict[str, list[Score]]
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationSet:
     """The images of a problem, and what may be asked of them.
 
     Attributes:
@@ -196,8 +196,10 @@ class Exam:
         return score(answers, batches, self.device, kept)
 
 
-def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, progress: Progress = None) -> Exam:
-    """Return the exam that the configuration of a finished run asks for.
+def open_evaluation_set(
+    config: Config, dataset: DomainDataset, *, same_splits: bool, progress: Progress = None
+) -> EvaluationSet:
+    """Return the evaluation set that the configuration of a finished run asks for.
 
     Raises:
         DataError: the images are not those that the run was trained on, or cannot be read.
@@ -208,7 +210,7 @@ def open_exam(config: Config, dataset: DomainDataset, *, same_splits: bool, prog
         dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
     )
     device = make_accelerator(config).device
-    return Exam(config, dataset, cache, make_problem(config, dataset), same_splits, device)
+    return EvaluationSet(config, dataset, cache, make_problem(config, dataset), same_splits, device)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
 from qtdog.runs.entry import KINDS
-from qtdog.training.load import STRUCTURE, ModelInfo, Preprocessing, ShippedModel, load, network_for, read_info
+from qtdog.training.load import STRUCTURE, LoadedModel, ModelInfo, Preprocessing, load_model, network_for, read_info
 
 BATCH = 64
 
@@ -127,7 +127,7 @@ class _About(BaseModel):
     cascade_threshold: float | None = Field(default=None, gt=0, le=1)
 
 
-def load_any(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedModel | EnsembleModel:
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel | EnsembleModel:
     """Return the model in a shipped file, a single one or an ensemble, in evaluation mode.
 
     Both take normalised images in `forward` and uint8 images in `probabilities`, and have `info` with classes and
@@ -137,15 +137,15 @@ def load_any(path: str | Path, *, device: str | torch.device = "cpu") -> Shipped
         FormatError: the file is missing, truncated, hostile or of another version.
         ModelError: its backbone is not known here, or does not fit.
     """
-    return load_ensemble_model(path, device=device) if is_ensemble(path) else load(path, device=device)
+    return load_ensemble_model(path, device=device) if is_ensemble(path) else load_model(path, device=device)
 
 
 def load_ensemble_model(path: str | Path, *, device: str | torch.device = "cpu") -> EnsembleModel:
     """Return the ensemble in a file, in evaluation mode; each member's logits are those of its own file, bit for bit.
 
     Raises:
-        FormatError: as in `load_any`, or the file holds one model.
-        ModelError: as in `load_any`.
+        FormatError: as in `load`, or the file holds one model.
+        ModelError: as in `load`.
     """
     path = Path(path)
     packed = load_ensemble(path)

@@ -10,24 +10,24 @@ from torch import Tensor
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import DomainDataset
-from qtdog.ensemble.model import EnsembleModel, load_any
+from qtdog.ensemble.model import EnsembleModel, load
 from qtdog.models.backbones import preprocessing
 from qtdog.objectives.distill import Teacher
-from qtdog.training.load import ShippedModel
+from qtdog.training.load import LoadedModel
 
 
-def open_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
+def load_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
     """Return the teacher that a configuration names, ready to answer; None if it names none.
 
     Raises:
         ConfigError: the teacher has other classes or preprocessing than the student, or was trained on the domain that
             is to stay unseen.
-        FormatError, ModelError: as in `ensemble.model.load_any`.
+        FormatError, ModelError: as in `ensemble.model.load`.
     """
     if not config.objective.teacher:
         return None
     path = Path(config.objective.teacher)
-    model = load_any(path)
+    model = load(path)
     check_teacher(path, model, config, dataset)
 
     @torch.no_grad()
@@ -37,11 +37,11 @@ def open_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
     return answer
 
 
-def check_teacher(path: Path, model: ShippedModel | EnsembleModel, config: Config, dataset: DomainDataset) -> None:
+def check_teacher(path: Path, model: LoadedModel | EnsembleModel, config: Config, dataset: DomainDataset) -> None:
     """Refuse a teacher that does not fit the student, or that knows what the student must not.
 
     Raises:
-        ConfigError: as in `open_teacher`; the text says what was expected and found.
+        ConfigError: as in `load_teacher`; the text says what was expected and found.
     """
     info = model.info
     if info.classes != dataset.classes:

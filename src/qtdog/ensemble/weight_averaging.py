@@ -14,7 +14,7 @@ from qtdog.conversion.save import bake
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.ensemble.evaluation import Exam, mean_accuracy
+from qtdog.ensemble.evaluation import EvaluationSet, mean_accuracy
 from qtdog.ensemble.members import Member, check_one_start
 from qtdog.models.network import Network, place_
 from qtdog.quantizers.registry import QUANTIZERS
@@ -153,7 +153,7 @@ def tune_config(config: Config, steps: int) -> Config:
     return build_config([config.model_dump(), changes])
 
 
-def tune(weights: State, config: Config, exam: Exam, steps: int) -> Network:
+def tune(weights: State, config: Config, evaluation_set: EvaluationSet, steps: int) -> Network:
     """Return the quantized network of `weights` after `steps` updates on the sources, or before if it was better then.
 
     What ships is the evaluation with the best accuracy on the held-out source images, that before the first update
@@ -162,7 +162,7 @@ def tune(weights: State, config: Config, exam: Exam, steps: int) -> Network:
     Args:
         weights: of the plain network, in float.
         config: of the members, with the start of the step sizes that is wanted.
-        exam: the images.
+        evaluation_set: the images.
         steps: updates.
 
     Raises:
@@ -170,7 +170,7 @@ def tune(weights: State, config: Config, exam: Exam, steps: int) -> Network:
         NonFiniteLossError: the loss became NaN.
     """
     config = tune_config(config, steps)
-    parts = compose(config, exam.dataset, exam.problem, make_accelerator(config))
+    parts = compose(config, evaluation_set.dataset, evaluation_set.problem, make_accelerator(config))
     if parts.objective.state_dict():
         text = f"objective '{config.objective.name}' has weights of its own, which are not averaged"
         raise ConfigError(f"--tune: {text}; leave --tune out")
@@ -240,7 +240,11 @@ def check_recipe(kind: str, recipe: Recipe) -> None:
 
 
 def join(
-    members: Sequence[Member], kind: str, recipe: Recipe, exam: Exam | None, warn: Callable[[str], None]
+    members: Sequence[Member],
+    kind: str,
+    recipe: Recipe,
+    evaluation_set: EvaluationSet | None,
+    warn: Callable[[str], None],
 ) -> Joined:
     """Return the one network of kind `diwa` or `soup`.
 
@@ -248,7 +252,7 @@ def join(
         members: finished runs that may answer together (`member.check_alike`).
         kind: `diwa` for float weights, `soup` for weights quantized anew.
         recipe: see there.
-        exam: the sources' images; needed by `greedy` and for tuning.
+        evaluation_set: the sources' images; needed by `greedy` and for tuning.
         warn: is told of broken checkpoints.
 
     Raises:
@@ -258,13 +262,15 @@ def join(
     """
     check_one_start(members)
     config = _soup_config(members, recipe) if kind == "soup" else None
-    _check_images(recipe, exam)
+    _check_images(recipe, evaluation_set)
     latents = [read_latent(member, warn) for member in members]
     used = list(range(len(members)))
-    if recipe.pick == "greedy" and exam is not None:
-        used = greedy(_accuracies(members), lambda chosen: _score(_network(members[0], latents, chosen, config), exam))
-    if config is not None and recipe.tune_steps and exam is not None:
-        network = tune(_mean_of_members(latents, used), config, exam, recipe.tune_steps)
+    if recipe.pick == "greedy" and evaluation_set is not None:
+        used = greedy(
+            _accuracies(members), lambda chosen: _score(_network(members[0], latents, chosen, config), evaluation_set)
+        )
+    if config is not None and recipe.tune_steps and evaluation_set is not None:
+        network = tune(_mean_of_members(latents, used), config, evaluation_set, recipe.tune_steps)
     else:
         network = _network(members[0], latents, used, config)
     return Joined(network.eval(), tuple(used))
@@ -289,12 +295,12 @@ def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:
     return first.config.model_copy(update={"quantizer": first.config.quantizer.model_copy(update=start)})
 
 
-def _check_images(recipe: Recipe, exam: Exam | None) -> None:
+def _check_images(recipe: Recipe, evaluation_set: EvaluationSet | None) -> None:
     asked = {"--pick greedy": recipe.pick == "greedy", "--tune": recipe.tune_steps > 0}
     needy = [flag for flag, given in asked.items() if given]
-    if needy and exam is None:
+    if needy and evaluation_set is None:
         raise ConfigError(f"{needy[0]} needs the images of the source domains: give --data")
-    if needy and exam is not None and not exam.has_source:
+    if needy and evaluation_set is not None and not evaluation_set.has_source:
         text = f"{needy[0]} needs source images that no member was trained on, and there are none"
         raise ConfigError(f"{text}: train the members with one data.trial and without data.train_on_heldout")
 
@@ -303,10 +309,10 @@ def _accuracies(members: Sequence[Member]) -> list[float]:
     return [member.result["source_accuracy"] for member in members]
 
 
-def _score(network: Network, exam: Exam) -> float:
-    place_(network, exam.device).eval()
-    accuracy = mean_accuracy(exam.source(lambda images: network(images)[None]), 0)
-    assert accuracy is not None  # the exam has source images: `_check_images`
+def _score(network: Network, evaluation_set: EvaluationSet) -> float:
+    place_(network, evaluation_set.device).eval()
+    accuracy = mean_accuracy(evaluation_set.source(lambda images: network(images)[None]), 0)
+    assert accuracy is not None  # the evaluation set has source images: `_check_images`
     return accuracy
 
 

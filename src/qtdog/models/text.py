@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qtdog.core.errors import ModelError, extra
 
 Tokens = npt.NDArray[np.int32]
-Tokeniser = Callable[[Sequence[str]], Tokens]
+Tokenizer = Callable[[Sequence[str]], Tokens]
 """Texts to token numbers, int32 (n, max_tokens), filled up with 0."""
 
 PAD_PIECE, UNKNOWN_PIECE, START_PIECE, END_PIECE, MASK_PIECE = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -56,7 +56,7 @@ def check_words(words: Sequence[str]) -> None:
         raise ValueError(f"the vocabulary fills up with {list(words).index(PAD_PIECE)}, the network takes 0")
 
 
-def word_pieces(words: Sequence[str], max_tokens: int) -> Tokeniser:
+def word_pieces(words: Sequence[str], max_tokens: int) -> Tokenizer:
     """Return the function from texts to the numbers of their word pieces, a start and an end sign around them.
 
     Letters are made small, accents are dropped, signs stand alone; then the longest known beginning of a word is taken
@@ -183,7 +183,7 @@ def build_text_featurizer(name: str, *, pretrained: bool = False) -> TextFeaturi
         raise _not_had(f"the weights of '{name}'", hub_name, error) from error
 
 
-def make_tokeniser(name: str, max_tokens: int, words: Sequence[str] = ()) -> Tokeniser:
+def make_tokenizer(name: str, max_tokens: int, words: Sequence[str] = ()) -> Tokenizer:
     """Return the function from texts to the token numbers that a backbone takes; longer texts are cut.
 
     Args:
@@ -195,7 +195,7 @@ def make_tokeniser(name: str, max_tokens: int, words: Sequence[str] = ()) -> Tok
         ModelError: the vocabulary cannot be had.
 
     Example:
-        >>> make_tokeniser("distilbert-mini", 4)(["Good, good"]).tolist()
+        >>> make_tokenizer("distilbert-mini", 4)(["Good, good"]).tolist()
         [[1, 5956, 4600, 5956]]
     """
     backbone = TEXT_BACKBONES[name]

@@ -15,7 +15,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError, QtdogError, RunError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.ensemble.teacher import open_teacher
+from qtdog.ensemble.teacher import load_teacher
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, forget_failure, keep_failure, keep_journal, last_line, read_failures
 from qtdog.sweep.plan import Task, keep_sharing
@@ -68,7 +68,7 @@ def _kind(config: Config) -> str:
 def _mistake(config: Config, dataset: DomainDataset, progress: Progress) -> str | None:
     try:
         problem = make_problem(config, dataset)
-        teacher = open_teacher(config, dataset)
+        teacher = load_teacher(config, dataset)
         compose(config, dataset, problem, make_accelerator(config), progress, teacher=teacher)
     except (ConfigError, DataError, ModelError) as error:
         return str(error)

@@ -22,10 +22,10 @@ from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
 from qtdog.core.files import clear_disk_errors
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
-from qtdog.ensemble.assemble import Order, assemble, finished
-from qtdog.ensemble.evaluation import open_exam
+from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished
+from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import read_member, share_splits
-from qtdog.ensemble.teacher import open_teacher
+from qtdog.ensemble.teacher import load_teacher
 from qtdog.ensemble.weight_averaging import Recipe
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, Status
@@ -158,7 +158,7 @@ def _run(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> float:
     assert task.config is not None
     folder = RunFolder(task.folder(out))
     start = _checkpoint(task, out, voice)
-    teacher = open_teacher(task.config, dataset)
+    teacher = load_teacher(task.config, dataset)
     along = [Companion(config, RunFolder(out / name)) for name, config in task.along]
     result = run(
         task.config, dataset, folder, resume=True, voice=voice, fork_from=start, teacher=teacher, companions=along
@@ -187,12 +187,14 @@ def _prefix(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> floa
 def _ensemble(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> float:
     assert task.join is not None
     folder = RunFolder(task.folder(out))
-    order = Order(task.join.kind, folder.model_file, Recipe(pick=task.join.pick))
+    spec = EnsembleSpec(task.join.kind, folder.model_file, Recipe(pick=task.join.pick))
     members = [read_member(out / name) for name in task.join.members]
     with folder.lock():
-        if finished(members, order) is None:
-            exam = open_exam(members[0].config, dataset, same_splits=share_splits(members), progress=voice.progress)
-            assemble(members, order, exam, warn=voice.warn)
+        if finished(members, spec) is None:
+            evaluation_set = open_evaluation_set(
+                members[0].config, dataset, same_splits=share_splits(members), progress=voice.progress
+            )
+            assemble(members, spec, evaluation_set, warn=voice.warn)
     return 0.0
 
 

@@ -42,7 +42,7 @@ from qtdog.runs.selection import select
 from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.components import Parts, RunState
 from qtdog.training.evaluation import group_scores
-from qtdog.training.load import load
+from qtdog.training.load import load_model
 from qtdog.training.protocol import Problem
 
 CALIBRATION_BATCH = 32
@@ -250,7 +250,7 @@ def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
     """Check that the file on disk gives the training-time logits on source images (never on the target)."""
     device = parts.accelerator.device
     images = parts.batches.batch(0).images.to(device)
-    shipped = load(folder.model_file, device=device)
+    shipped = load_model(folder.model_file, device=device)
     with torch.no_grad():
         ours, theirs = parts.network(images), shipped(images)
     # Other devices may pick another convolution kernel from one call to the next.

@@ -86,7 +86,7 @@ class ModelInfo(_Untrusted):
     head: Literal["linear", "text"] = "linear"
 
 
-class ShippedModel(nn.Module):
+class LoadedModel(nn.Module):
     """A network with what is needed to use it.
 
     Attributes:
@@ -115,7 +115,7 @@ class ShippedModel(nn.Module):
         return self(self.prepare(images).to(device)).softmax(1)
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedModel:
+def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
     """Return the model in a shipped file, in evaluation mode; its logits equal the training-time model's exactly.
 
     Args:
@@ -128,11 +128,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> ShippedMode
     """
     path = Path(path)
     if is_ensemble(path):
-        raise FormatError(f"{path} holds an ensemble, not one model: read it with qtdog.load_any")
+        raise FormatError(f"{path} holds an ensemble, not one model: read it with qtdog.load")
     packed = load_packed(path)
     info = read_info(path, packed.metadata)
     network = fill(packed, network_for(path, packed, info), path)
-    return ShippedModel(place_(network, torch.device(device)), info).eval()
+    return LoadedModel(place_(network, torch.device(device)), info).eval()
 
 
 def network_for(path: Path, packed: PackedModel, info: ModelInfo) -> Network:

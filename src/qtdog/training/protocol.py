@@ -17,7 +17,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import DecodedCache, content_sha256, open_cache
 from qtdog.data.splits import DomainSplits, make_splits
 from qtdog.data.text import TextDomains, open_tokens
-from qtdog.models.text import TEXT_BACKBONES, make_tokeniser, vocabulary, vocabulary_id
+from qtdog.models.text import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,6 @@ def open_inputs(
     if not isinstance(dataset, TextDomains):
         return open_cache(dataset, image_size, progress=progress)
     words = words or vocabulary(backbone)
-    tokenise = make_tokeniser(backbone, max_tokens, words)
+    tokenise = make_tokenizer(backbone, max_tokens, words)
     name = f"{backbone} {vocabulary_id(words)}" if words else backbone
     return open_tokens(dataset, tokenise, name=name, length=max_tokens, progress=progress)

@@ -77,7 +77,7 @@ def run(
         voice: how to speak to the user.
         fork_from: begin from this checkpoint of a float run (`training.fork.train_prefix`) unless the folder has one of
             its own; the outcome is the same, bit for bit, but for the time that its training took.
-        teacher: images → logits, if the configuration names one (`ensemble.teacher.open_teacher`).
+        teacher: images → logits, if the configuration names one (`ensemble.teacher.load_teacher`).
         companions: unfinished runs that differ in their averager alone; those that stand where this one begins are
             trained along and left at their last checkpoint, from which `run` finishes them.
 
