@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtdog.cli.reproduce import Cost, lines_of, value_of
-from qtdog.core.paper import PaperRow
+from qtdog.api.paper import Cost, PaperRow, lines_of, value_of
 from qtdog.models.flops import training_flops
 
 TINY = {"model.backbone": "digits_cnn", "model.weights": "none", "data.image_size": 12, "data.batch_size": 2}
@@ -88,7 +87,7 @@ def test_a_trial_counts_when_all_its_targets_are_there():
     mean, one = lines_of(row, trials, n_targets=2)
     assert (mean.ours, mean.error, mean.told) == (pytest.approx(60), None, "3 of 4 runs")
     assert one.ours == pytest.approx(30)
-    assert one.error == pytest.approx(20)  # (0.5 - 0.1) / √2 / √2
+    assert one.error == pytest.approx(20 / 2**0.5)  # DomainBed's: the population standard deviation, 20, over √n
     assert one.difference == pytest.approx(-10)
 
 

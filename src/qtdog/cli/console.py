@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 from rich import box
@@ -29,10 +29,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qtdog.core.config import Config
-from qtdog.report.tables import percent
-from qtdog.runs.entry import method_name
-from qtdog.runs.record import Record
+if TYPE_CHECKING:  # the command line must answer --help at once
+    from qtdog.core.config import Config
+    from qtdog.runs.record import Record
 
 # Of several processes (`accelerate launch`) only the first one speaks, but each may fail.
 RANK = os.environ.get("RANK", "0")
@@ -44,7 +43,7 @@ err = Console(stderr=True, quiet=not SPEAKS)
 
 def warn(text: str) -> None:
     """Print a warning to standard error."""
-    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def fail(text: str) -> None:
@@ -89,18 +88,22 @@ class TrainingBar:
 
     def on_record(self, record: Record) -> None:
         """Show an evaluation."""
+        from qtdog.report.tables import percent
+
         source = percent(record.seen.source_accuracy)
         self._progress.update(self._task, source=source)
         if not err.is_terminal:
             target = f"  unseen {percent(record.test_accuracy)}" if record.test_accuracy is not None else ""
             loss = f"  loss {record.train_loss:.3f}" if record.train_loss is not None else ""
             step = f"step {record.seen.step}/{self._steps}"
-            err.print(f"  {step}{loss}  source {source}{target}", highlight=False)
+            err.print(f"  {step}{loss}  source {source}{target}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def training_bar(config: Config, start: int) -> Iterator[TrainingBar]:
     """Yield the watcher of one run that begins at step `start`."""
+    from qtdog.runs.entry import method_name
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -110,7 +113,7 @@ def training_bar(config: Config, start: int) -> Iterator[TrainingBar]:
     )
     title = f"{method_name(config.model_dump())}, unseen: {config.data.target}"
     if not err.is_terminal:
-        err.print(title, highlight=False, markup=False)
+        err.print(title, highlight=False, markup=False, soft_wrap=True)
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task(title, total=config.train.steps, completed=start, loss="–", source="–", rate="–")
         yield TrainingBar(progress, task, config, start)

@@ -157,7 +157,9 @@ def import_folder(
     dataset = open_texts(source) if is_text(source) else open_dataset(source, min_domains=1)
     differences = check_counts(dataset)
     what = "texts" if is_text(source) else "images"
-    err.print(f"{target}: {len(dataset):,} {what}, laid out before as {layout}", markup=False, highlight=False)
+    err.print(
+        f"{target}: {len(dataset):,} {what}, laid out before as {layout}", markup=False, highlight=False, soft_wrap=True
+    )
     for difference in differences:
         warn(difference)
     if differences:

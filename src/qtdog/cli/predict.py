@@ -52,7 +52,7 @@ def say_members(rows: Sequence[dict[str, Any]], n_members: int) -> None:
     if rows:
         mean = sum(row["members"] for row in rows) / len(rows)
         text = f"cascade: {mean:.2f} of {n_members} members asked on average"
-        err.print(text, highlight=False)
+        err.print(text, highlight=False, soft_wrap=True)
 
 
 def text_predictions(shipped: LoadedModel | EnsembleModel, paths: Sequence[Path]) -> Iterator[Any]:
@@ -266,7 +266,7 @@ def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:
         row["rejected"] = is_rejected
         if is_rejected:
             row["class"] = ""
-    err.print(f"abstained on {mask.sum()} of {len(rows)} images", highlight=False)
+    err.print(f"abstained on {mask.sum()} of {len(rows)} images", highlight=False, soft_wrap=True)
 
 
 def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> None:

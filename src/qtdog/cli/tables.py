@@ -271,7 +271,7 @@ def _show(rows: list[Row], names: list[str]) -> None:
     if rows:
         shown = [[cell_text(name, row[name]) for name in kept] for row in rows]
         print_table([SHORT.get(name, name) for name in kept], shown)
-    err.print(f"{len(rows)} runs", highlight=False)
+    err.print(f"{len(rows)} runs", highlight=False, soft_wrap=True)
 
 
 def _tells(name: str, rows: list[Row]) -> bool:

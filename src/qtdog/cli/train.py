@@ -127,7 +127,7 @@ def announce(dataset: Any) -> None:
     n_domains, n_classes = len(dataset.domains), len(dataset.classes)
     what = "texts" if dataset.sheet.kind == "reviews" else "images"
     text = f"{dataset.sheet.title} — {len(dataset):,} {what}, {n_domains} domains, {n_classes} classes"
-    err.print(escape(text), highlight=False)
+    err.print(escape(text), highlight=False, soft_wrap=True)
     for difference in check_counts(dataset):
         warn(difference)
     warn_skipped(dataset)

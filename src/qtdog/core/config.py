@@ -12,8 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qtdog.core.quantized import MAX_BITS, MIN_BITS
-
+MIN_BITS, MAX_BITS = 2, 8  # per weight
 HASH_VERSION = 1
 # Quantizers that work after training, on the chosen float checkpoint: such a run trains in float to the end.
 AFTER_TRAINING = ("gptq", "obc", "rtn")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MIN_BITS = 2
-MAX_BITS = 8
+from qtdog.core.config import MAX_BITS as MAX_BITS
+from qtdog.core.config import MIN_BITS as MIN_BITS
+
 LEVELS = ("uniform", "symmetric", "half", "power_of_two")
 
 

@@ -6,11 +6,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from qtdog.core.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 Member = TypeVar("Member")
@@ -91,6 +92,8 @@ class HyperParameter:
 
     def draw(self, rng: np.random.Generator) -> Value:
         """Return a random value for a search (the default if it is not searched)."""
+        import numpy as np  # not above: the command line imports this file to answer --help
+
         if self.choices:
             return self.choices[int(rng.integers(len(self.choices)))]
         if self.search is None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from qtdog.api.paper import PaperRow, PaperTable, choose_rows, find_table, paper_tables
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset, paper_part, preset_names
 from qtdog.core.errors import ConfigError
-from qtdog.core.paper import PaperRow, PaperTable, choose_rows, find_table, paper_tables
 from qtdog.data.cards import CARDS
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
