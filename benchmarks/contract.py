@@ -32,7 +32,7 @@ from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.protocol import resolve
-from qtdog.training.run import Voice, run
+from qtdog.training.run import RunCallbacks, run
 
 AXES = {
     "quantizer": ["none", *QUANTIZERS],
@@ -128,15 +128,15 @@ def check(cell: Cell, dataset: DomainSubset, content: str, path: Path) -> None:
         Exception: whatever a run raises; among it that the file does not give the network's logits.
     """
     config, folder = config_of(cell, content), RunFolder(path)
-    silent = Voice(warn=lambda text: None)
-    run(config, dataset, folder, voice=silent)
+    silent = RunCallbacks(warn=lambda text: None)
+    run(config, dataset, folder, callbacks=silent)
     model, end = folder.model_file.read_bytes(), _end(folder)
     newest = checkpoint_folders(folder.checkpoints)[-1]
     assert newest.name.endswith(str(STEPS)), newest
     shutil.rmtree(newest)
     folder.result_file.unlink()
     folder.model_file.unlink()
-    run(config, dataset, folder, resume=True, voice=silent)
+    run(config, dataset, folder, resume=True, callbacks=silent)
     assert _end(folder) == end, "the resumed run ends in another state"
     assert folder.model_file.read_bytes() == model, "the resumed run ships another file"
 

@@ -150,7 +150,7 @@ def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:
 def measure_real(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Measure real members on real images of the sources and of the unseen domain, and print a table for each."""
     file, evaluation_set = open_ensemble(options.ensemble, options.data)
-    splits, sources = evaluation_set.problem.splits, evaluation_set.problem.sources
+    splits, sources = evaluation_set.protocol.splits, evaluation_set.protocol.sources
     training = np.concatenate([splits[domain].train for domain in sources])
     files = real_files(
         file, pictures(evaluation_set, np.random.default_rng(0).permutation(training)[:1280], sources), work

@@ -19,7 +19,7 @@ from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import read_study
 from qtdog.sweep.worker import perform
-from qtdog.training.run import Voice
+from qtdog.training.run import RunCallbacks
 
 SET = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 4, "train.eval_every": 1}
 STUDY = {
@@ -44,7 +44,7 @@ def half_done(study, tmp_path):
     plan = make_plan(read_study(study))
     for task in plan.tasks:
         if task.labels[0]["seed"] == 0:
-            assert perform(task, tmp_path / "runs" / "tiny", plan.dataset, Voice()).status == "done"
+            assert perform(task, tmp_path / "runs" / "tiny", plan.dataset, RunCallbacks()).status == "done"
     return study
 
 

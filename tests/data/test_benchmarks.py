@@ -123,11 +123,11 @@ def test_camelyon_keeps_the_official_division(published, tmp_path):
 
 
 def test_camelyons_unseen_hospitals_are_never_sources(published, tmp_path, short_config):
-    from qtdog.training.protocol import make_problem
+    from qtdog.training.protocol import make_protocol
 
     dataset = open_camelyon17(unpacked(published("camelyon17"), tmp_path), CARDS["camelyon17"])
-    problem = make_problem(short_config(data={"target": "hospital_2"}), dataset)
-    assert problem.sources == ("hospital_0", "hospital_3", "hospital_4")
+    protocol = make_protocol(short_config(data={"target": "hospital_2"}), dataset)
+    assert protocol.sources == ("hospital_0", "hospital_3", "hospital_4")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import torch
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import compose, make_accelerator
-from qtdog.training.checkpoint import flatten_optimizer, plain_names
-from qtdog.training.components import Parts, RunState
+from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.checkpoint import flatten_optimizer, plain_names, save_state
+from qtdog.training.components import Components, RunState
 from qtdog.training.loop import begin_step, update
-from qtdog.training.protocol import make_problem, resolve
-from qtdog.training.resume import begin, save_state
+from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.run import initial_state
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def digits():
     return RotatedDigits()
 
 
-def steps(parts: Parts, first: int, last: int) -> list[float]:
+def steps(parts: Components, first: int, last: int) -> list[float]:
     parts.network.train()
     losses = []
     for step in range(first, last):
@@ -30,7 +30,7 @@ def steps(parts: Parts, first: int, last: int) -> list[float]:
     return losses
 
 
-def everything(parts: Parts) -> dict[str, torch.Tensor]:
+def everything(parts: Components) -> dict[str, torch.Tensor]:
     """The state of a run as one flat table."""
     moments, _ = flatten_optimizer(parts.optimizer, plain_names(parts.network, parts.objective))
     tables = {"network": parts.network.state_dict(), "objective": parts.objective.state_dict(), "optimizer": moments}
@@ -44,10 +44,10 @@ def test_it_trains_quantized_and_resumes_bit_by_bit(tmp_path, short_config, digi
     model = {"feature_layer": "context", "feature_params": {"width": 8}} if name == "arm" else {}
     changes = {"objective": {"name": name, "params": params}, "quantizer": quantizer, "model": model}
     config = resolve(short_config(**changes), digits)
-    problem = make_problem(config, digits)
+    protocol = make_protocol(config, digits)
 
-    def parts() -> Parts:
-        return compose(config, digits, problem, make_accelerator(config))
+    def parts() -> Components:
+        return build_components(config, digits, protocol, make_accelerator(config))
 
     whole = parts()
     start = {key: value.clone() for key, value in everything(whole).items()}
@@ -63,7 +63,7 @@ def test_it_trains_quantized_and_resumes_bit_by_bit(tmp_path, short_config, digi
     assert steps(broken, 0, 1) == losses[:1]
     save_state(broken, folder, RunState(step=1))
     resumed = parts()
-    assert begin(resumed, folder, print).step == 1
+    assert initial_state(resumed, folder, print).step == 1
     assert steps(resumed, 1, 2) == losses[1:]
     found, expected = everything(resumed), everything(whole)
     assert found.keys() == expected.keys()

@@ -44,7 +44,7 @@ def test_weights_pass_until_enabled_and_then_evaluation_is_what_ships(name, weig
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if not works_after_training(name)])
 def test_names_of_the_state_never_change_and_a_copy_goes_on_alike(name, weight):
-    """What `training.resume.restore` does: a state dict, and the flag; then the same step."""
+    """What `training.checkpoint.restore` does: a state dict, and the flag; then the same step."""
     quantizer, copy = fresh(name, weight), fresh(name, weight)
     names = quantizer.state_dict().keys()
     quantizer.enable_(weight)

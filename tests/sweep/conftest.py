@@ -17,7 +17,7 @@ from qtdog.sweep.plan import Plan, Task, make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import Study
 from qtdog.sweep.worker import perform
-from qtdog.training.run import Voice
+from qtdog.training.run import RunCallbacks
 
 TINY = {
     "data.image_size": 8,
@@ -86,7 +86,7 @@ def measured(out: Path, plan: Plan) -> dict[str, Any]:
 def in_this_process(plan: Plan, out: Path) -> Path:
     """Do every task of a plan here and now."""
     for task in plan.tasks:
-        outcome = perform(task, out, plan.dataset, Voice(warn=print))
+        outcome = perform(task, out, plan.dataset, RunCallbacks(warn=print))
         assert outcome.status == "done", outcome
     return out
 

@@ -24,7 +24,7 @@ def swept(tmp_path_factory):
     from qtdog.sweep.plan import make_plan
     from qtdog.sweep.study import Study
     from qtdog.sweep.worker import perform
-    from qtdog.training.run import Voice
+    from qtdog.training.run import RunCallbacks
 
     sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1}
     tree = {
@@ -37,7 +37,7 @@ def swept(tmp_path_factory):
     }
     plan, out = make_plan(Study.model_validate(tree)), tmp_path_factory.mktemp("runs") / "tiny"
     for task in plan.tasks:
-        assert perform(task, out, plan.dataset, Voice()).status == "done"
+        assert perform(task, out, plan.dataset, RunCallbacks()).status == "done"
     keep_labels(plan.study.name, plan.labels, out)
     return plan, out
 

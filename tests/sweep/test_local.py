@@ -20,7 +20,7 @@ from qtdog.sweep.plan import Task, make_plan, select
 from qtdog.sweep.runner import Driver, is_done, standings, unfinished
 from qtdog.sweep.study import Study
 from qtdog.sweep.worker import perform
-from qtdog.training.run import Voice
+from qtdog.training.run import RunCallbacks
 
 METHODS = {
     "float": {"presets": ["float"]},
@@ -87,7 +87,7 @@ def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path)
     plan = make_tiny(methods={name: METHODS[name] for name in names}, share_averaged=True, grid={"seed": 0})
     first, second, third = plan.tasks
     assert [name for name, _ in first.along] == [second.name, third.name]
-    assert perform(select(plan.tasks, "float")[0], tmp_path, plan.dataset, Voice()).status == "done"
+    assert perform(select(plan.tasks, "float")[0], tmp_path, plan.dataset, RunCallbacks()).status == "done"
     assert not second.folder(tmp_path).exists()  # nobody asked for it
     left, along = unfinished(plan.tasks, tmp_path)
     assert (left.name, left.after, left.steps) == (second.name, "", 6)
@@ -99,11 +99,11 @@ def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path)
 def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):
     plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
     first, *runs = plan.tasks
-    perform(first, tmp_path, plan.dataset, Voice())
+    perform(first, tmp_path, plan.dataset, RunCallbacks())
     file = next(first.folder(tmp_path).glob("checkpoint/step-00000002/network.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     told = []
-    assert perform(runs[0], tmp_path, plan.dataset, Voice(warn=told.append)).status == "done"
+    assert perform(runs[0], tmp_path, plan.dataset, RunCallbacks(warn=told.append)).status == "done"
     assert "training from step 0 instead" in told[0]
 
 
@@ -251,7 +251,7 @@ def test_a_disk_that_fills_up_is_told_apart_from_other_failures(make_tiny, tmp_p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qtdog.core.files.tempfile.mkstemp", full)
-    outcome = perform(plan.tasks[0], tmp_path, plan.dataset, Voice())
+    outcome = perform(plan.tasks[0], tmp_path, plan.dataset, RunCallbacks())
     assert (outcome.status, outcome.error) == ("disk", "RunError")
     assert "the disk is full" in outcome.reason
 

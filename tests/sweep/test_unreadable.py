@@ -14,7 +14,7 @@ from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import check_tasks
 from qtdog.sweep.study import Study
 from qtdog.sweep.worker import do_task, perform
-from qtdog.training.run import Voice
+from qtdog.training.run import RunCallbacks
 
 SETTINGS = {
     "data.image_size": 8,
@@ -54,7 +54,7 @@ def test_all_tasks_go_on_without_it_and_their_results_tell(photos, tmp_path):
     assert [key for key, _ in plan.dataset.skipped] == [BROKEN]
     check_tasks(plan.tasks, plan.dataset)
     for task in plan.tasks:
-        outcome = perform(task, out, open_any(str(photos)), Voice())
+        outcome = perform(task, out, open_any(str(photos)), RunCallbacks())
         assert outcome.status == "done", outcome
     runs = [RunFolder(task.folder(out)) for task in plan.tasks if task.kind == "run"]
     assert len(runs) == 4

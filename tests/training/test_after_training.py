@@ -17,12 +17,12 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
 from qtdog.training import finalize as final_module
-from qtdog.training.build import compose, make_accelerator
+from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.finalize import calibration_indices, quantize_after_training_
 from qtdog.training.load import load_model
-from qtdog.training.protocol import make_problem, resolve
-from qtdog.training.run import Voice, run
+from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.run import RunCallbacks, run
 
 METHODS = ("rtn", "gptq", "obc")
 PLAN = {"steps": 6, "eval_every": 3}
@@ -48,7 +48,9 @@ def test_a_run_ships_codes_and_reports_what_the_file_measures(tmp_path, config_o
     folder = RunFolder(tmp_path)
     counted: list[tuple[int, int]] = []
     config = config_of(method)
-    result = run(config, digits, folder, voice=Voice(quantizing=lambda done, total: counted.append((done, total))))
+    result = run(
+        config, digits, folder, callbacks=RunCallbacks(quantizing=lambda done, total: counted.append((done, total)))
+    )
 
     packed = load_packed(folder.model_file)
     assert len(packed.quantized) == 4
@@ -56,7 +58,7 @@ def test_a_run_ships_codes_and_reports_what_the_file_measures(tmp_path, config_o
     assert [record.seen.selectable for record in folder.read_metrics()] == [True, True]
     assert counted[-1][0] == counted[-1][1]
 
-    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
     shipped = load_model(folder.model_file)
     assert isinstance(parts.evaluate, Evaluator)
     measured = dataclasses.replace(parts.evaluate, network=shipped.network)(0, True, None, lambda: None)
@@ -117,7 +119,7 @@ def test_stopped_while_quantizing_and_resumed_gives_the_same_file(tmp_path, conf
             raise Interrupted("stopped by SIGINT")
 
     with pytest.raises(Interrupted):
-        run(config, digits, broken, voice=Voice(quantizing=stopping))
+        run(config, digits, broken, callbacks=RunCallbacks(quantizing=stopping))
     assert not broken.model_file.exists()
     assert not broken.result_file.exists()
     monkeypatch.setattr("qtdog.training.loop.update", None)  # nothing is left to train
@@ -139,11 +141,11 @@ def test_a_signal_while_quantizing_stops_the_run(tmp_path, config_of, digits, mo
 def test_neither_target_nor_held_out_images_are_looked_at(config_of, digits):
     """Both are replaced by noise: the codes stay the same, to the last one."""
     config = config_of("obc")
-    problem = make_problem(config, digits)
-    held_out = [*problem.selection_sets().values(), digits.indices("75")]
+    protocol = make_protocol(config, digits)
+    held_out = [*protocol.selection_sets().values(), digits.indices("75")]
     found = []
     for poison in (None, np.concatenate(held_out)):
-        parts = compose(config, digits, problem, make_accelerator(config))
+        parts = build_components(config, digits, protocol, make_accelerator(config))
         cache = parts.batches.cache
         if poison is not None:
             real = cache.gather

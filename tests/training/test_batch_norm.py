@@ -16,10 +16,10 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training import batch_norm as module
 from qtdog.training import loop as loop_module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
-from qtdog.training.build import compose, make_accelerator
+from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load import load_model
-from qtdog.training.protocol import make_problem, resolve
+from qtdog.training.protocol import make_protocol, resolve
 from qtdog.training.run import run
 
 N_BATCHES = 3
@@ -88,7 +88,7 @@ def test_statistics_are_those_of_a_manual_pass():
 
 
 def test_what_was_there_before_does_not_count(config, digits):
-    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
     results = []
     for start in (0.0, 5.0):
         for name, buffer in parts.network.named_buffers():
@@ -103,7 +103,7 @@ def test_what_was_there_before_does_not_count(config, digits):
 
 def test_frozen_statistics_stay(config, digits):
     frozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze_bn": True})})
-    parts = compose(frozen, digits, make_problem(frozen, digits), make_accelerator(frozen))
+    parts = build_components(frozen, digits, make_protocol(frozen, digits), make_accelerator(frozen))
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts)
     assert all(torch.equal(buffer, before[name]) for name, buffer in parts.network.named_buffers())
@@ -115,7 +115,7 @@ def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits
     model = config.model.model_copy(update=layer)
     objective = config.objective.model_copy(update={"name": "arm"})
     arm = config.model_copy(update={"model": model, "objective": objective})
-    parts = compose(arm, digits, make_problem(arm, digits), make_accelerator(arm))
+    parts = build_components(arm, digits, make_protocol(arm, digits), make_accelerator(arm))
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts)
     fitted = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
@@ -138,7 +138,7 @@ def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digit
     assert result["kept"] == f"average of updates 2 to {result['selected_step']}"
     network = load_model(folder.model_file).network
     shipped = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
     for name, value in by_hand(network, [parts.batches.batch(step).images for step in range(N_BATCHES)]).items():
         torch.testing.assert_close(shipped[name].double(), value, rtol=1e-4, atol=1e-5)
 

@@ -17,10 +17,9 @@ from qtdog.training import run as run_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.collapse import HealthWatch
-from qtdog.training.fork import train_prefix
 from qtdog.training.protocol import resolve
-from qtdog.training.run import Voice, run
-from qtdog.training.shared_updates import Companion, may_accompany
+from qtdog.training.run import RunCallbacks, run, train_fork_point
+from qtdog.training.shared_updates import SharedRun, may_share_updates
 
 START, STEPS = 3, 8
 AVERAGED = [name for name in AVERAGERS if name != "none"]
@@ -75,12 +74,12 @@ class Party:
 
     def __init__(self, path, lead, *others):
         self.lead, self.folder = lead, RunFolder(path / "lead")
-        self.companions = [Companion(config, RunFolder(path / config.averager.name)) for config in others]
+        self.companions = [SharedRun(config, RunFolder(path / config.averager.name)) for config in others]
 
     def train(self, digits, **how):
         run(self.lead, digits, self.folder, resume=True, companions=self.companions, **how)
 
-    def finish(self, digits):
+    def write_result(self, digits):
         """Finish the companions and return how many updates they had to make."""
         made = 0
         for one in self.companions:
@@ -114,7 +113,7 @@ def test_companions_with_every_averager_are_bit_identical(quantizer, lead, make,
     names = ["none", *AVERAGED]
     party = Party(tmp_path, make(lead, quantizer), *(make(name, quantizer) for name in names if name != lead))
     party.train(digits)
-    assert party.finish(digits) == 0
+    assert party.write_result(digits) == 0
     party.check(alone)
 
 
@@ -123,15 +122,15 @@ def test_batch_norm_measured_for_an_average_is_not_left_to_the_others(freeze_bn,
     changes = {"model": {"backbone": "test_resnet", "weights": "none", "freeze_bn": freeze_bn}}
     party = Party(tmp_path, make("none", "none", **changes), make("sma", "none", **changes))
     party.train(digits)
-    assert party.finish(digits) == 0
+    assert party.write_result(digits) == 0
     party.check(alone)
 
 
 def test_a_fork_takes_its_companions_along(make, digits, alone, tmp_path):
-    prefix = train_prefix(make(), digits, RunFolder(tmp_path / "prefix"))
+    prefix = train_fork_point(make(), digits, RunFolder(tmp_path / "prefix"))
     party = Party(tmp_path, make(), make("sma"), make("swad"))
     party.train(digits, fork_from=prefix)
-    assert party.finish(digits) == 0
+    assert party.write_result(digits) == 0
     party.check(alone)
     results = [one.folder.read_result() or {} for one in party.companions]
     assert [result["forked_from_step"] for result in results] == [START, START]
@@ -146,7 +145,7 @@ def test_stopped_together_and_resumed_together(n, error, make, digits, alone, tm
         with pytest.raises(type(error)):
             party.train(digits)
     party.train(digits)
-    assert party.finish(digits) == 0
+    assert party.write_result(digits) == 0
     party.check(alone)
 
 
@@ -167,7 +166,7 @@ def test_killed_between_two_saves_all_go_on_from_the_step_that_all_have(make, di
         "step-00000005",
     ]
     party.train(digits)
-    assert party.finish(digits) == 0
+    assert party.write_result(digits) == 0
     party.check(alone)
 
 
@@ -179,7 +178,7 @@ def test_who_stands_elsewhere_trains_by_itself(make, digits, alone, tmp_path, mo
             party.train(digits)
     shutil.rmtree(tmp_path / "sma")
     party.train(digits)
-    assert party.finish(digits) == STEPS
+    assert party.write_result(digits) == STEPS
     party.check(alone)
 
 
@@ -196,7 +195,7 @@ def test_who_came_to_other_weights_stays_out(make, digits, tmp_path, monkeypatch
     shutil.rmtree(party.folder.checkpoints)
     shutil.copytree(tmp_path / "other" / "checkpoint", party.folder.checkpoints)
     party.train(digits)
-    assert party.finish(digits) == STEPS - 4
+    assert party.write_result(digits) == STEPS - 4
 
 
 def test_who_is_held_by_another_process_or_of_another_run_is_named(make, digits, alone, tmp_path):
@@ -204,7 +203,7 @@ def test_who_is_held_by_another_process_or_of_another_run_is_named(make, digits,
     (tmp_path / "swad").mkdir()
     (tmp_path / "swad" / "notes.txt").write_text("mine")
     with party.companions[0].folder.lock():
-        party.train(digits, voice=Voice(warn=told.append))
+        party.train(digits, callbacks=RunCallbacks(warn=told.append))
     assert measured(party.folder) == alone(make())
     assert len(told) == 2
     assert "sma trains by itself: run folder" in told[0]
@@ -224,19 +223,19 @@ def test_a_companion_that_collapses_stops_nobody_else(make, digits, alone, tmp_p
         party.train(digits)
         assert measured(party.folder) == alone(make())
         with pytest.raises(CollapseError):
-            party.finish(digits)
-    assert party.finish(digits) == 2  # it went back to its last checkpoint, and kept that of the collapse
+            party.write_result(digits)
+    assert party.write_result(digits) == 2  # it went back to its last checkpoint, and kept that of the collapse
     party.check(alone)
 
 
 def test_only_the_averager_may_differ(make):
-    assert may_accompany(make(), make("sma"))
-    assert not may_accompany(make(), make("sma", train={"seed": 1, "steps": STEPS}))
-    assert not may_accompany(make(), make("sma", "none"))
+    assert may_share_updates(make(), make("sma"))
+    assert not may_share_updates(make(), make("sma", train={"seed": 1, "steps": STEPS}))
+    assert not may_share_updates(make(), make("sma", "none"))
 
 
 def test_a_run_that_differs_in_more_is_not_taken_along(make, digits, alone, tmp_path):
     party, told = Party(tmp_path, make(), make("sma", "none")), []
-    party.train(digits, voice=Voice(warn=told.append))
+    party.train(digits, callbacks=RunCallbacks(warn=told.append))
     assert "sma trains by itself: it differs in more than the averager" in told[0]
     assert measured(party.folder) == alone(make())

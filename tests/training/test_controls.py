@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,15 @@ import torch
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import Interrupted
+from qtdog.core.progress import StopAfter
 from qtdog.data.digits import RotatedDigits
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.record import Record
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
 from qtdog.training.load import load_model
 from qtdog.training.protocol import resolve
-from qtdog.training.run import Voice, run
+from qtdog.training.run import RunCallbacks, run
 
 SETTINGS = ("digits", "domainbed", "mnist", "pacs-lite")
 NAMES = [name for name in preset_names() if not name.startswith("paper/")]  # those have tests of their own
@@ -36,24 +35,6 @@ N_LAYERS = 4  # that digits_cnn has besides its classifier
 @pytest.fixture(scope="module")
 def digits() -> RotatedDigits:
     return RotatedDigits()
-
-
-class StopAfter:
-    """A watcher that ends the run as a signal does, between two updates."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, step: int, loss: float, n_images: int) -> None:
-        if step == self.step:
-            raise Interrupted("stopped by SIGTERM")
-
-    def on_record(self, record: Record) -> None:
-        pass
-
-    @contextmanager
-    def __call__(self, config: Config, start: int) -> Iterator[StopAfter]:
-        yield self
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +119,7 @@ def test_a_control_that_was_stopped_ends_the_same(
 ) -> None:
     config, one, other = tiny(name), whole(name), RunFolder(tmp_path)
     with pytest.raises(Interrupted):
-        run(config, digits, other, voice=Voice(watcher=StopAfter(STOP_AT)))
+        run(config, digits, other, callbacks=RunCallbacks(callback=StopAfter(STOP_AT)))
     stopped = latest_checkpoint(other.checkpoints, print)
     assert stopped is not None
     assert stopped.step == STOP_AT

@@ -17,10 +17,9 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
-from qtdog.training.fork import prefix_config, train_prefix
+from qtdog.training.fork import fork_differences, fork_obstacle, fork_point_config, reseeded
 from qtdog.training.protocol import resolve
-from qtdog.training.resume import fork_differences, fork_obstacle, reseeded
-from qtdog.training.run import Voice, run
+from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.step_rules import STEP_RULES
 
 START = 3
@@ -49,7 +48,7 @@ def make(digits):
 
 @pytest.fixture(scope="module")
 def prefix(make, digits, tmp_path_factory):
-    return train_prefix(make(), digits, RunFolder(tmp_path_factory.mktemp("shared") / "prefix"))
+    return train_fork_point(make(), digits, RunFolder(tmp_path_factory.mktemp("shared") / "prefix"))
 
 
 def lines(folder: RunFolder) -> list[dict]:
@@ -80,14 +79,14 @@ def test_fork_with_each_averager_is_bit_identical(name, make, prefix, digits, tm
 @pytest.mark.parametrize("name", [name for name in STEP_RULES if name != "plain"])
 def test_fork_with_each_step_rule_is_bit_identical(name, make, digits, tmp_path):
     config = make(step_rule={"name": name})
-    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"))
+    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"))
     assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
 
 
 @pytest.mark.parametrize(("start", "eval_every"), [(2, 2), (3, 4)])
 def test_evaluation_due_at_the_fork_is_made_once_and_not_selectable(start, eval_every, make, digits, tmp_path):
     config = make(quantizer={"start_step": start}, train={"eval_every": eval_every, "steps": 5})
-    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"))
+    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"))
     assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
     found = lines(RunFolder(tmp_path / "fork"))
     steps = [line["step"] for line in found]
@@ -106,20 +105,20 @@ def test_evaluation_due_at_the_fork_is_made_once_and_not_selectable(start, eval_
 )
 def test_fork_of_other_settings_is_bit_identical(changes, make, digits, tmp_path):
     config = make(**changes)
-    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"))
+    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"))
     assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
 
 
 def test_float_fork_keeps_what_was_selected_before(make, digits, tmp_path):
     config = make(quantizer={"name": "none", "start_step": None})
-    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"), until=4)
+    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"), until=4)
     result, _ = assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
     assert result["forked_from_step"] == 4
 
 
 def test_quantization_after_training_ships_what_was_chosen_before_the_fork(make, digits, tmp_path):
     config = make(quantizer={"name": "rtn", "start_step": None}, optimizer={"lr": 0.5})  # gets worse with each step
-    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"), until=6)
+    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"), until=6)
     result, _ = assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
     assert result["selected_step"] < 6
 
@@ -148,8 +147,8 @@ def test_time_of_the_prefix_is_not_counted_again(make, prefix, digits, tmp_path)
 
 def test_one_prefix_serves_configurations_that_differ_after_it(make, digits, tmp_path):
     folder, told = RunFolder(tmp_path), []
-    first = train_prefix(make(), digits, folder)
-    again = train_prefix(make(quantizer={"bits": 3}), digits, folder, voice=Voice(warn=told.append))
+    first = train_fork_point(make(), digits, folder)
+    again = train_fork_point(make(quantizer={"bits": 3}), digits, folder, callbacks=RunCallbacks(warn=told.append))
     assert again.state == first.state
     assert len(checkpoint_folders(folder.checkpoints)) == 2
 
@@ -171,8 +170,8 @@ def test_prefix_stopped_and_resumed_is_the_same(make, prefix, digits, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(loop_module, "update", Stopped(1))
         with pytest.raises(Interrupted):
-            train_prefix(make(), digits, RunFolder(tmp_path / "broken"))
-    checkpoint = train_prefix(make(), digits, RunFolder(tmp_path / "broken"))
+            train_fork_point(make(), digits, RunFolder(tmp_path / "broken"))
+    checkpoint = train_fork_point(make(), digits, RunFolder(tmp_path / "broken"))
     assert_fork_is_the_run(make(), digits, tmp_path, checkpoint)
 
 
@@ -214,7 +213,7 @@ def test_members_may_share_a_beginning_if_that_is_asked_for(make, prefix, digits
 )
 def test_what_acts_before_the_fork_must_agree(changes, named, make):
     one, other = build_config([make().model_dump()]), build_config([make().model_dump(), changes])
-    found = fork_differences(prefix_config(one), other, START)
+    found = fork_differences(fork_point_config(one), other, START)
     assert len(found) == 1
     assert re.search(named, found[0])
 
@@ -222,8 +221,8 @@ def test_what_acts_before_the_fork_must_agree(changes, named, make):
 def test_learning_rates_are_compared_by_value(make):
     one = make(optimizer={"schedule": "linear", "decay_from": 2})
     later = make(optimizer={"schedule": "cosine", "decay_from": 5}, train={"steps": 9})
-    assert fork_differences(prefix_config(one), later, 3) == []
-    assert "learning rates of the first 4 steps" in fork_differences(prefix_config(one), later, 4)[0]
+    assert fork_differences(fork_point_config(one), later, 3) == []
+    assert "learning rates of the first 4 steps" in fork_differences(fork_point_config(one), later, 4)[0]
 
 
 def test_a_quantized_checkpoint_is_no_beginning(make, digits, tmp_path):
@@ -247,7 +246,7 @@ def test_where_batch_norm_adapts_the_average_must_begin_behind_the_fork(layer, f
     config = make(model={"freeze_bn": freeze_bn, "feature_layer": layer}, quantizer={"name": "none"})
     config = build_config([config.model_dump(), {"averager": {"name": "sma"}}])
     sma = AVERAGERS["sma"]({"start": START}, 0)
-    refused = [fork_obstacle(prefix_config(config), config, sma, step) is not None for step in (START - 1, START)]
+    refused = [fork_obstacle(fork_point_config(config), config, sma, step) is not None for step in (START - 1, START)]
     assert refused == [False, layer == "context" or not freeze_bn]
 
 
@@ -258,13 +257,13 @@ def test_float_fork_with_an_averager_that_begins_at_the_fork(name, start, eval_e
     quantizer = {"name": "none", "start_step": None}
     params = {"start": start} | ({"n_converge": 1} if name == "swad" else {})
     config = make(quantizer=quantizer, averager={"name": name, "params": params}, train={"eval_every": eval_every})
-    checkpoint = train_prefix(config, digits, RunFolder(tmp_path / "prefix"), until=START)
+    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"), until=START)
     assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
 
 
 def test_no_float_step_to_share(make, digits, tmp_path):
     with pytest.raises(ConfigError, match="has no start step"):
-        train_prefix(make(quantizer={"name": "none", "start_step": None}), digits, RunFolder(tmp_path))
+        train_fork_point(make(quantizer={"name": "none", "start_step": None}), digits, RunFolder(tmp_path))
     for until in (0, START + 1):
         with pytest.raises(ConfigError, match="takes 1 to 3"):
-            train_prefix(make(), digits, RunFolder(tmp_path), until=until)
+            train_fork_point(make(), digits, RunFolder(tmp_path), until=until)

@@ -18,7 +18,7 @@ from qtdog.runs.record import Score, SourceRecord
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.collapse import HealthWatch, chance_accuracy
 from qtdog.training.protocol import resolve
-from qtdog.training.run import Voice, run
+from qtdog.training.run import RunCallbacks, run
 
 HEALTHY = LayerHealth("conv", 0.01, 0.0, 1.02)
 ILL = LayerHealth("conv", 0.9, 0.6, 0.05)
@@ -109,7 +109,7 @@ def test_raw_steps_under_adam_collapse_and_the_run_says_why(tmp_path, short_conf
     folder = RunFolder(tmp_path)
     warnings: list[str] = []
     with pytest.raises(CollapseError, match="the network collapsed"):
-        run(resolve(config, digits), digits, folder, voice=Voice(warn=warnings.append))
+        run(resolve(config, digits), digits, folder, callbacks=RunCallbacks(warn=warnings.append))
     assert any("round to zero" in text for text in warnings)
     report = json.loads(folder.diagnosis_file.read_text())
     assert report["best_source_accuracy"] > 2 * report["source_accuracy"]

@@ -11,9 +11,9 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.loggers import LOGGERS, Logger, watched
+from qtdog.training.loggers import LOGGERS, Logger, with_loggers
 from qtdog.training.protocol import resolve
-from qtdog.training.run import Voice, run
+from qtdog.training.run import RunCallbacks, run
 
 
 class Kept(Logger):
@@ -22,14 +22,14 @@ class Kept(Logger):
     sent: dict[str, dict[int, float]]
     closed = 0
 
-    def __init__(self, config, folder, step):
+    def on_start(self, config, step):
         type(self).sent = {}
 
     def send(self, step, values):
         for name, value in values.items():
             self.sent.setdefault(name, {})[step] = value
 
-    def close(self):
+    def on_end(self):
         type(self).closed += 1
 
 
@@ -44,10 +44,10 @@ def config(short_config, digits):
 
 
 def test_a_logger_gets_losses_and_evaluations_and_changes_nothing(config, digits, tmp_path, monkeypatch):
-    watched([], tmp_path)  # the members have entered their names
+    with_loggers([], tmp_path)  # the members have entered their names
     monkeypatch.setitem(LOGGERS._members, "kept", Kept)
     logged, plain = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
-    result = run(config, digits, logged, voice=Voice(watched(["kept", "kept"], logged.path)))
+    result = run(config, digits, logged, callbacks=RunCallbacks(with_loggers(["kept", "kept"], logged.path)))
     assert result["model_sha256"] == run(config, digits, plain)["model_sha256"]
     assert Kept.closed == 1
     assert list(Kept.sent["train/loss"]) == [10, 20]
@@ -62,7 +62,7 @@ def test_tensorboard_files_hold_the_numbers(config, digits, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = RunFolder(tmp_path / "run")
-    run(config, digits, folder, voice=Voice(watched(["tensorboard"], folder.path)))
+    run(config, digits, folder, callbacks=RunCallbacks(with_loggers(["tensorboard"], folder.path)))
     events = EventAccumulator(str(folder.path / "tensorboard"))
     events.Reload()
     found = {event.step: event.value for event in events.Scalars("unseen/accuracy")}
@@ -76,9 +76,10 @@ def test_mlflow_keeps_the_numbers_and_goes_on_with_a_resumed_run(config, digits,
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
     for step in (0, 4):
-        logger = LOGGERS["mlflow"](config, tmp_path, step)
+        logger = LOGGERS["mlflow"](tmp_path)
+        logger.on_start(config, step)
         logger.send(step, {"a": 1.0 + step})
-        logger.close()
+        logger.on_end()
     client = MlflowClient()
     experiment = client.get_experiment_by_name("qtdog")
     assert experiment is not None
@@ -90,22 +91,23 @@ def test_mlflow_keeps_the_numbers_and_goes_on_with_a_resumed_run(config, digits,
 def test_wandb_offline_keeps_a_folder(config, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    logger = LOGGERS["wandb"](config, tmp_path, 0)
+    logger = LOGGERS["wandb"](tmp_path)
+    logger.on_start(config, 0)
     logger.send(1, {"a": 1.0})
-    logger.close()
+    logger.on_end()
 
 
 @pytest.mark.parametrize(
     ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
 )
 def test_without_its_library_a_logger_names_the_extra(name, module, config, tmp_path, monkeypatch):
-    watched([], tmp_path)
+    with_loggers([], tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"pip install 'qtdog\[{name}\]'"):
-        LOGGERS[name](config, tmp_path, 0)
+        LOGGERS[name](tmp_path).on_start(config, 0)
 
 
 def test_an_unknown_logger_is_told_with_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match="unknown logger 'tensorbord'; did you mean 'tensorboard'"):
-        watched(["tensorbord"], tmp_path)
+        with_loggers(["tensorbord"], tmp_path)
     assert json.dumps(list(LOGGERS)) == '["mlflow", "tensorboard", "wandb"]'

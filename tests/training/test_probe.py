@@ -9,8 +9,8 @@ from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
-from qtdog.training.build import compose, make_accelerator
-from qtdog.training.protocol import make_problem, resolve
+from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.protocol import make_protocol, resolve
 from qtdog.training.run import run
 
 PROBE = 3
@@ -35,7 +35,7 @@ def config(short_config, digits):
 def test_the_rest_neither_moves_nor_gathers_moments(config, digits, step_rule, optimizer):
     changes = {"step_rule": {"name": step_rule}, "optimizer": {"lr": 0.01} | optimizer}
     one = config(quantizer={"name": "lsq", "start_step": 1}, objective={"name": "miro"}, **changes)
-    parts = compose(one, digits, make_problem(one, digits), make_accelerator(one))
+    parts = build_components(one, digits, make_protocol(one, digits), make_accelerator(one))
     named = dict(parts.network.named_parameters()) | dict(parts.objective.named_parameters(prefix="objective"))
     trained = {name: value for name, value in named.items() if value.requires_grad}
     assert len(trained) > 8

@@ -14,11 +14,11 @@ from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import AVERAGERS, STEP_RULES, compose, make_accelerator
+from qtdog.training.build import AVERAGERS, STEP_RULES, build_components, make_accelerator
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.load import load_model
-from qtdog.training.protocol import make_problem, resolve
+from qtdog.training.protocol import make_protocol, resolve
 from qtdog.training.run import run
 
 TINY = {
@@ -103,7 +103,7 @@ def test_an_average_that_ships_is_measured_anew(recipe, digits, tmp_path):
     folder = RunFolder(tmp_path)
     result = run(config, digits, folder)
     network = load_model(folder.model_file).network
-    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
     assert isinstance(parts.evaluate, Evaluator)
     scored = replace(parts.evaluate, network=network).score(digits.indices("75"))
     assert scored.accuracy == pytest.approx(result["test_accuracy"])
@@ -116,10 +116,10 @@ def test_the_second_step_of_ermpp_trains_on_every_source_image(recipe, digits, t
     data = TINY["data"] | {"train_on_heldout": True}
     train = {"steps": chosen["selected_step"], "eval_every": 2, "selection": "last"}
     second = recipe("ermpp", "digits", averager=TINY_AVERAGERS["ermpp"], data=data, train=train)
-    problem = make_problem(second, digits)
-    for domain, pool in problem.train_pools().items():
+    protocol = make_protocol(second, digits)
+    for domain, pool in protocol.train_pools().items():
         assert np.array_equal(np.sort(pool), digits.indices(domain))
-    assert "75" not in problem.train_pools()
+    assert "75" not in protocol.train_pools()
     result = run(second, digits, RunFolder(tmp_path / "second"))
     assert result["selected_step"] == chosen["selected_step"]
     assert result["trained_on_heldout"]
@@ -127,9 +127,9 @@ def test_the_second_step_of_ermpp_trains_on_every_source_image(recipe, digits, t
 
 def test_in_the_in_domain_mode_the_third_part_is_never_trained_on(recipe, digits):
     data = TINY["data"] | {"train_on_heldout": True, "test_mode": "in-domain"}
-    problem = make_problem(recipe("digits", data=data, train={"selection": "last"}), digits)
-    for domain, pool in problem.train_pools().items():
-        assert not set(pool) & set(problem.splits[domain].test)
+    protocol = make_protocol(recipe("digits", data=data, train={"selection": "last"}), digits)
+    for domain, pool in protocol.train_pools().items():
+        assert not set(pool) & set(protocol.splits[domain].test)
 
 
 def test_without_held_out_images_there_is_nothing_to_select_by(recipe):
@@ -141,4 +141,4 @@ def test_swad_needs_held_out_images(recipe, digits):
     data, train = TINY["data"] | {"train_on_heldout": True}, TINY["train"] | {"selection": "last"}
     config = recipe("swad", "digits", data=data, train=train)
     with pytest.raises(ConfigError, match="averager 'swad' follows the held-out images' loss"):
-        compose(config, digits, make_problem(config, digits), make_accelerator(config))
+        build_components(config, digits, make_protocol(config, digits), make_accelerator(config))

@@ -10,16 +10,17 @@ import torch
 from qtdog.conversion.attach import attached
 from qtdog.core.config import config_hash
 from qtdog.core.errors import Interrupted, NonFiniteLossError, RunError
+from qtdog.core.progress import RunCallback
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
 from qtdog.training import run as run_module
-from qtdog.training.build import compose, make_accelerator
+from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.components import RunState
 from qtdog.training.loop import Doors, Track, train
-from qtdog.training.protocol import make_problem, resolve
-from qtdog.training.run import Silent, Voice, run
+from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.run import RunCallbacks, run
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_lost_newest_checkpoint_falls_back_and_ends_the_same(tmp_path, short_con
     broken.result_file.unlink()
     broken.model_file.unlink()
     warnings: list[str] = []
-    run(config, digits, broken, resume=True, voice=Voice(warn=warnings.append))
+    run(config, digits, broken, resume=True, callbacks=RunCallbacks(warn=warnings.append))
     assert "broken" in warnings[0]
     assert file_hash(whole) == file_hash(broken)
 
@@ -123,7 +124,7 @@ def test_lost_newest_checkpoint_falls_back_and_ends_the_same(tmp_path, short_con
 def test_weights_and_step_sizes_move_and_optimizer_state_survives(short_config, digits):
     """The trap of the released research code: after the start its optimizer still held the old parameters."""
     config = resolve(short_config(), digits)
-    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
     assert parts.quantizer is not None
     params = dict(parts.network.named_parameters())
     batches = {step: parts.batches.batch(step) for step in range(4)}
@@ -159,7 +160,7 @@ def test_float_and_quantized_run_are_the_same_until_the_start(tmp_path, short_co
 def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_config, digits, monkeypatch):
     config = resolve(short_config(), digits)
     folder = RunFolder(tmp_path)
-    real = run_module.compose
+    real = run_module.build_components
 
     def poison(module, inputs, loss):
         return torch.full_like(loss, float("nan")) if inputs[1].step == 3 else None
@@ -169,7 +170,7 @@ def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_con
         parts.objective.register_forward_hook(poison)
         return parts
 
-    monkeypatch.setattr(run_module, "compose", poisoned)
+    monkeypatch.setattr(run_module, "build_components", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 4.*--lr 0\.0002"):
         run(config, digits, folder)
     checkpoint = latest_checkpoint(folder.checkpoints, print)
@@ -180,10 +181,10 @@ def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_con
 
 def test_nan_weights_are_never_written(short_config, digits):
     config = resolve(short_config(), digits)
-    parts = compose(config, digits, make_problem(config, digits), make_accelerator(config))
+    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
     next(parts.network.parameters()).data.fill_(float("nan"))
     saved: list[int] = []
-    doors = Doors(lambda state: saved.append(state.step), lambda line: None, lambda: None, Silent())
+    doors = Doors(lambda state: saved.append(state.step), lambda line: None, lambda: None, RunCallback())
     with pytest.raises(NonFiniteLossError):
         train(Track(parts, RunState(), doors))
     assert saved == []

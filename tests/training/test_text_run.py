@@ -121,12 +121,12 @@ def test_from_reviews_to_answers(
 
 
 def test_only_texts_of_the_seen_side_are_trained_and_selected_on(dataset: TextDomains, tmp_path: Path, short_config):
-    from qtdog.training.protocol import make_problem
+    from qtdog.training.protocol import make_protocol
 
-    problem = make_problem(text_config(short_config, dataset), dataset)
-    assert problem.sources == ("seen",)
+    protocol = make_protocol(text_config(short_config, dataset), dataset)
+    assert protocol.sources == ("seen",)
     assert dataset.parts is not None
-    parts = {"train": problem.train_pools()["seen"], "id_val": problem.selection_sets()["seen"]}
+    parts = {"train": protocol.train_pools()["seen"], "id_val": protocol.selection_sets()["seen"]}
     names = np.array(["train", "id_val", "id_test", "val", "test"])
     for name, rows in parts.items():
         assert set(names[dataset.parts[rows]]) == {name}

@@ -28,15 +28,14 @@ from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import compose, make_accelerator
+from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint
-from qtdog.training.components import Parts
+from qtdog.training.components import Components
 from qtdog.training.evaluation import Evaluator
-from qtdog.training.fork import prefix_config, train_prefix
+from qtdog.training.fork import fork_point_config, load_plain_
 from qtdog.training.load import load_model
-from qtdog.training.protocol import Problem, make_problem
-from qtdog.training.resume import load_plain_
-from qtdog.training.run import Voice, run
+from qtdog.training.protocol import DomainProtocol, make_protocol
+from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.signals import StopRequest
 
 N_IMAGES = 128  # training images of each source domain for the curvature
@@ -94,7 +93,7 @@ def choose_layer_bits(
     out: Path,
     *,
     n_vectors: int = 20,
-    voice: Voice | None = None,
+    callbacks: RunCallbacks | None = None,
     progress: Progress = None,
 ) -> LayerChoice:
     """Return the bits of each layer that cost least under a budget.
@@ -108,15 +107,15 @@ def choose_layer_bits(
         budget: bits per quantized weight.
         out: folder of the float run.
         n_vectors: random vectors of the curvature.
-        voice: how the run speaks to the user.
+        callbacks: how the run speaks to the user.
         progress: is told of batches of images.
 
     Raises:
         ConfigError: the budget is below the smallest candidate, or as in `sensitivities`.
-        Interrupted, RunError, DataError, ModelError: as in `training.fork.train_prefix`.
+        Interrupted, RunError, DataError, ModelError: as in `training.run.train_fork_point`.
     """
     assign_bits(np.zeros((1, len(plan.candidates))), [1], plan.candidates, budget)  # a wrong budget shows at once
-    prefix = train_prefix(plan.config, plan.sources, RunFolder(out / "float"), voice=voice)
+    prefix = train_fork_point(plan.config, plan.sources, RunFolder(out / "float"), callbacks=callbacks)
     layers = _sensitivities(plan, prefix, n_vectors, progress)
     n_weights = [layer.curvature.n_weights for layer in layers]
     bits = assign_bits(cost_table(layers), n_weights, plan.candidates, budget)
@@ -124,19 +123,21 @@ def choose_layer_bits(
 
 
 def _sensitivities(plan: BitPlan, prefix: Checkpoint, n_vectors: int, progress: Progress) -> list[Sensitivity]:
-    config = prefix_config(plan.config)
-    problem = make_problem(config, plan.sources)
-    parts = compose(config, plan.sources, problem, make_accelerator(config))
+    config = fork_point_config(plan.config)
+    protocol = make_protocol(config, plan.sources)
+    parts = build_components(config, plan.sources, protocol, make_accelerator(config))
     load_plain_(parts.network, prefix.tensors["network"])
     with StopRequest() as stop:
-        losses = _losses(parts, problem, stop, progress)
+        losses = _losses(parts, protocol, stop, progress)
         how, seed = plan.config.quantizer, config.train.seed
         return sensitivities(parts.network, losses, how, plan.candidates, n_vectors=n_vectors, seed=seed)
 
 
-def _losses(parts: Parts, problem: Problem, stop: StopRequest, progress: Progress) -> Iterator[tuple[Tensor, float]]:
+def _losses(
+    parts: Components, protocol: DomainProtocol, stop: StopRequest, progress: Progress
+) -> Iterator[tuple[Tensor, float]]:
     """Yield the losses of every source domain's images; each domain weighs the same."""
-    drawn = [_drawn(parts.config.train.seed, domain, pool) for domain, pool in problem.train_pools().items()]
+    drawn = [_drawn(parts.config.train.seed, domain, pool) for domain, pool in protocol.train_pools().items()]
     total, done = sum(-(-len(indices) // BATCH) for indices in drawn), 0
     for indices in drawn:
         images = parts.batches
@@ -176,14 +177,14 @@ class BitTrials:
     Attributes:
         plan: what is tried.
         out: folder of all runs.
-        voice: how the runs speak to the user.
+        callbacks: how the runs speak to the user.
         say: is told in a line what begins.
         measuring: is told of the random directions of each flatness.
     """
 
     plan: BitPlan
     out: Path
-    voice: Voice = field(default_factory=Voice)
+    callbacks: RunCallbacks = field(default_factory=RunCallbacks)
     say: Callable[[str], None] = lambda text: None
     measuring: Progress = None
 
@@ -201,7 +202,9 @@ class BitTrials:
         plan = self.plan
         self.say(f"without {left_out}: {plan.start:,} float steps")
         shared = plan.trial_config(left_out, plan.candidates[0])
-        prefix = train_prefix(shared, plan.sources, RunFolder(place(self.out, left_out, "float")), voice=self.voice)
+        prefix = train_fork_point(
+            shared, plan.sources, RunFolder(place(self.out, left_out, "float")), callbacks=self.callbacks
+        )
         trials = []
         for bits in plan.candidates:
             self.say(f"without {left_out}: {plan.steps_each:,} steps with {bits} bits")
@@ -225,9 +228,9 @@ class BitTrials:
         """Train one candidate and measure it; one that collapses has no accuracy, and the others go on."""
         bits, left_out = config.quantizer.bits, config.data.target
         try:
-            result = run(config, self.plan.sources, folder, resume=True, voice=self.voice, fork_from=prefix)
+            result = run(config, self.plan.sources, folder, resume=True, callbacks=self.callbacks, fork_from=prefix)
         except (CollapseError, NonFiniteLossError) as error:
-            self.voice.warn(f"{bits} bits without {left_out}: {error}")
+            self.callbacks.warn(f"{bits} bits without {left_out}: {error}")
             return Trial(bits, left_out, failed=str(error))
         network = load_model(folder.model_file, device=accelerator.device).network
         gamma = self.plan.gamma or GAMMA_FRAC * float_norm(network, prefix)
@@ -267,9 +270,9 @@ def source_loss(
     config: Config, dataset: DomainDataset, network: Network, accelerator: Accelerator
 ) -> Callable[[], float]:
     """Return a function that gives a network's mean cross-entropy on the held-out images of the training sources."""
-    problem = make_problem(config, dataset)
+    protocol = make_protocol(config, dataset)
     cache = open_cache(dataset, config.data.image_size)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
-    evaluator = Evaluator(network, accelerator, cache, dataset.class_index, problem, "target", mean, std)
-    images = np.concatenate(list(problem.selection_sets().values()))
+    evaluator = Evaluator(network, accelerator, cache, dataset.class_index, protocol, "target", mean, std)
+    images = np.concatenate(list(protocol.selection_sets().values()))
     return lambda: evaluator.score(images).loss

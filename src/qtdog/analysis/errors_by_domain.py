@@ -224,7 +224,7 @@ def measure_slices(
                 progress(done, total)
         answers = _answers(subject, points)
         tables = _tables(subject, answers)
-        numbers.append(_numbers(subject, slices(tables, subject.problem.sources, subject.target)))
+        numbers.append(_numbers(subject, slices(tables, subject.protocol.sources, subject.target)))
         table += _rows(subject, tables)
         figures += draw_confusions(tables, subject, folder, f"confusion-{n + 1}")
         shown = [answer for answer in answers if subject.target in (None, answer.domain)]

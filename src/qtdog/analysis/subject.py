@@ -24,7 +24,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
 from qtdog.training.load import LoadedModel, load_model
-from qtdog.training.protocol import Problem, make_problem, open_inputs
+from qtdog.training.protocol import DomainProtocol, make_protocol, open_inputs
 
 
 def latent_weights(folder: RunFolder, config: Config) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class Subject:
         config: its configuration.
         model: what it ships: plain, dequantized weights, in evaluation mode.
         dataset: the images it was made from.
-        problem: which domains are sources, which is the target, which images are held out.
+        protocol: which domains are sources, which is the target, which images are held out.
         id: of its model file, see `model_id`.
     """
 
@@ -116,23 +116,23 @@ class Subject:
     config: Config
     model: LoadedModel
     dataset: DomainDataset
-    problem: Problem
+    protocol: DomainProtocol
     id: str
 
     @property
     def target(self) -> str | None:
         """The unseen domain, or None."""
-        return self.problem.target
+        return self.protocol.target
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The sources, then the target."""
-        return (*self.problem.sources, *([self.target] if self.target else []))
+        return (*self.protocol.sources, *([self.target] if self.target else []))
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
         """The domains of each role, `sources` and, if there is one, `target`."""
-        return {"sources": self.problem.sources} | ({"target": (self.target,)} if self.target else {})
+        return {"sources": self.protocol.sources} | ({"target": (self.target,)} if self.target else {})
 
     def to_json(self) -> dict[str, Any]:
         """Return what `analysis.json` says of the run."""
@@ -208,7 +208,7 @@ def open_subjects(
             config=config,
             model=load_model(folder.model_file, device=device),
             dataset=dataset,
-            problem=make_problem(config, dataset),
+            protocol=make_protocol(config, dataset),
             id=identity,
         )
         for label, identity, (folder, config) in zip(labels, ids, runs, strict=True)
@@ -232,8 +232,8 @@ def domain_images(subject: Subject, domain: str, n: int | None, seed: int, progr
         ConfigError: the run kept no images of its sources back.
         DataError: an image cannot be read.
     """
-    split = subject.problem.splits[domain]
-    if domain != subject.target and subject.problem.train_on_heldout:
+    split = subject.protocol.splits[domain]
+    if domain != subject.target and subject.protocol.train_on_heldout:
         raise ConfigError(f"{subject.folder.path} trained on all images of its sources: none is left to measure on")
     pool = np.sort(split.everything if domain == subject.target else split.heldout)
     if n is not None and n < len(pool):
@@ -269,7 +269,7 @@ def training_images(subject: Subject, n: int, seed: int) -> Images:
     Raises:
         DataError: an image cannot be read.
     """
-    pools = subject.problem.train_pools()
+    pools = subject.protocol.train_pools()
     drawn = [
         np.sort(numpy_stream(seed, "analysis", "train", domain).choice(pool, min(n, len(pool)), replace=False))
         for domain, pool in pools.items()

@@ -18,10 +18,9 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
-from qtdog.training.fork import train_prefix
+from qtdog.training.fork import reseeded
 from qtdog.training.protocol import dataset_layer, resolve
-from qtdog.training.resume import reseeded
-from qtdog.training.run import Voice
+from qtdog.training.run import RunCallbacks, train_fork_point
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Crew:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ForkPoint:
     """The float steps that several runs share.
 
     Attributes:
@@ -77,17 +76,17 @@ class Beginning:
         """How many steps are shared."""
         return self.until or self.config.start_step or 0
 
-    def checkpoint(self, config: Config, dataset: DomainDataset, voice: Voice) -> Checkpoint:
+    def checkpoint(self, config: Config, dataset: DomainDataset, callbacks: RunCallbacks) -> Checkpoint:
         """Return where the run of `config` begins, trained now unless that was done before.
 
         Raises:
-            ConfigError, RunError: as in `training.fork.train_prefix`.
+            ConfigError, RunError: as in `training.run.train_fork_point`.
         """
-        made = train_prefix(self.config, dataset, self.folder, until=self.until, voice=voice)
+        made = train_fork_point(self.config, dataset, self.folder, until=self.until, callbacks=callbacks)
         return reseeded(made, config.train.seed)
 
     def check(self, result: dict[str, Any], folder: RunFolder) -> None:
-        """Refuse a finished run that has another beginning: its configuration does not show it.
+        """Refuse a finished run that has another fork point: its configuration does not show it.
 
         Raises:
             RunError: naming the folder.
@@ -187,12 +186,12 @@ class Planned:
     Attributes:
         config: effective.
         folder: where.
-        beginning: the float steps that it shares with other runs; None to train from its own start.
+        fork_point: the float steps that it shares with other runs; None to train from its own start.
     """
 
     config: Config
     folder: RunFolder
-    beginning: Beginning | None = None
+    fork_point: ForkPoint | None = None
 
 
 @dataclass(frozen=True)
@@ -273,14 +272,14 @@ def _members(config: Config, target: str, crew: Crew) -> list[Config]:
 def _crew_plan(request: Request, configs: Sequence[Config], *, several: bool) -> list[Planned]:
     crew, out = request.crew, request.out
     if out is None and crew.fork_at:
-        # a run with a foreign beginning must not take the name of the run that began itself
+        # a run with a foreign fork point must not take the name of the run that began itself
         out = Path("runs") / f"{config_hash(configs[0])}-fork-{crew.fork_at}"
     folders = [RunFolder(_place(out, one, several=several, members=crew.members)) for one in configs]
-    beginning = None
+    fork_point = None
     if crew.fork_at and out is not None:
         name = configs[0].data.target.replace("/", "_")
-        beginning = Beginning(configs[0], RunFolder(out / f"{name}-beginning"), crew.until)
-    return [Planned(one, folder, beginning) for one, folder in zip(configs, folders, strict=True)]
+        fork_point = ForkPoint(configs[0], RunFolder(out / f"{name}-beginning"), crew.until)
+    return [Planned(one, folder, fork_point) for one, folder in zip(configs, folders, strict=True)]
 
 
 def with_saved_crew(request: Request) -> Request:

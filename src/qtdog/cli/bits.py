@@ -227,7 +227,7 @@ def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
         highlight=False,
     )
     say = _Counter(n_sources * (1 + n_candidates))
-    trials = BitTrials(plan, folder, _voice(), say, CountingBar("flatness")).run()
+    trials = BitTrials(plan, folder, _callbacks(), say, CountingBar("flatness")).run()
     choice = choose(trials)
     headers, rows = choice_table(choice)
     radii = sorted(trial.gamma for trial in trials if trial.gamma is not None)
@@ -252,7 +252,7 @@ def _mixed(plan: BitPlan, budget: float, n_vectors: int, folder: Path) -> dict[s
 
     err.print(f"{plan.start:,} float steps on all sources, then the curvature of each layer", highlight=False)
     bar = CountingBar("curvature")
-    choice = choose_layer_bits(plan, budget, folder, n_vectors=n_vectors, voice=_voice(), progress=bar)
+    choice = choose_layer_bits(plan, budget, folder, n_vectors=n_vectors, callbacks=_callbacks(), progress=bar)
     if SPEAKS:
         write_atomic(folder / LAYER_BITS, choice.to_yaml())
     headers, rows = layer_table(choice)
@@ -286,11 +286,11 @@ class _Counter:
         err.print(f"{self._done}/{self._total}  {text}", highlight=False, markup=False)
 
 
-def _voice() -> Any:
-    from qtdog.cli.console import CountingBar, training_bar, warn
-    from qtdog.training.run import Voice
+def _callbacks() -> Any:
+    from qtdog.cli.console import CountingBar, TrainingBar, warn
+    from qtdog.training.run import RunCallbacks
 
-    return Voice(training_bar, CountingBar("decoding images"), warn)
+    return RunCallbacks(TrainingBar(), CountingBar("decoding images"), warn)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from qtdog.core.progress import RunCallback
+
 if TYPE_CHECKING:  # the command line must answer --help at once
     from qtdog.core.config import Config
     from qtdog.runs.record import Record
@@ -70,12 +72,29 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     out.print(table)
 
 
-class TrainingBar:
+class TrainingBar(RunCallback):
     """Shows loss, source accuracy, images per second and time left."""
 
-    def __init__(self, progress: Progress, task: TaskID, config: Config, start: int) -> None:
-        self._progress, self._task, self._steps, self._shown = progress, task, config.train.steps, 0.0
-        self._n_images, self._started, self._start = 0, time.perf_counter(), start
+    def on_start(self, config: Config, step: int) -> None:
+        """Show the title and an empty bar."""
+        from qtdog.runs.entry import method_name
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  source {task.fields[source]}  {task.fields[rate]} images/s"),
+            TimeRemainingColumn(),
+        )
+        title = f"{method_name(config.model_dump())}, unseen: {config.data.target}"
+        if not err.is_terminal:
+            err.print(title, highlight=False, markup=False, soft_wrap=True)
+        self._progress = Progress(*columns, console=err, disable=not err.is_terminal)
+        self._progress.start()
+        self._task = self._progress.add_task(
+            title, total=config.train.steps, completed=step, loss="–", source="–", rate="–"
+        )
+        self._steps, self._shown, self._n_images, self._started = config.train.steps, 0.0, 0, time.perf_counter()
 
     def on_step(self, step: int, loss: float, n_images: int) -> None:
         """Move the bar."""
@@ -98,25 +117,9 @@ class TrainingBar:
             step = f"step {record.seen.step}/{self._steps}"
             err.print(f"  {step}{loss}  source {source}{target}", highlight=False, soft_wrap=True)
 
-
-@contextlib.contextmanager
-def training_bar(config: Config, start: int) -> Iterator[TrainingBar]:
-    """Yield the watcher of one run that begins at step `start`."""
-    from qtdog.runs.entry import method_name
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  source {task.fields[source]}  {task.fields[rate]} images/s"),
-        TimeRemainingColumn(),
-    )
-    title = f"{method_name(config.model_dump())}, unseen: {config.data.target}"
-    if not err.is_terminal:
-        err.print(title, highlight=False, markup=False, soft_wrap=True)
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task(title, total=config.train.steps, completed=start, loss="–", source="–", rate="–")
-        yield TrainingBar(progress, task, config, start)
+    def on_end(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
 
 
 class CountingBar:

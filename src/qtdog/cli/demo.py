@@ -51,10 +51,10 @@ def run_target(out: Path, target: str, steps: int) -> list[dict[str, Any]]:
     crew = Crew(MEMBERS, fork_at="start")
     dataset, members = make_plan(Request(flags | {"quantizer": "lsq", "bits": 7}, crew=crew, out=out, resume=True))
     _, (single,) = make_plan(Request(flags | {"quantizer": "none"}, out=out / f"{target}-float", resume=True))
-    beginning = members[0].beginning
-    assert beginning is not None
+    fork_point = members[0].fork_point
+    assert fork_point is not None
     # the float run goes on where the quantized ones begin: its steps until then are theirs
-    single = replace(single, beginning=replace(beginning, until=beginning.step))
+    single = replace(single, fork_point=replace(fork_point, until=fork_point.step))
     first, *_ = run_all(dataset, members[:1], resume=True)
     results = [*run_all(dataset, [single], resume=True), first]
     run_all(dataset, members[1:], resume=True)

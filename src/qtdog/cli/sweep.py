@@ -35,7 +35,7 @@ from qtdog.sweep.ray import RayEngine
 from qtdog.sweep.runner import Engine
 from qtdog.sweep.slurm import Job, SlurmEngine, batch_script
 from qtdog.sweep.study import read_study
-from qtdog.training.loggers import watched
+from qtdog.training.loggers import with_loggers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,7 @@ class Machines:
         """
         readers = {"--address": ("ray",), "--partition": ("slurm",)}
         given = {"--address": self.address, "--partition": self.partition}
-        watched(self.loggers, Path())
+        with_loggers(self.loggers, Path())
         if self.loggers and self.engine != "local":
             raise ConfigError("--log is for --engine local; on a cluster look at the run folders")
         for flag, engines in readers.items():

@@ -145,22 +145,24 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
     """Make every planned run, one after another, and return their results with folder and method."""
     from dataclasses import replace
 
-    from qtdog.cli.console import SPEAKS, CountingBar, training_bar, warn
+    from qtdog.cli.console import SPEAKS, CountingBar, TrainingBar, warn
     from qtdog.ensemble.teacher import load_teacher
     from qtdog.runs.entry import method_name
-    from qtdog.training.loggers import watched
-    from qtdog.training.run import Voice, run
+    from qtdog.training.loggers import with_loggers
+    from qtdog.training.run import RunCallbacks, run
 
-    voice = Voice(training_bar, CountingBar("decoding images"), warn, CountingBar("quantizing after training"))
+    callbacks = RunCallbacks(
+        TrainingBar(), CountingBar("decoding images"), warn, CountingBar("quantizing after training")
+    )
     results = []
     for planned in plan:
-        config, folder, shared = planned.config, planned.folder, planned.beginning
+        config, folder, shared = planned.config, planned.folder, planned.fork_point
         start = None
         if shared is not None and folder.read_result() is None:
-            start = shared.checkpoint(config, dataset, voice)
+            start = shared.checkpoint(config, dataset, callbacks)
         teacher = load_teacher(config, dataset)
-        heard = replace(voice, watcher=watched(loggers if SPEAKS else (), folder.path, training_bar))
-        result = run(config, dataset, folder, resume=resume, voice=heard, fork_from=start, teacher=teacher)
+        heard = replace(callbacks, callback=with_loggers(loggers if SPEAKS else (), folder.path, callbacks.callback))
+        result = run(config, dataset, folder, resume=resume, callbacks=heard, fork_from=start, teacher=teacher)
         if shared is not None:
             shared.check(result, folder)
         told = {"method": method_name(config.model_dump()), "folder": str(folder.path)}
@@ -349,23 +351,23 @@ def dart(
     """
     given = dict(locals())
     from qtdog.api.experiment import FLAGS, Request, make_plan
-    from qtdog.cli.console import CountingBar, print_json, training_bar, warn
+    from qtdog.cli.console import CountingBar, TrainingBar, print_json, warn
     from qtdog.core.errors import ConfigError
     from qtdog.runs.entry import method_name
     from qtdog.training.dart import dart as train_branches
-    from qtdog.training.protocol import make_problem
-    from qtdog.training.run import Voice
+    from qtdog.training.protocol import make_protocol
+    from qtdog.training.run import RunCallbacks
 
     flags = {name: given[name] for name in FLAGS if name in given}
     dataset, plan = make_plan(Request(flags, preset or (), assign or (), out=out), CountingBar("reading images"))
     if len(plan) > 1:
         raise ConfigError("dart takes one --target at a time")
     config = plan[0].config
-    configs = _branches(config, make_problem(config, dataset).sources, branch or ())
+    configs = _branches(config, make_protocol(config, dataset).sources, branch or ())
     announce(dataset)
-    voice = Voice(training_bar, CountingBar("decoding images"), warn)
+    callbacks = RunCallbacks(TrainingBar(), CountingBar("decoding images"), warn)
     every = merge_every or max(1, config.train.steps // 10)
-    result = train_branches(configs, dataset, out, merge_every=every, resume=resume, voice=voice)
+    result = train_branches(configs, dataset, out, merge_every=every, resume=resume, callbacks=callbacks)
     told = {"method": f"{method_name(config.model_dump())}, dart", "folder": str(out)}
     result |= told | {"training_steps": config.train.steps * len(configs)}
     print_json(result) if as_json else show([result])

@@ -25,7 +25,7 @@ from qtdog.runs.record import Score, merge_scores
 from qtdog.training.build import make_accelerator
 from qtdog.training.evaluation import EVAL_BATCH
 from qtdog.training.load import LoadedModel
-from qtdog.training.protocol import Problem, make_problem, open_inputs, resolve
+from qtdog.training.protocol import DomainProtocol, make_protocol, open_inputs, resolve
 
 KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
 
@@ -133,13 +133,13 @@ Scores = dict[str, list[Score]]
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The images of a problem, and what may be asked of them.
+    """The images of a protocol, and what may be asked of them.
 
     Attributes:
         config: of a member; it names the target and the splits.
         dataset: the data it names.
         cache: its decoded images.
-        problem: the roles of the images.
+        protocol: the roles of the images.
         same_splits: whether all members held out the same images.
         device: where to compute.
     """
@@ -147,14 +147,14 @@ class EvaluationSet:
     config: Config
     dataset: DomainDataset
     cache: DecodedCache
-    problem: Problem
+    protocol: DomainProtocol
     same_splits: bool
     device: torch.device
 
     @property
     def has_source(self) -> bool:
         """Whether there are source images that no member was trained on; without them the sources say nothing."""
-        return self.same_splits and not self.problem.train_on_heldout
+        return self.same_splits and not self.protocol.train_on_heldout
 
     def source(self, answers: Classifier, kept: Kept | None = None) -> Scores:
         """Return the scores on the held-out part of each source.
@@ -167,7 +167,7 @@ class EvaluationSet:
         """
         if not self.has_source:
             return {}
-        return {domain: self._score(answers, part, kept) for domain, part in self.problem.selection_sets().items()}
+        return {domain: self._score(answers, part, kept) for domain, part in self.protocol.selection_sets().items()}
 
     def test(self, answers: Classifier, kept: Kept | None = None) -> tuple[Scores, Scores]:
         """Return the scores on the test images, and on the 80 % of the target that DomainBed's tables report.
@@ -179,9 +179,9 @@ class EvaluationSet:
             answers: what is scored.
             kept: where to put logits and labels of the test images besides.
         """
-        splits, target = self.problem.splits, self.problem.target
+        splits, target = self.protocol.splits, self.protocol.target
         if self.config.data.test_mode == "in-domain":
-            domains = self.problem.sources if self.same_splits else ()
+            domains = self.protocol.sources if self.same_splits else ()
             return {domain: self._score(answers, splits[domain].test, kept) for domain in domains}, {}
         if target is None:
             return {}, {}
@@ -210,7 +210,7 @@ def open_evaluation_set(
         dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
     )
     device = make_accelerator(config).device
-    return EvaluationSet(config, dataset, cache, make_problem(config, dataset), same_splits, device)
+    return EvaluationSet(config, dataset, cache, make_protocol(config, dataset), same_splits, device)
 
 
 @torch.no_grad()

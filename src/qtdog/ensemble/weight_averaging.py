@@ -14,20 +14,20 @@ from qtdog.conversion.save import bake
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError
+from qtdog.core.progress import RunCallback
 from qtdog.ensemble.evaluation import EvaluationSet, mean_accuracy
 from qtdog.ensemble.members import Member, check_one_start
 from qtdog.models.network import Network, place_
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import AVERAGERS, snapshot
-from qtdog.training.build import compose, make_accelerator, make_quantizer
+from qtdog.training.build import build_components, make_accelerator, make_quantizer
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
 from qtdog.training.components import RunState
 from qtdog.training.finalize import final_network_
+from qtdog.training.fork import load_plain_
 from qtdog.training.load import empty_network
 from qtdog.training.loop import Doors, Track, train
-from qtdog.training.resume import load_plain_
-from qtdog.training.run import Silent
 
 State = dict[str, Tensor]
 
@@ -170,7 +170,7 @@ def tune(weights: State, config: Config, evaluation_set: EvaluationSet, steps: i
         NonFiniteLossError: the loss became NaN.
     """
     config = tune_config(config, steps)
-    parts = compose(config, evaluation_set.dataset, evaluation_set.problem, make_accelerator(config))
+    parts = build_components(config, evaluation_set.dataset, evaluation_set.protocol, make_accelerator(config))
     if parts.objective.state_dict():
         text = f"objective '{config.objective.name}' has weights of its own, which are not averaged"
         raise ConfigError(f"--tune: {text}; leave --tune out")
@@ -179,7 +179,7 @@ def tune(weights: State, config: Config, evaluation_set: EvaluationSet, steps: i
     state = RunState()
     state.add_line(parts.evaluate(0, True, None, lambda: None).to_json())
     state.selected = snapshot(parts.network)
-    ignore = Doors(save=lambda state: None, keep_line=lambda line: None, check=lambda: None, watcher=Silent())
+    ignore = Doors(save=lambda state: None, keep_line=lambda line: None, check=lambda: None, callback=RunCallback())
     train(Track(parts, state, ignore))
     final_network_(parts, state)
     return parts.network

@@ -20,10 +20,10 @@ from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, read_journal
 from qtdog.sweep.plan import Task
 from qtdog.sweep.runner import is_done, step_of
-from qtdog.training.build import compose, make_accelerator
-from qtdog.training.components import Parts
+from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.components import Components
 from qtdog.training.loop import begin_step, update
-from qtdog.training.protocol import make_problem
+from qtdog.training.protocol import make_protocol
 
 OVERHEAD = 1.2  # until something was measured
 
@@ -235,20 +235,20 @@ def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
             other at every operation, and would tell nothing of a run with one.
 
     Raises:
-        ConfigError, DataError, ModelError: as in `training.build.compose`.
+        ConfigError, DataError, ModelError: as in `training.build.build_components`.
     """
     short = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        parts = compose(short, dataset, make_problem(short, dataset), make_accelerator(short))
+        parts = build_components(short, dataset, make_protocol(short, dataset), make_accelerator(short))
         parts.network.train()
         return statistics.median([_step_s(parts, step) for step in range(PROBE_STEPS + 1)][1:])  # one makes buffers
     finally:
         torch.set_num_threads(before)
 
 
-def _step_s(parts: Parts, step: int) -> float:
+def _step_s(parts: Components, step: int) -> float:
     started = time.perf_counter()
     begin_step(parts, step)
     update(parts, parts.batches.batch(step), step)

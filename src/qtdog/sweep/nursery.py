@@ -28,7 +28,7 @@ from qtdog.data.open import open_any
 from qtdog.sweep.journal import Outcome, state_folder
 from qtdog.sweep.local import GPU_VARIABLE
 from qtdog.sweep.plan import Task
-from qtdog.sweep.worker import perform, quiet_voice
+from qtdog.sweep.worker import perform, quiet_callbacks
 
 POLL_S = 0.05
 STDIN, STDOUT = 0, 1
@@ -90,7 +90,7 @@ def _work(task: Task, job: Job, nursery: int, gpu: str) -> None:
     if gpu:
         print(f"{task.name} on GPU {gpu}", flush=True)
     torch.set_num_threads(job.threads)
-    outcome = perform(task, job.out, job.dataset, quiet_voice(job.loggers, task.folder(job.out)))
+    outcome = perform(task, job.out, job.dataset, quiet_callbacks(job.loggers, task.folder(job.out)))
     os.write(
         answer, json.dumps(asdict(outcome), ensure_ascii=False).encode() + b"\n"
     )  # short enough to be written in one piece

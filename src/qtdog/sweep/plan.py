@@ -27,8 +27,7 @@ from qtdog.sweep.study import (
     skips_unreadable,
 )
 from qtdog.training.build import AVERAGERS
-from qtdog.training.fork import prefix_config
-from qtdog.training.resume import fork_obstacle
+from qtdog.training.fork import fork_obstacle, fork_point_config
 
 Kind = Literal["prefix", "run", "ensemble"]
 
@@ -205,7 +204,7 @@ def _beginning(config: Config) -> tuple[str, Config] | None:
     step = config.decay_from if config.start_step is None else config.start_step
     plain = {"schedule": "constant", "decay_from": step, "step_size_lr": 1.0}
     shared = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=plain)})
-    prefix = prefix_config(shared)
+    prefix = fork_point_config(shared)
     averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
     if fork_obstacle(prefix, config, averager, step):
         return None

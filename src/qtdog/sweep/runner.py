@@ -20,8 +20,8 @@ from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, forget_failure, keep_failure, keep_journal, last_line, read_failures
 from qtdog.sweep.plan import Task, keep_sharing
 from qtdog.sweep.study import raise_all
-from qtdog.training.build import compose, make_accelerator
-from qtdog.training.protocol import make_problem
+from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.protocol import make_protocol
 from qtdog.training.signals import StopRequest
 
 # What differs between runs without deciding whether their parts go together.
@@ -67,9 +67,9 @@ def _kind(config: Config) -> str:
 
 def _mistake(config: Config, dataset: DomainDataset, progress: Progress) -> str | None:
     try:
-        problem = make_problem(config, dataset)
+        protocol = make_protocol(config, dataset)
         teacher = load_teacher(config, dataset)
-        compose(config, dataset, problem, make_accelerator(config), progress, teacher=teacher)
+        build_components(config, dataset, protocol, make_accelerator(config), progress, teacher=teacher)
     except (ConfigError, DataError, ModelError) as error:
         return str(error)
     return None

@@ -31,10 +31,9 @@ from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, Status
 from qtdog.sweep.plan import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
-from qtdog.training.fork import train_prefix
-from qtdog.training.loggers import watched
-from qtdog.training.run import Voice, run
-from qtdog.training.shared_updates import Companion
+from qtdog.training.loggers import with_loggers
+from qtdog.training.run import RunCallbacks, run, train_fork_point
+from qtdog.training.shared_updates import SharedRun
 
 Parcels = Mapping[str, bytes]  # folder name → its content
 
@@ -96,21 +95,21 @@ def inputs(task: Task, out: Path) -> dict[str, bytes]:
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-def perform(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> Outcome:
+def perform(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> Outcome:
     """Do a task, or go on with it, and return how it ended; never raises an Exception.
 
     Args:
         task: what to do; what it needs is done.
         out: the sweep's folder.
         dataset: the data that the task's configuration names, whole: `data.skip_unreadable` is done here.
-        voice: how runs speak.
+        callbacks: how runs speak.
     """
     started = time.perf_counter()
     status: Status
     try:
         if _skips_unreadable(task, out):
-            dataset = without_unreadable(dataset, voice.progress)
-        trained_s = _WORK[task.kind](task, out, dataset, voice)
+            dataset = without_unreadable(dataset, callbacks.progress)
+        trained_s = _WORK[task.kind](task, out, dataset, callbacks)
         return Outcome(task.name, "done", seconds=_since(started), trained_s=trained_s)
     except FolderInUseError as error:
         status, caught = "busy", error
@@ -125,13 +124,13 @@ def perform(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> Outc
     return Outcome(task.name, status, reason[:1000], type(caught).__name__, seconds=_since(started))
 
 
-def quiet_voice(loggers: Sequence[str], folder: Path) -> Voice:
+def quiet_callbacks(loggers: Sequence[str], folder: Path) -> RunCallbacks:
     """Return how a run speaks where nobody watches: warnings to standard error, numbers to the loggers.
 
     Raises:
         ConfigError: an unknown logger.
     """
-    return Voice(watched(loggers, folder), warn=lambda text: print(text, file=sys.stderr, flush=True))
+    return RunCallbacks(with_loggers(loggers, folder), warn=lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -154,19 +153,26 @@ def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _run(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> float:
+def _run(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> float:
     assert task.config is not None
     folder = RunFolder(task.folder(out))
-    start = _checkpoint(task, out, voice)
+    start = _checkpoint(task, out, callbacks)
     teacher = load_teacher(task.config, dataset)
-    along = [Companion(config, RunFolder(out / name)) for name, config in task.along]
+    along = [SharedRun(config, RunFolder(out / name)) for name, config in task.along]
     result = run(
-        task.config, dataset, folder, resume=True, voice=voice, fork_from=start, teacher=teacher, companions=along
+        task.config,
+        dataset,
+        folder,
+        resume=True,
+        callbacks=callbacks,
+        fork_from=start,
+        teacher=teacher,
+        companions=along,
     )
     return float(result["trained_s"])
 
 
-def _checkpoint(task: Task, out: Path, voice: Voice) -> Checkpoint | None:
+def _checkpoint(task: Task, out: Path, callbacks: RunCallbacks) -> Checkpoint | None:
     """Return where a run begins; None for step 0, also where the beginning is gone: the outcome is the same."""
     path = RunFolder(out / task.begin).checkpoints / f"step-{task.step:08d}"
     if not task.begin or not path.is_dir():
@@ -174,17 +180,17 @@ def _checkpoint(task: Task, out: Path, voice: Voice) -> Checkpoint | None:
     try:
         return read_checkpoint(path)
     except QtdogError as error:
-        voice.warn(f"{error}; training from step 0 instead")
+        callbacks.warn(f"{error}; training from step 0 instead")
         return None
 
 
-def _prefix(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> float:
+def _prefix(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> float:
     assert task.config is not None
-    made = train_prefix(task.config, dataset, RunFolder(task.folder(out)), until=task.step, voice=voice)
+    made = train_fork_point(task.config, dataset, RunFolder(task.folder(out)), until=task.step, callbacks=callbacks)
     return float(made.state.get("trained_s", 0.0))
 
 
-def _ensemble(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> float:
+def _ensemble(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> float:
     assert task.join is not None
     folder = RunFolder(task.folder(out))
     spec = EnsembleSpec(task.join.kind, folder.model_file, Recipe(pick=task.join.pick))
@@ -192,13 +198,13 @@ def _ensemble(task: Task, out: Path, dataset: DomainDataset, voice: Voice) -> fl
     with folder.lock():
         if finished(members, spec) is None:
             evaluation_set = open_evaluation_set(
-                members[0].config, dataset, same_splits=share_splits(members), progress=voice.progress
+                members[0].config, dataset, same_splits=share_splits(members), progress=callbacks.progress
             )
-            assemble(members, spec, evaluation_set, warn=voice.warn)
+            assemble(members, spec, evaluation_set, warn=callbacks.warn)
     return 0.0
 
 
-_WORK: dict[str, Callable[[Task, Path, DomainDataset, Voice], Any]] = {
+_WORK: dict[str, Callable[[Task, Path, DomainDataset, RunCallbacks], Any]] = {
     "run": _run,
     "prefix": _prefix,
     "ensemble": _ensemble,
@@ -226,8 +232,8 @@ def do_task(tree: dict[str, Any], out: str, source: str, threads: int) -> Answer
         the outcome, as a dictionary.
     """
     torch.set_num_threads(threads)
-    voice = Voice(warn=lambda text: print(text, file=sys.stderr, flush=True))
-    return asdict(perform(Task.from_json(tree), Path(out), _dataset(source), voice))
+    callbacks = RunCallbacks(warn=lambda text: print(text, file=sys.stderr, flush=True))
+    return asdict(perform(Task.from_json(tree), Path(out), _dataset(source), callbacks))
 
 
 def do_task_elsewhere(tree: dict[str, Any], parcels: Parcels, source: str, threads: int) -> tuple[Answer, bytes]:

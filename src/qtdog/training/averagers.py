@@ -21,7 +21,7 @@ class Averager(ABC):
     Everything is over the network's state dict: latent weights, step sizes and buffers. The average is of the floating
     point entries; others (INQ's masks, batch counters) are not in it, so that they stay those of the last update. Step
     sizes learned on a log scale are averaged as they are: it is their geometric mean. Only weights that could ship
-    count (`Parts.selectable`): none before the start step, with INQ none before the last stage.
+    count (`Components.selectable`): none before the start step, with INQ none before the last stage.
 
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.

@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from qtdog.models.network import Network
-from qtdog.training.components import Parts
+from qtdog.training.components import Components
 
 N_BATCHES = 50
 
 
-def fit_batch_norm_(parts: Parts) -> None:
+def fit_batch_norm_(parts: Components) -> None:
     """Re-estimate the running statistics for the weights that the network now has, where they are not frozen.
 
     Statistics gathered while the weights moved do not fit their average (Izmailov et al., UAI 2018, section 3.2). They
@@ -39,7 +39,7 @@ def fit_batch_norm_(parts: Parts) -> None:
             buffer.copy_(shared)
 
 
-def take_batch_norm_of_the_first_process_(parts: Parts) -> None:
+def take_batch_norm_of_the_first_process_(parts: Components) -> None:
     """Give every process the running statistics of the first, which are those that ship.
 
     A training step begins with that (`DistributedDataParallel`), but its forward pass then moves each process's own: an

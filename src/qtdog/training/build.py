@@ -27,9 +27,9 @@ from qtdog.objectives.base import OBJECTIVES, Objective, Setting
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.training.averagers import AVERAGERS, Averager
-from qtdog.training.components import Parts, Trainable
+from qtdog.training.components import Components, Trainable
 from qtdog.training.evaluation import Evaluator
-from qtdog.training.protocol import Problem, check_input, open_inputs
+from qtdog.training.protocol import DomainProtocol, check_input, open_inputs
 from qtdog.training.step_rules import STEP_RULES
 
 import_members("qtdog.objectives")
@@ -48,15 +48,15 @@ def make_accelerator(config: Config) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
 
 
-def compose(
+def build_components(
     config: Config,
     dataset: DomainDataset,
-    problem: Problem,
+    protocol: DomainProtocol,
     accelerator: Accelerator,
     progress: Progress = None,
     *,
     teacher: Teacher | None = None,
-) -> Parts:
+) -> Components:
     """Return the objects that `config` names, on the device, ready for `training.loop.train`.
 
     Raises:
@@ -73,9 +73,9 @@ def compose(
     check_input(config, dataset)
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
-    setting = _setting(config, problem, network, accelerator.num_processes, dataset.sheet.channels)
+    setting = _setting(config, protocol, network, accelerator.num_processes, dataset.sheet.channels)
     objective = make_objective(setting, config.objective.params)
-    objective = _taught(objective, config.objective, teacher).to(accelerator.device)
+    objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     with accelerator.main_process_first():
@@ -85,19 +85,21 @@ def compose(
         )
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
-    return Parts(
+    return Components(
         config=config,
         accelerator=accelerator,
         network=network,
         model=model,
         optimizer=prepared,
         quantizer=quantizer,
-        batches=_batches(config, dataset, problem, cache, accelerator),
+        batches=_batches(config, dataset, protocol, cache, accelerator),
         objective=objective,
         step_rule=step_rule,
         averager=averager,
         base_lrs=tuple(group["lr"] for group in optimizer.param_groups),
-        evaluate=Evaluator(network, accelerator, cache, dataset.class_index, problem, config.data.test_mode, mean, std),
+        evaluate=Evaluator(
+            network, accelerator, cache, dataset.class_index, protocol, config.data.test_mode, mean, std
+        ),
     )
 
 
@@ -139,7 +141,12 @@ def _check_feature_layer(config: Config) -> None:
         raise ConfigError(f"{text}. Add --objective {fitting[0]}, or take another feature layer.")
 
 
-def _taught(objective: Objective, how: ObjectiveConfig, teacher: Teacher | None) -> Objective:
+def with_teacher(objective: Objective, how: ObjectiveConfig, teacher: Teacher | None) -> Objective:
+    """Return the objective with the distillation from a teacher, if the configuration names one.
+
+    Raises:
+        ConfigError: it names a teacher and none is given, or the other way round.
+    """
     if (teacher is None) == bool(how.teacher_sha256):
         raise ConfigError(
             "this run learns from a teacher, and none was given: train it with qtdog distill or qtdog train"
@@ -149,10 +156,10 @@ def _taught(objective: Objective, how: ObjectiveConfig, teacher: Teacher | None)
     return Distill(objective, teacher, weight=how.teacher_weight, temperature=how.teacher_temperature)
 
 
-def _setting(config: Config, problem: Problem, network: Network, n_processes: int, channels: int) -> Setting:
-    sizes = batch_sizes(problem.sources, config.data.batch_size, config.data.focus)
+def _setting(config: Config, protocol: DomainProtocol, network: Network, n_processes: int, channels: int) -> Setting:
+    sizes = batch_sizes(protocol.sources, config.data.batch_size, config.data.focus)
     return Setting(
-        n_domains=len(problem.sources),
+        n_domains=len(protocol.sources),
         n_classes=network.classifier.out_features,
         n_features=network.classifier.in_features,
         batch_size=min(sizes),
@@ -204,13 +211,13 @@ def make_optimizer(
 
 
 def _batches(
-    config: Config, dataset: DomainDataset, problem: Problem, cache: DecodedCache, accelerator: Accelerator
+    config: Config, dataset: DomainDataset, protocol: DomainProtocol, cache: DecodedCache, accelerator: Accelerator
 ) -> TrainBatches:
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
     return TrainBatches(
         cache,
         dataset.class_index,
-        problem.train_pools(),
+        protocol.train_pools(),
         batch_size=config.data.batch_size,
         seed=config.train.seed,
         augment=config.data.augment,

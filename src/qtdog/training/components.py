@@ -63,7 +63,7 @@ class Trainable(nn.Module):
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What the loop runs.
 
     Attributes:

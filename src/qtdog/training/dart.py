@@ -22,13 +22,12 @@ from qtdog.runs.folder import RunFolder
 from qtdog.runs.selection import select
 from qtdog.training.averagers import Average, State, float_names, snapshot
 from qtdog.training.batch_norm import fit_batch_norm_
-from qtdog.training.build import compose, make_accelerator
+from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
-from qtdog.training.components import Parts, RunState
-from qtdog.training.finalize import Final, finish
-from qtdog.training.protocol import Problem, make_problem
-from qtdog.training.resume import begin
-from qtdog.training.run import Voice, drive
+from qtdog.training.components import Components, RunState
+from qtdog.training.finalize import Final, write_result
+from qtdog.training.protocol import DomainProtocol, make_protocol
+from qtdog.training.run import RunCallbacks, drive, initial_state
 
 # What may differ between branches: all that leaves the network and the held-out images alike.
 FREE = ("data.augment", "data.focus", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")
@@ -40,7 +39,7 @@ OWN = ("num_batches_tracked", "drawn_for")
 class Branch:
     """One of the runs, at the step where `state` stands."""
 
-    parts: Parts
+    parts: Components
     state: RunState
     folder: RunFolder
 
@@ -52,7 +51,7 @@ def dart(
     *,
     merge_every: int,
     resume: bool = False,
-    voice: Voice | None = None,
+    callbacks: RunCallbacks | None = None,
 ) -> dict[str, Any]:
     """Train branches side by side, merging them every `merge_every` steps, ship a merged network, return the result.
 
@@ -71,7 +70,7 @@ def dart(
             in memory at once.
         merge_every: steps between merges; the paper's code takes 1,000 of 10,000. The end is always a merge.
         resume: go on where the folders stand, bit for bit as if nothing had happened.
-        voice: how to speak to the user; the watcher sees one branch after the other.
+        callbacks: how to speak to the user; the watcher sees one branch after the other.
 
     Raises:
         ConfigError: branches that differ where they may not, an averager or quantizer that cannot be merged, several
@@ -80,24 +79,24 @@ def dart(
     """
     check_branches(configs, merge_every)
     _claim(path, {"branches": [config_hash(config) for config in configs], "merge_every": merge_every})
-    root, voice = RunFolder(path), voice or Voice()
+    root, callbacks = RunFolder(path), callbacks or RunCallbacks()
     if (result := root.read_result()) is not None and root.model_file.is_file():
         return result
-    steps, problem = configs[0].train.steps, make_problem(configs[0], dataset)
+    steps, protocol = configs[0].train.steps, make_protocol(configs[0], dataset)
     with contextlib.ExitStack() as locks:
         branches = [
-            _open(locks, config, (dataset, problem), RunFolder(path / f"branch-{number}"), (resume, voice))
+            _open(locks, config, (dataset, protocol), RunFolder(path / f"branch-{number}"), (resume, callbacks))
             for number, config in enumerate(configs)
         ]
-        merged = latest_checkpoint(path / "merged", voice.warn) or Checkpoint(0, {}, {"lines": []})
+        merged = latest_checkpoint(path / "merged", callbacks.warn) or Checkpoint(0, {}, {"lines": []})
         for until in [*range(merge_every, steps, merge_every), steps]:
             for branch in branches:
-                _train_until(branch, until, problem, voice)
+                _train_until(branch, until, protocol, callbacks)
             if merged.step < until:
                 merged = _merge(branches, merged, until)
                 write_checkpoint(path / "merged", merged)
             _take(branches, merged)
-        return _ship(branches, merged, (problem, dataset), root, merge_every)
+        return _ship(branches, merged, (protocol, dataset), root, merge_every)
 
 
 def check_branches(configs: Sequence[Config], merge_every: int) -> None:
@@ -135,23 +134,23 @@ def _claim(path: Path, plan: dict[str, Any]) -> None:
 def _open(
     locks: contextlib.ExitStack,
     config: Config,
-    setting: tuple[DomainDataset, Problem],
+    setting: tuple[DomainDataset, DomainProtocol],
     folder: RunFolder,
-    how: tuple[bool, Voice],
+    how: tuple[bool, RunCallbacks],
 ) -> Branch:
-    resume, voice = how
+    resume, callbacks = how
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise ConfigError("branches train in one process; start without `accelerate launch`, or with --num_processes 1")
     locks.enter_context(folder.lock())
     folder.claim(config, resume=resume)
-    parts = compose(config, *setting, accelerator, voice.progress)
-    return Branch(parts, begin(parts, folder, voice.warn), folder)
+    parts = build_components(config, *setting, accelerator, callbacks.progress)
+    return Branch(parts, initial_state(parts, folder, callbacks.warn), folder)
 
 
-def _train_until(branch: Branch, step: int, problem: Problem, voice: Voice) -> None:
+def _train_until(branch: Branch, step: int, protocol: DomainProtocol, callbacks: RunCallbacks) -> None:
     if branch.state.step < step:
-        drive(branch.parts, branch.state, branch.folder, problem, voice=voice, until=step)
+        drive(branch.parts, branch.state, branch.folder, protocol, callbacks=callbacks, until=step)
 
 
 def _take(branches: Sequence[Branch], merged: Checkpoint) -> None:
@@ -196,19 +195,19 @@ def merged_state(states: Sequence[State]) -> State:
     return average.mean
 
 
-def _weights(parts: Parts, at_end: bool) -> dict[str, Tensor]:
+def _weights(parts: Components, at_end: bool) -> dict[str, Tensor]:
     averaged = parts.averager.final() if at_end else None
     return parts.network.state_dict() | (averaged or {})
 
 
-def _averaged(parts: Parts, at_end: bool) -> bool:
+def _averaged(parts: Components, at_end: bool) -> bool:
     return at_end and parts.averager.final() is not None
 
 
 def _ship(
     branches: Sequence[Branch],
     merged: Checkpoint,
-    setting: tuple[Problem, DomainDataset],
+    setting: tuple[DomainProtocol, DomainDataset],
     root: RunFolder,
     merge_every: int,
 ) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def _ship(
     about = {"n_branches": n, "merge_every": merge_every, "differences": apart}
     # The speed of one branch, not of all together, would be misleading beside the time of all.
     extra = {"kept": f"mean of {n} branches after update {chosen}", "dart": about, "images_per_s": None}
-    finish(parts, state, Final(record, extra), setting, root)
+    write_result(parts, state, Final(record, extra), setting, root)
     result = root.read_result()
     assert result is not None
     return result

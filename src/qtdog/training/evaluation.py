@@ -20,8 +20,8 @@ from qtdog.data.loader import eval_batches
 from qtdog.data.text import TextDomains
 from qtdog.models.network import Network
 from qtdog.runs.record import Record, Score, SourceRecord, merge_scores
-from qtdog.training.components import Parts
-from qtdog.training.protocol import Problem
+from qtdog.training.components import Components
+from qtdog.training.protocol import DomainProtocol
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures a network on the images of a problem.
+    """Measures a network on the images of a protocol.
 
     Attributes:
         network: evaluated in place.
         accelerator: device and processes.
         cache, class_index: images and labels of the data set.
-        problem: the roles of the images.
+        protocol: the roles of the images.
         test_mode: `target` or `in-domain`.
         mean, std: of the input, per channel.
     """
@@ -137,21 +137,21 @@ class Evaluator:
     accelerator: Accelerator
     cache: DecodedCache
     class_index: np.ndarray
-    problem: Problem
+    protocol: DomainProtocol
     test_mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, step: int, selectable: bool, train_loss: float | None, check: Callable[[], None]) -> Record:
         """Return the record of this moment."""
-        source = {domain: self.score(part, check) for domain, part in self.problem.selection_sets().items()}
+        source = {domain: self.score(part, check) for domain, part in self.protocol.selection_sets().items()}
         test, test_in = self._test_scores(check)
         return Record(SourceRecord(step, selectable, source), test, test_in, train_loss)
 
     def _test_scores(self, check: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Score]]:
-        splits, target = self.problem.splits, self.problem.target
+        splits, target = self.protocol.splits, self.protocol.target
         if self.test_mode == "in-domain":
-            return {domain: self.score(splits[domain].test, check) for domain in self.problem.sources}, {}
+            return {domain: self.score(splits[domain].test, check) for domain in self.protocol.sources}, {}
         if target is None:
             return {}, {}
         parts = [self.score(part, check) for part in (splits[target].train, splits[target].heldout)]
@@ -169,7 +169,7 @@ class Evaluator:
         return evaluate(self.network, batches, accelerator, check=check if alone else lambda: None)
 
 
-def group_scores(parts: Parts, problem: Problem, dataset: object) -> dict[str, Any]:
+def group_scores(parts: Components, protocol: DomainProtocol, dataset: object) -> dict[str, Any]:
     """Return `{"groups": {"in": …, "out": …}}`, each a `training.evaluation.GroupAccuracy`; {} without groups.
 
     "in" are texts of the sources that were neither trained nor selected on (the official id_test), "out" all of the
@@ -177,14 +177,14 @@ def group_scores(parts: Parts, problem: Problem, dataset: object) -> dict[str, A
 
     Args:
         parts: with the network that ships.
-        problem: roles of domains and texts.
+        protocol: roles of domains and texts.
         dataset: the data set.
     """
     if not isinstance(dataset, TextDomains):
         return {}
-    sets = {"in": np.concatenate([problem.splits[domain].test for domain in problem.sources])}
-    if problem.target is not None:
-        sets["out"] = problem.splits[problem.target].everything
+    sets = {"in": np.concatenate([protocol.splits[domain].test for domain in protocol.sources])}
+    if protocol.target is not None:
+        sets["out"] = protocol.splits[protocol.target].everything
     scores = {
         name: asdict(group_accuracy(_correct(parts, indices), dataset.group_index[indices]))
         for name, indices in sets.items()
@@ -194,7 +194,7 @@ def group_scores(parts: Parts, problem: Problem, dataset: object) -> dict[str, A
 
 
 @torch.no_grad()
-def _correct(parts: Parts, indices: np.ndarray) -> np.ndarray:
+def _correct(parts: Components, indices: np.ndarray) -> np.ndarray:
     """Return whether each text is answered right, bool (n,), in evaluation mode."""
     how = parts.batches
     batches = eval_batches(how.cache, indices, how.class_index, batch_size=EVAL_BATCH, mean=how.mean, std=how.std)

@@ -40,15 +40,15 @@ from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record
 from qtdog.runs.selection import select
 from qtdog.training.batch_norm import fit_batch_norm_
-from qtdog.training.components import Parts, RunState
+from qtdog.training.components import Components, RunState
 from qtdog.training.evaluation import group_scores
 from qtdog.training.load import load_model
-from qtdog.training.protocol import Problem
+from qtdog.training.protocol import DomainProtocol
 
 CALIBRATION_BATCH = 32
 
 
-def quantize_after_training_(parts: Parts, check: Callable[[], None], progress: Progress) -> dict[str, Any]:
+def quantize_after_training_(parts: Components, check: Callable[[], None], progress: Progress) -> dict[str, Any]:
     """Give the network's quantizers their codes by the method that the configuration names; return the report.
 
     The images are training images of the sources, never held-out ones, never the target's. Every process does the same
@@ -104,7 +104,7 @@ class CalibrationImages:
         indices: of the images, in their order.
     """
 
-    parts: Parts
+    parts: Components
     indices: Indices
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class CalibrationImages:
             yield images.to(self.parts.accelerator.device)
 
 
-def _take_codes_of_the_first_process_(parts: Parts) -> None:
+def _take_codes_of_the_first_process_(parts: Components) -> None:
     assert parts.quantizer is not None
     for quantizer in parts.quantizer.layers.values():
         assert isinstance(quantizer, Fixed)
@@ -141,7 +141,7 @@ class Final:
 
 
 def final_network_(
-    parts: Parts, state: RunState, *, check: Callable[[], None] = lambda: None, progress: Progress = None
+    parts: Components, state: RunState, *, check: Callable[[], None] = lambda: None, progress: Progress = None
 ) -> Final:
     """Give the network the weights that ship, and return what they measure.
 
@@ -177,7 +177,7 @@ def final_network_(
     return Final(after, kept | _of_quantized(parts, record, report, after))
 
 
-def _of_quantized(parts: Parts, before: Record, report: dict[str, Any], after: Record) -> dict[str, Any]:
+def _of_quantized(parts: Components, before: Record, report: dict[str, Any], after: Record) -> dict[str, Any]:
     """Return what the result says of a network quantized after training: only the one that was chosen was."""
     float_network = _accuracies(before) | {"source": asdict(before.seen)["source"]}
     chosen = {parts.config.train.selection: {"step": after.seen.step} | _accuracies(after)}
@@ -188,8 +188,8 @@ def _accuracies(record: Record) -> dict[str, float | None]:
     return {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
 
 
-def finish(
-    parts: Parts, state: RunState, final: Final, setting: tuple[Problem, DomainDataset], folder: RunFolder
+def write_result(
+    parts: Components, state: RunState, final: Final, setting: tuple[DomainProtocol, DomainDataset], folder: RunFolder
 ) -> dict[str, Any]:
     """Write `model.safetensors` and `result.json` and return the result.
 
@@ -197,16 +197,16 @@ def finish(
         parts: with the network that ships (`training.finalize.final_network_`).
         state: the end of training.
         final: what the network measures.
-        setting: problem and data set.
+        setting: protocol and data set.
         folder: where to.
 
     Raises:
         RunError: the shipped file does not give the logits of the training-time model.
     """
-    problem, dataset = setting
-    save(parts.network, folder.model_file, metadata=_metadata(parts, problem, dataset, final.record))
-    _prove(parts, problem, folder)
-    result = _result(parts, state, problem, final.record) | {
+    protocol, dataset = setting
+    save(parts.network, folder.model_file, metadata=_metadata(parts, protocol, dataset, final.record))
+    verify_model_file(parts, protocol, folder)
+    result = _result(parts, state, protocol, final.record) | {
         "dataset": dataset.sheet.name,
         "n_skipped": len(dataset.skipped),
         "size": asdict(file_sizes(folder.model_file)),
@@ -214,12 +214,12 @@ def finish(
         "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],
         "environment": environment(),
     }
-    result |= group_scores(parts, problem, dataset)
+    result |= group_scores(parts, protocol, dataset)
     write_atomic(folder.result_file, json.dumps(result | final.extra, indent=1))
     return result | final.extra
 
 
-def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
+def _metadata(parts: Components, protocol: DomainProtocol, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
     config = parts.config
     layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
     mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
@@ -235,8 +235,8 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
         "classes": list(dataset.classes),
         "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
         "dataset": dataset.sheet.name,
-        "source_domains": list(problem.sources),
-        "target_domain": problem.target,
+        "source_domains": list(protocol.sources),
+        "target_domain": protocol.target,
         "accuracy": {"source": chosen.seen.source_accuracy, "test": chosen.test_accuracy},
         "pretraining": parts.network.pretraining,
         "bits": config.quantizer.bits if parts.quantizer and parts.quantizer.packs else None,
@@ -246,7 +246,7 @@ def _metadata(parts: Parts, problem: Problem, dataset: DomainDataset, chosen: Re
     }
 
 
-def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
+def verify_model_file(parts: Components, protocol: DomainProtocol, folder: RunFolder) -> None:
     """Check that the file on disk gives the training-time logits on source images (never on the target)."""
     device = parts.accelerator.device
     images = parts.batches.batch(0).images.to(device)
@@ -260,14 +260,14 @@ def _prove(parts: Parts, problem: Problem, folder: RunFolder) -> None:
         raise RunError(f"{folder.model_file} does not give the training-time logits (largest difference {worst:g})")
 
 
-def _result(parts: Parts, state: RunState, problem: Problem, chosen: Record) -> dict[str, Any]:
+def _result(parts: Components, state: RunState, protocol: DomainProtocol, chosen: Record) -> dict[str, Any]:
     config = parts.config
     forked_from = state.forked_from or {"step": 0, "seed": config.train.seed}
-    n_images = (config.train.steps - forked_from["step"]) * config.data.batch_size * len(problem.sources)
+    n_images = (config.train.steps - forked_from["step"]) * config.data.batch_size * len(protocol.sources)
     return {
         "config_hash": config_hash(config),
-        "target_domain": problem.target,
-        "source_domains": list(problem.sources),
+        "target_domain": protocol.target,
+        "source_domains": list(protocol.sources),
         "test_mode": config.data.test_mode,
         "selection": config.train.selection,
         "selected_step": chosen.seen.step,

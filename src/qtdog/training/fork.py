@@ -1,21 +1,35 @@
-"""Training the float steps once, for several runs that differ only in what comes after them."""
+"""Fork points: a float checkpoint from which several runs go on that differ only in what comes after it."""
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import replace
+from typing import Any
 
-from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError, RunError
-from qtdog.data.dataset import DomainDataset
-from qtdog.runs.folder import RunFolder
-from qtdog.training.build import compose, make_accelerator
-from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
-from qtdog.training.protocol import make_problem
-from qtdog.training.resume import begin
-from qtdog.training.run import Voice, drive
+from torch import Tensor, nn
+
+from qtdog.conversion.attach import sites
+from qtdog.core.config import AFTER_TRAINING, Config
+from qtdog.core.config_io import differences
+from qtdog.core.errors import RunError
+from qtdog.models.feature_layers import FEATURE_LAYERS
+from qtdog.training.averagers import Averager, snapshot
+from qtdog.training.checkpoint import Checkpoint, plain_names, restore_moments_
+from qtdog.training.components import Components, RunState
+from qtdog.training.step_rules import lr_factor
+
+# What may differ between a run and the float run that it begins from, since nothing of it acts before the fork: where
+# the data lies, the quantizer and its step sizes, the averager (it must begin later or be the same), what is kept and
+# chosen. The
+# schedule and the length are compared by the learning rates that they give.
+FREE = {
+    "averager": {"name", "params"},
+    "data": {"source", "workers", "allow_missing_classes"},
+    "optimizer": {"step_size_lr", "schedule", "decay_from"},
+    "train": {"steps", "checkpoint_every", "selection"},
+}
 
 
-def prefix_config(config: Config) -> Config:
+def fork_point_config(config: Config) -> Config:
     """Return the float run whose first steps are those of `config`: no quantizer, no averager, the same learning rates.
 
     Configurations that differ only in their quantizer's choices (but not in its start step) have the same one.
@@ -23,7 +37,7 @@ def prefix_config(config: Config) -> Config:
     Example:
         >>> from qtdog.core.config_io import build_config
         >>> four, seven = (build_config([{"quantizer": {"bits": bits}}]) for bits in (4, 7))
-        >>> prefix_config(four) == prefix_config(seven) != four
+        >>> fork_point_config(four) == fork_point_config(seven) != four
         True
     """
     float_run = Config.model_validate({"quantizer": {"name": "none"}})
@@ -32,59 +46,194 @@ def prefix_config(config: Config) -> Config:
     return config.model_copy(update=parts)
 
 
-def train_prefix(
-    config: Config,
-    dataset: DomainDataset,
-    folder: RunFolder,
-    *,
-    until: int | None = None,
-    resume: bool = True,
-    voice: Voice | None = None,
-) -> Checkpoint:
-    """Train the float part of `config` in `folder` and return its checkpoint, for `run(…, fork_from=…)`.
+def begin_fork_(parts: Components, checkpoint: Checkpoint) -> RunState:
+    """Put a float run's checkpoint into the parts of another run and return the state to go on from.
 
-    It can be stopped and resumed like a run; if it is there already nothing is trained.
-
-    Args:
-        config: the effective configuration of a run that is to begin from it.
-        dataset: the data it names.
-        folder: where the float run is kept; another configuration with the same float part finds it there.
-        until: updates to make; default: up to the start of quantization.
-        resume: go on with what is in the folder.
-        voice: how to speak to the user.
+    Taken over are weights and buffers, the optimizer's moments, the objective's state, the evaluations so far and the
+    sum of the losses since the last one; the average so far too, if both runs have the same averager. What follows is
+    then bit-identical to training from step 0. Time is counted from the fork on.
 
     Raises:
-        ConfigError: there is no step to train: no start step and no `until`, or one outside the run.
-        RunError: the folder is in use, or holds something else, or went on beyond the step.
-        Interrupted, NonFiniteLossError, DataError, ModelError: as in `training.run.run`.
+        RunError: the checkpoint is none of a float run, lies behind the start step, or comes from a configuration that
+            differs in something that acts before the fork; each difference is listed.
     """
-    step = _checked_until(config, until)
-    plan = prefix_config(config)
-    voice = voice or Voice()
-    accelerator = make_accelerator(plan)
-    main = accelerator.is_main_process
-    with folder.lock() if main else contextlib.nullcontext():
-        if main:
-            folder.claim(plan, resume=resume)
-        accelerator.wait_for_everyone()
-        checkpoint = latest_checkpoint(folder.checkpoints, voice.warn)
-        if checkpoint is None or checkpoint.step < step:
-            problem = make_problem(plan, dataset)
-            parts = compose(plan, dataset, problem, accelerator, voice.progress)
-            drive(parts, begin(parts, folder, voice.warn), folder, problem, voice=voice, until=step)
-            accelerator.wait_for_everyone()
-            checkpoint = latest_checkpoint(folder.checkpoints, voice.warn)
-    if checkpoint is None or checkpoint.step != step:
-        found = "none" if checkpoint is None else f"one at step {checkpoint.step}"
-        raise RunError(f"{folder.path} should have a checkpoint at step {step}, found {found}; choose another folder")
-    return checkpoint
+    prefix = prefix_of(checkpoint)
+    check_fork(parts, prefix, checkpoint.step)
+    try:
+        load_plain_(parts.network, checkpoint.tensors["network"])
+        parts.objective.load_state_dict(checkpoint.tensors["objective"])
+        names = plain_names(parts.network, parts.objective)
+        restore_moments_(parts.optimizer, names, checkpoint.tensors["optimizer"])
+        if _same_averager(prefix, parts.config):
+            _restore_average_(parts, checkpoint)
+        else:
+            _count_(parts, checkpoint)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"the checkpoint at step {checkpoint.step} does not fit this run: {error}") from error
+    selectable = parts.selectable
+    state = RunState.from_json(checkpoint.step, checkpoint.state)
+    state.lines = [line | {"selectable": selectable} for line in state.lines]
+    selected = checkpoint.tensors.get("selected") if selectable else None
+    state.selected = None if selected is None else snapshot(parts.network) | _places(parts.network, selected)
+    state.trained_s = 0.0
+    state.saved_step = 0  # in this run's folder nothing is saved yet
+    state.forked_from = {"step": checkpoint.step, "seed": checkpoint.state.get("first_seed", prefix.train.seed)}
+    return state
 
 
-def _checked_until(config: Config, until: int | None) -> int:
-    step = config.start_step if until is None else until
-    if step is None:
-        raise ConfigError(f"quantizer '{config.quantizer.name}' has no start step: say until which step to train")
+def _same_averager(prefix: Config, config: Config) -> bool:
+    """Return whether a float run keeps just the average that another one goes on with."""
+    return prefix.averager == config.averager and config.start_step is None
+
+
+def _count_(parts: Components, checkpoint: Checkpoint) -> None:
+    """Let an averager that begins with the very update behind which the checkpoint was taken count its weights."""
+    if parts.averager.begin == checkpoint.step and parts.selectable:
+        parts.averager.after_step(checkpoint.step, parts.network)
+        saved = RunState.from_json(checkpoint.step, checkpoint.state)
+        if saved.evaluated_step == checkpoint.step:
+            parts.averager.after_evaluation(checkpoint.step, saved.records[-1].seen.source_loss)
+
+
+def prefix_of(checkpoint: Checkpoint) -> Config:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Raises:
+        RunError: it was written by a version that did not keep it.
+    """
+    if "config" not in checkpoint.state:
+        raise RunError(f"the checkpoint at step {checkpoint.step} does not say what made it; train its run anew")
+    return Config.model_validate(checkpoint.state["config"])
+
+
+def reseeded(checkpoint: Checkpoint, seed: int) -> Checkpoint:
+    """Return the checkpoint as the beginning of a run with another seed: members that share a beginning.
+
+    Such a run is none that could be trained from step 0: its first steps are those of the first seed, which its result
+    gives as `forked_from_seed`.
+
+    Example:
+        >>> first = Checkpoint(2, {}, {"config": Config().model_dump(mode="json")})
+        >>> prefix_of(reseeded(first, 5)).train.seed, reseeded(first, 5).state["first_seed"]
+        (5, 0)
+    """
+    config = prefix_of(checkpoint)
+    first = checkpoint.state.get("first_seed", config.train.seed)
+    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+    return replace(checkpoint, state=checkpoint.state | {"config": other.model_dump(mode="json"), "first_seed": first})
+
+
+def check_fork(parts: Components, prefix: Config, step: int) -> None:
+    """Check that the run of `parts` may begin from step `step` of the run of `prefix`.
+
+    Raises:
+        RunError: as in `begin_fork_`.
+    """
+    obstacle = fork_obstacle(prefix, parts.config, parts.averager, step)
+    if obstacle:
+        raise RunError(obstacle)
+
+
+def fork_obstacle(prefix: Config, config: Config, averager: Averager, step: int) -> str | None:
+    """Return in words why the run of `config` cannot begin from step `step` of the run of `prefix`; None if it can.
+
+    Args:
+        prefix: of a float run.
+        config: of the run that is to begin from it.
+        averager: the run's.
+        step: updates made.
+    """
+    if prefix.start_step is not None or (prefix.quantizer.name in AFTER_TRAINING and config.start_step is not None):
+        prefix_name = prefix.quantizer.name
+        return f"a run begins from a float run (quantizer none), not from one with '{prefix_name}'"
+    if prefix.averager.name != "none" and not _same_averager(prefix, config):
+        return f"a run begins from one without an averager or with its own, not from one with '{prefix.averager.name}'"
     last = config.train.steps - 1 if config.start_step is None else config.start_step
     if not 0 < step <= last:
-        raise ConfigError(f"there are no {step} float steps to share: it takes 1 to {last}")
-    return step
+        return f"this run can begin from a checkpoint at step 1 to {last}, not from step {step}"
+    # batch norm that adapts is measured anew for an average, even one of a single update
+    adapts = not config.model.freeze_bn or FEATURE_LAYERS[config.model.feature_layer].LEARNS_STATISTICS
+    first = averager.begin - 1 if adapts else averager.begin
+    if config.averager.name != "none" and first < step and not _same_averager(prefix, config):
+        text = f"the averager '{config.averager.name}' counts weights from update {averager.begin} on"
+        return f"{text}, and those before step {step} are not in the checkpoint: train from step 0"
+    changes = fork_differences(prefix, config, step)
+    if changes:
+        listed = "\n  ".join(changes)
+        return f"the checkpoint at step {step} is of another run, they differ before that step:\n  {listed}"
+    return None
+
+
+def fork_differences(prefix: Config, config: Config, step: int) -> list[str]:
+    """Return one line for each value that differs between two runs and acts before update number `step` + 1.
+
+    Example:
+        >>> from qtdog.core.config_io import build_config
+        >>> one, other = build_config([{"train": {"seed": 1}}]), build_config([{"quantizer": {"bits": 3}}])
+        >>> fork_differences(one, other, 100)
+        ['train.seed: 1 → 0']
+    """
+    trees = [_acting(one) for one in (prefix, config)]
+    changes = differences(*(Config.model_validate(tree) for tree in trees))
+    if [_factor(prefix, n) for n in range(step)] != [_factor(config, n) for n in range(step)]:
+        changes.append(f"the learning rates of the first {step} steps (optimizer.schedule, decay_from, train.steps)")
+    if config.start_step is None and prefix.train.selection != config.train.selection:
+        changes.append(f"train.selection: {prefix.train.selection} → {config.train.selection}")
+    return changes
+
+
+def _acting(config: Config) -> dict[str, Any]:
+    """Return the tree of a configuration without what may differ."""
+    tree = config.model_dump(mode="json", exclude={"quantizer"})
+    return {
+        section: {key: value for key, value in values.items() if key not in FREE.get(section, ())}
+        for section, values in tree.items()
+    }
+
+
+def _factor(config: Config, step: int) -> float:
+    return lr_factor(config.optimizer.schedule, step, decay_from=config.decay_from, steps=config.train.steps)
+
+
+def load_plain_(network: nn.Module, plain: dict[str, Tensor]) -> None:
+    """Give a network, with quantizers that are not enabled, the weights of its plain form; what is theirs stays.
+
+    Raises:
+        KeyError: `plain` has other names than the network.
+
+    Example:
+        >>> import torch
+        >>> from qtdog.conversion.attach import attach
+        >>> network, source = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> _ = attach(network)
+        >>> load_plain_(network, source.state_dict())
+        >>> torch.equal(network.weight, source.weight)
+        True
+    """
+    network.load_state_dict(_places(network, plain), strict=False)
+
+
+def _places(network: nn.Module, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a network's plain form under the names that they have in it (KeyError as above)."""
+    names = _plain_names(network)
+    different = sorted(set(names.values()) ^ plain.keys())
+    if different:
+        raise KeyError(f"they have not the same weights; only one has {', '.join(different[:5])}")
+    return {key: plain[name] for key, name in names.items()}
+
+
+def _plain_names(network: nn.Module) -> dict[str, str]:
+    """Return what entries of a network's state are called in its plain form, those of its quantizers left out."""
+    places = {f"{site.prefix}original": site.plain_name for site in sites(network)}
+    theirs = tuple(site.prefix for site in sites(network))
+    return {key: places.get(key, key) for key in network.state_dict() if key in places or not key.startswith(theirs)}
+
+
+def _restore_average_(parts: Components, checkpoint: Checkpoint) -> None:
+    """Let the averager go on with the average of a plain network (KeyError or ValueError if it is of another kind)."""
+    own = {plain: name for name, plain in _plain_names(parts.network).items()}
+    tensors = {}
+    for key, tensor in checkpoint.tensors["averager"].items():
+        which, bar, name = key.rpartition("|")  # an averager may keep several averages
+        tensors[f"{which}{bar}{own[name]}"] = tensor
+    parts.averager.restore(tensors, checkpoint.state["averager"])

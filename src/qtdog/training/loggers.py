@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import ConfigError, extra
+from qtdog.core.progress import CallbackList, RunCallback
 from qtdog.core.registry import Registry
 from qtdog.runs.record import Record
-from qtdog.training.loop import Watcher
 
-Watching = Callable[[Config, int], contextlib.AbstractContextManager[Watcher]]
 LOSS_EVERY = 10  # steps between losses that are sent
 
 
-class Logger(ABC):
+class Logger(RunCallback, ABC):
     """Sends numbers of one run to a program that shows them; abstract. It never changes a run.
 
     Args:
-        config: of the run.
         folder: of the run; its name or hash identifies it, so that a resumed run goes on where it was.
-        step: updates made before.
-
-    Raises:
-        ConfigError: the library is not installed; the text names the extra.
     """
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
     @abstractmethod
-    def __init__(self, config: Config, folder: Path, step: int) -> None: ...
+    def on_start(self, config: Config, step: int) -> None:
+        """Open the log of the run of `config`, which goes on after `step` updates.
+
+        Raises:
+            ConfigError: the library is not installed; the text names the extra.
+        """
 
     @abstractmethod
     def send(self, step: int, values: dict[str, float]) -> None:
         """Send some numbers that belong to the state after `step` updates."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Send what is left."""
 
     def on_step(self, step: int, loss: float, n_images: int) -> None:
         """Send every tenth training loss."""
@@ -84,49 +81,21 @@ def run_name(config: Config) -> str:
     return "-".join(parts)
 
 
-class Several:
-    """A watcher that tells several."""
-
-    def __init__(self, watchers: Sequence[Watcher]) -> None:
-        self._watchers = watchers
-
-    def on_step(self, step: int, loss: float, n_images: int) -> None:
-        """Tell all of an update."""
-        for watcher in self._watchers:
-            watcher.on_step(step, loss, n_images)
-
-    def on_record(self, record: Record) -> None:
-        """Tell all of an evaluation."""
-        for watcher in self._watchers:
-            watcher.on_record(record)
-
-
-def watched(names: Sequence[str], folder: Path, watching: Watching | None = None) -> Watching | None:
-    """Return what makes the watchers of a run: the loggers called `names`, and that of `watching`.
+def with_loggers(names: Sequence[str], folder: Path, callback: RunCallback | None = None) -> RunCallback | None:
+    """Return the callback of a run: the loggers called `names`, and `callback`.
 
     Args:
-        names: of `LOGGERS`; each may be there once.
+        names: of `LOGGERS`; each counts once.
         folder: of the run.
-        watching: what watches it anyway (a progress bar).
+        callback: what follows the run anyway (a progress bar).
 
     Raises:
         ConfigError: an unknown name, with the nearest one; when the run begins, a library that is not installed.
     """
     kinds = [LOGGERS[name] for name in dict.fromkeys(names)]
     if not kinds:
-        return watching
-
-    @contextlib.contextmanager
-    def several(config: Config, step: int) -> Iterator[Watcher]:
-        with contextlib.ExitStack() as stack:
-            watchers: list[Watcher] = [] if watching is None else [stack.enter_context(watching(config, step))]
-            for kind in kinds:
-                logger = kind(config, folder, step)
-                stack.callback(logger.close)
-                watchers.append(logger)
-            yield Several(watchers)
-
-    return several
+        return callback
+    return CallbackList([*([callback] if callback else []), *(kind(folder) for kind in kinds)])
 
 
 EXPERIMENT = "qtdog"
@@ -137,7 +106,8 @@ MAX_PARAMETER = 500  # characters that MLflow takes
 class MLflow(Logger):
     """Sends to the experiment `qtdog` of the server in MLFLOW_TRACKING_URI, or a file in the present folder."""
 
-    def __init__(self, config: Config, folder: Path, step: int) -> None:
+    def on_start(self, config: Config, step: int) -> None:
+        """Go on with the run of this configuration if it is resumed, else begin one with its parameters."""
         with extra("mlflow", "--log mlflow needs MLflow", ConfigError):
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
@@ -148,7 +118,7 @@ class MLflow(Logger):
         if runs:
             self._id = runs[0].info.run_id
             return
-        tags = {"qtdog_hash": digest, "qtdog_folder": folder.name}
+        tags = {"qtdog_hash": digest, "qtdog_folder": self.folder.name}
         self._id = self._client.create_run(experiment, tags=tags, run_name=run_name(config)).info.run_id
         tree = config.model_dump(mode="json")
         values = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
@@ -160,7 +130,7 @@ class MLflow(Logger):
         metrics = [self._metric(name, value, now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         """Mark the run as ended."""
         self._client.set_terminated(self._id)
 
@@ -169,17 +139,18 @@ class MLflow(Logger):
 class TensorBoard(Logger):
     """Writes `tensorboard/` in the run folder: tensorboard --logdir runs."""
 
-    def __init__(self, config: Config, folder: Path, step: int) -> None:
+    def on_start(self, config: Config, step: int) -> None:
+        """Open the event file; what an earlier attempt wrote after `step` is dropped."""
         with extra("tensorboard", "--log tensorboard needs TensorBoard", ConfigError):
             from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def send(self, step: int, values: dict[str, float]) -> None:
         """Write some numbers."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         """Close the file."""
         self._writer.close()
 
@@ -188,10 +159,16 @@ class TensorBoard(Logger):
 class WeightsAndBiases(Logger):
     """Sends to the project `qtdog` (WANDB_PROJECT), or keeps in the run folder with WANDB_MODE=offline."""
 
-    def __init__(self, config: Config, folder: Path, step: int) -> None:
+    def on_start(self, config: Config, step: int) -> None:
+        """Begin or go on with the run of this configuration."""
         with extra("wandb", "--log wandb needs Weights & Biases", ConfigError):
             import wandb
-        how = {"id": config_hash(config), "resume": "allow", "dir": folder, "config": config.model_dump(mode="json")}
+        how = {
+            "id": config_hash(config),
+            "resume": "allow",
+            "dir": self.folder,
+            "config": config.model_dump(mode="json"),
+        }
         project = os.environ.get("WANDB_PROJECT", "qtdog")
         self._run = wandb.init(project=project, name=run_name(config), settings=wandb.Settings(silent=True), **how)
 
@@ -199,6 +176,6 @@ class WeightsAndBiases(Logger):
         """Send some numbers."""
         self._run.log(values, step=step)
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         """Send what is left."""
-        self._run.finish()
+        self._run.write_result()

@@ -10,13 +10,13 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qtdog.conversion.inspect import LayerHealth, layer_health, worst
 from qtdog.core.errors import CollapseError, Interrupted, NonFiniteLossError
+from qtdog.core.progress import RunCallback
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch
 from qtdog.objectives.base import DomainBatch
@@ -24,20 +24,8 @@ from qtdog.runs.record import Record, SourceRecord
 from qtdog.runs.selection import select
 from qtdog.training.averagers import snapshot, swapped
 from qtdog.training.batch_norm import fit_batch_norm_, take_batch_norm_of_the_first_process_
-from qtdog.training.components import Parts, RunState
+from qtdog.training.components import Components, RunState
 from qtdog.training.step_rules import Update, keep_classifier_gradients_, lr_factor
-
-
-class Watcher(Protocol):
-    """Who is told how the run goes (a progress bar, a log)."""
-
-    def on_step(self, step: int, loss: float, n_images: int) -> None:
-        """One update was made."""
-        ...
-
-    def on_record(self, record: Record) -> None:
-        """One evaluation was made."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,14 +36,14 @@ class Doors:
         save: write a checkpoint of the state.
         keep_line: write one line of metrics.
         check: raise Interrupted if the run is asked to stop.
-        watcher: is told of steps and evaluations.
+        callback: is told of steps and evaluations.
         health: looks at the grids at each evaluation; may raise CollapseError.
     """
 
     save: Callable[[RunState], None]
     keep_line: Callable[[dict], None]
     check: Callable[[], None]
-    watcher: Watcher
+    callback: RunCallback
     health: Callable[[list[LayerHealth], list[SourceRecord]], None] = lambda layers, records: None
 
 
@@ -63,7 +51,7 @@ class Doors:
 class Track:
     """One run on its way: what it is made of, where it stands, and its doors to the world."""
 
-    parts: Parts
+    parts: Components
     state: RunState
     doors: Doors
 
@@ -142,7 +130,7 @@ def _train(tracks: list[Track], last: int) -> None:
             seconds = time.perf_counter() - started
             for track in tracks:
                 track.count(loss, seconds)
-            doors.watcher.on_step(state.step, loss, len(batch.labels) * parts.accelerator.num_processes)
+            doors.callback.on_step(state.step, loss, len(batch.labels) * parts.accelerator.num_processes)
             doors.check()
 
 
@@ -161,7 +149,7 @@ def _save(tracks: Sequence[Track]) -> None:
         track.save()
 
 
-def begin_step(parts: Parts, step: int) -> None:
+def begin_step(parts: Components, step: int) -> None:
     """Set the learning rates of one step, start quantization if it is the step, prepare its quantizers."""
     config = parts.config
     factor = lr_factor(config.optimizer.schedule, step, decay_from=config.decay_from, steps=config.train.steps)
@@ -177,7 +165,7 @@ def begin_step(parts: Parts, step: int) -> None:
     parts.quantizer.begin_step(seed, (step - start) / (config.train.steps - start))
 
 
-def update(parts: Parts, batch: Batch, step: int) -> float:
+def update(parts: Components, batch: Batch, step: int) -> float:
     """Make one update on `batch` and return its loss.
 
     Raises:
@@ -205,13 +193,13 @@ def update(parts: Parts, batch: Batch, step: int) -> float:
     return parts.step_rule(Update(backward, parts.optimizer, parts.network)).item()
 
 
-def _advice(parts: Parts, step: int, loss: float) -> str:
+def _advice(parts: Components, step: int, loss: float) -> str:
     rate = parts.config.optimizer.lr
     text = f"the training loss became {loss} at step {step + 1}; the state before it is kept in the run folder."
     return f"{text} Start anew with a lower learning rate (--lr {rate / 5:g}; it was {rate:g}), or look at the data."
 
 
-def _evaluate(parts: Parts, state: RunState, doors: Doors, known: Record | None) -> Record | None:
+def _evaluate(parts: Components, state: RunState, doors: Doors, known: Record | None) -> Record | None:
     averaged = parts.averager.evaluated()
     with swapped(parts.network, averaged):
         if averaged is not None:
@@ -229,5 +217,5 @@ def _evaluate(parts: Parts, state: RunState, doors: Doors, known: Record | None)
     parts.averager.after_evaluation(state.step, record.seen.source_loss)
     doors.keep_line(line)
     doors.health(layers, [record.seen for record in state.records])
-    doors.watcher.on_record(record)
+    doors.callback.on_record(record)
     return record if averaged is None else known

@@ -21,7 +21,7 @@ from qtdog.models.text import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabu
 
 
 @dataclass(frozen=True)
-class Problem:
+class DomainProtocol:
     """Roles of domains and images.
 
     Attributes:
@@ -111,13 +111,13 @@ def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
         raise DataError(f"no image of class {listed}. {hint} (qtdog data verify {data.source} shows more).")
 
 
-def make_problem(config: Config, dataset: DomainDataset) -> Problem:
+def make_protocol(config: Config, dataset: DomainDataset) -> DomainProtocol:
     """Return the roles that the configuration gives to domains and images."""
     data = config.data
     target = None if data.target == "none" else data.target
     sources = tuple(domain for domain in dataset.domains if domain != target and dataset.trains_on(domain))
     splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
-    return Problem(sources, target, splits, data.train_on_heldout)
+    return DomainProtocol(sources, target, splits, data.train_on_heldout)
 
 
 MIXES_PIXELS = ("mixup",)

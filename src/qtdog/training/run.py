@@ -10,45 +10,35 @@ from typing import Any
 import torch
 
 from qtdog.core.config import Config
-from qtdog.core.progress import Progress
+from qtdog.core.errors import ConfigError, RunError
+from qtdog.core.progress import Progress, RunCallback
 from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.record import Record
-from qtdog.training.build import compose, make_accelerator
-from qtdog.training.checkpoint import Checkpoint
+from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_state
 from qtdog.training.collapse import HealthWatch, chance_accuracy
-from qtdog.training.components import Parts, RunState
-from qtdog.training.finalize import final_network_, finish
-from qtdog.training.loop import Doors, Track, Watcher, train
-from qtdog.training.protocol import Problem, make_problem
-from qtdog.training.resume import begin, save_state
-from qtdog.training.shared_updates import Companion, Seat, joined
+from qtdog.training.components import Components, RunState
+from qtdog.training.finalize import final_network_, write_result
+from qtdog.training.fork import begin_fork_, fork_point_config
+from qtdog.training.loop import Doors, Track, train
+from qtdog.training.protocol import DomainProtocol, make_protocol
+from qtdog.training.shared_updates import Seat, SharedRun, joined
 from qtdog.training.signals import StopRequest, interruption
 
 
-class Silent:
-    """A watcher that says nothing."""
-
-    def on_step(self, step: int, loss: float, n_images: int) -> None:
-        """Ignore an update."""
-
-    def on_record(self, record: Record) -> None:
-        """Ignore an evaluation."""
-
-
 @dataclass(frozen=True)
-class Voice:
-    """How a run speaks to its user.
+class RunCallbacks:
+    """What a run calls while it lasts.
 
     Attributes:
-        watcher: is told of steps and evaluations; `None` for silence.
+        callback: is told of steps and evaluations; None for none.
         progress: of decoding images.
         warn: is told what went wrong without stopping the run.
         quantizing: of quantization after training.
     """
 
-    watcher: Callable[[Config, int], contextlib.AbstractContextManager[Watcher]] | None = None
+    callback: RunCallback | None = None
     progress: Progress = None
     warn: Callable[[str], None] = print
     quantizing: Progress = None
@@ -60,10 +50,10 @@ def run(
     folder: RunFolder,
     *,
     resume: bool = False,
-    voice: Voice | None = None,
+    callbacks: RunCallbacks | None = None,
     fork_from: Checkpoint | None = None,
     teacher: Teacher | None = None,
-    companions: Sequence[Companion] = (),
+    companions: Sequence[SharedRun] = (),
 ) -> dict[str, Any]:
     """Train, select and ship as `config` says, in `folder`; return the result.
 
@@ -74,8 +64,8 @@ def run(
         dataset: the data it names.
         folder: where everything is written.
         resume: go on from the last whole checkpoint, if there is one.
-        voice: how to speak to the user.
-        fork_from: begin from this checkpoint of a float run (`training.fork.train_prefix`) unless the folder has one of
+        callbacks: progress, warnings, callback.
+        fork_from: begin from this checkpoint of a float run (`train_fork_point`) unless the folder has one of
             its own; the outcome is the same, bit for bit, but for the time that its training took.
         teacher: images → logits, if the configuration names one (`ensemble.teacher.load_teacher`).
         companions: unfinished runs that differ in their averager alone; those that stand where this one begins are
@@ -87,9 +77,9 @@ def run(
         Interrupted: a signal asked to stop; the state was saved.
         NonFiniteLossError: the loss became NaN; the last good state was saved.
         CollapseError: a quantized network fell to chance; the state was saved, and `diagnosis.json` says more.
-        ConfigError, DataError, ModelError: as in `training.build.compose`.
+        ConfigError, DataError, ModelError: as in `training.build.build_components`.
     """
-    voice = voice or Voice()
+    callbacks = callbacks or RunCallbacks()
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
     with folder.lock() if main else contextlib.nullcontext():
@@ -99,15 +89,15 @@ def run(
         accelerator.wait_for_everyone()
         if (result := folder.read_result()) is not None and folder.model_file.is_file():
             return result
-        problem = make_problem(config, dataset)
-        parts = compose(config, dataset, problem, accelerator, voice.progress, teacher=teacher)
-        state = begin(parts, folder, voice.warn, fork_from)
-        with joined(companions, parts, state.step, voice.warn, fork_from) as seats:
-            drive(parts, state, folder, problem, voice=voice, seats=seats)
+        protocol = make_protocol(config, dataset)
+        parts = build_components(config, dataset, protocol, accelerator, callbacks.progress, teacher=teacher)
+        state = initial_state(parts, folder, callbacks.warn, fork_from)
+        with joined(companions, parts, state.step, callbacks.warn, fork_from) as seats:
+            drive(parts, state, folder, protocol, callbacks=callbacks, seats=seats)
         with StopRequest() as stop:
-            final = final_network_(parts, state, check=_stop_check(parts, stop), progress=voice.quantizing)
+            final = final_network_(parts, state, check=_stop_check(parts, stop), progress=callbacks.quantizing)
         if main:
-            finish(parts, state, final, (problem, dataset), folder)
+            write_result(parts, state, final, (protocol, dataset), folder)
         accelerator.wait_for_everyone()
     result = folder.read_result()
     assert result is not None
@@ -115,12 +105,12 @@ def run(
 
 
 def drive(
-    parts: Parts,
+    parts: Components,
     state: RunState,
     folder: RunFolder,
-    problem: Problem,
+    protocol: DomainProtocol,
     *,
-    voice: Voice,
+    callbacks: RunCallbacks,
     until: int | None = None,
     seats: Sequence[Seat] = (),
 ) -> None:
@@ -130,8 +120,8 @@ def drive(
         parts: of the run.
         state: where it stands.
         folder: where it writes.
-        problem: what it learns.
-        voice: how to speak to the user.
+        protocol: what it learns.
+        callbacks: progress, warnings, callback.
         until: updates made at the end; None for all.
         seats: runs that come along (`training.shared_updates.joined`).
 
@@ -141,15 +131,33 @@ def drive(
     shown = parts.config
     if until is not None:
         shown = shown.model_copy(update={"train": shown.train.model_copy(update={"steps": until})})
-    watching = voice.watcher(shown, state.step) if voice.watcher else contextlib.nullcontext(Silent())
-    with StopRequest() as stop, watching as watcher:
-        main = _track(Seat(parts, state, folder), problem, stop, watcher, voice.warn)
-        companions = [_track(seat, problem, stop, Silent(), _ignore) for seat in seats]
+    callback = callbacks.callback or RunCallback()
+    with StopRequest() as stop, contextlib.ExitStack() as ending:
+        callback.on_start(shown, state.step)
+        ending.callback(callback.on_end)
+        main = _track(Seat(parts, state, folder), protocol, stop, callback, callbacks.warn)
+        companions = [_track(seat, protocol, stop, RunCallback(), _ignore) for seat in seats]
         with folder.diagnosis():
             train(main, until, companions)
 
 
-def _track(seat: Seat, problem: Problem, stop: StopRequest, watcher: Watcher, warn: Callable[[str], None]) -> Track:
+def initial_state(
+    parts: Components, folder: RunFolder, warn: Callable[[str], None], fork_from: Checkpoint | None = None
+) -> RunState:
+    """Return where to go on: at the folder's last whole checkpoint, else at `fork_from`, else at the start.
+
+    Raises:
+        RunError: the checkpoint does not fit (`training.checkpoint.restore`, `training.fork.begin_fork_`).
+    """
+    checkpoint = latest_checkpoint(folder.checkpoints, warn)
+    if checkpoint is not None:
+        return restore(parts, checkpoint, folder)
+    return RunState() if fork_from is None else begin_fork_(parts, fork_from)
+
+
+def _track(
+    seat: Seat, protocol: DomainProtocol, stop: StopRequest, callback: RunCallback, warn: Callable[[str], None]
+) -> Track:
     parts, folder = seat.parts, seat.folder
     main = parts.accelerator.is_main_process
     if main:
@@ -158,8 +166,8 @@ def _track(seat: Seat, problem: Problem, stop: StopRequest, watcher: Watcher, wa
         save=lambda state: save_state(parts, folder, state),
         keep_line=folder.append_metrics if main else _ignore,
         check=_stop_check(parts, stop),
-        watcher=watcher,
-        health=_health(parts, problem, warn),
+        callback=callback,
+        health=_health(parts, protocol, warn),
     )
     return Track(parts, seat.state, doors)
 
@@ -168,17 +176,17 @@ def _ignore(what: object) -> None:
     """Tell nobody."""
 
 
-def _health(parts: Parts, problem: Problem, warn: Callable[[str], None]) -> HealthWatch:
-    sets = list(problem.selection_sets().values())
+def _health(parts: Components, protocol: DomainProtocol, warn: Callable[[str], None]) -> HealthWatch:
+    sets = list(protocol.selection_sets().values())
     chance = chance_accuracy(parts.batches.class_index, sets, parts.network.classifier.out_features)
     return HealthWatch(parts.config, chance, warn)
 
 
-def _stop_check(parts: Parts, stop: StopRequest) -> Callable[[], None]:
+def _stop_check(parts: Components, stop: StopRequest) -> Callable[[], None]:
     return stop.check if parts.accelerator.num_processes == 1 else lambda: _check_together(parts, stop)
 
 
-def _check_together(parts: Parts, stop: StopRequest) -> None:
+def _check_together(parts: Components, stop: StopRequest) -> None:
     """Stop all processes behind the same step, whichever of them got the signal."""
     mine = torch.tensor(float(stop.signal or 0), device=parts.accelerator.device)
     signals = parts.accelerator.gather(mine.reshape(1))
@@ -186,3 +194,63 @@ def _check_together(parts: Parts, stop: StopRequest) -> None:
     number = int(signals.max().item())
     if number:
         raise interruption(number)
+
+
+def train_fork_point(
+    config: Config,
+    dataset: DomainDataset,
+    folder: RunFolder,
+    *,
+    until: int | None = None,
+    resume: bool = True,
+    callbacks: RunCallbacks | None = None,
+) -> Checkpoint:
+    """Train the float part of `config` in `folder` and return its checkpoint, for `run(…, fork_from=…)`.
+
+    It can be stopped and resumed like a run; if it is there already nothing is trained.
+
+    Args:
+        config: the effective configuration of a run that is to begin from it.
+        dataset: the data it names.
+        folder: where the float run is kept; another configuration with the same float part finds it there.
+        until: updates to make; default: up to the start of quantization.
+        resume: go on with what is in the folder.
+        callbacks: how to speak to the user.
+
+    Raises:
+        ConfigError: there is no step to train: no start step and no `until`, or one outside the run.
+        RunError: the folder is in use, or holds something else, or went on beyond the step.
+        Interrupted, NonFiniteLossError, DataError, ModelError: as in `run`.
+    """
+    step = _checked_until(config, until)
+    plan = fork_point_config(config)
+    callbacks = callbacks or RunCallbacks()
+    accelerator = make_accelerator(plan)
+    main = accelerator.is_main_process
+    with folder.lock() if main else contextlib.nullcontext():
+        if main:
+            folder.claim(plan, resume=resume)
+        accelerator.wait_for_everyone()
+        checkpoint = latest_checkpoint(folder.checkpoints, callbacks.warn)
+        if checkpoint is None or checkpoint.step < step:
+            protocol = make_protocol(plan, dataset)
+            parts = build_components(plan, dataset, protocol, accelerator, callbacks.progress)
+            drive(
+                parts, initial_state(parts, folder, callbacks.warn), folder, protocol, callbacks=callbacks, until=step
+            )
+            accelerator.wait_for_everyone()
+            checkpoint = latest_checkpoint(folder.checkpoints, callbacks.warn)
+    if checkpoint is None or checkpoint.step != step:
+        found = "none" if checkpoint is None else f"one at step {checkpoint.step}"
+        raise RunError(f"{folder.path} should have a checkpoint at step {step}, found {found}; choose another folder")
+    return checkpoint
+
+
+def _checked_until(config: Config, until: int | None) -> int:
+    step = config.start_step if until is None else until
+    if step is None:
+        raise ConfigError(f"quantizer '{config.quantizer.name}' has no start step: say until which step to train")
+    last = config.train.steps - 1 if config.start_step is None else config.start_step
+    if not 0 < step <= last:
+        raise ConfigError(f"there are no {step} float steps to share: it takes 1 to {last}")
+    return step

@@ -12,13 +12,13 @@ from qtdog.core.config import Config
 from qtdog.core.errors import QtdogError, RunError
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import make_averager
-from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
-from qtdog.training.components import Parts, RunState
-from qtdog.training.resume import begin_fork_, restore_averager_
+from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint, restore_averager_
+from qtdog.training.components import Components, RunState
+from qtdog.training.fork import begin_fork_
 
 
 @dataclass(frozen=True)
-class Companion:
+class SharedRun:
     """A run that takes the updates of another one for its own.
 
     An averager watches the weights and changes none, so that runs which differ in it alone make the same updates, bit
@@ -38,17 +38,17 @@ class Companion:
 class Seat:
     """One run on board: what it is made of, where it stands, and where it writes."""
 
-    parts: Parts
+    parts: Components
     state: RunState
     folder: RunFolder
 
 
-def may_accompany(one: Config, other: Config) -> bool:
+def may_share_updates(one: Config, other: Config) -> bool:
     """Return whether two runs make the same updates because they differ in nothing but the averager.
 
     Example:
         >>> sma = Config.model_validate({"averager": {"name": "sma"}})
-        >>> may_accompany(Config(), sma), may_accompany(Config(), Config())
+        >>> may_share_updates(Config(), sma), may_share_updates(Config(), Config())
         (True, False)
     """
     return one != other and one == other.model_copy(update={"averager": one.averager})
@@ -56,8 +56,8 @@ def may_accompany(one: Config, other: Config) -> bool:
 
 @contextlib.contextmanager
 def joined(
-    companions: Sequence[Companion],
-    parts: Parts,
+    companions: Sequence[SharedRun],
+    parts: Components,
     step: int,
     warn: Callable[[str], None],
     fork_from: Checkpoint | None = None,
@@ -79,8 +79,8 @@ def joined(
 
 
 def _seat(
-    companion: Companion,
-    parts: Parts,
+    companion: SharedRun,
+    parts: Components,
     step: int,
     warn: Callable[[str], None],
     *,
@@ -91,7 +91,7 @@ def _seat(
     own = replace(parts, config=companion.config, averager=make_averager(companion.config))
     with contextlib.ExitStack() as lock:
         try:
-            if not may_accompany(parts.config, companion.config):
+            if not may_share_updates(parts.config, companion.config):
                 raise RunError("it differs in more than the averager")
             lock.enter_context(companion.folder.lock())
             state = _state_at(step, companion, own, fork_from)
@@ -104,7 +104,7 @@ def _seat(
     return Seat(own, state, companion.folder)
 
 
-def _state_at(step: int, companion: Companion, parts: Parts, fork_from: Checkpoint | None) -> RunState | None:
+def _state_at(step: int, companion: SharedRun, parts: Components, fork_from: Checkpoint | None) -> RunState | None:
     """Return the state of a companion after `step` updates, its averager restored; None if it is not there."""
     folder = companion.folder
     folder.claim(companion.config, resume=True)
@@ -120,7 +120,7 @@ def _state_at(step: int, companion: Companion, parts: Parts, fork_from: Checkpoi
     return RunState() if step == 0 else None
 
 
-def _restored(checkpoint: Checkpoint, parts: Parts) -> RunState | None:
+def _restored(checkpoint: Checkpoint, parts: Components) -> RunState | None:
     """Return the state of a checkpoint; None if it was trained to other weights (on other hardware, say)."""
     own, saved = parts.network.state_dict(), checkpoint.tensors["network"]
     if own.keys() != saved.keys() or not all(torch.equal(saved[name], own[name].cpu()) for name in own):
