@@ -29,13 +29,6 @@ from qtdog.cli.options import (
     Workers,
 )
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.local import Crew, LocalEngine, make_crew
-from qtdog.sweep.plan import Plan, Task, default_out, keep_sharing, make_plan
-from qtdog.sweep.ray import RayEngine
-from qtdog.sweep.runner import Engine
-from qtdog.sweep.slurm import Job, SlurmEngine, batch_script
-from qtdog.sweep.study import read_study
-from qtdog.training.loggers import with_loggers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +38,11 @@ if TYPE_CHECKING:
     from qtdog.sweep.estimate import Cluster, Pace
     from qtdog.sweep.index import Row
     from qtdog.sweep.journal import Outcome
+    from qtdog.sweep.local import Crew
+    from qtdog.sweep.plan import Plan, Task
     from qtdog.sweep.results import Result
+    from qtdog.sweep.runner import Engine
+    from qtdog.sweep.slurm import Job
 
 
 def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Path]:
@@ -54,6 +51,9 @@ def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Pa
     Raises:
         ConfigError, DataError: as in `sweep.study.read_study` and `sweep.plan.make_plan`.
     """
+    from qtdog.sweep.plan import default_out, make_plan
+    from qtdog.sweep.study import read_study
+
     found = read_study(study)
     plan = make_plan(found, data, CountingBar("reading images"))
     return plan, out or default_out(found)
@@ -89,6 +89,8 @@ class Machines:
         Raises:
             ConfigError: naming the flag.
         """
+        from qtdog.training.loggers import with_loggers
+
         readers = {"--address": ("ray",), "--partition": ("slurm",)}
         given = {"--address": self.address, "--partition": self.partition}
         with_loggers(self.loggers, Path())
@@ -100,6 +102,8 @@ class Machines:
 
     def shared(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks as they are done here: where a logger listens, each run makes its own updates."""
+        from qtdog.sweep.plan import keep_sharing
+
         return [one for task in tasks for one in keep_sharing([task])] if self.loggers else list(tasks)
 
     @property
@@ -109,6 +113,8 @@ class Machines:
         Raises:
             ConfigError: GPUs that it does not have.
         """
+        from qtdog.sweep.local import make_crew
+
         return make_crew(workers=self.workers, threads=self.threads, gpus=self.gpus)
 
 
@@ -118,6 +124,10 @@ def make_engine(machines: Machines, plan: Plan, folder: Path) -> Engine:
     Raises:
         ConfigError, RunError: what it needs is not installed or not there.
     """
+    from qtdog.sweep.local import LocalEngine, make_crew
+    from qtdog.sweep.ray import RayEngine
+    from qtdog.sweep.slurm import SlurmEngine
+
     if machines.engine == "ray":
         here = make_crew(workers=machines.workers, threads=machines.threads, gpus=0)
         workers = machines.workers if machines.address else here.workers
@@ -133,11 +143,14 @@ def show_batch_script(machines: Machines, folder: Path) -> None:
     """Print the batch script of a dry run with Slurm; nothing for other engines."""
     if machines.engine == "slurm":
         from qtdog.cli.console import out
+        from qtdog.sweep.slurm import batch_script
 
         out.print(batch_script(_job(machines), folder), highlight=False, markup=False, soft_wrap=True)
 
 
 def _job(machines: Machines) -> Job:
+    from qtdog.sweep.slurm import Job
+
     return Job(machines.threads or 1, int(machines.gpus or 0), machines.hours, machines.partition)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.live import Live
@@ -14,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qtdog.cli.console import err
-from qtdog.sweep.estimate import Pace
-from qtdog.sweep.journal import Outcome
-from qtdog.sweep.plan import Task
-from qtdog.sweep.runner import SweepProgress as Progress
-from qtdog.sweep.runner import step_of
-from qtdog.sweep.study import describe
+
+if TYPE_CHECKING:
+    from qtdog.sweep.estimate import Pace
+    from qtdog.sweep.journal import Outcome
+    from qtdog.sweep.plan import Task
+    from qtdog.sweep.runner import SweepProgress as Progress
 
 REFRESH_S = 0.5
 N_SHOWN = 20
@@ -35,6 +36,8 @@ class Board:
 
     def show(self, progress: Progress) -> None:
         """Refresh the table, at most twice a second."""
+        from qtdog.sweep.estimate import Pace
+
         now = time.monotonic()
         if self._live is None or now - self._shown < REFRESH_S:
             return
@@ -53,6 +56,8 @@ class Board:
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
 
     def _running(self, progress: Progress) -> Table:
+        from qtdog.sweep.runner import step_of
+
         table = Table(box=None, pad_edge=False)
         for header in ("running", "step", "for"):
             table.add_column(header)
@@ -87,6 +92,8 @@ def make_board(out: Path) -> Iterator[Board]:
 
 def name_of(task: Task) -> str:
     """Return what a task is, for people."""
+    from qtdog.sweep.study import describe
+
     if task.kind == "prefix":
         return f"shared steps {task.name.removeprefix('prefix-')}"
     return describe(task.labels[0]) if task.labels else task.name
