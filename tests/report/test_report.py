@@ -15,10 +15,10 @@ from qtdog.core.errors import RunError
 from qtdog.data.digits import RotatedDigits
 from qtdog.report.html import PageOptions, asset, build_page, json_for_html
 from qtdog.report.inputs import find_analyses, latencies, read_bench
-from qtdog.runs.entry import Entry
 from qtdog.runs.find import find
+from qtdog.runs.finished import FinishedRun
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.selection import outcome
+from qtdog.runs.selection import apply_selection
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -26,7 +26,7 @@ HOSTILE = ["</script>", "<!--", "]]>", "&lt;", "\u2028", "'\"`"]
 
 
 @pytest.fixture(scope="module")
-def entries(study: Path) -> list[Entry]:
+def entries(study: Path) -> list[FinishedRun]:
     return find([study]).entries
 
 
@@ -64,12 +64,12 @@ def test_what_is_recomputed_is_what_the_run_wrote(short_config: Callable[..., Co
     result = run(config, digits, RunFolder(tmp_path / "run"))
     (entry,) = find([tmp_path]).entries
     for selection, told in result["by_selection"].items():
-        found = outcome(entry, selection)
+        found = apply_selection(entry, selection)
         assert found is not None
         assert (found.step, found.source, found.target) == tuple(told.values())
         assert found.target_80 is not None
     after = [record for record in entry.records if record.seen.step > 2]
-    mean = outcome(entry, "mean")
+    mean = apply_selection(entry, "mean")
     assert mean is not None
     assert mean.target == pytest.approx(sum(record.test_accuracy or 0 for record in after) / len(after))
     page = build_page(find([tmp_path]), PageOptions(tmp_path / "report.html"))
@@ -98,7 +98,7 @@ def bench_file(path: Path, p50_s: Any, file: str) -> Path:
     return path
 
 
-def test_a_latency_belongs_to_the_run_whose_folder_it_lies_in(entries: list[Entry], tmp_path: Path):
+def test_a_latency_belongs_to_the_run_whose_folder_it_lies_in(entries: list[FinishedRun], tmp_path: Path):
     mine = entries[0]
     rows = {"mine": [mine], "other": [entries[-1]]}
     inside = read_bench(bench_file(tmp_path / "a.json", 0.004, str(mine.path / "onnx" / "model.onnx")))

@@ -20,7 +20,7 @@ from qtdog.report.tables import AVERAGE, GAP, SOURCE, WORST, make_block
 from qtdog.report.text_tables import body, render
 from qtdog.runs.domainbed import read_domainbed
 from qtdog.runs.find import find
-from qtdog.runs.selection import SELECTIONS, check_selections, outcome
+from qtdog.runs.selection import SELECTIONS, apply_selection, check_selections
 
 HERE = Path(__file__).parent
 TARGETS = ("art_painting", "cartoon", "photo", "sketch")
@@ -163,7 +163,7 @@ def test_what_was_shipped_stands_for_its_own_selection(make_run: Callable[..., P
     result = json.loads((path / "result.json").read_text())
     (path / "result.json").write_text(json.dumps(result | {"test_accuracy": 0.123}))
     (entry,) = find([path]).entries
-    found = {name: outcome(entry, name) for name in SELECTIONS}
+    found = {name: apply_selection(entry, name) for name in SELECTIONS}
     assert found["source"] is not None
     assert found["source"].target == 0.123
     # the records are those of the float network, before it was quantized
@@ -173,8 +173,8 @@ def test_what_was_shipped_stands_for_its_own_selection(make_run: Callable[..., P
 def test_an_ensemble_stands_where_its_members_were_chosen(study: Path):
     (entry,) = [entry for entry in find([study]).entries if entry.kind == "ensemble"]
     assert (entry.method, entry.cost.n_models, entry.cost.passes) == ("EoQ of 3: erm + lsq 7 bit", 3, 3)
-    assert outcome(entry, "source") is not None
-    assert outcome(entry, "last") is None
+    assert apply_selection(entry, "source") is not None
+    assert apply_selection(entry, "last") is None
 
 
 def test_domainbed_is_read_as_its_own_tables_do(domainbed: Path):

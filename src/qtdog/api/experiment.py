@@ -141,7 +141,7 @@ def join_crew(
     from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
     from qtdog.ensemble.evaluation import open_evaluation_set
     from qtdog.ensemble.members import fitting_kind, read_member, share_splits
-    from qtdog.runs.entry import KINDS
+    from qtdog.runs.finished import KINDS
 
     members = [read_member(folder) for folder in folders]
     kind = fitting_kind(members)

@@ -35,7 +35,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     from qtdog.analysis.subject import read_run
     from qtdog.core.errors import ConfigError
     from qtdog.report.tables import setting_labels
-    from qtdog.runs.entry import method_name, settings_of
+    from qtdog.runs.finished import method_name, settings_of
 
     twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if twice:

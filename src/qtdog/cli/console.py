@@ -77,7 +77,7 @@ class TrainingBar(RunCallback):
 
     def on_start(self, config: Config, step: int) -> None:
         """Show the title and an empty bar."""
-        from qtdog.runs.entry import method_name
+        from qtdog.runs.finished import method_name
 
         columns = (
             TextColumn("{task.description}"),

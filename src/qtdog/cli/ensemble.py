@@ -105,7 +105,7 @@ def find_evaluation_set(members: Sequence[Member], data: str | None) -> Evaluati
 def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None:
     from qtdog.cli.console import out, print_table
     from qtdog.report.tables import cost_table
-    from qtdog.runs.entry import KINDS, method_name
+    from qtdog.runs.finished import KINDS, method_name
 
     runs = [member.result | {"training_steps": member.config.train.steps} for member in members]
     first = method_name(members[0].config.model_dump())

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.runs.entry import Entry
     from qtdog.runs.find import Found
+    from qtdog.runs.finished import FinishedRun
     from qtdog.sweep.index import Row
 
 
@@ -118,7 +118,9 @@ def say_left_out(found: Found) -> None:
         warn(f"left out, not finished: {len(found.unfinished)} ({listed})")
 
 
-def _tables(groups: Sequence[list[Entry]], selections: Sequence[str], kind: str, *, split: str, pooled: bool) -> str:
+def _tables(
+    groups: Sequence[list[FinishedRun]], selections: Sequence[str], kind: str, *, split: str, pooled: bool
+) -> str:
     from qtdog.core.errors import RunError
     from qtdog.report.tables import make_block
     from qtdog.report.text_tables import render
@@ -131,7 +133,7 @@ def _tables(groups: Sequence[list[Entry]], selections: Sequence[str], kind: str,
 
 
 def _comparison(
-    groups: Sequence[list[Entry]],
+    groups: Sequence[list[FinishedRun]],
     names: tuple[str, str],
     selections: Sequence[str],
     kind: str,

@@ -147,7 +147,7 @@ def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequenc
 
     from qtdog.cli.console import SPEAKS, CountingBar, TrainingBar, warn
     from qtdog.ensemble.teacher import load_teacher
-    from qtdog.runs.entry import method_name
+    from qtdog.runs.finished import method_name
     from qtdog.training.loggers import with_loggers
     from qtdog.training.run import RunCallbacks, run
 
@@ -353,7 +353,7 @@ def dart(
     from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.console import CountingBar, TrainingBar, print_json, warn
     from qtdog.core.errors import ConfigError
-    from qtdog.runs.entry import method_name
+    from qtdog.runs.finished import method_name
     from qtdog.training.dart import dart as train_branches
     from qtdog.training.protocol import make_protocol
     from qtdog.training.run import RunCallbacks

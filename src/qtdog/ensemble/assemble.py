@@ -25,7 +25,7 @@ from qtdog.ensemble.weight_averaging import Recipe, check_recipe, join
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
-from qtdog.runs.entry import KINDS
+from qtdog.runs.finished import KINDS
 from qtdog.training.finalize import environment
 
 

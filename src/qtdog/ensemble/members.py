@@ -12,7 +12,7 @@ from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import sha256_file
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
-from qtdog.runs.entry import KINDS
+from qtdog.runs.finished import KINDS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.load import STRUCTURE, ModelInfo, read_info
 

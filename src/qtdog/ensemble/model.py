@@ -18,7 +18,7 @@ from qtdog.data.augment import normalise
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
-from qtdog.runs.entry import KINDS
+from qtdog.runs.finished import KINDS
 from qtdog.training.load import STRUCTURE, LoadedModel, ModelInfo, Preprocessing, load_model, network_for, read_info
 
 BATCH = 64

@@ -8,10 +8,10 @@ from typing import Any
 from qtdog.report.inputs import Timed
 from qtdog.report.tables import AVERAGE, GAP, SOURCE, WORST, Block
 from qtdog.runs.aggregate import Estimate
-from qtdog.runs.entry import Entry
+from qtdog.runs.finished import FinishedRun
 from qtdog.runs.record import Record
 
-Rows = Mapping[str, Sequence[Entry]]
+Rows = Mapping[str, Sequence[FinishedRun]]
 Chart = dict[str, Any]
 
 

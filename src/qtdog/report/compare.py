@@ -13,7 +13,7 @@ from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.random import numpy_stream
 from qtdog.report.tables import label_rows, outcomes, percent
 from qtdog.report.text_tables import Cell, Sheet
-from qtdog.runs.entry import NO_TARGET, Entry
+from qtdog.runs.finished import NO_TARGET, FinishedRun
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 9999
@@ -144,7 +144,12 @@ def signed_rank(differences: np.ndarray) -> float:
 
 
 def compare(
-    entries: Sequence[Entry], names: tuple[str, str], selection: str, *, split: str = "whole", pooled: bool = False
+    entries: Sequence[FinishedRun],
+    names: tuple[str, str],
+    selection: str,
+    *,
+    split: str = "whole",
+    pooled: bool = False,
 ) -> Comparison | None:
     """Return the comparison of two rows of a table; None if they have no pair under this selection.
 

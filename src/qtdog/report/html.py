@@ -22,9 +22,9 @@ from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_ce
 from qtdog.report.inputs import Analysis, BenchFile, latencies
 from qtdog.report.tables import SPLITS, Block, differing, label_rows, make_block, percent, value_text
 from qtdog.report.text_tables import MISSING, body, estimate_text, headers
-from qtdog.runs.entry import NO_TARGET, Entry
 from qtdog.runs.find import Found
-from qtdog.runs.selection import SELECTIONS, outcome
+from qtdog.runs.finished import NO_TARGET, FinishedRun
+from qtdog.runs.selection import SELECTIONS, apply_selection
 
 # in JSON these stand in strings only, and in HTML they could end the element that holds the JSON
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -130,7 +130,7 @@ def block_table(block: Block, name: str) -> WebTable:
     return WebTable(name, block.title, headers(block), rows)
 
 
-def settings_table(rows: Mapping[str, Sequence[Entry]], name: str) -> tuple[WebTable, list[tuple[str, str]]]:
+def settings_table(rows: Mapping[str, Sequence[FinishedRun]], name: str) -> tuple[WebTable, list[tuple[str, str]]]:
     """Return a table of the settings that differ between methods, and those that all have, as (key, value)."""
     settings = {label: group[0].settings for label, group in rows.items() if group[0].settings}
     keys = differing(list(settings.values()))
@@ -148,16 +148,16 @@ def _setting(value: Any) -> WebCell:
     return WebCell(value_text(value), value if number else value_text(value))
 
 
-def runs_table(rows: Mapping[str, Sequence[Entry]], split: str, page: Path, name: str) -> WebTable:
+def runs_table(rows: Mapping[str, Sequence[FinishedRun]], split: str, page: Path, name: str) -> WebTable:
     """Return a table of every run, with what its own selection gives and a link to its files."""
     head = ["run", "method", "unseen", "trial", "seed", "selection", "step", "target", "source", "gap", "file"]
     cells = [_run(label, entry, split, page) for label, group in rows.items() for entry in group]
     return WebTable(name, "Every run, with the checkpoint that it ships", head, cells)
 
 
-def _run(label: str, entry: Entry, split: str, page: Path) -> list[WebCell]:
+def _run(label: str, entry: FinishedRun, split: str, page: Path) -> list[WebCell]:
     selection = entry.selection or "source"
-    found = outcome(entry, selection)
+    found = apply_selection(entry, selection)
     target, source = (None, None) if found is None else (found.on(split), found.source)
     gap = None if target is None or source is None else source - target
     file = entry.path if entry.kind == "domainbed" else entry.path / "result.json"
@@ -249,7 +249,7 @@ def build_page(found: Found, options: PageOptions) -> str:
     )
 
 
-def _group(number: int, entries: Sequence[Entry], options: PageOptions) -> dict[str, Any]:
+def _group(number: int, entries: Sequence[FinishedRun], options: PageOptions) -> dict[str, Any]:
     """Return what the template needs of one data set."""
     name = f"g{number}"
     made = [make_block(entries, one, split=options.split, pooled=options.pooled) for one in SELECTIONS]
@@ -270,7 +270,7 @@ def _group(number: int, entries: Sequence[Entry], options: PageOptions) -> dict[
 
 
 def _charts(
-    rows: Mapping[str, Sequence[Entry]], blocks: Sequence[Block], options: PageOptions, name: str
+    rows: Mapping[str, Sequence[FinishedRun]], blocks: Sequence[Block], options: PageOptions, name: str
 ) -> list[dict[str, Any]]:
     measured = latencies(rows, options.bench) if options.bench else {}
     runtimes = ", ".join(sorted({one.runtime for one in measured.values()}))
@@ -302,7 +302,7 @@ def _filled(chart: Mapping[str, Any]) -> bool:
 
 
 def _tiles(
-    entries: Sequence[Entry], rows: Mapping[str, Sequence[Entry]], blocks: Sequence[Block]
+    entries: Sequence[FinishedRun], rows: Mapping[str, Sequence[FinishedRun]], blocks: Sequence[Block]
 ) -> list[tuple[str, str, str]]:
     """Return (number, what it is, of what) for the head of a section."""
     targets = sorted({entry.target for entry in entries if entry.target != NO_TARGET})
@@ -333,7 +333,7 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def _environments(entries: Sequence[Entry]) -> list[str]:
+def _environments(entries: Sequence[FinishedRun]) -> list[str]:
     """Return the machines that the runs were made on, each in one line."""
     lines = []
     for entry in entries:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import RunError
-from qtdog.runs.entry import Entry
+from qtdog.runs.finished import FinishedRun
 
 FILE = "analysis.json"
 DEPTH = 3
@@ -146,7 +146,7 @@ def _timed(path: str, p50_s: float, runtime: str) -> Timed:
     return Timed(Path(path), 1000 * float(p50_s), str(runtime))
 
 
-def latencies(rows: Mapping[str, Sequence[Entry]], bench: BenchFile) -> dict[str, Timed]:
+def latencies(rows: Mapping[str, Sequence[FinishedRun]], bench: BenchFile) -> dict[str, Timed]:
     """Return the time of each row of a table of which a model was measured; of several the fastest.
 
     A file belongs to the run in whose folder it lies, or below.

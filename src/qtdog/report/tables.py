@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtdog.runs.aggregate import Estimate, estimate
-from qtdog.runs.entry import NO_TARGET, Cost, Entry, Outcome, unseen
-from qtdog.runs.selection import SELECTIONS, outcome
+from qtdog.runs.finished import NO_TARGET, Cost, FinishedRun, Selected, unseen
+from qtdog.runs.selection import SELECTIONS, apply_selection
 
 
 def percent(value: float | None) -> str:
@@ -74,19 +74,19 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 Settings = Mapping[str, Any]
 
 
-def label_rows(entries: Sequence[Entry], *, pooled: bool = False) -> dict[str, list[Entry]]:
+def label_rows(entries: Sequence[FinishedRun], *, pooled: bool = False) -> dict[str, list[FinishedRun]]:
     """Return the entries by row: methods in the order of their first appearance, settings of one by name.
 
     Args:
         entries: of one data set.
         pooled: make one row of all settings of a method.
     """
-    methods: dict[str, list[Entry]] = {}
+    methods: dict[str, list[FinishedRun]] = {}
     for entry in entries:
         methods.setdefault(entry.method, []).append(entry)
     if pooled:
         return methods
-    rows: dict[str, list[Entry]] = {}
+    rows: dict[str, list[FinishedRun]] = {}
     for method, group in methods.items():
         labels = setting_labels([method] * len(group), [entry.settings for entry in group])
         for label in sorted(set(labels)):
@@ -163,7 +163,7 @@ AVERAGE, WORST, SOURCE, GAP = "average", "worst domain", "source", "gap"
 SPLITS = {"whole": "the whole unseen domain", "80": "the 80 % split of the unseen domain that DomainBed reports"}
 
 Trial = tuple[int, int]
-Measured = dict[tuple[str, Trial], Outcome]
+Measured = dict[tuple[str, Trial], Selected]
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Block:
         return f"{self.selection}: {SELECTIONS[self.selection]}."
 
 
-def make_block(entries: Sequence[Entry], selection: str, *, split: str = "whole", pooled: bool = False) -> Block:
+def make_block(entries: Sequence[FinishedRun], selection: str, *, split: str = "whole", pooled: bool = False) -> Block:
     """Return the table of entries of one data set.
 
     Each domain's cell is the mean over trials. Average, worst domain, source and gap are taken within each trial that
@@ -245,17 +245,17 @@ def make_block(entries: Sequence[Entry], selection: str, *, split: str = "whole"
     return Block(entries[0].dataset, selection, split, columns, rows, notes)
 
 
-def outcomes(entries: Sequence[Entry], selection: str, *, split: str = "whole", pooled: bool = False) -> Measured:
+def outcomes(entries: Sequence[FinishedRun], selection: str, *, split: str = "whole", pooled: bool = False) -> Measured:
     """Return the outcomes of one row by (target, trial), as `make_block` averages them."""
     return _measure(entries, selection, split, pooled)[0]
 
 
-def _measure(group: Sequence[Entry], selection: str, split: str, pooled: bool) -> tuple[Measured, int]:
+def _measure(group: Sequence[FinishedRun], selection: str, split: str, pooled: bool) -> tuple[Measured, int]:
     """Return outcomes by (target, trial), and how many were left out because their place was taken."""
     measured: Measured = {}
     n_same = 0
     for entry in group:
-        found = outcome(entry, selection)
+        found = apply_selection(entry, selection)
         if found is None or found.on(split) is None:
             continue
         search = pooled or entry.kind == "domainbed"
@@ -267,7 +267,7 @@ def _measure(group: Sequence[Entry], selection: str, split: str, pooled: bool) -
     return measured, n_same
 
 
-def _score(found: Outcome, selection: str, split: str) -> float:
+def _score(found: Selected, selection: str, split: str) -> float:
     value = found.on(split) if selection == "oracle" else found.source
     return -1.0 if value is None else value
 
@@ -276,7 +276,7 @@ def _cells(measured: Measured, targets: Sequence[str], split: str) -> dict[str, 
     trials = dict.fromkeys(trial for _, trial in measured)
     whole = [[measured[target, t] for target in targets] for t in trials if all((g, t) in measured for g in targets)]
 
-    def within(reduce: Callable[[list[float]], float], value: Callable[[Outcome], float | None]) -> Estimate:
+    def within(reduce: Callable[[list[float]], float], value: Callable[[Selected], float | None]) -> Estimate:
         per_trial = [[value(one) for one in trial] for trial in whole]
         return estimate([None if None in values else reduce(values) for values in per_trial])  # type: ignore[arg-type]
 
@@ -291,7 +291,7 @@ def _cells(measured: Measured, targets: Sequence[str], split: str) -> dict[str, 
     return cells
 
 
-def _gap(one: Outcome, split: str) -> float | None:
+def _gap(one: Selected, split: str) -> float | None:
     target = one.on(split)
     return None if one.source is None or target is None else one.source - target
 
@@ -300,17 +300,17 @@ def _mean_or_none(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _is_domainbed(group: Sequence[Entry]) -> bool:
+def _is_domainbed(group: Sequence[FinishedRun]) -> bool:
     return group[0].kind == "domainbed"
 
 
-def _most_settings(group: Sequence[Entry]) -> int:
+def _most_settings(group: Sequence[FinishedRun]) -> int:
     """Return how many settings stand behind one cell, at most."""
     places = [(entry.target, entry.trial) for entry in group]
     return max(places.count(place) for place in set(places))
 
 
-def _notes(rows: Sequence[Row], targets: Sequence[str], n_same: int, untested: Sequence[Entry]) -> list[str]:
+def _notes(rows: Sequence[Row], targets: Sequence[str], n_same: int, untested: Sequence[FinishedRun]) -> list[str]:
     notes = []
     if any(row.n_trials > 1 for row in rows):
         notes.append("± is the standard error over trials (population standard deviation / √trials).")

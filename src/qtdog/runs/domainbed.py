@@ -16,7 +16,7 @@ from typing import Any
 
 from qtdog.core.config import START_FRAC
 from qtdog.core.errors import RunError
-from qtdog.runs.entry import Cost, Entry
+from qtdog.runs.finished import Cost, FinishedRun
 from qtdog.runs.record import Record, Score, SourceRecord
 
 MAX_DOMAINBED_BYTES = 512 * 1024**2
@@ -45,7 +45,7 @@ def plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def read_domainbed(path: Path) -> list[Entry]:
+def read_domainbed(path: Path) -> list[FinishedRun]:
     """Return the runs in a `results.jsonl`; of those with several unseen domains at once none.
 
     Raises:
@@ -76,13 +76,13 @@ def _key(line: Line) -> Key:
     return str(args["dataset"]), str(args["algorithm"]), int(args["test_envs"][0]), trial, hparams, seed
 
 
-def _entry(path: Path, lines: list[Line]) -> Entry:
+def _entry(path: Path, lines: list[Line]) -> FinishedRun:
     args = lines[0]["args"]
     names = domain_names(args["dataset"], _n_domains(lines[0]))
     target = args["test_envs"][0]
     last = int(lines[-1]["step"])
     steps = int(args.get("steps") or last + 1)
-    return Entry(
+    return FinishedRun(
         kind="domainbed",
         path=path,
         dataset=str(args["dataset"]),

@@ -1,4 +1,4 @@
-"""Find finished runs, ensembles and DomainBed's files below given paths, and read each into an `Entry`."""
+"""Find finished runs, ensembles and DomainBed's files below given paths, and read each into an `FinishedRun`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.runs.domainbed import plain, read_domainbed
-from qtdog.runs.entry import KINDS, Cost, Entry, Outcome, method_name, settings_of, unseen
+from qtdog.runs.finished import KINDS, Cost, FinishedRun, Selected, method_name, settings_of, unseen
 from qtdog.runs.folder import RunFolder
 
 MAX_RUN_BYTES = 64 * 1024**2  # of a result or the metrics of one run: longer is no run's
 
 
-def read_run(path: Path) -> Entry | None:
+def read_run(path: Path) -> FinishedRun | None:
     """Return the finished run or ensemble in a folder; None if the run is not finished.
 
     Raises:
@@ -43,12 +43,12 @@ def _config(folder: RunFolder) -> Config | None:
         raise RunError(f"{folder.config_file} cannot be read: {error}") from error
 
 
-def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> Entry:
+def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> FinishedRun:
     tree = config.model_dump(mode="json")
     # of a network quantized after training, the records tell what it was before
     after_training = config.quantizer.name in AFTER_TRAINING
     default_start = int(START_FRAC * config.train.steps)
-    return Entry(
+    return FinishedRun(
         kind="run",
         path=folder.path,
         dataset=_dataset(result),
@@ -68,7 +68,7 @@ def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> Entry:
     )
 
 
-def _ensemble(path: Path, result: Mapping[str, Any]) -> Entry:
+def _ensemble(path: Path, result: Mapping[str, Any]) -> FinishedRun:
     if "members" not in result:
         raise RunError(f"{path} has a result.json but no config.yaml, and is no ensemble either. Leave it out")
     members = result["members"]
@@ -76,7 +76,7 @@ def _ensemble(path: Path, result: Mapping[str, Any]) -> Entry:
     config = _config(first)
     tree = {} if config is None else config.model_dump(mode="json")
     title = f"{KINDS[result['kind']].title} of {len(members)}"
-    return Entry(
+    return FinishedRun(
         kind="ensemble",
         path=path,
         dataset=_dataset(result),
@@ -101,10 +101,10 @@ def _dataset(result: Mapping[str, Any]) -> str:
     return f"{name} (in-domain)" if result["test_mode"] == "in-domain" else name
 
 
-def _shipped(result: Mapping[str, Any]) -> Outcome:
+def _shipped(result: Mapping[str, Any]) -> Selected:
     on_80 = list(result.get("test_accuracy_80", {}).values())
     test_80 = sum(on_80) / len(on_80) if on_80 else None
-    return Outcome(result.get("selected_step"), result["source_accuracy"], result["test_accuracy"], test_80)
+    return Selected(result.get("selected_step"), result["source_accuracy"], result["test_accuracy"], test_80)
 
 
 DEPTH = 2  # folders of folders of runs
@@ -122,7 +122,7 @@ class Found:
         unfinished: folders of runs that have no result yet.
     """
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[FinishedRun] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
 
     @property
@@ -133,7 +133,7 @@ class Found:
             names.setdefault(plain(entry.dataset), entry.dataset)
         return list(names.values())
 
-    def of(self, dataset: str) -> list[Entry]:
+    def of(self, dataset: str) -> list[FinishedRun]:
         """Return the entries of one data set."""
         return [entry for entry in self.entries if plain(entry.dataset) == plain(dataset)]
 

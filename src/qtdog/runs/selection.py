@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtdog.core.errors import ConfigError, unknown
-from qtdog.runs.entry import Entry, Outcome
+from qtdog.runs.finished import FinishedRun, Selected
 from qtdog.runs.record import Record, SourceRecord
 
 
@@ -70,7 +70,7 @@ def check_selections(names: Sequence[str]) -> list[str]:
     return [name for name in SELECTIONS if name in names or not names]
 
 
-def outcome(entry: Entry, selection: str) -> Outcome | None:
+def apply_selection(entry: FinishedRun, selection: str) -> Selected | None:
     """Return what `selection` gives for an entry; None if that was not measured.
 
     The way in which the run chose what it ships gives what was shipped: with some averagers, and after quantization
@@ -97,9 +97,9 @@ def _counts(record: Record, start: int) -> bool:
     return record.seen.selectable and record.seen.step > start
 
 
-def _of(record: Record) -> Outcome:
+def _of(record: Record) -> Selected:
     test_80 = [score.accuracy for score in record.test_in.values()]
-    return Outcome(
+    return Selected(
         record.seen.step,
         record.seen.source_accuracy,
         record.test_accuracy,
@@ -107,10 +107,10 @@ def _of(record: Record) -> Outcome:
     )
 
 
-def _mean(records: Sequence[Record]) -> Outcome | None:
+def _mean(records: Sequence[Record]) -> Selected | None:
     if not records:
         return None
     all_of = [_of(record) for record in records]
     values = ([getattr(one, name) for one in all_of] for name in ("source", "target", "target_80"))
     source, target, target_80 = (None if None in part else sum(part) / len(part) for part in values)
-    return Outcome(None, source, target, target_80)
+    return Selected(None, source, target, target_80)

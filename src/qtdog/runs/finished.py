@@ -24,7 +24,7 @@ NOT_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Selected:
     """What one way to choose a checkpoint gives; accuracies as fractions, None where nothing was measured.
 
     Attributes:
@@ -62,7 +62,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FinishedRun:
     """One finished run, ensemble, or run of DomainBed.
 
     Attributes:
@@ -94,7 +94,7 @@ class Entry:
     method: str
     settings: Mapping[str, Any] = field(repr=False)
     selection: str
-    shipped: Outcome | None
+    shipped: Selected | None
     records: tuple[Record, ...] = field(repr=False)
     start_step: int | None
     mean_from: int
