@@ -16,7 +16,7 @@ import pytest
 
 from qtdog.cli.main import main
 from qtdog.data import download as downloading
-from qtdog.data.cards import CARDS, Archive, Datasheet
+from qtdog.data.cards import CARDS, Archive, DatasetCard
 
 MADE = runpy.run_path(str(Path(__file__).with_name("small_archives.py")))
 
@@ -141,17 +141,17 @@ def published() -> Callable[[str], dict[str, bytes]]:
 
 
 @pytest.fixture
-def card(server: Any, published: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Datasheet]:
+def card(server: Any, published: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DatasetCard]:
     """Return a function: name → its card, with its files served here and the counts of the small copy."""
 
-    def make(name: str, **how: Any) -> Datasheet:
+    def make(name: str, **how: Any) -> DatasetCard:
         files = published(name)
         archives = tuple(Archive(file, (server.add(file, content, **how),)) for file, content in files.items())
-        sheet = replace(CARDS[name], archives=archives, expected_counts=None, expected_total=None)
+        card = replace(CARDS[name], archives=archives, expected_counts=None, expected_total=None)
         if name == "domainnet":
-            sheet = replace(sheet, classes=(sheet.classes or ())[:3])
-        monkeypatch.setitem(CARDS._members, name, sheet)
-        return sheet
+            card = replace(card, classes=(card.classes or ())[:3])
+        monkeypatch.setitem(CARDS._members, name, card)
+        return card
 
     return make
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qtdog.data.cards import CARDS, Datasheet
+from qtdog.data.cards import CARDS, DatasetCard
 
 
 def zip_of(files: dict[str, bytes]) -> bytes:
@@ -39,22 +39,22 @@ def picture(rng: np.random.Generator, kind: str = "JPEG", size: int = 16) -> byt
     return stream.getvalue()
 
 
-def folders(sheet: Datasheet, pattern: str, per_class: int = 3) -> dict[str, bytes]:
+def folders(card: DatasetCard, pattern: str, per_class: int = 3) -> dict[str, bytes]:
     rng = np.random.default_rng(len(pattern))
     return {
         pattern.format(domain=domain, label=label, i=i): picture(rng, size=8)
-        for domain in sheet.domains or ()
-        for label in (sheet.classes or ())
+        for domain in card.domains or ()
+        for label in (card.classes or ())
         for i in range(per_class)
     }
 
 
-def domainnet(sheet: Datasheet) -> dict[str, bytes]:
+def domainnet(card: DatasetCard) -> dict[str, bytes]:
     """Six archives, each with one image too many, and the twelve lists."""
     files: dict[str, bytes] = {}
-    classes = tuple(sheet.classes or ())[:3]
-    small = Datasheet("d", "D", domains=sheet.domains, classes=classes)
-    for domain in sheet.domains or ():
+    classes = tuple(card.classes or ())[:3]
+    small = DatasetCard("d", "D", domains=card.domains, classes=classes)
+    for domain in card.domains or ():
         inside = {k: v for k, v in folders(small, "{domain}/{label}/{i}.jpg", 5).items() if k.startswith(f"{domain}/")}
         files[f"{domain}.zip"] = zip_of(inside | {f"{domain}/{classes[-1]}/duplicate.jpg": b"a copy"})
         lines = [f"{name} {classes.index(name.split('/')[1])}\n" for name in inside]
@@ -63,9 +63,9 @@ def domainnet(sheet: Datasheet) -> dict[str, bytes]:
     return files
 
 
-def camera_traps(sheet: Datasheet) -> dict[str, bytes]:
+def camera_traps(card: DatasetCard) -> dict[str, bytes]:
     rng = np.random.default_rng(0)
-    names = [*(sheet.classes or ()), "car"]
+    names = [*(card.classes or ()), "car"]
     images, annotations, pictures = [], [], {}
     for place in (38, 43, 46, 100, 7):
         for c in range(len(names)):
@@ -125,22 +125,22 @@ def amazon() -> dict[str, bytes]:
 
 
 def published(name: str) -> dict[str, bytes]:
-    sheet = CARDS[name]
+    card = CARDS[name]
     return {
-        "pacs": lambda: {"pacs.zip": zip_of(folders(sheet, "kfold/{domain}/{label}/{i}.jpg"))},
-        "vlcs": lambda: {"vlcs.tar.gz": tar_of(folders(sheet, "VLCS/{domain}/{label}/{i}.jpg"))},
+        "pacs": lambda: {"pacs.zip": zip_of(folders(card, "kfold/{domain}/{label}/{i}.jpg"))},
+        "vlcs": lambda: {"vlcs.tar.gz": tar_of(folders(card, "VLCS/{domain}/{label}/{i}.jpg"))},
         "office-home": lambda: {
-            "office_home.zip": zip_of(folders(sheet, "OfficeHomeDataset_10072016/{domain}/{label}/{i}.jpg", 1))
+            "office_home.zip": zip_of(folders(card, "OfficeHomeDataset_10072016/{domain}/{label}/{i}.jpg", 1))
         },
         "digits-dg": lambda: {
             "digits_dg.zip": zip_of(
-                folders(sheet, "digits_dg/{domain}/train/{label}/{i}.jpg", 2)
-                | folders(sheet, "digits_dg/{domain}/val/{label}/{i}.jpg", 1)
+                folders(card, "digits_dg/{domain}/train/{label}/{i}.jpg", 2)
+                | folders(card, "digits_dg/{domain}/val/{label}/{i}.jpg", 1)
             )
         },
-        "domainnet": lambda: domainnet(sheet),
-        "terra-incognita-24330": lambda: camera_traps(sheet),
-        "terra-incognita-24788": lambda: camera_traps(sheet),
+        "domainnet": lambda: domainnet(card),
+        "terra-incognita-24330": lambda: camera_traps(card),
+        "terra-incognita-24788": lambda: camera_traps(card),
         "colored-mnist": mnist,
         "rotated-mnist": mnist,
         "camelyon17": camelyon,

@@ -38,8 +38,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_totals_are_the_published_ones(name):
-    sheet = CARDS[name]
-    assert (sheet.n_expected, len(sheet.domains or ()), len(sheet.classes or ())) == PUBLISHED[name]
+    card = CARDS[name]
+    assert (card.n_expected, len(card.domains or ()), len(card.classes or ())) == PUBLISHED[name]
 
 
 def test_the_protocol_is_the_papers():
@@ -115,7 +115,7 @@ def test_camelyon_keeps_the_official_division(published, tmp_path):
     assert dataset.domains == CARDS["camelyon17"].domains
     assert [dataset.trains_on(domain) for domain in dataset.domains] == [True, False, False, True, True]
     splits = make_splits(dataset, trial=3)
-    assert dataset.parts is not None
+    assert dataset.official_split is not None
     assert {len(splits[domain].train) for domain in ("hospital_0", "hospital_3", "hospital_4")} == {16}
     assert {len(splits[domain].heldout) for domain in ("hospital_0", "hospital_3", "hospital_4")} == {4}
     assert len(splits["hospital_2"].everything) == 20
@@ -157,7 +157,7 @@ def test_reviews_have_reviewers_stars_and_the_official_division(published, tmp_p
     assert reviews.classes[reviews.class_index[i]] == "1"
     report = verify_texts(reviews)
     assert report.parts["test"] == (8, 3)
-    assert report.differences == [f"there are 52 in all, the datasheet says 539,502 ({UNCHECKED})"]
+    assert report.differences == [f"there are 52 in all, the dataset card says 539,502 ({UNCHECKED})"]
 
 
 def test_a_reviewer_in_training_and_test_is_noticed():

@@ -10,12 +10,12 @@ from qtdog.data.image_folder import open_folder
 
 def test_cards_are_complete() -> None:
     for name in CARDS:
-        sheet = CARDS[name]
-        assert sheet.name == name
-        assert list(sheet.domains or ()) == sorted(sheet.domains or ()) == sorted(sheet.expected_counts or ())
-        assert list(sheet.classes or ()) == sorted(sheet.classes or ())
-        assert sheet.licence != "unknown"
-        assert sheet.paper
+        card = CARDS[name]
+        assert card.name == name
+        assert list(card.domains or ()) == sorted(card.domains or ()) == sorted(card.expected_counts or ())
+        assert list(card.classes or ()) == sorted(card.classes or ())
+        assert card.licence != "unknown"
+        assert card.paper
 
 
 def test_pacs_has_its_published_size() -> None:
@@ -35,11 +35,11 @@ def test_a_card_needs_all_domains_and_classes() -> None:
 def test_differences_are_sentences(image_tree: Path) -> None:
     dataset = open_folder(image_tree)
     assert check_counts(dataset) == []
-    dataset.sheet = PACS
+    dataset.card = PACS
     differences = check_counts(dataset)
     assert "domain sketch is missing" in differences
-    assert "domain night is not in the datasheet" in differences
-    assert "class bird is not in the datasheet" in differences
+    assert "domain night is not in the dataset card" in differences
+    assert "class bird is not in the dataset card" in differences
     assert len(differences) == 4 + 3 + 6 + 2
 
 
@@ -48,7 +48,7 @@ def test_a_count_that_nobody_confirmed_is_told_as_such(image_tree: Path) -> None
     dataset = open_folder(image_tree)
     for source, doubt in (("", True), ("a paper", False)):
         counts = {"night": 17, "indoor": 18, "outdoor": 18}
-        dataset.sheet = replace(dataset.sheet, expected_counts=counts, expected_total=53, counts_from=source)
+        dataset.card = replace(dataset.card, expected_counts=counts, expected_total=53, counts_from=source)
         differences = check_counts(dataset)
         assert len(differences) == 2
         assert all(("not compared with another source" in text) is doubt for text in differences)

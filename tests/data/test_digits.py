@@ -5,12 +5,12 @@ from qtdog.data.cards import check_counts
 from qtdog.data.digits import RotatedDigits, assign_domains
 
 
-def test_it_is_what_its_datasheet_says() -> None:
+def test_it_is_what_its_card_says() -> None:
     digits = RotatedDigits()
     assert len(digits) == 1797
     assert check_counts(digits) == []
     assert digits.missing_classes() == []
-    assert digits.sheet.channels == 1
+    assert digits.card.channels == 1
 
 
 def test_every_image_is_in_exactly_one_domain() -> None:

@@ -29,13 +29,13 @@ def below(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_benchmark_is_fetched_verified_trained_on_and_predicted(name, card, home, qtdog, tmp_path):
-    sheet = card(name)
+    card = card(name)
     code, _, err = qtdog("data", "fetch", name, "--yes")
     assert code == 0, err
-    assert sheet.licence in err
+    assert card.licence in err
     assert {path.name for path in home.iterdir()} == {"fetched.json", name}
     dataset = open_dataset(name)
-    assert (dataset.domains, dataset.classes) == (sheet.domains, sheet.classes)
+    assert (dataset.domains, dataset.classes) == (card.domains, card.classes)
     assert dataset.missing_classes() == []
     code, out, _ = qtdog("data", "verify", name, "--json")
     report = json.loads(out)
@@ -70,8 +70,8 @@ def test_reviews_are_fetched_and_verified(card, home, qtdog):
 
 
 def test_known_duplicates_of_domainnet_are_left_out(card, home):
-    sheet = card("domainnet")
-    found = fetch(sheet, home / "domainnet")
+    card = card("domainnet")
+    found = fetch(card, home / "domainnet")
     assert found.layout == "the authors' lists (TLlib)"
     assert not [path for path in files_below(home / "domainnet") if "duplicate" in path]
     assert len(files_below(home / "domainnet")) == 6 * 3 * 5
@@ -85,7 +85,7 @@ def test_camera_traps_keep_four_places_and_ten_classes(card, home):
 
 
 def test_an_interrupted_fetch_goes_on_and_says_what_was_saved(card, server, home, qtdog):
-    sheet = card("pacs")
+    card = card("pacs")
     size = len(server.files["pacs.zip"].content)
     server.files["pacs.zip"].ends_after = [size // 2, 0]
     code, _, err = qtdog("data", "fetch", "pacs", "--yes")
@@ -96,7 +96,7 @@ def test_an_interrupted_fetch_goes_on_and_says_what_was_saved(card, server, home
     code, _, err = qtdog("data", "fetch", "pacs", "--yes")
     assert code == 0
     assert f"{size / 1e6:,.3f} MB, of which {size // 2 / 1e6:,.3f} MB were there already" in err
-    assert sheet.archives[0].file not in below(home)
+    assert card.archives[0].file not in below(home)
     assert sorted(path.name for path in home.iterdir()) == ["fetched.json", "pacs"]
 
 
@@ -146,47 +146,47 @@ def test_the_first_hash_is_trusted_and_the_next_must_be_the_same(card, server, p
 
 
 def test_a_hash_of_the_card_must_be_met(card, home):
-    sheet = card("pacs")
-    archive = replace(sheet.archives[0], sha256="0" * 64)
+    card = card("pacs")
+    archive = replace(card.archives[0], sha256="0" * 64)
     with pytest.raises(DataError, match="expected was 0000"):
-        fetch(replace(sheet, archives=(archive,)), home / "pacs")
+        fetch(replace(card, archives=(archive,)), home / "pacs")
 
 
 def test_other_counts_are_said_and_the_hash_is_not_remembered(card, home, qtdog, monkeypatch):
-    sheet = card("pacs")
-    monkeypatch.setitem(CARDS._members, "pacs", replace(sheet, expected_counts=cards.PACS.expected_counts))
+    card = card("pacs")
+    monkeypatch.setitem(CARDS._members, "pacs", replace(card, expected_counts=cards.PACS.expected_counts))
     code, _, err = qtdog("data", "fetch", "pacs", "--yes")
     assert code == 1
-    assert "domain sketch has 21 images, the datasheet says 3,929" in err
+    assert "domain sketch has 21 images, the dataset card says 3,929" in err
     assert remembered("pacs") == {}
 
 
 def test_a_hostile_archive_leaves_nothing(card, server, packers, home, tmp_path):
-    sheet = card("pacs")
+    card = card("pacs")
     server.files["pacs.zip"].content = packers["zip"]({"kfold/a.txt": b"x", "../../evil.txt": b"x"})
     with pytest.raises(DataError, match="leaves the folder"):
-        fetch(sheet, home / "pacs")
+        fetch(card, home / "pacs")
     assert below(tmp_path) == ["home"]
 
 
 def test_a_damaged_archive_is_downloaded_anew(card, server, home):
-    sheet = card("pacs")
+    card = card("pacs")
     good = server.files["pacs.zip"].content
     server.files["pacs.zip"].content = good[: len(good) // 2]
     with pytest.raises(DataError, match=r"pacs\.zip is damaged"):
-        fetch(sheet, home / "pacs")
+        fetch(card, home / "pacs")
     assert below(home) == []
     server.files["pacs.zip"].content = good
-    assert fetch(sheet, home / "pacs").n_saved == 0
+    assert fetch(card, home / "pacs").n_saved == 0
 
 
 def test_an_archive_of_something_else_is_said(card, server, packers, home):
-    sheet = card("pacs")
+    card = card("pacs")
     server.files["pacs.zip"].content = packers["zip"]({"kfold/photo/dog/a.jpg": b"x"})
     with pytest.raises(
         DataError, match=r"is no copy of pacs.*missing: art_painting, cartoon, sketch.*is in .*remove it"
     ):
-        fetch(sheet, home / "pacs")
+        fetch(card, home / "pacs")
     assert not (home / "pacs").exists()
     assert not (home / ".pacs.fetch" / "unpacked").exists()
 
@@ -210,18 +210,18 @@ def test_what_cannot_be_downloaded_says_what_to_do(home, qtdog):
 def test_two_processes_do_not_fetch_into_one_folder(card, home):
     import fcntl
 
-    sheet = card("pacs")
+    card = card("pacs")
     (home / ".pacs.fetch").mkdir(parents=True)
     handle = os.open(home / ".pacs.fetch" / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(RunError, match="another process is fetching"):
-        fetch(sheet, home / "pacs")
+        fetch(card, home / "pacs")
     os.close(handle)
 
 
 def test_a_changed_folder_is_noticed(card, home, qtdog):
-    sheet = card("pacs")
-    fetch(sheet, home / "pacs")
+    card = card("pacs")
+    fetch(card, home / "pacs")
     first, second, *_ = open_dataset("pacs").keys
     (home / "pacs" / first).unlink()
     shutil.copy(home / "pacs" / open_dataset("pacs").keys[-1], home / "pacs" / second)
@@ -251,24 +251,24 @@ def test_a_damaged_note_of_hashes_is_said(home):
 
 
 def test_a_copy_is_imported_and_its_counts_are_checked(card, home, qtdog, monkeypatch, tmp_path):
-    sheet = card("pacs")
-    fetch(sheet, tmp_path / "theirs")
+    card = card("pacs")
+    fetch(card, tmp_path / "theirs")
     code, _, err = qtdog("data", "import", tmp_path / "theirs", "--as", "pacs")
     assert code == 0
     assert "84 images, laid out before as DOMAIN/CLASS/image (DomainBed, TLlib)" in err
     assert len(open_dataset("pacs")) == 84
     assert json.loads((home / "pacs" / ".qtdog" / "origin.json").read_text())["imported_from"] == "theirs"
-    monkeypatch.setitem(CARDS._members, "pacs", replace(sheet, expected_counts={"sketch": 3929}))
+    monkeypatch.setitem(CARDS._members, "pacs", replace(card, expected_counts={"sketch": 3929}))
     code, _, err = qtdog("data", "import", tmp_path / "theirs", "--as", "pacs", "--copy", "--to", tmp_path / "other")
     assert code == 1
-    assert "domain sketch has 21 images, the datasheet says 3,929" in err
+    assert "domain sketch has 21 images, the dataset card says 3,929" in err
     assert qtdog("data", "import", tmp_path / "their", "--as", "pacs")[0] == 1
     assert qtdog("data", "import", tmp_path / "theirs", "--as", "pcas")[0] == 2
 
 
 def test_what_is_here_is_told(card, home, qtdog):
-    sheet = card("pacs")
-    fetch(sheet, home / "pacs")
+    card = card("pacs")
+    fetch(card, home / "pacs")
     here = {one["name"]: one["here"] for one in json.loads(qtdog("data", "list", "--json")[1])}
     assert (here["pacs"], here["vlcs"], here["rotated-digits"]) == (str(home / "pacs"), "", "built in")
     code, out, _ = qtdog("data", "card", "domainnet")

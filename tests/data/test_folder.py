@@ -105,11 +105,11 @@ def test_a_class_missing_in_a_domain_is_listed(image_tree: Path) -> None:
 
 
 def test_a_benchmark_is_recognised_by_its_names(tmp_path: Path) -> None:
-    sheet = CARDS["pacs"]
-    make(tmp_path, *(f"{domain}/{name}/a.jpg" for domain in sheet.domains or () for name in sheet.classes or ()))
-    assert open_folder(tmp_path).sheet == sheet
+    card = CARDS["pacs"]
+    make(tmp_path, *(f"{domain}/{name}/a.jpg" for domain in card.domains or () for name in card.classes or ()))
+    assert open_folder(tmp_path).card == card
     make(tmp_path, "photo/zebra/a.jpg")
-    assert open_folder(tmp_path).sheet.name == tmp_path.name
+    assert open_folder(tmp_path).card.name == tmp_path.name
 
 
 def test_a_missing_path_names_its_neighbour(image_tree: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qtdog.core.errors import DataError
-from qtdog.data.cards import CARDS, Datasheet
+from qtdog.data.cards import CARDS, DatasetCard
 from qtdog.data.file_index import files_below, read_hashes
 from qtdog.data.import_layouts import adopt, find_layout
 from qtdog.data.open import open_dataset
@@ -37,19 +37,19 @@ def lay_out(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def expected(sheet: Datasheet) -> list[str]:
-    return sorted(f"{d}/{c}/{i}.jpg" for d in sheet.domains or () for c in sheet.classes or () for i in range(2))
+def expected(card: DatasetCard) -> list[str]:
+    return sorted(f"{d}/{c}/{i}.jpg" for d in card.domains or () for c in card.classes or () for i in range(2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", ["link", "copy"])
 def test_layouts_of_pacs(lay_out, tmp_path, layout, how):
-    sheet = CARDS["pacs"]
+    card = CARDS["pacs"]
     pattern, words = LAYOUTS[layout]
-    source = lay_out(pattern, sheet.domains, sheet.classes)
+    source = lay_out(pattern, card.domains, card.classes)
     before = files_below(source)
-    assert adopt(source, tmp_path / "new", sheet, how, {"dataset": "pacs"}) == words
-    assert files_below(tmp_path / "new") == expected(sheet) == sorted(read_hashes(tmp_path / "new") or ())
+    assert adopt(source, tmp_path / "new", card, how, {"dataset": "pacs"}) == words
+    assert files_below(tmp_path / "new") == expected(card) == sorted(read_hashes(tmp_path / "new") or ())
     assert files_below(source) == before
     inode = os.stat(next(source.rglob("0.jpg"))).st_ino
     linked = any(path.stat().st_ino == inode for path in (tmp_path / "new").rglob("0.jpg"))
@@ -60,18 +60,18 @@ def test_other_names_of_domains_and_classes(lay_out, tmp_path):
     source = lay_out("VLCS/{domain}/full/{label}/{i}.jpg", ["CALTECH", "LABELME", "PASCAL", "SUN"], range(5))
     adopt(source, tmp_path / "new", CARDS["vlcs"], "copy", {})
     assert files_below(tmp_path / "new") == expected(CARDS["vlcs"])
-    sheet = CARDS["office-home"]
-    source = lay_out("{domain}/{label}/{i}.jpg", ["art", "clipart", "product", "real_world"], sheet.classes, "dassl")
-    adopt(source, tmp_path / "office", sheet, "link", {})
-    assert files_below(tmp_path / "office") == expected(sheet)
-    assert open_dataset(str(tmp_path / "office")).sheet == sheet
+    card = CARDS["office-home"]
+    source = lay_out("{domain}/{label}/{i}.jpg", ["art", "clipart", "product", "real_world"], card.classes, "dassl")
+    adopt(source, tmp_path / "office", card, "link", {})
+    assert files_below(tmp_path / "office") == expected(card)
+    assert open_dataset(str(tmp_path / "office")).card == card
 
 
 def test_a_division_is_joined_and_equal_names_are_kept_apart(lay_out, tmp_path):
-    sheet = CARDS["digits-dg"]
-    lay_out("{domain}/train/{label}/{i}.jpg", sheet.domains, sheet.classes)
-    source = lay_out("{domain}/val/{label}/{i}.jpg", sheet.domains, sheet.classes)
-    adopt(source, tmp_path / "new", sheet, "link", {})
+    card = CARDS["digits-dg"]
+    lay_out("{domain}/train/{label}/{i}.jpg", card.domains, card.classes)
+    source = lay_out("{domain}/val/{label}/{i}.jpg", card.domains, card.classes)
+    adopt(source, tmp_path / "new", card, "link", {})
     keys = files_below(tmp_path / "new")
     assert len(keys) == 4 * 10 * 4
     assert "mnist/3/0.jpg" in keys
@@ -79,27 +79,27 @@ def test_a_division_is_joined_and_equal_names_are_kept_apart(lay_out, tmp_path):
 
 
 def test_the_whole_is_taken_where_it_lies_beside_its_parts(lay_out):
-    sheet = CARDS["vlcs"]
+    card = CARDS["vlcs"]
     for part in ("train", "crossval", "test", "full"):
-        source = lay_out(f"{{domain}}/{part}/{{label}}/{{i}}.jpg", sheet.domains, sheet.classes)
-    assert len(find_layout(source, sheet).images) == 4 * 5 * 2
+        source = lay_out(f"{{domain}}/{part}/{{label}}/{{i}}.jpg", card.domains, card.classes)
+    assert len(find_layout(source, card).images) == 4 * 5 * 2
 
 
 def test_lists_decide_which_images_of_domainnet_count(lay_out, tmp_path):
-    sheet = CARDS["domainnet"]
-    source = lay_out("{domain}/{label}/{i}.jpg", sheet.domains, ["dog", "zebra"])
+    card = CARDS["domainnet"]
+    source = lay_out("{domain}/{label}/{i}.jpg", card.domains, ["dog", "zebra"])
     (source / "image_list").mkdir()
-    for domain in sheet.domains or ():
+    for domain in card.domains or ():
         (source / "image_list" / f"{domain}_train.txt").write_text(f"{domain}/dog/0.jpg 5\n")
         (source / "image_list" / f"{domain}_test.txt").write_text(f"{domain}/zebra/1.jpg 7\n\n")
-    assert adopt(source, tmp_path / "new", sheet, "link", {}) == "the authors' lists (TLlib)"
+    assert adopt(source, tmp_path / "new", card, "link", {}) == "the authors' lists (TLlib)"
     assert len(files_below(tmp_path / "new")) == 12
     (source / "image_list" / "real_test.txt").write_text("real/dog/gone.jpg 5\n")
     with pytest.raises(DataError, match=r"1 listed images are missing, the first is .*gone\.jpg"):
-        find_layout(source, sheet)
+        find_layout(source, card)
     (source / "image_list" / "real_test.txt").write_text("real/../secret.jpg 5\n")
     with pytest.raises(DataError, match="which is no domain and class of it"):
-        find_layout(source, sheet)
+        find_layout(source, card)
 
 
 def test_wilds_and_mnist_are_adopted_as_they_are(published, packers, tmp_path):
@@ -119,17 +119,17 @@ def test_wilds_and_mnist_are_adopted_as_they_are(published, packers, tmp_path):
 
 
 def test_what_is_something_else_is_said(lay_out, tmp_path):
-    sheet = CARDS["pacs"]
-    source = lay_out("{domain}/{label}/{i}.jpg", ["photo", "sketch"], sheet.classes)
+    card = CARDS["pacs"]
+    source = lay_out("{domain}/{label}/{i}.jpg", ["photo", "sketch"], card.classes)
     with pytest.raises(DataError, match=r"is no copy of pacs: .*\(missing: art_painting, cartoon\)"):
-        adopt(source, tmp_path / "new", sheet, "link", {})
-    lay_out("{domain}/{label}/{i}.jpg", sheet.domains, [*(sheet.classes or ()), "zebra"])
+        adopt(source, tmp_path / "new", card, "link", {})
+    lay_out("{domain}/{label}/{i}.jpg", card.domains, [*(card.classes or ()), "zebra"])
     with pytest.raises(DataError, match="zebra is no class of pacs; they are dog, elephant"):
-        adopt(source, tmp_path / "new", sheet, "link", {})
+        adopt(source, tmp_path / "new", card, "link", {})
     with pytest.raises(DataError, match=r"no folder in it has metadata\.csv and patches"):
         adopt(source, tmp_path / "new", CARDS["camelyon17"], "link", {})
     with pytest.raises(DataError, match="has no train-images-idx3-ubyte"):
         adopt(source, tmp_path / "new", CARDS["rotated-mnist"], "link", {})
     with pytest.raises(DataError, match="is there already"):
-        adopt(source, source, sheet, "link", {})
+        adopt(source, source, card, "link", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]

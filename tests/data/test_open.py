@@ -15,7 +15,7 @@ def make_pacs(root: Path, leave_out: str = "") -> None:
 
 
 def test_names_folders_and_manifests(image_tree: Path) -> None:
-    assert open_dataset("rotated-digits").sheet.name == "rotated-digits"
+    assert open_dataset("rotated-digits").card.name == "rotated-digits"
     assert len(open_dataset(str(image_tree))) == 54
     (image_tree / "list.csv").write_text("path,class,domain\nnight/cat/0.png,cat,a\nnight/cat/1.png,cat,b\n")
     assert open_dataset(str(image_tree / "list.csv")).domains == ("a", "b")
@@ -29,7 +29,7 @@ def test_a_relative_folder_needs_no_slash(image_tree: Path, monkeypatch: pytest.
 def test_a_benchmark_is_found_below_qtdog_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_pacs(tmp_path / "pacs")
     monkeypatch.setenv("QTDOG_DATA", str(tmp_path))
-    assert open_dataset("pacs").sheet == PACS
+    assert open_dataset("pacs").card == PACS
 
 
 def test_without_qtdog_data_it_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def pacs() -> FileDataset:
 
 
 def test_it_is_recognised_and_complete(pacs: FileDataset) -> None:
-    assert pacs.sheet == PACS
+    assert pacs.card == PACS
     assert check_counts(pacs) == []
     assert pacs.missing_classes() == []
 

@@ -26,7 +26,7 @@ def test_the_broken_ones_are_left_out_and_told(image_tree, tmp_path):
     assert all("--skip-unreadable" not in reason for _, reason in kept.skipped)
     assert len(kept) == 52
     assert kept.domains == whole.domains
-    assert kept.sheet == whole.sheet
+    assert kept.card == whole.card
     for i in (0, 20, 51):
         j = whole.keys.index(kept.keys[i])
         assert np.array_equal(kept.read(i), whole.read(j))

@@ -52,7 +52,7 @@ def test_counts_are_compared_with_the_card(tmp_path: Path) -> None:
             (tmp_path / domain / name).mkdir(parents=True)
             Image.new("RGB", (4, 4), (d * 40, c * 30, 0)).save(tmp_path / domain / name / "a.png")
     report = verify(open_folder(tmp_path))
-    assert "domain sketch has 7 images, the datasheet says 3,929" in report.differences
+    assert "domain sketch has 7 images, the dataset card says 3,929" in report.differences
     assert len(report.differences) == 4
 
 

@@ -125,11 +125,11 @@ def test_only_texts_of_the_seen_side_are_trained_and_selected_on(dataset: TextDo
 
     protocol = make_protocol(text_config(short_config, dataset), dataset)
     assert protocol.sources == ("seen",)
-    assert dataset.parts is not None
+    assert dataset.official_split is not None
     parts = {"train": protocol.train_pools()["seen"], "id_val": protocol.selection_sets()["seen"]}
     names = np.array(["train", "id_val", "id_test", "val", "test"])
     for name, rows in parts.items():
-        assert set(names[dataset.parts[rows]]) == {name}
+        assert set(names[dataset.official_split[rows]]) == {name}
         assert len(rows) == {"train": 20 * 6, "id_val": 20}[name]
 
 

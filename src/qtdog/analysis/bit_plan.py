@@ -280,7 +280,7 @@ def without_target(dataset: DomainDataset, target: str) -> DomainSubset:
         ('0', '15', '30', '45', '60')
     """
     if isinstance(dataset, TextDomains):
-        text = f"choosing bits leaves out one source domain after another, and {dataset.sheet.name} has only one"
+        text = f"choosing bits leaves out one source domain after another, and {dataset.card.name} has only one"
         raise ConfigError(f"{text}, '{SEEN}': compare trained runs by their held-out texts instead")
     if target != "none" and target not in dataset.domains:
         raise ConfigError(unknown("target domain", target, [*dataset.domains, "none"]))

@@ -272,7 +272,7 @@ def source_loss(
     """Return a function that gives a network's mean cross-entropy on the held-out images of the training sources."""
     protocol = make_protocol(config, dataset)
     cache = open_cache(dataset, config.data.image_size)
-    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     evaluator = Evaluator(network, accelerator, cache, dataset.class_index, protocol, "target", mean, std)
     images = np.concatenate(list(protocol.selection_sets().values()))
     return lambda: evaluator.score(images).loss

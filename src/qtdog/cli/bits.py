@@ -178,8 +178,8 @@ def bits(
     with _goes_on(folder):
         report = _uniform(plan, folder) if budget is None else _mixed(plan, budget, vectors, folder)
     presets = [*(preset or ()), *([] if budget is None else [str(folder / LAYER_BITS)])]
-    if presets and not preset and dataset.sheet.preset:
-        presets.insert(0, dataset.sheet.preset)  # a preset that is given takes the place of the data set's own
+    if presets and not preset and dataset.card.preset:
+        presets.insert(0, dataset.card.preset)  # a preset that is given takes the place of the data set's own
     report |= {"folder": str(folder), "use": train_line(given, presets, report["choice"])}
     _keep(folder, report)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.data.cards import Datasheet
+    from qtdog.data.cards import DatasetCard
     from qtdog.data.fetch import Fetched
     from qtdog.data.verify import Report, TextReport
 
@@ -32,7 +32,7 @@ def fetch(
 
     The licence is shown first. Interrupted, the same command goes on where it stopped. Hashes that nobody published are
     remembered at the first complete download and must be met from then on. The exit code is 1 if the number of images
-    is not that of the datasheet.
+    is not that of the card.
 
     Examples:
       qtdog data fetch pacs
@@ -41,19 +41,19 @@ def fetch(
     """
     from qtdog.cli.console import err, print_json
     from qtdog.core.errors import Interrupted
-    from qtdog.data.cards import CARDS, data_home
+    from qtdog.data.cards import CARDS, data_root
     from qtdog.data.download import describe
     from qtdog.data.fetch import fetch as run
     from qtdog.data.import_layouts import require_new
 
-    sheet = CARDS[name]
-    target = to or data_home() / name
-    if sheet.archives:
+    card = CARDS[name]
+    target = to or data_root() / name
+    if card.archives:
         require_new(target)
-        _agree(sheet, yes)
+        _agree(card, yes)
     try:
         with _bars() as steps:
-            fetched = run(sheet, target, steps=steps)
+            fetched = run(card, target, steps=steps)
     except KeyboardInterrupt as error:
         text = f"interrupted: what was downloaded is kept beside {target}; the same command goes on from there"
         raise Interrupted(text) from error
@@ -69,14 +69,14 @@ def fetch(
         raise typer.Exit(1)
 
 
-def _agree(sheet: Datasheet, yes: bool) -> None:
+def _agree(card: DatasetCard, yes: bool) -> None:
     from qtdog.cli.console import err
     from qtdog.core.errors import ConfigError
 
-    for key, value in (("", sheet.title), ("source", sheet.source), ("licence", sheet.licence), ("paper", sheet.paper)):
+    for key, value in (("", card.title), ("source", card.source), ("licence", card.licence), ("paper", card.paper)):
         err.print(f"{key + ': ' if key else ''}{value}", markup=False, highlight=False, soft_wrap=True)
-    if sheet.note:
-        err.print(f"note: {sheet.note}", markup=False, highlight=False, soft_wrap=True)
+    if card.note:
+        err.print(f"note: {card.note}", markup=False, highlight=False, soft_wrap=True)
     try:
         agreed = yes or typer.confirm("Do you agree to these terms?", err=True)
     except typer.Abort as error:
@@ -132,7 +132,7 @@ def import_folder(
 ) -> None:
     """Adopt a copy of a benchmark that you have, however it is laid out: DomainBed's way, Dassl's, or TLlib's lists.
 
-    Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the datasheet.
+    Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the card.
 
     Examples:
       qtdog data import old/PACS/kfold --as pacs
@@ -142,17 +142,17 @@ def import_folder(
     import datetime
 
     from qtdog.cli.console import CountingBar, err, warn
-    from qtdog.data.cards import CARDS, check_counts, data_home
+    from qtdog.data.cards import CARDS, check_counts, data_root
     from qtdog.data.image_folder import require_path
     from qtdog.data.import_layouts import adopt
     from qtdog.data.open import is_text, open_dataset, open_texts
 
-    sheet = CARDS[name]
+    card = CARDS[name]
     require_path(folder, "the folder")
-    target = to or data_home() / name
+    target = to or data_root() / name
     origin = {"dataset": name, "date": datetime.date.today().isoformat(), "imported_from": folder.resolve().name}
     bar = CountingBar("laying out and hashing")
-    layout = adopt(folder, target, sheet, "copy" if copy else "link", origin, progress=bar)
+    layout = adopt(folder, target, card, "copy" if copy else "link", origin, progress=bar)
     source = str(target)
     dataset = open_texts(source) if is_text(source) else open_dataset(source, min_domains=1)
     differences = check_counts(dataset)
@@ -194,23 +194,23 @@ def list_cards(*, as_json: Annotated[bool, AS_JSON] = False) -> None:
     print_table(["name", "what", "images", "here"], rows)
 
 
-def _count(sheet: Datasheet) -> str:
-    return f"{sheet.n_expected:,}" + ("" if sheet.counts_from else " (not checked)")
+def _count(card: DatasetCard) -> str:
+    return f"{card.n_expected:,}" + ("" if card.counts_from else " (not checked)")
 
 
 def _here(name: str) -> str:
     """Where a data set that is known by name lies, or "" if it must be fetched first."""
-    from qtdog.data.cards import CARDS, data_home
+    from qtdog.data.cards import CARDS, data_root
 
-    folder = data_home() / name
+    folder = data_root() / name
     if folder.is_dir():
         return str(folder)
     return "" if CARDS[name].archives or CARDS[name].kind != "folders" else "built in"
 
 
-@data_app.command()
-def card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = False) -> None:
-    """Show a data set's datasheet and its images per domain and class; of one that is not here, the datasheet alone.
+@data_app.command(name="card")
+def show_card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = False) -> None:
+    """Show a data set's card and its images per domain and class; of one that is not here, the card alone.
 
     Examples:
       qtdog data card rotated-digits
@@ -222,8 +222,8 @@ def card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fals
     from qtdog.data.open import is_text, open_dataset
 
     if is_text(data) or (data in list(CARDS) and not _here(data)):
-        sheet = CARDS["amazon-reviews" if is_text(data) else data]
-        print_json(asdict(sheet)) if as_json else _show_sheet(sheet)
+        card = CARDS["amazon-reviews" if is_text(data) else data]
+        print_json(asdict(card)) if as_json else _print_card(card)
         return
     dataset = open_dataset(data, min_domains=1)
     counts, differences = dataset.counts(), check_counts(dataset)
@@ -232,30 +232,30 @@ def card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fals
             d: dict(zip(dataset.classes, row.tolist(), strict=True))
             for d, row in zip(dataset.domains, counts, strict=True)
         }
-        print_json(asdict(dataset.sheet) | {"counts": table, "differences": differences})
+        print_json(asdict(dataset.card) | {"counts": table, "differences": differences})
         return
-    sheet = dataset.sheet
-    _show_sheet(sheet)
+    card = dataset.card
+    _print_card(card)
     rows = [[d, *map(str, row.tolist()), f"{row.sum():,}"] for d, row in zip(dataset.domains, counts, strict=True)]
     print_table(["domain", *dataset.classes, "all"], rows)
-    if sheet.expected_counts:
-        out.print("counts agree with the datasheet" if not differences else "\n".join(differences), markup=False)
+    if card.expected_counts:
+        out.print("counts agree with the dataset card" if not differences else "\n".join(differences), markup=False)
 
 
-def _show_sheet(sheet: Datasheet) -> None:
+def _print_card(card: DatasetCard) -> None:
     from qtdog.cli.console import out
 
-    out.print(sheet.title, markup=False)
+    out.print(card.title, markup=False)
     for name in ("source", "licence", "paper", "metric", "note"):
-        if value := getattr(sheet, name):
+        if value := getattr(card, name):
             out.print(f"  {name:8} {value}", markup=False, highlight=False, soft_wrap=True)
-    if sheet.n_expected:
-        counts = ", ".join(f"{domain} {n:,}" for domain, n in (sheet.expected_counts or {}).items())
-        out.print(f"  expected {sheet.n_expected:,}{f' ({counts})' if counts else ''}", highlight=False, soft_wrap=True)
-        checked = f"as in: {sheet.counts_from}" if sheet.counts_from else "not checked against another source"
+    if card.n_expected:
+        counts = ", ".join(f"{domain} {n:,}" for domain, n in (card.expected_counts or {}).items())
+        out.print(f"  expected {card.n_expected:,}{f' ({counts})' if counts else ''}", highlight=False, soft_wrap=True)
+        checked = f"as in: {card.counts_from}" if card.counts_from else "not checked against another source"
         out.print(f"  counts   {checked}", markup=False, highlight=False, soft_wrap=True)
-    if sheet.steps:
-        text = f"{sheet.steps:,} steps, evaluated every {sheet.eval_every:,}"
+    if card.steps:
+        text = f"{card.steps:,} steps, evaluated every {card.eval_every:,}"
         out.print(f"  protocol {text}", markup=False, highlight=False)
 
 
@@ -264,7 +264,7 @@ def verify(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fa
     """Read every image and list what is wrong; the exit code is 1 if anything is.
 
     Listed: unreadable images, empty classes, classes missing from a domain, exact duplicates across domains,
-    differences from the datasheet, and files that are not as they were when the data set was fetched or imported.
+    differences from the card, and files that are not as they were when the data set was fetched or imported.
 
     Examples:
       qtdog data verify photos/

@@ -175,9 +175,9 @@ def score_domains(
 
     how = shipped.info.preprocessing
     check_reads(shipped.info.backbone, dataset)
-    if dataset.sheet.channels != how.channels:
-        found = dataset.sheet.channels
-        raise DataError(f"the model takes images of {how.channels} channels, {dataset.sheet.name} has {found}")
+    if dataset.card.channels != how.channels:
+        found = dataset.card.channels
+        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {found}")
     labels = model_labels(shipped.info.classes, dataset)
     sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
     words, progress = how.vocabulary, CountingBar("decoding images")

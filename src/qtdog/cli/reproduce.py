@@ -108,7 +108,7 @@ def open_data(question: Question, *, may_be_missing: bool) -> DomainDataset | No
         if may_be_missing and source == meant:
             return None
         raise
-    if found.sheet.name != meant:
+    if found.card.name != meant:
         warn(f"{source} is not {meant}: ours is not a reproduction of these numbers")
     return found
 

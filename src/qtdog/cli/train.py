@@ -120,13 +120,13 @@ def train(
 
 
 def announce(dataset: Any) -> None:
-    """Say which data set was recognised, and what differs from its datasheet."""
+    """Say which data set was recognised, and what differs from its dataset card."""
     from qtdog.cli.console import err, warn
     from qtdog.data.cards import check_counts
 
     n_domains, n_classes = len(dataset.domains), len(dataset.classes)
-    what = "texts" if dataset.sheet.kind == "reviews" else "images"
-    text = f"{dataset.sheet.title} — {len(dataset):,} {what}, {n_domains} domains, {n_classes} classes"
+    what = "texts" if dataset.card.kind == "reviews" else "images"
+    text = f"{dataset.card.title} — {len(dataset):,} {what}, {n_domains} domains, {n_classes} classes"
     err.print(escape(text), highlight=False, soft_wrap=True)
     for difference in check_counts(dataset):
         warn(difference)

@@ -1,1 +1,1 @@
-"""Data sets of several domains: datasheets, splits, the decoded cache, augmentation, batches."""
+"""Data sets of several domains: cards, splits, the decoded cache, augmentation, batches."""

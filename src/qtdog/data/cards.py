@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qtdog.data.text import TextDataset
 
 
-def data_home() -> Path:
+def data_root() -> Path:
     """Return the data home: $QTDOG_DATA, else $XDG_DATA_HOME/qtdog, else ~/.local/share/qtdog."""
     own = os.environ.get("QTDOG_DATA")
     if own:
@@ -50,7 +50,7 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class Datasheet:
+class DatasetCard:
     """What is known about a data set before a single image is read.
 
     Attributes:
@@ -77,7 +77,7 @@ class Datasheet:
         note: what else one should know.
 
     Example:
-        >>> Datasheet(name="birds", title="Birds").channels
+        >>> DatasetCard(name="birds", title="Birds").channels
         3
     """
 
@@ -109,14 +109,14 @@ class Datasheet:
         return self.expected_total or (sum(self.expected_counts.values()) if self.expected_counts else None)
 
 
-CARDS: Registry[Datasheet] = Registry("data set")
+CARDS: Registry[DatasetCard] = Registry("data set")
 UNCHECKED = "a count that was not compared with another source: the copy may be right"
 FOLDER_KINDS = ("folders", "listed-folders", "camera-traps")
 """Those that lie on disk as ROOT/DOMAIN/CLASS/image, whatever they were downloaded as."""
 
 ROTATED_DIGITS = CARDS.add(
     "rotated-digits",
-    Datasheet(
+    DatasetCard(
         name="rotated-digits",
         title="Rotated digits: 1,797 handwritten digits, each rotated by one of six angles (degrees)",
         source="scikit-learn's load_digits (UCI optical recognition of handwritten digits, test set)",
@@ -133,8 +133,8 @@ ROTATED_DIGITS = CARDS.add(
 )
 
 
-def read_card(text: str) -> Datasheet:
-    """Return the datasheet that a YAML text describes.
+def read_card(text: str) -> DatasetCard:
+    """Return the card that a YAML text describes.
 
     Example:
         >>> read_card("{name: birds, title: Birds, domains: [north, south]}").domains
@@ -148,7 +148,7 @@ def read_card(text: str) -> Datasheet:
     tree["archives"] = tuple(
         Archive(**archive | {"urls": tuple(archive["urls"])}) for archive in tree.get("archives", ())
     )
-    return Datasheet(**tree)
+    return DatasetCard(**tree)
 
 
 for _file in sorted((resources.files("qtdog") / "data" / "benchmarks").iterdir(), key=lambda file: file.name):
@@ -158,7 +158,7 @@ for _file in sorted((resources.files("qtdog") / "data" / "benchmarks").iterdir()
 PACS = CARDS["pacs"]
 
 
-def match_card(domains: Iterable[str], classes: Iterable[str]) -> Datasheet | None:
+def match_card(domains: Iterable[str], classes: Iterable[str]) -> DatasetCard | None:
     """Return the card of a data set of folders that has exactly these domains and classes, or None.
 
     Two versions of TerraIncognita differ in their counts alone: the one of the papers is meant.
@@ -174,20 +174,22 @@ def match_card(domains: Iterable[str], classes: Iterable[str]) -> Datasheet | No
 
 
 def check_counts(dataset: DomainDataset | TextDataset) -> list[str]:
-    """Return one sentence per difference between a data set and its datasheet; empty if it is as promised.
+    """Return one sentence per difference between a data set and its card; empty if it is as promised.
 
     A sentence about a count that nobody confirmed says so.
     """
-    sheet = dataset.sheet
-    doubt = "" if sheet.counts_from else f" ({UNCHECKED})"
-    differences = _set_differences("domain", sheet.domains, dataset.domains)
-    differences += _set_differences("class", sheet.classes, dataset.classes)
+    card = dataset.card
+    doubt = "" if card.counts_from else f" ({UNCHECKED})"
+    differences = _set_differences("domain", card.domains, dataset.domains)
+    differences += _set_differences("class", card.classes, dataset.classes)
     found = dict(zip(dataset.domains, dataset.counts().sum(axis=1).tolist(), strict=True))
-    for domain, expected in (sheet.expected_counts or {}).items():
+    for domain, expected in (card.expected_counts or {}).items():
         if domain in found and found[domain] != expected:
-            differences.append(f"domain {domain} has {found[domain]:,} images, the datasheet says {expected:,}{doubt}")
-    if sheet.expected_total not in (None, len(dataset)):
-        differences.append(f"there are {len(dataset):,} in all, the datasheet says {sheet.expected_total:,}{doubt}")
+            differences.append(
+                f"domain {domain} has {found[domain]:,} images, the dataset card says {expected:,}{doubt}"
+            )
+    if card.expected_total not in (None, len(dataset)):
+        differences.append(f"there are {len(dataset):,} in all, the dataset card says {card.expected_total:,}{doubt}")
     return differences
 
 
@@ -195,4 +197,4 @@ def _set_differences(what: str, expected: tuple[str, ...] | None, found: tuple[s
     if expected is None:
         return []
     missing = [f"{what} {name} is missing" for name in sorted(set(expected) - set(found))]
-    return missing + [f"{what} {name} is not in the datasheet" for name in sorted(set(found) - set(expected))]
+    return missing + [f"{what} {name} is not in the dataset card" for name in sorted(set(found) - set(expected))]

@@ -14,16 +14,14 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
-from qtdog.data.cards import Datasheet
+from qtdog.data.cards import DatasetCard
 from qtdog.data.decode import to_square
 
-PARTS = ("train", "id_val", "id_test", "val", "test")
+SPLIT_NAMES = ("train", "id_val", "id_test", "val", "test")
 """Trained on; held out of the training domains for selection and for a report; unseen domains, for either."""
 
 TRAIN, ID_VAL, ID_TEST, VAL, TEST = range(5)
 
-
-"""Called as progress(done, total) while something takes long."""
 
 N_THREADS = 4
 BLOCK = 16
@@ -37,23 +35,24 @@ class DomainDataset(ABC):
     The order is the one that torchvision's `ImageFolder` gives each domain, so that splits equal DomainBed's.
 
     Attributes:
-        sheet: the datasheet.
+        card: the card.
         domains: domain names, sorted.
         classes: class names, sorted.
         keys: a stable name per image (n,), such as its relative path.
         domain_index: int16 (n,), positions in `domains`.
         class_index: int16 (n,), positions in `classes`.
-        parts: int8 (n,), positions in `data.dataset.PARTS` if the data set comes with an official division, else None.
+        official_split: int8 (n,), positions in `data.dataset.SPLIT_NAMES` if the data set
+            comes with an official division, else None.
         skipped: (key, reason) of images that were left out because they cannot be read.
     """
 
-    sheet: Datasheet
+    card: DatasetCard
     domains: tuple[str, ...]
     classes: tuple[str, ...]
     keys: list[str]
     domain_index: npt.NDArray[np.int16]
     class_index: npt.NDArray[np.int16]
-    parts: npt.NDArray[np.int8] | None = None
+    official_split: npt.NDArray[np.int8] | None = None
     skipped: Sequence[tuple[str, str]] = ()
 
     def __len__(self) -> int:
@@ -87,12 +86,12 @@ class DomainDataset(ABC):
     def indices(self, domain: str) -> npt.NDArray[np.int64]:
         """Return the positions of a domain's images, ascending (DataError if there is no such domain)."""
         if domain not in self.domains:
-            raise DataError(f"'{domain}' is not a domain of {self.sheet.name}; it has {', '.join(self.domains)}")
+            raise DataError(f"'{domain}' is not a domain of {self.card.name}; it has {', '.join(self.domains)}")
         return np.flatnonzero(self.domain_index == self.domains.index(domain))
 
     def trains_on(self, domain: str) -> bool:
         """Return whether a domain may be trained on: an official division leaves some to validation and test."""
-        return self.parts is None or bool((self.parts[self.indices(domain)] == TRAIN).any())
+        return self.official_split is None or bool((self.official_split[self.indices(domain)] == TRAIN).any())
 
     def signature(self) -> str:
         """Return a cheap fingerprint that changes whenever an image is changed, added, removed or relabelled."""
@@ -177,60 +176,60 @@ def sample_arrays(
     return np.array(pairs[0], dtype=np.int16), np.array(pairs[1], dtype=np.int16)
 
 
-class PickedImages(DomainDataset):
+class ImageSubset(DomainDataset):
     """Images of another data set, in the same order; nothing asks for the others.
 
-    Content, signature and decoded cache are those of the picked images alone. The classes are those of the whole, so
+    Content, signature and decoded cache are those of the chosen images alone. The classes are those of the whole, so
     that labels mean the same.
 
     Args:
         dataset: the whole.
-        places: positions of the picked images, ascending.
-        kept: positions of the domains that remain, ascending; those of all picked images are among them.
-        sheet: the datasheet of the picked images.
+        indices: positions of the chosen images, ascending.
+        domains: positions of the domains that remain, ascending; those of all chosen images are among them.
+        card: the card of the chosen images.
     """
 
     def __init__(
-        self, dataset: DomainDataset, places: npt.NDArray[np.int64], kept: list[int], sheet: Datasheet
+        self, dataset: DomainDataset, indices: npt.NDArray[np.int64], domains: list[int], card: DatasetCard
     ) -> None:
-        self.sheet = sheet
-        self.domains = tuple(dataset.domains[d] for d in kept)
+        self.card = card
+        self.domains = tuple(dataset.domains[d] for d in domains)
         self.classes = dataset.classes
-        self.keys = [dataset.keys[place] for place in places]
-        self.domain_index = np.searchsorted(kept, dataset.domain_index[places]).astype(np.int16)
-        self.class_index = dataset.class_index[places]
-        self.parts = None if dataset.parts is None else dataset.parts[places]
+        self.keys = [dataset.keys[i] for i in indices]
+        self.domain_index = np.searchsorted(domains, dataset.domain_index[indices]).astype(np.int16)
+        self.class_index = dataset.class_index[indices]
+        self.official_split = None if dataset.official_split is None else dataset.official_split[indices]
         self.skipped = dataset.skipped
         self._dataset = dataset
-        self._places = places.tolist()
+        self._indices = indices.tolist()
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
-        """Return picked image i at its native size, uint8 (H, W, C) (DataError if it cannot be read)."""
-        return self._dataset.read(self._places[i])
+        """Return chosen image i at its native size, uint8 (H, W, C) (DataError if it cannot be read)."""
+        return self._dataset.read(self._indices[i])
 
     def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
-        """Return picked image i as uint8 (size, size, C) (DataError if it cannot be read)."""
-        return self._dataset.read_resized(self._places[i], size)
+        """Return chosen image i as uint8 (size, size, C) (DataError if it cannot be read)."""
+        return self._dataset.read_resized(self._indices[i], size)
 
     def files(self) -> tuple[str, list[str]] | None:
-        """Return the whole data set's folder and the files of the picked images, or None if images are no files."""
+        """Return the whole data set's folder and the files of the chosen images, or None if images are no files."""
         whole = self._dataset.files()
-        return None if whole is None else (whole[0], [whole[1][place] for place in self._places])
+        return None if whole is None else (whole[0], [whole[1][i] for i in self._indices])
 
     def sample_signature(self, i: int) -> str:
-        """Return the whole data set's fingerprint of picked image i."""
-        return self._dataset.sample_signature(self._places[i])
+        """Return the whole data set's fingerprint of chosen image i."""
+        return self._dataset.sample_signature(self._indices[i])
 
     def sample_change_ns(self, i: int) -> int:
-        """Return when picked image i was changed last."""
-        return self._dataset.sample_change_ns(self._places[i])
+        """Return when chosen image i was changed last."""
+        return self._dataset.sample_change_ns(self._indices[i])
 
     def sample_sha256(self, i: int) -> str:
-        """Return the hex sha256 of the stored content of picked image i (DataError if it cannot be had)."""
-        return self._dataset.sample_sha256(self._places[i])
+        """Return the hex sha256 of the stored content of chosen image i (DataError if it cannot be had)."""
+        return self._dataset.sample_sha256(self._indices[i])
 
 
-class DomainSubset(PickedImages):
+class DomainSubset(ImageSubset):
     """The images of some domains of another data set, in the same order; nothing asks for an image of the others.
 
     Content, signature and decoded cache are those of the kept images alone, so that a change in another domain changes
@@ -252,18 +251,18 @@ class DomainSubset(PickedImages):
 
     def __init__(self, dataset: DomainDataset, domains: Collection[str]) -> None:
         if not domains:
-            raise DataError(f"no domain of {dataset.sheet.name} is kept; it has {', '.join(dataset.domains)}")
+            raise DataError(f"no domain of {dataset.card.name} is kept; it has {', '.join(dataset.domains)}")
         places = np.sort(np.concatenate([dataset.indices(domain) for domain in sorted(set(domains))]))
         kept = [d for d, domain in enumerate(dataset.domains) if domain in domains]
         names = tuple(dataset.domains[d] for d in kept)
-        super().__init__(dataset, places, kept, _restricted(dataset.sheet, names))
+        super().__init__(dataset, places, kept, _restricted(dataset.card, names))
 
 
-def _restricted(sheet: Datasheet, domains: tuple[str, ...]) -> Datasheet:
-    """Return the datasheet as it is for these domains."""
-    counts = sheet.expected_counts
+def _restricted(card: DatasetCard, domains: tuple[str, ...]) -> DatasetCard:
+    """Return the card as it is for these domains."""
+    counts = card.expected_counts
     return replace(
-        sheet,
-        domains=None if sheet.domains is None else tuple(name for name in sheet.domains if name in domains),
+        card,
+        domains=None if card.domains is None else tuple(name for name in card.domains if name in domains),
         expected_counts=None if counts is None else {name: n for name, n in counts.items() if name in domains},
     )

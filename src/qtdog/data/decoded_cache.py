@@ -54,12 +54,12 @@ class Rows(NamedTuple):
         return f"rows-{self.size}-{self.channels}-{DECODE_VERSION}.sha256"
 
 
-def keep_hashes(place: Path, rows: Rows, hashes: Hashes) -> None:
+def write_row_hashes(place: Path, rows: Rows, hashes: Hashes) -> None:
     """Write which files the rows of the cache in `place` were made from; `hashes` is uint8 (n, 32)."""
     write_atomic(place / rows.note, np.ascontiguousarray(hashes).tobytes())
 
 
-def reuse_rows(handle: int, rows: Rows, hashes: Hashes, caches: Path) -> Positions:
+def copy_cached_rows(handle: int, rows: Rows, hashes: Hashes, caches: Path) -> Positions:
     """Copy into an open file the rows that any cache below `caches` holds; return the positions that are left.
 
     Args:
@@ -144,7 +144,7 @@ def _stretches(sources: Positions, targets: Positions) -> Iterator[tuple[int, in
         yield int(sources[start]), int(targets[start]), end - start
 
 
-def origin_mark(dataset: DomainDataset, rows: Rows) -> str:
+def version_mark(dataset: DomainDataset, rows: Rows) -> str:
     """Return the name of the file that marks the versions of one data set among all caches.
 
     Two caches are versions of one data set if folder, list, domains and size are the same, and the images are not. The
@@ -152,23 +152,23 @@ def origin_mark(dataset: DomainDataset, rows: Rows) -> str:
 
     Example:
         >>> from qtdog.data.digits import RotatedDigits
-        >>> origin_mark(RotatedDigits(), Rows(1797, 28, 1))
+        >>> version_mark(RotatedDigits(), Rows(1797, 28, 1))
         ''
     """
     files = dataset.files()
     if files is None:
         return ""
-    origin = json.dumps([files[0], dataset.sheet.name, dataset.domains, rows.size, rows.channels])
+    origin = json.dumps([files[0], dataset.card.name, dataset.domains, rows.size, rows.channels])
     return f"version-of-{hashlib.sha256(origin.encode()).hexdigest()[:24]}"
 
 
-def hold(handle: int) -> None:
+def keep_from_removal(handle: int) -> None:
     """Keep an open file of a cache from being removed as long as it is open; where the disk knows no locks, do nothing.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryFile() as stream:
-        ...     hold(stream.fileno())
+        ...     keep_from_removal(stream.fileno())
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -176,7 +176,7 @@ def hold(handle: int) -> None:
         return
 
 
-def remove_replaced(place: Path, mark: str) -> None:
+def remove_old_versions(place: Path, mark: str) -> None:
     """Remove the other caches beside `place` that have its mark.
 
     One that a process has open stays, and so does one that cannot be removed: the next version tries again.
@@ -211,7 +211,7 @@ class DecodedCache:
         self.shape = shape
         self._row_bytes = shape[1] * shape[2] * shape[3]
         self._handle = os.open(path, os.O_RDONLY)
-        hold(self._handle)
+        keep_from_removal(self._handle)
         weakref.finalize(self, os.close, self._handle)
 
     def __len__(self) -> int:
@@ -300,24 +300,24 @@ def open_cache(
         RunError: the cache folder cannot be written.
     """
     folder = folder or cache_root()
-    rows = Rows(len(dataset), image_size, dataset.sheet.channels)
+    rows = Rows(len(dataset), image_size, dataset.card.channels)
     content, hashes = _content(dataset, progress, folder)
     key = hashlib.sha256(json.dumps([content, image_size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
     place = folder / "decoded" / key[:24]
     file = place / IMAGES
-    n_bytes, mark = rows.n * rows.row_bytes, origin_mark(dataset, rows)
+    n_bytes, mark = rows.n * rows.row_bytes, version_mark(dataset, rows)
     if not file.is_file() or file.stat().st_size != n_bytes:
         shutil.rmtree(place, ignore_errors=True)
         _require_space(folder, n_bytes)
         with atomic_folder(place) as temporary, (temporary / IMAGES).open("wb") as stream:
             missing = np.arange(rows.n)
             if hashes is not None:
-                missing = reuse_rows(stream.fileno(), rows, hashes, place.parent)
-                keep_hashes(temporary, rows, hashes)
+                missing = copy_cached_rows(stream.fileno(), rows, hashes, place.parent)
+                write_row_hashes(temporary, rows, hashes)
             _decode(dataset, rows, missing, stream.fileno(), progress)
             if mark:
                 (temporary / mark).touch()
-        remove_replaced(place, mark)
+        remove_old_versions(place, mark)
     return DecodedCache(file, (rows.n, image_size, image_size, rows.channels))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from qtdog.core.errors import DataError
 from qtdog.core.random import numpy_stream
-from qtdog.data.cards import ROTATED_DIGITS, Datasheet
+from qtdog.data.cards import ROTATED_DIGITS, DatasetCard
 from qtdog.data.dataset import DomainDataset, sample_arrays
 
 SIZE = 28
@@ -38,7 +38,7 @@ class RotatedDigits(DomainDataset):
         bunch: Any = load_digits()
         labels = np.asarray(bunch["target"])
         angles = assign_domains(labels)
-        self.sheet = ROTATED_DIGITS
+        self.card = ROTATED_DIGITS
         self.domains = ROTATED_DIGITS.domains or ()
         self.classes = ROTATED_DIGITS.classes or ()
         order = np.lexsort((np.arange(len(labels)), labels, angles))
@@ -106,37 +106,37 @@ class MnistDataset(DomainDataset):
     """MNIST's digits in several domains.
 
     Args:
-        sheet: the card of `colored-mnist` or `rotated-mnist`.
+        card: the card of `colored-mnist` or `rotated-mnist`.
         root: the folder with MNIST's four files, packed with gzip or not.
 
     Raises:
         DataError: a file is missing or not what it should be.
     """
 
-    def __init__(self, sheet: Datasheet, root: Path) -> None:
+    def __init__(self, card: DatasetCard, root: Path) -> None:
         images, labels = read_mnist(root)
-        names = sheet.domains or ()
-        if sheet.kind == "colored-mnist":
+        names = card.domains or ()
+        if card.kind == "colored-mnist":
             names = tuple(FLIP_COLOUR)  # DomainBed's order: the first one gets the odd digit
-        rng = numpy_stream(0, sheet.kind)
+        rng = numpy_stream(0, card.kind)
         dealt = rng.permutation(len(labels))
         place = np.empty(len(labels), dtype=np.int64)
         place[dealt] = np.arange(len(labels)) % len(names)
         classes, colours = labels.astype(np.int64), np.zeros(len(labels), dtype=np.int64)
-        if sheet.kind == "colored-mnist":
+        if card.kind == "colored-mnist":
             flips = rng.random((2, len(labels)))
             small = (labels < 5) ^ (flips[0] < FLIP_LABEL)
             contradicts = flips[1] < np.array([FLIP_COLOUR[name] for name in names])[place]
             classes, colours = 1 - small.astype(np.int64), (small ^ contradicts).astype(np.int64)
-        self.sheet, self.root = sheet, root
-        self.domains, self.classes = sheet.domains or (), sheet.classes or ()
+        self.card, self.root = card, root
+        self.domains, self.classes = card.domains or (), card.classes or ()
         domain = np.array([self.domains.index(name) for name in names])[place]
         order = np.lexsort((np.arange(len(labels)), classes, domain))
         pairs = [(self.domains[domain[i]], self.classes[classes[i]]) for i in order]
         self.keys = [f"{d}/{c}/{i:05d}" for (d, c), i in zip(pairs, order, strict=True)]
         self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, pairs)
         self._images, self._colours = images[order], colours[order]
-        self._render: Callable[[int], Pixels] = self._coloured if sheet.kind == "colored-mnist" else self._rotated
+        self._render: Callable[[int], Pixels] = self._coloured if card.kind == "colored-mnist" else self._rotated
 
     def read(self, i: int) -> Pixels:
         """Return image i, uint8 (28, 28, C): red or green if coloured, grey if rotated."""

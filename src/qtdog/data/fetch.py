@@ -21,7 +21,7 @@ from qtdog.core.errors import DataError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.archive import is_archive, unpack
-from qtdog.data.cards import Datasheet, data_home
+from qtdog.data.cards import DatasetCard, data_root
 from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, describe, download
 from qtdog.data.import_layouts import adopt, require_new
 
@@ -65,7 +65,7 @@ class Fetched:
         return sum(file.n_saved for file in self.files)
 
 
-def fetch(sheet: Datasheet, target: Path, *, steps: Steps | None = None, timeout_s: float = TIMEOUT_S) -> Fetched:
+def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, timeout_s: float = TIMEOUT_S) -> Fetched:
     """Download the data set into the new folder `target`.
 
     A hash that the card gives must be met. Where nobody published one, that of the first complete fetch is remembered
@@ -76,13 +76,13 @@ def fetch(sheet: Datasheet, target: Path, *, steps: Steps | None = None, timeout
         RunError: the disk is full, or another process fetches into the same folder.
     """
     steps = steps or Steps()
-    if not sheet.archives:
-        how = f"qtdog data import FOLDER --as {sheet.name}"
-        raise DataError(f"{sheet.name} cannot be downloaded. {sheet.note} {how}".replace("  ", " "))
+    if not card.archives:
+        how = f"qtdog data import FOLDER --as {card.name}"
+        raise DataError(f"{card.name} cannot be downloaded. {card.note} {how}".replace("  ", " "))
     require_new(target)
     work = target.parent / f".{target.name}.fetch"
     with _alone(work):
-        known = remembered(sheet.name)
+        known = remembered(card.name)
         files = [
             download(
                 archive,
@@ -91,15 +91,15 @@ def fetch(sheet: Datasheet, target: Path, *, steps: Steps | None = None, timeout
                 progress=steps.download,
                 timeout_s=timeout_s,
             )
-            for archive in sheet.archives
+            for archive in card.archives
         ]
-        layout = _unpack_and_place(work, files, sheet, target, steps)
+        layout = _unpack_and_place(work, files, card, target, steps)
         shutil.rmtree(work)
-    expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in sheet.archives}
+    expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in card.archives}
     return Fetched(target, files, [file.path.name for file in files if not expected[file.path.name]], layout)
 
 
-def _unpack_and_place(work: Path, files: list[Downloaded], sheet: Datasheet, target: Path, steps: Steps) -> str:
+def _unpack_and_place(work: Path, files: list[Downloaded], card: DatasetCard, target: Path, steps: Steps) -> str:
     loose = work / "unpacked"
     shutil.rmtree(loose, ignore_errors=True)
     try:
@@ -107,8 +107,8 @@ def _unpack_and_place(work: Path, files: list[Downloaded], sheet: Datasheet, tar
         for file in files:
             _unpack_one(file.path, loose, steps.unpack)
         now = datetime.datetime.now(datetime.UTC).date().isoformat()
-        origin: dict[str, Any] = {"dataset": sheet.name, "date": now, "files": [describe(file) for file in files]}
-        return adopt(loose, target, sheet, "move", origin, progress=steps.place)
+        origin: dict[str, Any] = {"dataset": card.name, "date": now, "files": [describe(file) for file in files]}
+        return adopt(loose, target, card, "move", origin, progress=steps.place)
     except DataError as error:
         raise DataError(f"{error} What was downloaded is in {work}; remove it to download it anew.") from error
     finally:
@@ -147,7 +147,7 @@ def _alone(work: Path) -> Iterator[None]:
 
 def remembered(name: str) -> dict[str, str]:
     """Return file → sha256 of what was fetched before of a data set (DataError if the note is damaged)."""
-    path = data_home() / KNOWN
+    path = data_root() / KNOWN
     if not path.is_file():
         return {}
     try:
@@ -158,7 +158,7 @@ def remembered(name: str) -> dict[str, str]:
 
 def remember(name: str, fetched: Fetched) -> Path:
     """Remember the hashes of a fetch; return where (DataError if the note is damaged, RunError if the disk is full)."""
-    path = data_home() / KNOWN
+    path = data_root() / KNOWN
     remembered(name)
     tree = json.loads(path.read_text()) if path.is_file() else {}
     tree.setdefault(name, {}).update({file.path.name: file.sha256 for file in fetched.files})

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.errors import DataError, nearest
-from qtdog.data.cards import Datasheet, match_card
+from qtdog.data.cards import DatasetCard, match_card
 from qtdog.data.dataset import DomainDataset, sample_arrays
 from qtdog.data.decode import HINT, decode, decode_resized
 
@@ -31,16 +31,16 @@ class FileDataset(DomainDataset):
     """Image files below `root`, in the order of `records`.
 
     Args:
-        sheet: the datasheet.
+        card: the card.
         root: the folder that the keys are relative to.
         records: domain, class and relative path of each image.
         classes: class names if some may have no image; default: those in the records.
     """
 
     def __init__(
-        self, sheet: Datasheet, root: Path, records: list[Record], classes: tuple[str, ...] | None = None
+        self, card: DatasetCard, root: Path, records: list[Record], classes: tuple[str, ...] | None = None
     ) -> None:
-        self.sheet = sheet
+        self.card = card
         self.root = root
         self._resolved = root.resolve()
         self.domains = tuple(sorted({record.domain for record in records}))
@@ -59,11 +59,11 @@ class FileDataset(DomainDataset):
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
         """Return image i, uint8 (H, W, C) (DataError if it cannot be read)."""
-        return decode(self.path(i), self.sheet.channels)
+        return decode(self.path(i), self.card.channels)
 
     def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
         """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
-        return decode_resized(self.path(i), size, self.sheet.channels)
+        return decode_resized(self.path(i), size, self.card.channels)
 
     def sample_signature(self, i: int) -> str:
         """Return the folder of the data set, and size and times of file i, which is not read."""
@@ -131,7 +131,7 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
 
     Hidden files and files without an image suffix are ignored, folders below a class are searched, links are followed
     unless they lead back to a folder that they lie in.
-    No image is opened. A folder with exactly the domains and classes of a known benchmark carries its datasheet.
+    No image is opened. A folder with exactly the domains and classes of a known benchmark carries its card.
 
     Raises:
         DataError: the folder is missing, not a folder, not laid out like that, has a name that is not UTF-8, or has
@@ -146,7 +146,7 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     _require_images_everywhere(root, classes, records)
     _require_utf8([record.key for record in records], root)
     names = tuple(sorted({label for labels in classes.values() for label in labels}))
-    own = Datasheet(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
+    own = DatasetCard(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
     dataset = FileDataset(match_card(classes, names) or own, root, records, names)
     require_domains(dataset, min_domains, root)
     return dataset

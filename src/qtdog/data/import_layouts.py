@@ -12,17 +12,17 @@ from typing import Any, Literal, NamedTuple
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder
 from qtdog.core.progress import Progress
-from qtdog.data.cards import Datasheet
+from qtdog.data.cards import DatasetCard
 from qtdog.data.digits import find_mnist
 from qtdog.data.file_index import files_below, write_hashes
 from qtdog.data.image_folder import images_below, subfolders
 
-SPLITS = ("train", "val", "crossval", "test", "full", "all")
+SPLIT_FOLDERS = ("train", "val", "crossval", "test", "full", "all")
 MAX_DEPTH = 3
 MAX_LIST_BYTES = 2 << 30
 
 
-class Placed(NamedTuple):
+class ImagePlace(NamedTuple):
     """One image of somebody's folder: where it lies, and where it belongs (DOMAIN/CLASS/image)."""
 
     path: Path
@@ -33,30 +33,30 @@ class Layout(NamedTuple):
     """What was found in a folder: how it is laid out, in words, and its images in the order of their keys."""
 
     name: str
-    images: list[Placed]
+    images: list[ImagePlace]
 
 
-def find_layout(folder: Path, sheet: Datasheet) -> Layout:
+def find_layout(folder: Path, card: DatasetCard) -> Layout:
     """Return the images of a data set of folders that lie somewhere below `folder`.
 
     Raises:
         DataError: the domains are not there, a class is unknown, or a listed image is missing.
     """
-    if sheet.kind == "camera-traps" and (lists := _annotation_lists(folder)):
-        return Layout("Caltech camera traps with annotations", _ordered(_camera_traps(folder, lists, sheet)))
-    root, domains = _find_domains(folder, sheet)
+    if card.kind == "camera-traps" and (lists := _annotation_lists(folder)):
+        return Layout("Caltech camera traps with annotations", _ordered(_camera_traps(folder, lists, card)))
+    root, domains = _find_domains(folder, card)
     lists = _image_lists(folder)
-    if sheet.kind == "listed-folders" and lists:
-        return Layout("the authors' lists (TLlib)", _ordered(_listed(domains, lists, sheet)))
-    splits = any(part.name.lower() in SPLITS for part in subfolders(next(iter(domains.values()))))
+    if card.kind == "listed-folders" and lists:
+        return Layout("the authors' lists (TLlib)", _ordered(_listed(domains, lists, card)))
+    splits = any(part.name.lower() in SPLIT_FOLDERS for part in subfolders(next(iter(domains.values()))))
     name = "DOMAIN/SPLIT/CLASS/image (Dassl)" if splits else "DOMAIN/CLASS/image (DomainBed, TLlib)"
-    found = [image for domain, path in domains.items() for image in _domain(path, domain, sheet)]
+    found = [image for domain, path in domains.items() for image in _domain(path, domain, card)]
     if not found:
-        raise DataError(f"{root} has the domains of {sheet.name}, but no images in them")
+        raise DataError(f"{root} has the domains of {card.name}, but no images in them")
     return Layout(name, _ordered(found))
 
 
-def _ordered(images: list[Placed]) -> list[Placed]:
+def _ordered(images: list[ImagePlace]) -> list[ImagePlace]:
     return sorted(images, key=lambda image: image.key)
 
 
@@ -69,17 +69,17 @@ def _names(own: tuple[str, ...] | None, aliases: Mapping[str, str]) -> dict[str,
     return {_fold(alias): name for alias, name in aliases.items()} | {_fold(name): name for name in own or ()}
 
 
-def _find_domains(folder: Path, sheet: Datasheet) -> tuple[Path, dict[str, Path]]:
+def _find_domains(folder: Path, card: DatasetCard) -> tuple[Path, dict[str, Path]]:
     """The folder in which the domains lie, breadth first, and the folder of each."""
-    known = _names(sheet.domains, sheet.domain_aliases)
+    known = _names(card.domains, card.domain_aliases)
     best: dict[str, Path] = {}
     for candidate in _levels(folder):
         found = {known[_fold(path.name)]: path for path in subfolders(candidate) if _fold(path.name) in known}
-        if len(found) == len(sheet.domains or ()):
+        if len(found) == len(card.domains or ()):
             return candidate, found
         best = max(best, found, key=len)
-    missing = sorted(set(sheet.domains or ()) - set(best))
-    text = f"{folder} is no copy of {sheet.name}: no folder in it has the domains {', '.join(sheet.domains or ())}"
+    missing = sorted(set(card.domains or ()) - set(best))
+    text = f"{folder} is no copy of {card.name}: no folder in it has the domains {', '.join(card.domains or ())}"
     raise DataError(text + (f" (missing: {', '.join(missing)})" if best else "") + ".")
 
 
@@ -90,30 +90,30 @@ def _levels(folder: Path) -> Iterator[Path]:
         level = [below for path in level for below in subfolders(path)[:100]]
 
 
-def _domain(path: Path, domain: str, sheet: Datasheet) -> Iterator[Placed]:
+def _domain(path: Path, domain: str, card: DatasetCard) -> Iterator[ImagePlace]:
     """Yield the images of one domain; parts of a division are joined, and equal names in them kept apart."""
-    parts = {part.name.lower(): part for part in subfolders(path) if part.name.lower() in SPLITS}
+    parts = {part.name.lower(): part for part in subfolders(path) if part.name.lower() in SPLIT_FOLDERS}
     whole = parts.get("full") or parts.get("all")
     holders = [whole] if whole else list(parts.values()) or [path]
     taken: set[str] = set()
     for holder in holders:
-        for image in _classes(holder, domain, sheet):
+        for image in _classes(holder, domain, card):
             key = image.key
             if key in taken:
                 folder, _, name = key.rpartition("/")
                 key = f"{folder}/{holder.name}_{name}"
             taken.add(key)
-            yield Placed(image.path, key)
+            yield ImagePlace(image.path, key)
 
 
-def _classes(holder: Path, domain: str, sheet: Datasheet) -> Iterator[Placed]:
-    known = _names(sheet.classes, sheet.class_aliases)
+def _classes(holder: Path, domain: str, card: DatasetCard) -> Iterator[ImagePlace]:
+    known = _names(card.classes, card.class_aliases)
     for folder in subfolders(holder):
         if _fold(folder.name) not in known:
-            raise DataError(f"{folder} is no class of {sheet.name}; they are {', '.join((sheet.classes or ())[:20])}")
+            raise DataError(f"{folder} is no class of {card.name}; they are {', '.join((card.classes or ())[:20])}")
         for path in images_below(folder):
             name = path.relative_to(folder).as_posix().replace("/", "_")
-            yield Placed(path, f"{domain}/{known[_fold(folder.name)]}/{name}")
+            yield ImagePlace(path, f"{domain}/{known[_fold(folder.name)]}/{name}")
 
 
 def _image_lists(folder: Path) -> list[Path]:
@@ -127,19 +127,19 @@ def _first_line(path: Path) -> str:
     return words[0] if len(words) >= 2 and words[-1].isdigit() else ""
 
 
-def _listed(domains: Mapping[str, Path], lists: list[Path], sheet: Datasheet) -> list[Placed]:
+def _listed(domains: Mapping[str, Path], lists: list[Path], card: DatasetCard) -> list[ImagePlace]:
     """The images that the lists name (lines "DOMAIN/CLASS/image label"); the label is not needed."""
-    known = _names(sheet.domains, sheet.domain_aliases), _names(sheet.classes, sheet.class_aliases)
-    images: dict[str, Placed] = {}
+    known = _names(card.domains, card.domain_aliases), _names(card.classes, card.class_aliases)
+    images: dict[str, ImagePlace] = {}
     missing: list[str] = []
     for line in (line for path in lists for line in _read(path).splitlines() if line.strip()):
         domain, label, name = line.rsplit(maxsplit=1)[0].split("/")[-3:]
         if _fold(domain) not in known[0] or _fold(label) not in known[1]:
-            raise DataError(f"the lists of {sheet.name} name {domain}/{label}, which is no domain and class of it")
+            raise DataError(f"the lists of {card.name} name {domain}/{label}, which is no domain and class of it")
         path = domains[known[0][_fold(domain)]] / label / name
         key = f"{known[0][_fold(domain)]}/{known[1][_fold(label)]}/{name}"
         if path.is_file():
-            images[key] = Placed(path, key)
+            images[key] = ImagePlace(path, key)
         else:
             missing.append(str(path))
     if missing:
@@ -157,23 +157,23 @@ def _annotation_lists(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.json") if "annotation" in path.name or "caltech_images" in path.name)
 
 
-def _camera_traps(folder: Path, lists: list[Path], sheet: Datasheet) -> list[Placed]:
+def _camera_traps(folder: Path, lists: list[Path], card: DatasetCard) -> list[ImagePlace]:
     """The images at the four places with one of the ten classes; an image with two classes is in both, as published."""
-    labels = _names(sheet.classes, sheet.class_aliases)
+    labels = _names(card.classes, card.class_aliases)
     files = {name: Path(top, name) for top, _, names in os.walk(folder) for name in names}
-    found: dict[str, Placed] = {}
+    found: dict[str, ImagePlace] = {}
     for tree in map(_annotations, lists):
         categories = {item["id"]: item["name"] for item in tree["categories"]}
         places = {item["id"]: (f"location_{item['location']}", item["file_name"]) for item in tree["images"]}
         for annotation in tree["annotations"]:
             domain, name = places.get(annotation["image_id"], ("", ""))
             label = labels.get(_fold(categories[annotation["category_id"]]))
-            if domain not in (sheet.domains or ()) or label is None:
+            if domain not in (card.domains or ()) or label is None:
                 continue
             if name not in files:
                 raise DataError(f"{folder}: the image {name}, which the annotations name, is missing")
             key = f"{domain}/{label}/{name}"
-            found[key] = Placed(files[name], key)
+            found[key] = ImagePlace(files[name], key)
     return list(found.values())
 
 
@@ -192,7 +192,7 @@ MARKERS = {"camelyon17": ("metadata.csv", "patches"), "reviews": ("reviews.csv",
 
 
 def adopt(
-    source: Path, target: Path, sheet: Datasheet, how: How, origin: dict[str, Any], *, progress: Progress = None
+    source: Path, target: Path, card: DatasetCard, how: How, origin: dict[str, Any], *, progress: Progress = None
 ) -> str:
     """Put the data set that lies somewhere below `source` into the new folder `target`; return the layout, in words.
 
@@ -201,7 +201,7 @@ def adopt(
     Args:
         source: the folder that is searched.
         target: the new folder.
-        sheet: which data set it is.
+        card: which data set it is.
         how: "link" (a hard link on the same disk, else a symbolic one), "copy", or "move" (`source` is dropped later).
         origin: is written into the new folder.
         progress: of placing and then of hashing the files.
@@ -211,7 +211,7 @@ def adopt(
         RunError: the disk is full.
     """
     require_new(target)
-    layout = _layout(source, sheet)
+    layout = _layout(source, card)
     with atomic_folder(target) as temporary:
         _place(layout.images, temporary, PLACERS[how], progress)
         write_hashes(temporary, origin | {"layout": layout.name}, progress)
@@ -226,26 +226,26 @@ def require_new(target: Path) -> None:
         raise DataError(f"{text}, give another folder (--to), or remove it")
 
 
-def _layout(source: Path, sheet: Datasheet) -> Layout:
+def _layout(source: Path, card: DatasetCard) -> Layout:
     if not source.is_dir():
         raise DataError(f"{source} is no folder")
-    if sheet.kind in ("colored-mnist", "rotated-mnist"):
-        return Layout("MNIST's four files", [Placed(path, path.name) for path in find_mnist(source)])
-    if sheet.kind in MARKERS:
-        root = _find_marked(source, sheet, MARKERS[sheet.kind])
-        return Layout("WILDS", [Placed(root / key, key) for key in files_below(root)])
-    return find_layout(source, sheet)
+    if card.kind in ("colored-mnist", "rotated-mnist"):
+        return Layout("MNIST's four files", [ImagePlace(path, path.name) for path in find_mnist(source)])
+    if card.kind in MARKERS:
+        root = _find_marked(source, card, MARKERS[card.kind])
+        return Layout("WILDS", [ImagePlace(root / key, key) for key in files_below(root)])
+    return find_layout(source, card)
 
 
-def _find_marked(source: Path, sheet: Datasheet, markers: Iterable[str]) -> Path:
+def _find_marked(source: Path, card: DatasetCard, markers: Iterable[str]) -> Path:
     for top, folders, _ in os.walk(source):
         if all(Path(top, name).exists() for name in markers):
             return Path(top)
         folders[:] = [name for name in folders if not name.startswith((".", "patient_"))]
-    raise DataError(f"{source} is no copy of {sheet.name}: no folder in it has {' and '.join(markers)}")
+    raise DataError(f"{source} is no copy of {card.name}: no folder in it has {' and '.join(markers)}")
 
 
-def _place(images: list[Placed], folder: Path, put: Callable[[Path, Path], object], progress: Progress) -> None:
+def _place(images: list[ImagePlace], folder: Path, put: Callable[[Path, Path], object], progress: Progress) -> None:
     made: set[Path] = set()
     for done, image in enumerate(images, start=1):
         target = folder / image.key

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qtdog.core.errors import DataError, nearest
-from qtdog.data.cards import Datasheet, match_card
+from qtdog.data.cards import DatasetCard, match_card
 from qtdog.data.image_folder import FileDataset, Record, require_domains, require_path
 
 DOMAIN = "domain"
@@ -51,8 +51,8 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
         raise DataError(f"{path} lists no images: one line per image with path, class, {domain_column}")
     _refuse_joined_classes(path, {record.label for record in records.values()})
     ordered = sorted(records.values())
-    dataset = FileDataset(Datasheet(name=path.stem, title=f"Images listed in {path.name}"), root, ordered)
-    dataset.sheet = match_card(dataset.domains, dataset.classes) or dataset.sheet
+    dataset = FileDataset(DatasetCard(name=path.stem, title=f"Images listed in {path.name}"), root, ordered)
+    dataset.card = match_card(dataset.domains, dataset.classes) or dataset.card
     require_domains(dataset, min_domains, path)
     return dataset
 

@@ -14,8 +14,8 @@ import numpy as np
 from qtdog.core.errors import DataError, nearest
 from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.cards import CARDS, Datasheet, check_counts, data_home
-from qtdog.data.dataset import DomainDataset, PickedImages, map_samples
+from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
+from qtdog.data.dataset import DomainDataset, ImageSubset, map_samples
 from qtdog.data.decode import HINT
 from qtdog.data.decoded_cache import cache_root
 from qtdog.data.digits import MnistDataset, RotatedDigits
@@ -27,17 +27,17 @@ from qtdog.data.wilds import open_camelyon17, open_reviews
 
 COLUMN = re.compile(r"(?P<path>.+\.(?:csv|jsonl)):(?P<column>[^:/\\]+)", re.IGNORECASE)
 
-OPENERS: dict[str, Callable[[Path, Datasheet], DomainDataset]] = {
+OPENERS: dict[str, Callable[[Path, DatasetCard], DomainDataset]] = {
     "camelyon17": open_camelyon17,
-    "colored-mnist": lambda root, sheet: MnistDataset(sheet, root),
-    "rotated-mnist": lambda root, sheet: MnistDataset(sheet, root),
+    "colored-mnist": lambda root, card: MnistDataset(card, root),
+    "rotated-mnist": lambda root, card: MnistDataset(card, root),
 }
 
 
 def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
     """Return the data set called `source`: a name, a folder ROOT/DOMAIN/CLASS/image, or a .csv or .jsonl manifest.
 
-    `rotated-digits` needs no files; other names are folders below the data home (`data.cards.data_home`). A manifest
+    `rotated-digits` needs no files; other names are folders below the data home (`data.cards.data_root`). A manifest
     may be followed by the column that holds the domains: `scans.csv:month`.
 
     Example:
@@ -63,7 +63,7 @@ def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
     if name and CARDS[name].kind in OPENERS:
         return _open_benchmark(name, path, min_domains)
     dataset = open_folder(path, min_domains=min_domains)
-    dataset.sheet = CARDS[name] if name else dataset.sheet
+    dataset.card = CARDS[name] if name else dataset.card
     return dataset
 
 
@@ -73,8 +73,8 @@ def open_texts(source: str) -> TextDataset:
     Raises:
         DataError: no such name or folder, or it is malformed.
     """
-    sheet = CARDS["amazon-reviews"]
-    return open_reviews(locate(source) if source == sheet.name else Path(source).expanduser(), sheet)
+    card = CARDS["amazon-reviews"]
+    return open_reviews(locate(source) if source == card.name else Path(source).expanduser(), card)
 
 
 def is_text(source: str) -> bool:
@@ -90,7 +90,7 @@ def is_text(source: str) -> bool:
 
 def locate(name: str) -> Path:
     """Return the folder of a data set that is known by name (DataError if it is not there, with how to get it)."""
-    root = data_home() / name
+    root = data_root() / name
     if root.is_dir():
         return root
     getting = f"qtdog data fetch {name}" if CARDS[name].archives else f"qtdog data import FOLDER --as {name}"
@@ -127,22 +127,22 @@ def _explain_unknown(source: str) -> str:
 
 
 def _open_benchmark(name: str, root: Path, min_domains: int) -> DomainDataset:
-    sheet = CARDS[name]
-    if sheet.kind == "reviews":
+    card = CARDS[name]
+    if card.kind == "reviews":
         raise DataError(f"{name} is a data set of texts, and images are wanted here")
-    if sheet.kind in OPENERS:
-        dataset = OPENERS[sheet.kind](root, sheet)
+    if card.kind in OPENERS:
+        dataset = OPENERS[card.kind](root, card)
         require_domains(dataset, min_domains, root)
         return dataset
     dataset = open_folder(root, min_domains=min_domains)
-    return _named(dataset, sheet, root)
+    return _named(dataset, card, root)
 
 
-def _named(dataset: FileDataset, sheet: Datasheet, root: Path) -> FileDataset:
+def _named(dataset: FileDataset, card: DatasetCard, root: Path) -> FileDataset:
     """The data set with the card that was asked for, if its domains and classes are those of the card."""
-    dataset.sheet = sheet
-    if (dataset.domains, dataset.classes) != (sheet.domains, sheet.classes):
-        raise DataError(f"{root} is not {sheet.name}: {'; '.join(check_counts(dataset))}")
+    dataset.card = card
+    if (dataset.domains, dataset.classes) != (card.domains, card.classes):
+        raise DataError(f"{root} is not {card.name}: {'; '.join(check_counts(dataset))}")
     return dataset
 
 
@@ -205,8 +205,8 @@ def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder
     broken = {key for key, _ in skipped}
     places = np.flatnonzero([key not in broken for key in dataset.keys])
     if len(places) == 0:
-        raise DataError(f"no image of {dataset.sheet.name} can be read; the first: {skipped[0][1]}")
-    kept = PickedImages(dataset, places, list(range(len(dataset.domains))), dataset.sheet)
+        raise DataError(f"no image of {dataset.card.name} can be read; the first: {skipped[0][1]}")
+    kept = ImageSubset(dataset, places, list(range(len(dataset.domains))), dataset.card)
     kept.skipped = [*dataset.skipped, *skipped]
     return kept
 

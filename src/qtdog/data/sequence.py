@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from qtdog.core.errors import DataError
-from qtdog.data.cards import Datasheet
+from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import DomainDataset, sample_arrays
 from qtdog.data.decode import to_pixels
 
@@ -53,7 +53,7 @@ class SequenceDataset(DomainDataset):
         groups, named = [_name(domain) for domain in domains], [_name(label, classes) for label in labels]
         if len(groups) != len(named) or not named:
             raise DataError(f"{name} has {len(named)} labels and {len(groups)} domains; {MULTI_LABEL}")
-        self.sheet = Datasheet(name=name, title=f"Images of {name}", channels=channels)
+        self.card = DatasetCard(name=name, title=f"Images of {name}", channels=channels)
         self.domains, self.classes = tuple(sorted(set(groups))), tuple(sorted(set(named)))
         self._order = sorted(range(len(named)), key=lambda i: (groups[i], named[i], i))
         pairs = [(groups[i], named[i]) for i in self._order]
@@ -66,9 +66,9 @@ class SequenceDataset(DomainDataset):
         try:
             given = self._read(self._order[i])
             image = given if isinstance(given, Image.Image) else Image.fromarray(_flat(np.asarray(given)))
-            return to_pixels(image, self.sheet.channels)
+            return to_pixels(image, self.card.channels)
         except Exception as error:  # a stranger's function raises what it likes
-            raise DataError(f"image {self._order[i]} of {self.sheet.name} cannot be had: {error}") from error
+            raise DataError(f"image {self._order[i]} of {self.card.name} cannot be had: {error}") from error
 
     def sample_signature(self, i: int) -> str:
         """Return the sha256 of the pixels of image i: nothing cheaper is known of it."""

@@ -55,8 +55,8 @@ def make_splits(
 ) -> DomainSplits:
     """Return every domain's split; in the "in-domain" mode a second part of the same size is set aside for the report.
 
-    An official division (`dataset.parts`) is kept in the target mode: train, id_val and id_test of the domains that it
-    trains on. Domains that it does not train on, and all domains otherwise, are divided at random.
+    An official division (`dataset.official_split`) is kept in the target mode: train, id_val and id_test of the
+    domains that it trains on. Domains that it does not train on, and all domains otherwise, are divided at random.
 
     Raises:
         DataError: a domain has too few images to hold any out.
@@ -64,7 +64,7 @@ def make_splits(
     splits = {}
     for d, domain in enumerate(dataset.domains):
         members = dataset.indices(domain)
-        if dataset.parts is not None and test_mode == "target" and dataset.trains_on(domain):
+        if dataset.official_split is not None and test_mode == "target" and dataset.trains_on(domain):
             splits[domain] = _official(dataset, domain, members)
             continue
         if int(len(members) * frac) == 0:
@@ -82,11 +82,11 @@ def make_splits(
 
 
 def _official(dataset: DomainDataset, domain: str, members: Indices) -> Split:
-    assert dataset.parts is not None
-    own = dataset.parts[members]
+    assert dataset.official_split is not None
+    own = dataset.official_split[members]
     split = Split(*(members[own == part] for part in (TRAIN, ID_VAL, ID_TEST)))
     if len(split.heldout) == 0:
-        raise DataError(f"the official division of {dataset.sheet.name} holds out nothing of domain '{domain}'")
+        raise DataError(f"the official division of {dataset.card.name} holds out nothing of domain '{domain}'")
     return split
 
 

@@ -17,8 +17,8 @@ from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool
-from qtdog.data.cards import Datasheet
-from qtdog.data.dataset import PARTS, TEST, VAL, DomainDataset
+from qtdog.data.cards import DatasetCard
+from qtdog.data.dataset import SPLIT_NAMES, TEST, VAL, DomainDataset
 from qtdog.data.decoded_cache import DecodedCache, cache_root
 
 
@@ -28,54 +28,54 @@ class TextDataset:
     They are held as one UTF-8 block, which takes a third of the memory of as many strings.
 
     Args:
-        sheet: the datasheet.
+        card: the card.
         texts: the texts.
         labels: class name of each.
         groups: domain of each (a reviewer, a site).
-        parts: position in `PARTS` of each, the official division.
+        official_split: position in `SPLIT_NAMES` of each, the official division.
         classes: class names if some may have no text; default: those in the labels.
 
     Attributes:
-        sheet: the datasheet.
+        card: the card.
         domains: domain names, sorted.
         classes: class names, sorted.
         domain_index: int32 (n,), positions in `domains`.
         class_index: int16 (n,), positions in `classes`.
-        parts: int8 (n,), positions in `PARTS`.
+        official_split: int8 (n,), positions in `SPLIT_NAMES`.
 
     Raises:
         DataError: there is no text, or a label is not among the classes.
 
     Example:
-        >>> reviews = TextDataset(Datasheet("r", "R"), ["good", "bad"], ["5", "1"], ["ann", "bob"], [0, 4])
+        >>> reviews = TextDataset(DatasetCard("r", "R"), ["good", "bad"], ["5", "1"], ["ann", "bob"], [0, 4])
         >>> reviews.text(1), reviews.domains, len(reviews.indices("test"))
         ('bad', ('ann', 'bob'), 1)
     """
 
     def __init__(
         self,
-        sheet: Datasheet,
+        card: DatasetCard,
         texts: Iterable[str],
         labels: Sequence[str],
         groups: Sequence[str],
-        parts: Sequence[int],
+        official_split: Sequence[int],
         *,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        self.sheet = sheet
+        self.card = card
         coded = [text.encode("utf-8", errors="surrogatepass") for text in texts]
         if not coded:
-            raise DataError(f"{sheet.name} has no text")
+            raise DataError(f"{card.name} has no text")
         self._ends = np.cumsum([len(text) for text in coded])
         self._block = b"".join(coded)
         self.domains = tuple(sorted(set(groups)))
         self.classes = classes or tuple(sorted(set(labels)))
         strange = sorted(set(labels) - set(self.classes))
         if strange:
-            raise DataError(f"{sheet.name} has the label '{strange[0]}'; its classes are {', '.join(self.classes)}")
+            raise DataError(f"{card.name} has the label '{strange[0]}'; its classes are {', '.join(self.classes)}")
         self.domain_index = _places(self.domains, groups).astype(np.int32)
         self.class_index = _places(self.classes, labels).astype(np.int16)
-        self.parts = np.asarray(parts, dtype=np.int8)
+        self.official_split = np.asarray(official_split, dtype=np.int8)
 
     def __len__(self) -> int:
         """Return the number of texts n."""
@@ -92,9 +92,9 @@ class TextDataset:
 
     def indices(self, part: str) -> npt.NDArray[np.int64]:
         """Return the positions of a part of the official division, ascending (DataError if there is no such part)."""
-        if part not in PARTS:
-            raise DataError(f"'{part}' is no part of {self.sheet.name}; they are {', '.join(PARTS)}")
-        return np.flatnonzero(self.parts == PARTS.index(part))
+        if part not in SPLIT_NAMES:
+            raise DataError(f"'{part}' is no part of {self.card.name}; they are {', '.join(SPLIT_NAMES)}")
+        return np.flatnonzero(self.official_split == SPLIT_NAMES.index(part))
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Return how many texts there are, int64 (domains, classes)."""
@@ -105,7 +105,7 @@ class TextDataset:
     def content_sha256(self) -> str:
         """Return the hex sha256 of all texts, names and labels; the same wherever the data set lies."""
         digest = hashlib.sha256("\0".join([*self.domains, "", *self.classes]).encode())
-        for array in (self._ends, self.domain_index, self.class_index, self.parts):
+        for array in (self._ends, self.domain_index, self.class_index, self.official_split):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update(self._block)
         return digest.hexdigest()
@@ -136,24 +136,24 @@ class TextDomains(DomainDataset):
         DataError: no text is to be trained on, or none is unseen.
 
     Example:
-        >>> from qtdog.data.cards import Datasheet
-        >>> texts = TextDataset(Datasheet("r", "R"), ["good", "bad"], ["5", "1"], ["ann", "bob"], [0, 4])
+        >>> from qtdog.data.cards import DatasetCard
+        >>> texts = TextDataset(DatasetCard("r", "R"), ["good", "bad"], ["5", "1"], ["ann", "bob"], [0, 4])
         >>> TextDomains(texts).domains
         ('seen', 'unseen')
     """
 
     def __init__(self, texts: TextDataset) -> None:
-        self.sheet = texts.sheet
+        self.card = texts.card
         self.classes = texts.classes
-        sides = np.where(texts.parts == TEST, 1, np.where(texts.parts == VAL, 2, 0))
+        sides = np.where(texts.official_split == TEST, 1, np.where(texts.official_split == VAL, 2, 0))
         kept = np.unique(sides)
         self.domains = tuple(DOMAINS[side] for side in kept)
         if not {SEEN, UNSEEN} <= set(self.domains):
-            raise DataError(f"{texts.sheet.name} needs texts to train on and unseen ones, found {self.domains}")
+            raise DataError(f"{texts.card.name} needs texts to train on and unseen ones, found {self.domains}")
         self.domain_index = np.searchsorted(kept, sides).astype(np.int16)
         self.class_index = texts.class_index
         self.group_index = texts.domain_index
-        self.parts = texts.parts
+        self.official_split = texts.official_split
         self.keys = [str(i) for i in range(len(texts))]
         self._texts = texts
         self._content = ""
@@ -164,7 +164,7 @@ class TextDomains(DomainDataset):
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
         """Refuse: there is no image (DataError)."""
-        raise DataError(f"{self.sheet.name} is a data set of texts, and images are wanted here")
+        raise DataError(f"{self.card.name} is a data set of texts, and images are wanted here")
 
     def sample_signature(self, i: int) -> str:
         """Return the hex sha256 of text i."""

@@ -11,7 +11,7 @@ import numpy as np
 from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
 from qtdog.data.cards import check_counts
-from qtdog.data.dataset import ID_TEST, ID_VAL, PARTS, TEST, TRAIN, VAL, DomainDataset, map_samples
+from qtdog.data.dataset import ID_TEST, ID_VAL, SPLIT_NAMES, TEST, TRAIN, VAL, DomainDataset, map_samples
 from qtdog.data.decode import HINT
 from qtdog.data.file_index import Changes, compare, files_below, hash_of, read_hashes
 from qtdog.data.image_folder import FileDataset
@@ -30,7 +30,7 @@ class Report:
         empty_classes: classes without any image.
         missing_classes: (domain, class) without an image, of classes that have some elsewhere.
         duplicates: groups of keys with exactly the same content, in at least two domains.
-        differences: sentences on where the data set differs from its datasheet.
+        differences: sentences on where the data set differs from its card.
         changes: how its files differ from the list that was made when it was fetched or imported; None without a list.
     """
 
@@ -60,7 +60,7 @@ class Report:
             ("classes without any image", self.empty_classes),
             ("classes missing from a domain", [f"{name} in {domain}" for domain, name in self.missing_classes]),
             ("exact duplicates across domains", [" = ".join(group) for group in self.duplicates]),
-            ("differences from the datasheet", self.differences),
+            ("differences from the dataset card", self.differences),
             ("files of the list that are missing", changes.missing),
             ("files that differ from the list", changes.changed),
             ("files that are not in the list", changes.added),
@@ -132,7 +132,7 @@ class TextReport:
         n_domains: number of domains (reviewers).
         parts: texts and domains of each part of the official division.
         empty: texts without a letter.
-        differences: sentences on where the data set differs from its datasheet or its own division.
+        differences: sentences on where the data set differs from its card or its own division.
         changes: how its files differ from their list; None without a list.
     """
 
@@ -174,7 +174,7 @@ def verify_texts(dataset: TextDataset, root: Path | None = None) -> TextReport:
     changes = None
     if root is not None and listed is not None:
         changes = compare(listed, ((key, hash_of(root / key)) for key in files_below(root)))
-    where = {part: dataset.indices(part) for part in PARTS}
+    where = {part: dataset.indices(part) for part in SPLIT_NAMES}
     return TextReport(
         n_texts=len(dataset),
         n_domains=len(dataset.domains),
@@ -187,8 +187,9 @@ def verify_texts(dataset: TextDataset, root: Path | None = None) -> TextReport:
 
 def _overlaps(dataset: TextDataset) -> list[str]:
     """A domain of an unseen part that is in another part as well would make the test too easy."""
-    seen = np.unique(dataset.domain_index[np.isin(dataset.parts, (TRAIN, ID_VAL, ID_TEST))])
-    shared = {PARTS[part]: np.unique(dataset.domain_index[dataset.parts == part]) for part in (VAL, TEST)}
+    seen = np.unique(dataset.domain_index[np.isin(dataset.official_split, (TRAIN, ID_VAL, ID_TEST))])
+    unseen = {part: dataset.domain_index[dataset.official_split == part] for part in (VAL, TEST)}
+    shared = {SPLIT_NAMES[part]: np.unique(domains) for part, domains in unseen.items()}
     return [
         f"{len(both):,} domains of {part} are also in the parts that are trained on, such as {dataset.domains[both[0]]}"
         for part, own in shared.items()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qtdog.core.errors import DataError
-from qtdog.data.cards import Datasheet
+from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import ID_TEST, ID_VAL, TEST, TRAIN, VAL
 from qtdog.data.image_folder import FileDataset, Record, require_path
 from qtdog.data.text import TextDataset
@@ -25,7 +25,7 @@ class _Patch(NamedTuple):
     part: int
 
 
-def open_camelyon17(root: Path, sheet: Datasheet) -> FileDataset:
+def open_camelyon17(root: Path, card: DatasetCard) -> FileDataset:
     """Return the patches listed in `root/metadata.csv`, with hospitals as domains and the official division.
 
     No patch is opened.
@@ -46,8 +46,8 @@ def open_camelyon17(root: Path, sheet: Datasheet) -> FileDataset:
     if not patches:
         raise DataError(f"{path} lists no patch")
     patches.sort()
-    dataset = FileDataset(sheet, root, [patch.record for patch in patches], LABELS)
-    dataset.parts = np.array([patch.part for patch in patches], dtype=np.int8)
+    dataset = FileDataset(card, root, [patch.record for patch in patches], LABELS)
+    dataset.official_split = np.array([patch.part for patch in patches], dtype=np.int8)
     return dataset
 
 
@@ -70,7 +70,7 @@ PART_OF = {0: TRAIN, 1: VAL, 2: ID_VAL, 3: TEST, 4: ID_TEST}
 LEFT_OUT = -1
 
 
-def open_reviews(root: Path, sheet: Datasheet) -> TextDataset:
+def open_reviews(root: Path, card: DatasetCard) -> TextDataset:
     """Return the reviews that count, in the order of the file, with reviewers as domains and stars as classes.
 
     Raises:
@@ -92,7 +92,7 @@ def open_reviews(root: Path, sheet: Datasheet) -> TextDataset:
             parts.append(part)
     except ValueError as error:
         raise DataError(f"{reviews} and {division} do not have the same number of rows") from error
-    return TextDataset(sheet, texts, labels, users, parts, classes=sheet.classes)
+    return TextDataset(card, texts, labels, users, parts, classes=card.classes)
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:

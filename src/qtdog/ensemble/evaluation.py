@@ -190,7 +190,7 @@ class EvaluationSet:
         return {target: whole}, {target: parts[0]} if self.same_splits else {}
 
     def _score(self, answers: Classifier, indices: np.ndarray, kept: Kept | None) -> list[Score]:
-        mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.sheet.channels)
+        mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.card.channels)
         labels = self.dataset.class_index
         batches = eval_batches(self.cache, indices, labels, batch_size=EVAL_BATCH, mean=mean, std=std)
         return score(answers, batches, self.device, kept)

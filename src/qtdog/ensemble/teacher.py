@@ -53,8 +53,8 @@ def check_teacher(path: Path, model: LoadedModel | EnsembleModel, config: Config
             "Take a teacher that held it out."
         )
     how = info.preprocessing
-    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
-    ours = (config.data.image_size, dataset.sheet.channels, tuple(mean), tuple(std))
+    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
+    ours = (config.data.image_size, dataset.card.channels, tuple(mean), tuple(std))
     theirs = (how.image_size, how.channels, tuple(how.mean), tuple(how.std))
     if ours != theirs:
         raise ConfigError(

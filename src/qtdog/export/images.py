@@ -73,14 +73,14 @@ def draw_images(dataset: DomainDataset, info: ModelInfo, draw: Draw, progress: P
     """
     domains = choose_domains(dataset, info, draw)
     how = info.preprocessing
-    if dataset.sheet.channels != how.channels:
-        found = dataset.sheet.channels
-        raise DataError(f"the model takes images of {how.channels} channels, {dataset.sheet.name} has {found}")
+    if dataset.card.channels != how.channels:
+        found = dataset.card.channels
+        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {found}")
     places = _interleaved([dataset.indices(domain) for domain in domains], draw)
     names = [dataset.classes[index] for index in dataset.class_index[places]]
     strange = sorted(set(names) - set(info.classes))
     if strange:
-        raise DataError(f"{dataset.sheet.name}: {unknown('class', strange[0], info.classes)}")
+        raise DataError(f"{dataset.card.name}: {unknown('class', strange[0], info.classes)}")
     labels = np.array([info.classes.index(name) for name in names], dtype=np.int64)
     read = map_samples(lambda k: dataset.read_resized(int(places[k]), how.image_size), len(places), progress)
     return LabelledImages(np.stack(read), labels, domains, info.target_domain in domains)
@@ -106,7 +106,7 @@ def choose_domains(dataset: DomainDataset, info: ModelInfo, draw: Draw) -> tuple
         raise ConfigError(f"{text}. Give images of {', '.join(info.source_domains)}, or --force-target")
     if not chosen:
         have, want = ", ".join(dataset.domains), ", ".join(info.source_domains)
-        raise DataError(f"{dataset.sheet.name} has the domains {have}, the model was trained on {want}: give those")
+        raise DataError(f"{dataset.card.name} has the domains {have}, the model was trained on {want}: give those")
     return chosen
 
 

@@ -73,7 +73,7 @@ def build_components(
     check_input(config, dataset)
     # The device first: the optimizer must hold the parameters that train.
     network = place_(_network(config, dataset), accelerator.device)
-    setting = _setting(config, protocol, network, accelerator.num_processes, dataset.sheet.channels)
+    setting = _setting(config, protocol, network, accelerator.num_processes, dataset.card.channels)
     objective = make_objective(setting, config.objective.params)
     objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
@@ -84,7 +84,7 @@ def build_components(
             dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
         )
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
-    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     return Components(
         config=config,
         accelerator=accelerator,
@@ -107,7 +107,7 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
     return create_network(
         config.model.backbone,
         n_classes=len(dataset.classes),
-        channels=dataset.sheet.channels,
+        channels=dataset.card.channels,
         image_size=config.data.image_size,
         weights=config.model.weights,
         freeze_bn=config.model.freeze_bn,
@@ -213,7 +213,7 @@ def make_optimizer(
 def _batches(
     config: Config, dataset: DomainDataset, protocol: DomainProtocol, cache: DecodedCache, accelerator: Accelerator
 ) -> TrainBatches:
-    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
+    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     return TrainBatches(
         cache,
         dataset.class_index,

@@ -207,7 +207,7 @@ def write_result(
     save(parts.network, folder.model_file, metadata=_metadata(parts, protocol, dataset, final.record))
     verify_model_file(parts, protocol, folder)
     result = _result(parts, state, protocol, final.record) | {
-        "dataset": dataset.sheet.name,
+        "dataset": dataset.card.name,
         "n_skipped": len(dataset.skipped),
         "size": asdict(file_sizes(folder.model_file)),
         "model_sha256": sha256_file(folder.model_file),
@@ -222,8 +222,8 @@ def write_result(
 def _metadata(parts: Components, protocol: DomainProtocol, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
     config = parts.config
     layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
-    mean, std = preprocessing(config.model.backbone, channels=dataset.sheet.channels)
-    size, channels = config.data.image_size, dataset.sheet.channels
+    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
+    size, channels = config.data.image_size, dataset.card.channels
     how: dict[str, Any] = {"image_size": size, "channels": channels, "mean": mean, "std": std}
     if isinstance(dataset, TextDomains):
         how |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
@@ -234,7 +234,7 @@ def _metadata(parts: Components, protocol: DomainProtocol, dataset: DomainDatase
         "feature_params": layer.params if layer.SHIPS else {},
         "classes": list(dataset.classes),
         "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
-        "dataset": dataset.sheet.name,
+        "dataset": dataset.card.name,
         "source_domains": list(protocol.sources),
         "target_domain": protocol.target,
         "accuracy": {"source": chosen.seen.source_accuracy, "test": chosen.test_accuracy},

@@ -49,12 +49,12 @@ class DomainProtocol:
 
 
 def dataset_layer(dataset: DomainDataset, *, with_preset: bool) -> Tree:
-    """Return what the data set's datasheet says about training on it: the layer below every other."""
-    layer: Tree = {"data": {"augment": dataset.sheet.augment}}
-    if dataset.sheet.steps:
-        layer["train"] = {"steps": dataset.sheet.steps, "eval_every": dataset.sheet.eval_every}
-    if with_preset and dataset.sheet.preset:
-        preset = load_preset(dataset.sheet.preset)
+    """Return what the dataset card says about training on it: the layer below every other."""
+    layer: Tree = {"data": {"augment": dataset.card.augment}}
+    if dataset.card.steps:
+        layer["train"] = {"steps": dataset.card.steps, "eval_every": dataset.card.eval_every}
+    if with_preset and dataset.card.preset:
+        preset = load_preset(dataset.card.preset)
         layer = preset | {"data": layer["data"] | preset.get("data", {})}
     return layer
 
@@ -132,7 +132,7 @@ def check_input(config: Config, dataset: DomainDataset) -> None:
     check_reads(config.model.backbone, dataset)
     if not isinstance(dataset, TextDomains):
         return
-    name = dataset.sheet.name
+    name = dataset.card.name
     if config.data.augment != "none":
         raise ConfigError(f"{name} is text, which data.augment={config.data.augment} cannot change: set it to none")
     for kind, member, is_bad in (
@@ -149,7 +149,7 @@ def check_reads(backbone: str, dataset: DomainDataset) -> None:
     Raises:
         ConfigError: naming what fits.
     """
-    reads_text, name = backbone in TEXT_BACKBONES, dataset.sheet.name
+    reads_text, name = backbone in TEXT_BACKBONES, dataset.card.name
     if reads_text and not isinstance(dataset, TextDomains):
         raise ConfigError(f"backbone '{backbone}' reads text, and {name} is of images: take another")
     if isinstance(dataset, TextDomains) and not reads_text:

@@ -15,7 +15,7 @@ from PIL import Image
 from qtdog.data import decoded_cache as reuse
 from qtdog.data import file_index as index
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.decoded_cache import IMAGES, Rows, keep_hashes, open_cache, reuse_rows
+from qtdog.data.decoded_cache import IMAGES, Rows, copy_cached_rows, open_cache, write_row_hashes
 from qtdog.data.image_folder import FileDataset, open_folder
 
 
@@ -104,13 +104,13 @@ def test_a_cache_that_is_cut_while_it_is_copied_is_left_alone(tmp_path: Path, mo
     rows, hashes = make_cache(tmp_path / "old", [3, 4])
     monkeypatch.setattr(os, "pread", lambda *_: b"short")
     with (tmp_path / "new").open("wb") as stream:
-        assert reuse_rows(stream.fileno(), rows, hashes, tmp_path).tolist() == [0, 1]
+        assert copy_cached_rows(stream.fileno(), rows, hashes, tmp_path).tolist() == [0, 1]
 
 
 def test_a_cache_in_the_making_is_no_source(tmp_path: Path) -> None:
     rows, hashes = make_cache(tmp_path / ".half.tmp", [3, 4])
     with (tmp_path / "new").open("wb") as stream:
-        assert reuse_rows(stream.fileno(), rows, hashes, tmp_path).tolist() == [0, 1]
+        assert copy_cached_rows(stream.fileno(), rows, hashes, tmp_path).tolist() == [0, 1]
 
 
 def make_cache(place: Path, names: list[int]) -> tuple[Rows, np.ndarray]:
@@ -118,7 +118,7 @@ def make_cache(place: Path, names: list[int]) -> tuple[Rows, np.ndarray]:
     rows, hashes = Rows(len(names), 2, 1), hashes_of(names)
     place.mkdir(parents=True)
     (place / IMAGES).write_bytes(np.repeat(np.array(names, dtype=np.uint8), rows.row_bytes).tobytes())
-    keep_hashes(place, rows, hashes)
+    write_row_hashes(place, rows, hashes)
     return rows, hashes
 
 
@@ -142,7 +142,7 @@ def test_each_row_is_the_wanted_one_or_left(
     rows = Rows(len(wanted), 2, 1)
     with pytest.MonkeyPatch.context() as patch, (place / "new").open("wb") as stream:
         patch.setattr(reuse, "CHUNK_BYTES", chunk)
-        left = reuse_rows(stream.fileno(), rows, hashes_of(wanted), place).tolist()
+        left = copy_cached_rows(stream.fileno(), rows, hashes_of(wanted), place).tolist()
     made = np.frombuffer((place / "new").read_bytes().ljust(4 * len(wanted), b"\xff"), dtype=np.uint8).reshape(-1, 4)
     known = {name for names in olds for name in names}
     assert all((made[i] == name).all() for i, name in enumerate(wanted) if i not in left)
