@@ -1,3 +1,6 @@
+import errno
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,7 @@ from torchvision.transforms import Resize
 
 from qtdog.core.errors import DataError
 from qtdog.data import decode as module
-from qtdog.data.decode import decode, decode_resized, to_square
+from qtdog.data.decode import DecodeError, FileGoneError, decode, decode_bytes, decode_resized, to_square
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -107,5 +110,96 @@ def test_a_large_turned_jpeg_is_still_put_upright(tmp_path: Path, monkeypatch: p
 
 def test_pixels_without_a_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match="floating-point numbers; store them with 8 or 16 bits"):
+    with pytest.raises(DataError, match=r"floating-point numbers, .* store all images of the data set with 8 bits"):
         decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([0, 4095], "no value above 4,095"),
+        ([0, 255], "no value above 255"),
+        ([-1000, 3000], "from -1,000 to 3,000"),
+        ([0, 1 << 24], "from 0 to 16,777,216"),
+    ],
+)
+def test_values_without_a_white_are_refused_whatever_holds_them(tmp_path, values, reason):
+    dtype = np.uint16 if min(values) >= 0 and max(values) < 1 << 16 else np.int32
+    Image.fromarray(np.tile(np.array(values, dtype=dtype), (4, 2))).save(tmp_path / "a.tif")
+    with pytest.raises(DecodeError, match=reason):
+        decode(tmp_path / "a.tif")
+
+
+def test_a_black_sixteen_bit_image_is_black(tmp_path):
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "a.png")
+    assert not decode(tmp_path / "a.png").any()
+
+
+def test_a_name_does_not_choose_the_format(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(DecodeError, match="a format that is not supported"):
+        decode(tmp_path / "x.png")
+
+
+def test_a_heic_image_is_named_with_what_to_install(tmp_path):
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))
+    with pytest.raises(DecodeError, match="HEIC image, which 'pip install pillow-heif' makes readable"):
+        decode(tmp_path / "x.heic")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(DataError, match="no regular file") as caught:
+        decode(tmp_path / "x.png")
+    assert not isinstance(caught.value, DecodeError)
+
+
+def test_failures_of_the_machine_are_no_failures_of_the_image(tmp_path, monkeypatch):
+    Image.fromarray(noise(6, 5)).save(tmp_path / "a.png")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(DataError, match="Input/output error") as caught:
+            decode(tmp_path / "a.png")
+    assert not isinstance(caught.value, DecodeError)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(DataError, match="memory does not suffice") as caught:
+            decode_bytes((tmp_path / "a.png").read_bytes(), "a.png")
+    assert not isinstance(caught.value, DecodeError)
+    with pytest.raises(FileGoneError):
+        decode(tmp_path / "b.png")
+
+
+def test_decoding_stays_within_its_memory(tmp_path, monkeypatch):
+    Image.fromarray(np.full((500, 500), 40000, dtype=np.uint16)).save(tmp_path / "a.png")
+    monkeypatch.setattr(module, "LARGE_PIXELS", 1000)
+    assert decode(tmp_path / "a.png").shape == (500, 500, 3)
+    monkeypatch.setattr(module, "MAX_DECODE_BYTES", 2_000_000)
+    with pytest.raises(DecodeError, match="decoding 500 x 500 pixels takes 2,750,000 bytes"):
+        decode(tmp_path / "a.png")
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    Image.fromarray(noise(40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(module, "LARGE_PIXELS", 1000)
+    together, most = threading.Semaphore(0), []
+    inner = module.to_pixels
+
+    def counted(image: Image.Image, channels: int) -> np.ndarray:
+        together.release()
+        most.append(together._value)
+        pixels = inner(image, channels)
+        together.acquire()
+        return pixels
+
+    monkeypatch.setattr(module, "to_pixels", counted)
+    threads = [threading.Thread(target=decode, args=(tmp_path / "a.png",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import DataError
-from qtdog.data import file_index as index
-from qtdog.data import open as readable
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.image_folder import open_folder
+from qtdog.data.image_folder import FileDataset, open_folder
 from qtdog.data.open import without_unreadable
 
 
@@ -42,16 +40,19 @@ def test_a_sound_data_set_is_returned_as_it_is(image_tree, tmp_path):
 
 
 def test_what_was_found_is_remembered_until_something_changes(image_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(readable, "SETTLED_NS", -(10**18))
+    def look():
+        dataset = open_folder(image_tree)
+        return without_unreadable(dataset, folder=tmp_path / "c", settled_ns=-(10**18))
+
     path = image_tree / "night" / "cat" / "3.png"
     good = path.read_bytes()
     os.truncate(path, 70)
-    first = without_unreadable(open_folder(image_tree), folder=tmp_path / "c")
+    first = look()
     with monkeypatch.context() as patch:
-        patch.setattr(readable, "_reason", lambda *_: pytest.fail("read again"))
-        assert without_unreadable(open_folder(image_tree), folder=tmp_path / "c").skipped == first.skipped
+        patch.setattr(FileDataset, "read", lambda *_: pytest.fail("read again"))
+        assert look().skipped == first.skipped
     path.write_bytes(good)
-    assert len(without_unreadable(open_folder(image_tree), folder=tmp_path / "c")) == 54
+    assert len(look()) == 54
 
 
 def test_nothing_readable_is_an_error(image_tree, tmp_path):
@@ -65,7 +66,3 @@ def test_the_skipped_of_a_part_are_still_told(image_tree, tmp_path):
     os.truncate(image_tree / "night" / "cat" / "3.png", 70)
     kept = without_unreadable(open_folder(image_tree), folder=tmp_path / "c")
     assert DomainSubset(kept, ["indoor"]).skipped == kept.skipped
-
-
-def test_index_and_readable_share_one_idea_of_settled():
-    assert readable.SETTLED_NS == index.SETTLED_NS

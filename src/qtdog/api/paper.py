@@ -297,10 +297,10 @@ def cost_of(jobs: Iterable[Job]) -> Cost:
 
 
 def _network_of(config: Config) -> tuple[str, int, int]:
-    sheet = CARDS[config.data.source] if config.data.source in list(CARDS) else None
+    card = CARDS[config.data.source] if config.data.source in list(CARDS) else None
     is_text = config.model.backbone in TEXT_BACKBONES
     size = config.data.max_tokens if is_text else config.data.image_size
-    return config.model.backbone, 3 if sheet is None else sheet.channels, size
+    return config.model.backbone, 3 if card is None else card.channels, size
 
 
 NOT_OURS = ("mean_of_five",)  # measures that no single data set can give

@@ -193,7 +193,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Return (x / 255 - mean) / std, float32 (n, C, H, W) in channels-last memory.
 
     Args:
-        images: uint8 (n, H, W, C). The token numbers of texts, int64 (n, length), are returned as they are.
+        images: uint8 (n, H, W, C).
         mean: per channel, of images in [0, 1].
         std: likewise.
 
@@ -201,8 +201,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.5]).flatten()
         tensor([1.])
     """
-    if images.ndim == 2:
-        return images
     n, height, width, channels = images.shape
     # One row of W · C constants makes the innermost loop long: ten times faster than broadcasting C of them.
     scale = torch.tensor(std, dtype=torch.float32).mul_(255).reciprocal_().expand(channels).repeat(width)

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import os
+import stat
+import threading
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image, ImageOps
 
 from qtdog.core.errors import DataError
 
-DECODE_VERSION = 2
+DECODE_VERSION = 3
 """Part of the cache's key: raise it when the pixels that `decode` or `to_square` give change."""
 
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
+"""What Pillow may open. Others run programs (EPS starts Ghostscript) or are seldom meant as images."""
 MODES = {1: "L", 3: "RGB"}
 LARGE_PIXELS = 16_000_000
-"""A JPEG file with more pixels is made smaller while it is decoded, if less will do."""
+"""A JPEG file with more pixels is made smaller while it is decoded, if less will do; others come one at a time."""
 SPARE = 2
 """It is left at least so many times as large as asked for: the antialiased resize that follows does the rest."""
+MAX_DECODE_BYTES = 1 << 31
+"""Memory that decoding one image may take."""
+MAX_FILE_BYTES = 1 << 30
+FULL_RANGE = 1 << 14
+"""A 16-bit image whose largest value is smaller holds 12 or fewer bits, or is very dark: nobody can tell which."""
 HINT = (
     "Replace or remove it; `qtdog data verify` lists all such files, and training with --skip-unreadable goes on "
     "(a study with data.skip_unreadable: true)."
 )
+_one_large_image = threading.Lock()
+
+
+class DecodeError(DataError):
+    """The content of a file is no image that can be decoded; another try gives the same."""
+
+
+class FileGoneError(DataError):
+    """There is no such file (any more)."""
 
 
 def decode(path: Path, channels: int = 3, size: int | None = None) -> npt.NDArray[np.uint8]:
@@ -36,52 +58,134 @@ def decode(path: Path, channels: int = 3, size: int | None = None) -> npt.NDArra
             quarter or an eighth of its size, in as much less memory.
 
     Raises:
-        DataError: the file is missing, truncated, too large to be safe (Pillow's limit, 179 million pixels), has
-            floating-point pixels, or is not an image.
+        FileGoneError: there is no such file.
+        DecodeError: it is truncated, is not an image, takes too much memory to decode, or has pixels of which nothing
+            says which value is white.
+        DataError: it is no regular file, or the machine failed to read it.
+    """
+    return decode_bytes(read_file(path), str(path), channels, size)
+
+
+def read_file(path: Path | str) -> bytes:
+    """Return the content of a regular file; a pipe, a socket or a device is refused and not waited for.
+
+    Raises:
+        FileGoneError: there is no such file.
+        DecodeError: it is too large for an image (1 GiB).
+        DataError: it is no regular file, or cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb", buffering=0) as stream:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise DataError(f"{path} is no regular file (a folder, a pipe, a socket or a device). Remove it.")
+            if found.st_size > MAX_FILE_BYTES:
+                raise DecodeError(f"{path} is too large to be safe: {found.st_size:,} bytes. {HINT}")
+            return stream.readall()
+    except FileNotFoundError as error:
+        raise FileGoneError(f"{path} does not exist (any more)") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the disk, and start again.") from error
+
+
+def decode_bytes(content: bytes, name: str, channels: int = 3, size: int | None = None) -> npt.NDArray[np.uint8]:
+    """Return the content of an image file as uint8 (H, W, channels), as `decode` does; `name` is for messages.
+
+    Raises:
+        DecodeError: as in `decode`.
+        DataError: the memory does not suffice.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats(content)) as image:
             if size is not None and image.width * image.height > LARGE_PIXELS:
                 image.draft(None, (SPARE * size, SPARE * size))
-            return to_pixels(image, channels)
+            if image.width * image.height <= LARGE_PIXELS:
+                return to_pixels(image, channels)
+            _require_memory(image)
+            with _one_large_image:
+                return to_pixels(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = str(error).rstrip(".")
-        raise DataError(f"{path} is too large to be safe: {reason}. Make it smaller, or remove it.") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist (any more)") from error
+        raise DecodeError(f"{name} is too large to be safe: {reason}. Make it smaller, or remove it.") from error
+    except MemoryError as error:
+        raise DataError(f"{name} cannot be decoded: the memory does not suffice. Free some.") from error
     except Exception as error:  # Pillow's readers raise a dozen kinds of error for broken files
-        raise DataError(f"{path} cannot be read as an image ({_reason(error)}). {HINT}") from error
+        raise DecodeError(f"{name} cannot be read as an image ({_reason(error, content)}). {HINT}") from error
+
+
+def decoder() -> str:
+    """Return what decodes images here, with versions: other versions may read what these cannot."""
+    heif = "-heif" if importlib.util.find_spec("pillow_heif") else ""
+    return f"{DECODE_VERSION}-pillow-{PIL.__version__}{heif}"
 
 
 def to_pixels(image: Image.Image, channels: int = 3) -> npt.NDArray[np.uint8]:
     """Return a Pillow image as uint8 (H, W, channels), as `decode` does a file.
 
+    16-bit grey keeps its upper 8 bits: 65,535 is white. Nothing in a file says that another value is white, so an image
+    whose values lie below 16,384 is refused: it may hold 12 bits, which would come out nearly black.
+
     Raises:
-        ValueError: the pixels are floating-point numbers; and what Pillow raises for a broken file.
+        ValueError: the pixels are floating-point numbers, negative, of more than 16 bits, or of fewer bits than they
+            are stored with; and what Pillow raises for a broken file.
 
     Example:
-        >>> to_pixels(Image.fromarray(np.full((1, 1), 0x1234, dtype=np.uint16)), channels=1).item() == 0x12
+        >>> to_pixels(Image.fromarray(np.full((1, 1), 0x8034, dtype=np.uint16)), channels=1).item() == 0x80
         True
     """
     pixels = np.asarray(_to_eight_bit(ImageOps.exif_transpose(image)).convert(MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _reason(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return "not an image, or a format that is not supported" if "cannot identify" in text else text
-
-
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-        values = np.asarray(image).astype(np.int64)
-        shift = 8 if values.max(initial=0) > 255 else 0
-        return Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":  # nothing says which value is white; Pillow would clip
-        raise ValueError("its pixels are floating-point numbers; store them with 8 or 16 bits")
+        values = np.asarray(image)
+        low, high = int(values.min(initial=0)), int(values.max(initial=0))
+        if low < 0 or high > 0xFFFF:
+            raise ValueError(f"its values go from {low:,} to {high:,}, and nothing says which is white; {EIGHT_BITS}")
+        if 0 < high < FULL_RANGE:
+            raise ValueError(
+                f"it has 16 bits, but no value above {high:,}, and nothing says which is white; {EIGHT_BITS}"
+            )
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError(f"its pixels are floating-point numbers, and nothing says which is white; {EIGHT_BITS}")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")
     return image
+
+
+EIGHT_BITS = "store all images of the data set with 8 bits, scaled alike"
+
+
+def _require_memory(image: Image.Image) -> None:
+    """Refuse an image whose decoding takes more than `MAX_DECODE_BYTES`: stored, as 8 bits, as RGB, as an array."""
+    stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4)
+    n_bytes = image.width * image.height * (2 * stored + (4 if stored < 4 else 0) + 3)
+    if n_bytes > MAX_DECODE_BYTES:
+        raise Image.DecompressionBombError(f"decoding {image.width} x {image.height} pixels takes {n_bytes:,} bytes")
+
+
+def _formats(content: bytes) -> tuple[str, ...]:
+    if _is_heic(content) and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif  # pyright: ignore[reportMissingImports]  # optional, not one of our extras
+
+        pillow_heif.register_heif_opener()
+        return (*FORMATS, "HEIF")
+    return FORMATS
+
+
+def _is_heic(content: bytes) -> bool:
+    return content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def _reason(error: Exception, content: bytes) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        if _is_heic(content):
+            return "a HEIC image, which 'pip install pillow-heif' makes readable; or store it as JPEG"
+        return "not an image, or a format that is not supported"
+    return str(error) or type(error).__name__
 
 
 def to_square(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
@@ -102,5 +206,5 @@ def to_square(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]
 
 
 def decode_resized(path: Path, size: int, channels: int = 3) -> npt.NDArray[np.uint8]:
-    """Return an image file as uint8 (size, size, channels): `decode`, then `to_square` (DataError as `decode`)."""
+    """Return an image file as uint8 (size, size, channels): `decode`, then `to_square`; errors as in `decode`."""
     return to_square(decode(path, channels, size), size)

@@ -11,7 +11,6 @@ import os
 import shutil
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +24,11 @@ from torch import Tensor
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.augment import BufferPool
+from qtdog.data.augment import BufferPool, normalise
 from qtdog.data.dataset import N_THREADS, DomainDataset, map_samples
 from qtdog.data.decode import DECODE_VERSION
 from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
+from qtdog.data.input_cache import Indices, InputCache, cache_root
 
 IMAGES = "images.u8"
 HASH_BYTES = 32
@@ -162,20 +162,6 @@ def version_mark(dataset: DomainDataset, rows: Rows) -> str:
     return f"version-of-{hashlib.sha256(origin.encode()).hexdigest()[:24]}"
 
 
-def keep_from_removal(handle: int) -> None:
-    """Keep an open file of a cache from being removed as long as it is open; where the disk knows no locks, do nothing.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryFile() as stream:
-        ...     keep_from_removal(stream.fileno())
-    """
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return
-
-
 def remove_old_versions(place: Path, mark: str) -> None:
     """Remove the other caches beside `place` that have its mark.
 
@@ -198,7 +184,7 @@ def _remove_unless_open(place: Path) -> None:
 MAX_LISTED = 20
 
 
-class DecodedCache:
+class DecodedCache(InputCache):
     """n images of one size in one file.
 
     Args:
@@ -207,46 +193,19 @@ class DecodedCache:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int, int]) -> None:
-        self.path = path
         self.shape = shape
-        self._row_bytes = shape[1] * shape[2] * shape[3]
-        self._handle = os.open(path, os.O_RDONLY)
-        keep_from_removal(self._handle)
-        weakref.finalize(self, os.close, self._handle)
+        super().__init__(path, shape[0], shape[1] * shape[2] * shape[3])
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return self.shape[0]
-
-    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int], pool: BufferPool | None = None) -> Tensor:
-        """Return the images at `indices`, uint8 (b, size, size, channels). Safe to call from several threads.
-
-        Args:
-            indices: positions, each in [0, n).
-            pool: where the memory comes from; default: fresh memory.
-
-        Raises:
-            IndexError: an index is out of range.
-            DataError: the file was cut short meanwhile.
-        """
+    def gather(self, indices: Indices, pool: BufferPool | None = None) -> Tensor:
+        """Return the images at `indices`, uint8 (b, size, size, channels); errors as in `InputCache.gather`."""
         shape = (len(indices), *self.shape[1:])
         images = pool.take(shape, torch.uint8) if pool else torch.empty(shape, dtype=torch.uint8)
-        rows = images.numpy().reshape(len(indices), self._row_bytes)
-        for row, index in zip(rows, np.asarray(indices).tolist(), strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"image {index} of {len(self)}")
-            if os.preadv(self._handle, [row.data], index * self._row_bytes) != self._row_bytes:
-                raise DataError(f"the image cache {self.path} was cut short; start again and it is rebuilt")
+        self._read_rows(indices, images.numpy().reshape(len(indices), self._row_bytes))
         return images
 
-
-def cache_root() -> Path:
-    """Return where caches live: $QTDOG_CACHE, else $XDG_CACHE_HOME/qtdog, else ~/.cache/qtdog."""
-    own = os.environ.get("QTDOG_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qtdog"
+    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Return the images at `indices`, normalised, float32 (b, C, size, size) in channels-last memory."""
+        return normalise(self.gather(indices), mean, std)
 
 
 def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder: Path | None = None) -> str:

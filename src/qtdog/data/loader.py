@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.random import numpy_stream, torch_stream
-from qtdog.data.augment import BufferPool, augment, draw_parameters, normalise
-from qtdog.data.decoded_cache import DecodedCache
+from qtdog.data.augment import BufferPool, augment, draw_parameters
+from qtdog.data.input_cache import InputCache
 
 
 def draw(
@@ -136,7 +136,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        cache: DecodedCache,
+        cache: InputCache,
         class_index: npt.NDArray[np.integer],
         pools: Mapping[str, Indices],
         *,
@@ -183,13 +183,14 @@ class TrainBatches:
         parts = zip(ends - self.sizes, ends, strict=True)
         rows = np.concatenate([np.arange(first + self.rank, end, self.world) for first, end in parts])
         indices = np.concatenate(drawn)[rows]
-        images = self._prepare(self.cache.gather(indices, self._buffers), step, torch.from_numpy(rows))
+        images = self._inputs(indices, step, torch.from_numpy(rows))
         sizes = tuple(size // self.world for size in self.sizes)
         return Batch(images, torch.from_numpy(self.class_index[indices]), tuple(self.pools), sizes)
 
-    def _prepare(self, images: Tensor, step: int, rows: Tensor) -> Tensor:
+    def _inputs(self, indices: Indices, step: int, rows: Tensor) -> Tensor:
         if self.augment == "none":
-            return normalise(images, self.mean, self.std)
+            return self.cache.network_inputs(indices, self.mean, self.std)
+        images = self.cache.gather(indices, self._buffers)
         n_global = sum(self.sizes)  # drawn for all processes, so that they see one global batch
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
         return augment(images, parameters.take(rows), mean=self.mean, std=self.std, pool=self._buffers)
@@ -236,7 +237,7 @@ def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
 
 
 def eval_batches(
-    cache: DecodedCache,
+    cache: InputCache,
     indices: Indices,
     class_index: npt.NDArray[np.integer],
     *,
@@ -251,4 +252,4 @@ def eval_batches(
     labels = class_index.astype(np.int64)
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
-        yield normalise(cache.gather(part), mean, std), torch.from_numpy(labels[part])
+        yield cache.network_inputs(part, mean, std), torch.from_numpy(labels[part])

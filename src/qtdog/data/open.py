@@ -17,10 +17,10 @@ from qtdog.core.progress import Progress
 from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
 from qtdog.data.dataset import DomainDataset, ImageSubset, map_samples
 from qtdog.data.decode import HINT
-from qtdog.data.decoded_cache import cache_root
 from qtdog.data.digits import MnistDataset, RotatedDigits
 from qtdog.data.file_index import NOTES, SETTLED_NS
 from qtdog.data.image_folder import FileDataset, open_folder, require_domains, require_path
+from qtdog.data.input_cache import cache_root
 from qtdog.data.manifest import SUFFIXES, open_manifest
 from qtdog.data.text import TextDataset, TextDomains
 from qtdog.data.wilds import open_camelyon17, open_reviews
@@ -182,7 +182,13 @@ def open_readable(
     return without_unreadable(dataset, progress) if skip_unreadable else dataset
 
 
-def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder: Path | None = None) -> DomainDataset:
+def without_unreadable(
+    dataset: DomainDataset,
+    progress: Progress = None,
+    folder: Path | None = None,
+    *,
+    settled_ns: int = SETTLED_NS,
+) -> DomainDataset:
     """Return the data set without the images that cannot be decoded; `skipped` of the result names them and why.
 
     Every image is decoded once; what was found is remembered by the data set's signature. A data set without any
@@ -192,6 +198,7 @@ def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder
         dataset: the whole.
         progress: of reading images.
         folder: where to remember; default: the cache.
+        settled_ns: nothing is remembered of files changed within so many ns, which may change again unseen.
 
     Raises:
         DataError: no image can be read, or one is gone.
@@ -199,7 +206,7 @@ def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder
     """
     if isinstance(dataset, TextDomains):
         return dataset
-    skipped = _unreadable(dataset, progress, folder or cache_root())
+    skipped = _unreadable(dataset, progress, folder or cache_root(), settled_ns)
     if not skipped:
         return dataset
     broken = {key for key, _ in skipped}
@@ -211,7 +218,7 @@ def without_unreadable(dataset: DomainDataset, progress: Progress = None, folder
     return kept
 
 
-def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path) -> list[tuple[str, str]]:
+def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path, settled_ns: int) -> list[tuple[str, str]]:
     try:
         note = folder / "unreadable" / f"{dataset.signature()}.json"
     except DataError:  # a link to nowhere has no signature: then all are looked at each time
@@ -220,7 +227,7 @@ def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path) -> lis
         return [(str(key), str(reason)) for key, reason in json.loads(note.read_text())]
     reasons = map_samples(lambda i: _why_unreadable(dataset, i), len(dataset), progress)
     found = [(key, reason) for key, reason in zip(dataset.keys, reasons, strict=True) if reason]
-    if note is not None and time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
+    if note is not None and time.time_ns() - dataset.newest_change_ns() > settled_ns:
         write_atomic(note, json.dumps(found))
     return found
 

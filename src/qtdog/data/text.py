@@ -19,7 +19,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import SPLIT_NAMES, TEST, VAL, DomainDataset
-from qtdog.data.decoded_cache import DecodedCache, cache_root
+from qtdog.data.input_cache import Indices, InputCache, cache_root
 
 
 class TextDataset:
@@ -198,7 +198,7 @@ N_BYTES = 2
 Tokenise = Callable[[Sequence[str]], npt.NDArray[np.integer]]
 
 
-class TokenCache(DecodedCache):
+class TokenCache(InputCache):
     """n texts of one length in one file.
 
     Args:
@@ -208,12 +208,18 @@ class TokenCache(DecodedCache):
     """
 
     def __init__(self, path: Path, n: int, length: int) -> None:
-        super().__init__(path, (n, length, 1, N_BYTES))
+        self.length = length
+        super().__init__(path, n, N_BYTES * length)
 
-    def gather(self, indices: npt.NDArray[np.integer] | Sequence[int], pool: BufferPool | None = None) -> Tensor:
-        """Return the token numbers of the texts at `indices`, int64 (b, length); errors as in `DecodedCache.gather`."""
-        numbers = super().gather(indices, pool).numpy().view("<u2").reshape(len(indices), self.shape[1])
-        return torch.from_numpy(numbers.astype(np.int64))
+    def gather(self, indices: Indices, pool: BufferPool | None = None) -> Tensor:
+        """Return the token numbers of the texts at `indices`, int64 (b, length); errors as in `InputCache.gather`."""
+        rows = np.empty((len(indices), self._row_bytes), dtype=np.uint8)
+        self._read_rows(indices, rows)
+        return torch.from_numpy(rows.view("<u2").astype(np.int64))
+
+    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Return the token numbers at `indices`, int64 (b, length); nothing is normalised."""
+        return self.gather(indices)
 
 
 def open_tokens(

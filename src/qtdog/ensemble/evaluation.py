@@ -15,7 +15,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.decoded_cache import DecodedCache
+from qtdog.data.input_cache import InputCache
 from qtdog.data.loader import eval_batches
 from qtdog.ensemble.calibration import brier_score, expected_calibration_error, fit_temperature
 from qtdog.ensemble.model import EnsembleModel
@@ -146,7 +146,7 @@ class EvaluationSet:
 
     config: Config
     dataset: DomainDataset
-    cache: DecodedCache
+    cache: InputCache
     protocol: DomainProtocol
     same_splits: bool
     device: torch.device

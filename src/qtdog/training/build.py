@@ -17,7 +17,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.core.registry import import_members
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.decoded_cache import DecodedCache
+from qtdog.data.input_cache import InputCache
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
@@ -211,7 +211,7 @@ def make_optimizer(
 
 
 def _batches(
-    config: Config, dataset: DomainDataset, protocol: DomainProtocol, cache: DecodedCache, accelerator: Accelerator
+    config: Config, dataset: DomainDataset, protocol: DomainProtocol, cache: InputCache, accelerator: Accelerator
 ) -> TrainBatches:
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     return TrainBatches(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.decoded_cache import DecodedCache
+from qtdog.data.input_cache import InputCache
 from qtdog.data.loader import eval_batches
 from qtdog.data.text import TextDomains
 from qtdog.models.network import Network
@@ -135,7 +135,7 @@ class Evaluator:
 
     network: Network
     accelerator: Accelerator
-    cache: DecodedCache
+    cache: InputCache
     class_index: np.ndarray
     protocol: DomainProtocol
     test_mode: str

@@ -106,7 +106,7 @@ class LoadedModel(nn.Module):
     def prepare(self, images: Tensor) -> Tensor:
         """Return the network's input (n, C, H, W) for uint8 images (n, H, W, C) of the right size; tokens as is."""
         how = self.info.preprocessing
-        return normalise(images, how.mean, how.std)
+        return images if how.max_tokens else normalise(images, how.mean, how.std)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

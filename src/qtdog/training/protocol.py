@@ -14,7 +14,8 @@ from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.files import sha256_file
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.decoded_cache import DecodedCache, content_sha256, open_cache
+from qtdog.data.decoded_cache import content_sha256, open_cache
+from qtdog.data.input_cache import InputCache
 from qtdog.data.splits import DomainSplits, make_splits
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.models.text import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
@@ -165,7 +166,7 @@ def open_inputs(
     max_tokens: int,
     words: Sequence[str] = (),
     progress: Progress = None,
-) -> DecodedCache:
+) -> InputCache:
     """Return the data set as a backbone takes it, decoded or tokenised now unless that was done before.
 
     Args:
