@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from qtdog.cli.evaluate import score_domains
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.open import open_dataset
+from qtdog.ensemble.evaluation import score_domains
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
 from qtdog.training.load import load_model

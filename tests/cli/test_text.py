@@ -14,10 +14,10 @@ import pytest
 import torch
 import transformers
 
-from qtdog.cli.predict import text_predictions
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.data.open import open_any
+from qtdog.ensemble.prediction import find_texts, predict_texts
 from qtdog.models import text
 from qtdog.models.text import TEXT_BACKBONES, make_tokenizer
 from qtdog.runs.folder import RunFolder
@@ -86,7 +86,7 @@ def test_the_file_alone_answers_as_the_network_in_training(trained, reviews, tmp
     assert shipped.info.preprocessing.vocabulary == tuple(WORDS)
     lines = ["A great box, kitchens", "AWFUL É kitchen"]
     (tmp_path / "today.txt").write_text("\n".join(lines), encoding="utf-8")
-    rows = list(text_predictions(shipped, [tmp_path / "today.txt"]))
+    rows = list(predict_texts(shipped, find_texts([tmp_path / "today.txt"])))
     tokens = [[2, 10, 9, 11, 1, 12, 13, 3], [2, 5, 1, 12, 3, 0, 0, 0]]  # the accent is dropped, and "e" is unknown
     with torch.no_grad():
         expected = shipped(torch.tensor(tokens)).softmax(1).max(1)

@@ -9,16 +9,17 @@ from hypothesis.extra import numpy as hnp
 
 from qtdog.core.errors import ConfigError
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
+from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import (
-    NEVER,
+    ASK_ALL,
     CascadeModel,
-    ask,
+    cascade_logits,
     choose_threshold,
     confidence,
-    depth,
-    measure,
+    measure_cascade,
+    members_needed,
     plan_cascade,
-    settle,
+    run_cascade,
 )
 from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.model import load_ensemble_model
@@ -36,37 +37,37 @@ def members_of(logits):
 @given(logit_blocks, st.floats(0.1, 1.0), st.floats(0.5, 3.0))
 def test_asking_one_by_one_gives_what_the_rule_says_of_all_logits(logits, threshold, temperature):
     n = logits.shape[1]
-    groups = ask(members_of(logits), len(logits), torch.arange(n), (threshold, temperature))
-    assert sorted(torch.cat([group.places for group in groups]).tolist()) == list(range(n))
-    depths = depth(logits, threshold, temperature)
+    groups = run_cascade(members_of(logits), len(logits), torch.arange(n), threshold=threshold, temperature=temperature)
+    assert sorted(torch.cat([group.indices for group in groups]).tolist()) == list(range(n))
+    depths = members_needed(logits, threshold, temperature)
     for group in groups:
-        assert (depths[group.places] == len(group.logits)).all()
-        assert torch.equal(group.logits, logits[: len(group.logits), group.places])
+        assert (depths[group.indices] == len(group.logits)).all()
+        assert torch.equal(group.logits, logits[: len(group.logits), group.indices])
 
 
 @given(logit_blocks, st.floats(0.5, 3.0))
 def test_never_stopping_is_the_whole_ensemble_bit_for_bit(logits, temperature):
     n = logits.shape[1]
-    (group,) = ask(members_of(logits), len(logits), torch.arange(n), (NEVER, temperature))
-    assert torch.equal(group.places, torch.arange(n))
+    (group,) = run_cascade(members_of(logits), len(logits), torch.arange(n), threshold=ASK_ALL, temperature=temperature)
+    assert torch.equal(group.indices, torch.arange(n))
     assert torch.equal(group.logits, logits)
 
 
 @given(logit_blocks, st.floats(0.1, 1.0))
 def test_who_stops_early_has_members_that_agree_and_are_sure(logits, threshold):
-    depths = depth(logits, threshold, 1.0)
+    depths = members_needed(logits, threshold, 1.0)
     for image, k in enumerate(depths.tolist()):
         first = logits[:k, image]
         sure = first.mean(0).softmax(0).max().item()
         if k < len(logits):
             assert len(set(first.argmax(1).tolist())) == 1
             assert sure >= threshold - 1e-5
-        torch.testing.assert_close(settle(logits, depths)[image], first.mean(0))
+        torch.testing.assert_close(cascade_logits(logits, depths)[image], first.mean(0))
 
 
 @given(logit_blocks)
 def test_a_higher_threshold_asks_no_fewer_members(logits):
-    depths = [depth(logits, threshold, 1.0) for threshold in (0.3, 0.6, 0.9, NEVER)]
+    depths = [members_needed(logits, threshold, 1.0) for threshold in (0.3, 0.6, 0.9, ASK_ALL)]
     assert all((low <= high).all() for low, high in itertools.pairwise(depths))
     assert (depths[-1] == len(logits)).all()
 
@@ -83,7 +84,7 @@ def test_the_threshold_costs_no_more_than_allowed_and_is_the_lowest_such():
         assert found.members < 5
         below = confidence(logits[:-1], 1.0)
         worse = below[(below > 0) & (below < found.value)].unique()[-20:]
-        lost = [measure(logits, labels, value, 1.0) for value in worse.tolist()]
+        lost = [measure_cascade(logits, labels, value, 1.0) for value in worse.tolist()]
         assert any(one.accuracy < one.accuracy_all - allowed for one in lost)
 
 
@@ -97,11 +98,11 @@ def test_more_allowed_loss_never_asks_more_members():
 
 def test_the_target_has_no_say_in_the_threshold():
     generator = torch.Generator().manual_seed(2)
-    source = [(torch.randn(3, 50, 4, generator=generator), torch.randint(0, 4, (50,), generator=generator))]
-    tests = [[(torch.randn(3, 9, 4, generator=generator), torch.zeros(9, dtype=torch.long))] for _ in range(2)]
-    told = [plan_cascade(source, test, 1.0)["threshold"] for test in tests]
-    assert told[0] == told[1] == plan_cascade(source, [], 1.0)["threshold"]
-    assert plan_cascade([], tests[0], 1.0)["threshold"] is None
+    source = LabeledLogits(torch.randn(3, 50, 4, generator=generator), torch.randint(0, 4, (50,), generator=generator))
+    tests = [LabeledLogits(torch.randn(3, 9, 4, generator=generator), torch.zeros(9, dtype=torch.long)) for _ in "ab"]
+    thresholds = [plan_cascade(source, test, 1.0)["threshold"] for test in tests]
+    assert thresholds[0] == thresholds[1] == plan_cascade(source, None, 1.0)["threshold"]
+    assert plan_cascade(None, tests[0], 1.0)["threshold"] is None
 
 
 def test_an_ensemble_file_keeps_its_threshold_and_answers_with_it(quantized, digits, out):
@@ -113,8 +114,8 @@ def test_an_ensemble_file_keeps_its_threshold_and_answers_with_it(quantized, dig
         told = result["cascade"]["source"]
         assert told["accuracy"] >= told["accuracy_all"] - 0.001
     images = torch.randn(7, 1, 12, 12)
-    object.__setattr__(model.info, "cascade_threshold", NEVER)
-    (group,) = CascadeModel(model).ask(images)
+    object.__setattr__(model.info, "cascade_threshold", ASK_ALL)
+    (group,) = CascadeModel(model).run(images)
     with torch.no_grad():
         assert torch.equal(group.logits, model.member_logits(images))
 

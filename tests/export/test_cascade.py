@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from qtdog.core.errors import ConfigError
-from qtdog.ensemble.cascade import ask
-from qtdog.ensemble.evaluation import answers
+from qtdog.ensemble.cascade import run_cascade
 from qtdog.ensemble.model import load_ensemble_model
+from qtdog.ensemble.prediction import predict_from_logits
 from qtdog.export.export import export
 from qtdog.export.inference_module import ASKED, OUTPUTS
 from qtdog.export.runtimes import open_runtime, open_subject
@@ -31,18 +31,26 @@ def test_the_module_answers_as_predict_does_with_a_cascade(cascade, photos):
     found = open_subject(cascade, 1)(photos.pixels)
     inputs = model.prepare(torch.from_numpy(photos.pixels))
     with torch.no_grad():
-        groups = ask(lambda k, part: model.members[k](part), 3, inputs, (cascade.threshold, cascade.temperature))
+        groups = run_cascade(
+            lambda k, part: model.members[k](part),
+            3,
+            inputs,
+            threshold=cascade.threshold,
+            temperature=cascade.temperature,
+        )
     assert len(groups) >= 2
     for group in groups:
-        places = group.places.numpy()
-        told = answers(group.logits, cascade.temperature)
+        places = group.indices.numpy()
+        told = predict_from_logits(group.logits, cascade.temperature)
         assert (found[ASKED][places] == len(group.logits)).all()
         np.testing.assert_allclose(found["logits"][places], group.logits.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found["probabilities"][places], told.probabilities, atol=1e-5)
-        np.testing.assert_allclose(found["entropy"][places], told.doubt.entropy, atol=1e-5)
+        np.testing.assert_allclose(found["entropy"][places], told.uncertainty.entropy, atol=1e-5)
         if len(group.logits) > 1:
-            np.testing.assert_allclose(found["mutual_information"][places], told.doubt.mutual_information, atol=1e-5)
-        np.testing.assert_array_equal(found["agreement"][places], told.doubt.agreement)
+            np.testing.assert_allclose(
+                found["mutual_information"][places], told.uncertainty.mutual_information, atol=1e-5
+            )
+        np.testing.assert_array_equal(found["agreement"][places], told.uncertainty.agreement)
 
 
 def test_the_graph_stops_for_each_image_alone(cascade, photos, tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.ensemble.evaluation import answers
+from qtdog.ensemble.prediction import predict_from_logits
 from qtdog.export.inference_module import OUTPUTS, Deployed
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
@@ -27,12 +27,12 @@ def test_the_graph_says_of_an_ensemble_what_predict_says(sharpness, temperature)
     outputs = dict(zip(OUTPUTS[True], Deployed(networks, HOW, temperature)(images), strict=True))
     inputs = ((images / 255 - torch.tensor(HOW.mean)) / torch.tensor(HOW.std)).permute(0, 3, 1, 2)
     logits = torch.stack([network(inputs) for network in networks])
-    expected = answers(logits, temperature)
+    expected = predict_from_logits(logits, temperature)
     torch.testing.assert_close(outputs["logits"], logits.mean(0))
     torch.testing.assert_close(outputs["probabilities"], expected.probabilities)
     for name in ("entropy", "mutual_information"):
-        torch.testing.assert_close(outputs[name], getattr(expected.doubt, name), atol=2e-6, rtol=1e-4)
-    assert torch.equal(outputs["agreement"], expected.doubt.agreement)
+        torch.testing.assert_close(outputs[name], getattr(expected.uncertainty, name), atol=2e-6, rtol=1e-4)
+    assert torch.equal(outputs["agreement"], expected.uncertainty.agreement)
 
 
 def test_a_packed_file_opened_as_a_runtime_answers_as_load_does(packed, photos):

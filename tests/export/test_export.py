@@ -10,8 +10,8 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from qtdog.cli.predict import predictions
 from qtdog.core.errors import DataError, ModelError, RunError
+from qtdog.ensemble.prediction import predict_images
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
@@ -80,7 +80,7 @@ def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(subject, 
 def test_image_files_get_the_class_that_predict_gives_them(subject, photos, image_tree, tmp_path):
     packed = subject("test_resnet")
     files = sorted(image_tree.rglob("*.png"))[:9]
-    expected = [row["class"] for row in predictions(load_model(packed.path), files)]
+    expected = [row["class"] for row in predict_images(load_model(packed.path), files)]
     made = export(packed, tmp_path / "m.onnx", "onnx", photos)
     session = onnxruntime.InferenceSession(str(made.path))
     found = []

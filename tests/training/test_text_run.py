@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from qtdog.cli.predict import text_predictions
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
 from qtdog.data.open import open_any, open_texts
@@ -21,6 +20,7 @@ from qtdog.ensemble.assemble import EnsembleSpec, assemble
 from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import read_member
 from qtdog.ensemble.model import load
+from qtdog.ensemble.prediction import find_texts, predict_texts
 from qtdog.models.text import make_tokenizer
 from qtdog.runs.folder import RunFolder
 from qtdog.training import loop as loop_module
@@ -112,12 +112,12 @@ def test_from_reviews_to_answers(
     (tmp_path / "today.txt").write_text("a great box\n\nAWFUL product\n")
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe")
     shipped = load_model(tmp_path / "run" / "model.safetensors")
-    rows = list(text_predictions(shipped, [tmp_path / "today.txt", tmp_path / "broken.txt"]))
+    rows = list(predict_texts(shipped, find_texts([tmp_path / "today.txt", tmp_path / "broken.txt"])))
     assert [row["text"].rpartition(":")[2] for row in rows[:2]] == ["1", "3"]
     assert all(row["class"] in "12345" and 0 < row["probability"] <= 1 for row in rows[:2])
     assert isinstance(rows[2], DataError)
     with pytest.raises(DataError, match=r"no \.txt file"):
-        list(text_predictions(shipped, [tmp_path / "run"]))
+        list(find_texts([tmp_path / "run"]))
 
 
 def test_only_texts_of_the_seen_side_are_trained_and_selected_on(dataset: TextDomains, tmp_path: Path, short_config):
@@ -161,7 +161,7 @@ def test_two_text_models_make_an_ensemble(dataset: TextDomains, tmp_path: Path, 
     evaluation_set = open_evaluation_set(members[0].config, dataset, same_splits=True)
     result = assemble(members, EnsembleSpec("eoq", tmp_path / "eoq" / "model.safetensors"), evaluation_set)
     assert 0 <= result["test_accuracy"] <= 1
-    rows = list(text_predictions(load(tmp_path / "eoq" / "model.safetensors"), [_note(tmp_path)]))
+    rows = list(predict_texts(load(tmp_path / "eoq" / "model.safetensors"), find_texts([_note(tmp_path)])))
     assert {"class", "mutual_information"} <= set(rows[0])
     assert result["pretraining"] == "none"
 

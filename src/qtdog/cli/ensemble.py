@@ -1,4 +1,4 @@
-"""`qtdog ensemble`."""
+"""`qtdog ensemble`, and what an ensemble costs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from qtdog.ensemble.evaluation import EvaluationSet
     from qtdog.ensemble.members import Member
+    from qtdog.ensemble.model import EnsembleModel
+    from qtdog.training.load import LoadedModel
 
 KIND = (
     "eoq, eoa or ensemble keep all members; diwa and soup average them into one model. Default: what the members are."
@@ -117,3 +119,33 @@ def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None
     out.print(f"model  {file}", highlight=False, soft_wrap=True, markup=False)
     report = file.with_name("result.json")
     out.print(f"report {report} (by domain, each member)", highlight=False, soft_wrap=True, markup=False)
+
+
+def ensemble_cost(path: Path, model: LoadedModel | EnsembleModel) -> dict[str, Any]:
+    """Return kind, size and cost of an ensemble (`size`, `training_steps`, …, `inference_passes`); {} for one model."""
+    from dataclasses import asdict
+
+    from qtdog.ensemble.model import EnsembleModel
+    from qtdog.packing.sizes import ensemble_sizes
+
+    if not isinstance(model, EnsembleModel):
+        return {}
+    return {
+        "kind": model.info.kind,
+        "n_members": len(model.members),
+        "size": asdict(ensemble_sizes(path)),
+        "training_steps": model.info.training_steps,
+        "training_runs": model.info.training_runs,
+        "inference_passes": len(model.members),
+    }
+
+
+def show_cost(path: Path, model: LoadedModel | EnsembleModel) -> None:
+    """Print to standard error what an ensemble costs beside one model; nothing for one model."""
+    from qtdog.cli.console import err
+    from qtdog.report.tables import cost_line
+
+    found = ensemble_cost(path, model)
+    if found:
+        text = f"{found['kind']} of {found['n_members']} members: {cost_line(found['size'], found)}"
+        err.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qtdog.conversion.save import save
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
+from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
-from qtdog.ensemble.evaluation import Classifier as Answers
-from qtdog.ensemble.evaluation import EvaluationSet, Kept, Scores, calibrate, mean_accuracy
+from qtdog.ensemble.evaluation import EvaluationSet, Scores, calibrate, mean_accuracy
 from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load
-from qtdog.ensemble.weight_averaging import Recipe, check_recipe, join
+from qtdog.ensemble.weight_averaging import Recipe, average_members, check_recipe
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
@@ -62,8 +63,14 @@ def cost(members: Sequence[Member], *, one_model: bool, extra_steps: int = 0) ->
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Scores by domain, the whole model first, then its members where they are asked too."""
+class EnsembleScores:
+    """Scores by domain: of the whole model first, then of its members where those were scored too.
+
+    Attributes:
+        source: on the held-out images of each source domain.
+        test: on the test images.
+        test_80: on the 80 % of the target that DomainBed reports.
+    """
 
     source: Scores
     test: Scores
@@ -71,20 +78,20 @@ class Measured:
 
     @property
     def accuracy(self) -> dict[str, float | None]:
-        """Of the whole model, each domain counting once; None where nothing was measured."""
+        """Of the whole model, the mean over domains; None where nothing was scores."""
         return {"source": mean_accuracy(self.source, 0), "test": mean_accuracy(self.test, 0)}
 
 
-def describe(members: Sequence[Member], measured: Measured, folder: Path) -> dict[str, Any]:
-    """Return what `result.json` says of the problem, the accuracies and the members.
+def describe(members: Sequence[Member], scores: EnsembleScores, folder: Path) -> dict[str, Any]:
+    """Return what `result.json` says of the protocol, the accuracies and the members.
 
     Args:
         members: the runs.
-        measured: the scores of what was made of them.
+        scores: of what was made of them.
         folder: where the result lies; the members' folders are given relative to it.
     """
     first = members[0]
-    told = [_told(member, folder) for member in members]
+    entries = [_member_entry(member, folder) for member in members]
     return {
         "n_members": len(members),
         "dataset": first.result.get("dataset"),
@@ -94,20 +101,24 @@ def describe(members: Sequence[Member], measured: Measured, folder: Path) -> dic
         "no_source_score": heldout_note(members),
         "test_mode": first.config.data.test_mode,
         "selection": first.config.train.selection,
-        "source_accuracy": measured.accuracy["source"],
-        "test_accuracy": measured.accuracy["test"],
-        "test_accuracy_80": {domain: part[0].accuracy for domain, part in measured.test_80.items()},
-        "domains": {"source": _by_domain(measured.source), "test": _by_domain(measured.test)},
-        "members": told,
-        "member_mean": {key: _mean([one[key] for one in told]) for key in ("source_accuracy", "test_accuracy")},
+        "source_accuracy": scores.accuracy["source"],
+        "test_accuracy": scores.accuracy["test"],
+        "test_accuracy_80": {domain: part[0].accuracy for domain, part in scores.test_80.items()},
+        "domains": {"source": _by_domain(scores.source), "test": _by_domain(scores.test)},
+        "members": entries,
+        "member_mean": {key: _mean([entry[key] for entry in entries]) for key in ("source_accuracy", "test_accuracy")},
     }
 
 
-def _told(member: Member, folder: Path) -> dict[str, Any]:
+def _member_entry(member: Member, folder: Path) -> dict[str, Any]:
     keys = ("source_accuracy", "test_accuracy", "selected_step", "model_sha256", "config_hash")
-    told = {"folder": os.path.relpath(member.path, folder), "seed": member.config.train.seed}
-    told |= {"trial": member.config.data.trial, "forked_from_step": member.forked_from[1]}
-    return told | {key: member.result[key] for key in keys}
+    return {
+        "folder": os.path.relpath(member.path, folder),
+        "seed": member.config.train.seed,
+        "trial": member.config.data.trial,
+        "forked_from_step": member.forked_from[1],
+        **{key: member.result[key] for key in keys},
+    }
 
 
 def _by_domain(scores: Scores) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-N_PROOF = 16  # images that are asked of the model in memory and of its file
+N_VERIFIED = 16  # random images on which the file is compared with the model in memory
 
 
 @dataclass(frozen=True)
@@ -130,10 +141,10 @@ class EnsembleSpec:
     """Which ensemble to make, and where to write it.
 
     Attributes:
-        kind: a name of `ensemble.members.KINDS`.
+        kind: a name of `runs.entry.KINDS`.
         file: the model file to write; `result.json` goes beside it.
-        recipe: for the kinds that end in one network.
-        cascade_loss_frac: accuracy on the sources that a cascade may cost, for the others.
+        recipe: for the kinds that average the members into one network.
+        cascade_loss_frac: accuracy on the source domains that a cascade may cost, for the other kinds.
     """
 
     kind: str
@@ -158,9 +169,9 @@ def assemble(
 
     Args:
         members: finished runs.
-        spec: kind, place and recipe.
+        spec: kind, file and recipe.
         evaluation_set: the images to measure it on; None to measure nothing.
-        warn: is told what went wrong without stopping.
+        warn: called with the text of a warning.
 
     Raises:
         ConfigError: members that do not go together, are not what the kind is made of, or a recipe that does not apply.
@@ -171,20 +182,20 @@ def assemble(
     check_alike(members)
     check_kind(spec.kind, members)
     check_recipe(spec.kind, spec.recipe)
-    check_place(spec)
+    check_folder(spec)
     if KINDS[spec.kind].one_model:
-        measured, price, details = _one_model(members, spec, evaluation_set, warn)
+        made = _average_members(members, spec, evaluation_set, warn)
     else:
         members = best_first(members)
-        measured, price, details = _all_members(members, spec, evaluation_set)
-    told = {"kind": spec.kind} | describe(members, measured, spec.file.parent)
-    result = told | asdict(price) | details | {"environment": environment()}
+        made = _keep_members(members, spec, evaluation_set)
+    result = {"kind": spec.kind} | describe(members, made.scores, spec.file.parent)
+    result |= asdict(made.cost) | made.details | {"environment": environment()}
     write_atomic(spec.result_file, json.dumps(result, indent=1))
     return result
 
 
-def check_place(spec: EnsembleSpec) -> None:
-    """Refuse to write into the folder of a run, or over a result that is no ensemble's.
+def check_folder(spec: EnsembleSpec) -> None:
+    """Refuse to write into the folder of a run, or over the result of one.
 
     Raises:
         RunError: naming the folder.
@@ -212,7 +223,7 @@ def finished(members: Sequence[Member], spec: EnsembleSpec) -> dict[str, Any] | 
     """Return the result of just this ensemble if it was made before, else None."""
     if not (spec.result_file.is_file() and spec.file.is_file()):
         return None
-    check_place(spec)
+    check_folder(spec)
     result = json.loads(spec.result_file.read_text())
     files = sorted(member.result["model_sha256"] for member in members)
     same = result["kind"] == spec.kind and sorted(member["model_sha256"] for member in result["members"]) == files
@@ -225,88 +236,104 @@ def members_hash(members: Sequence[Member], kind: str) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
-Outcome = tuple[Measured, Cost, dict[str, Any]]
+@dataclass(frozen=True)
+class _Made:
+    """An ensemble that was written to its file."""
+
+    scores: EnsembleScores
+    cost: Cost
+    details: dict[str, Any]
 
 
-def _all_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set: EvaluationSet | None) -> Outcome:
+def _keep_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set: EvaluationSet | None) -> _Made:
     price = cost(members, one_model=False)
     infos = tuple(member.info for member in members)
-    none: dict[str, float | None] = {"source": None, "test": None}
-    info = EnsembleInfo(spec.kind, infos, none, price.training_steps, price.training_runs)
-    device = "cpu" if evaluation_set is None else evaluation_set.device
-    model = build_model(spec.file, [member.packed for member in members], info, device=device)
-    measured, trust, cascade = _measure_all(evaluation_set, model, spec.cascade_loss_frac)
-    about = {"kind": spec.kind, "accuracy": measured.accuracy}
-    about |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
-    about |= {"temperature": trust["temperature"], "cascade_threshold": cascade["threshold"]}
-    save_ensemble(spec.file, [member.packed for member in members], about)
-    _prove(model, members[0], spec.file)
+    unknown: dict[str, float | None] = {"source": None, "test": None}
+    info = EnsembleInfo(spec.kind, infos, unknown, price.training_steps, price.training_runs)
+    packed = [member.packed for member in members]
+    model = build_model(spec.file, packed, info, device="cpu" if evaluation_set is None else evaluation_set.device)
+    source: list[LabeledLogits] = []
+    test: list[LabeledLogits] = []
+    scores = EnsembleScores({}, {}, {})
+    if evaluation_set is not None:
+
+        def logits_of(images: Tensor) -> Tensor:
+            logits = model.member_logits(images)
+            return torch.cat([logits.mean(0, keepdim=True), logits])
+
+        scores = EnsembleScores(evaluation_set.source(logits_of, source), *evaluation_set.test(logits_of, test))
+    of_members = [_members_alone(parts) for parts in (source, test)]
+    calibration = calibrate(*of_members)
+    cascade = plan_cascade(*of_members, calibration["temperature"], spec.cascade_loss_frac)
+    about = {
+        "kind": spec.kind,
+        "accuracy": scores.accuracy,
+        "training_steps": price.training_steps,
+        "training_runs": price.training_runs,
+        "temperature": calibration["temperature"],
+        "cascade_threshold": cascade["threshold"],
+    }
+    save_ensemble(spec.file, packed, about)
+    verify_file(model, members[0], spec.file)
     size = asdict(ensemble_sizes(spec.file))
-    details = {"size": size, "model_sha256": sha256_file(spec.file), "calibration": trust, "cascade": cascade}
-    return measured, price, details
+    details = {"size": size, "model_sha256": sha256_file(spec.file), "calibration": calibration, "cascade": cascade}
+    return _Made(scores, price, details)
 
 
-def _one_model(
-    members: Sequence[Member], spec: EnsembleSpec, evaluation_set: EvaluationSet | None, warn: Callable[[str], None]
-) -> Outcome:
+def _members_alone(parts: Sequence[LabeledLogits]) -> LabeledLogits | None:
+    """Return the logits of the members, without the mean before them; None without images."""
+    if not parts:
+        return None
+    whole = LabeledLogits.concatenate(parts)
+    return LabeledLogits(whole.logits[1:], whole.labels)
+
+
+def _average_members(
+    members: Sequence[Member],
+    spec: EnsembleSpec,
+    evaluation_set: EvaluationSet | None,
+    warn: Callable[[str], None],
+) -> _Made:
     recipe = spec.recipe
-    joined = join(members, spec.kind, recipe, evaluation_set, warn)
-    network = place_(joined.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
-    measured = _measure(evaluation_set, lambda images: network(images)[None])
+    averaged = average_members(members, spec.kind, recipe, evaluation_set, warn)
+    network = place_(averaged.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
+    scores = EnsembleScores({}, {}, {})
+    if evaluation_set is not None:
+
+        def logits_of(images: Tensor) -> Tensor:
+            return network(images)[None]
+
+        scores = EnsembleScores(evaluation_set.source(logits_of), *evaluation_set.test(logits_of))
     price = cost(members, one_model=True, extra_steps=recipe.tune_steps)
-    told = {"kind": spec.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in joined.used]}
-    told |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
+    origin = {"kind": spec.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in averaged.used]}
+    origin |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
     changes = {
-        "accuracy": measured.accuracy,
+        "accuracy": scores.accuracy,
         "bits": members[0].info.bits if spec.kind == "soup" else None,
         "step": max(member.info.step for member in members),
         "config_hash": members_hash(members, spec.kind),
-        "joined": told,
+        "joined": origin,
     }
     save(network, spec.file, metadata=members[0].packed.metadata | changes)
-    _prove(network, members[0], spec.file)
+    verify_file(network, members[0], spec.file)
     size = asdict(file_sizes(spec.file))
-    recipe_told = asdict(recipe) | {"used": list(joined.used)}
-    return measured, price, {"size": size, "model_sha256": sha256_file(spec.file), "recipe": recipe_told}
-
-
-def _with_mean(logits: torch.Tensor) -> torch.Tensor:
-    return torch.cat([logits.mean(0, keepdim=True), logits])
-
-
-def _measure(evaluation_set: EvaluationSet | None, answers: Answers) -> Measured:
-    if evaluation_set is None:
-        return Measured({}, {}, {})
-    return Measured(evaluation_set.source(answers), *evaluation_set.test(answers))
-
-
-def _measure_all(
-    evaluation_set: EvaluationSet | None, model: EnsembleModel, loss_frac: float
-) -> tuple[Measured, dict[str, Any], dict[str, Any]]:
-    """Return the scores of the ensemble and its members, how far to trust its answers, and when to stop asking."""
-    if evaluation_set is None:
-        return Measured({}, {}, {}), calibrate([], []), plan_cascade([], [], 1.0, loss_frac)
-
-    def answer(images: torch.Tensor) -> torch.Tensor:
-        return _with_mean(model.member_logits(images))
-
-    source: Kept = []
-    test: Kept = []
-    measured = Measured(evaluation_set.source(answer, source), *evaluation_set.test(answer, test))
-    seen, unseen = ([(logits[1:], labels) for logits, labels in kept] for kept in (source, test))
-    trust = calibrate(seen, unseen)
-    return measured, trust, plan_cascade(seen, unseen, trust["temperature"], loss_frac)
+    recipe_used = asdict(recipe) | {"used": list(averaged.used)}
+    return _Made(scores, price, {"size": size, "model_sha256": sha256_file(spec.file), "recipe": recipe_used})
 
 
 @torch.no_grad()
-def _prove(model: EnsembleModel | Network, member: Member, file: Path) -> None:
-    """Check that the file on disk gives the logits of the model in memory."""
+def verify_file(model: EnsembleModel | Network, member: Member, file: Path) -> None:
+    """Check that the file on disk gives the logits of the model in memory, on random images.
+
+    Raises:
+        RunError: it does not.
+    """
     how = member.info.preprocessing
     device = next(model.parameters()).device
-    shape = (N_PROOF, how.channels, how.image_size, how.image_size)
+    shape = (N_VERIFIED, how.channels, how.image_size, how.image_size)
     images = torch.randn(shape, generator=torch_stream(0, "proof")).contiguous(memory_format=torch.channels_last)
     if how.max_tokens:  # every vocabulary has the first eight numbers
-        images = torch.randint(1, 8, (N_PROOF, how.max_tokens), generator=torch_stream(0, "proof"))
+        images = torch.randint(1, 8, (N_VERIFIED, how.max_tokens), generator=torch_stream(0, "proof"))
     ours, theirs = model(images.to(device)), load(file, device=device)(images.to(device))
     same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
     if not same:

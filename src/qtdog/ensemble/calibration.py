@@ -1,8 +1,11 @@
-"""Are the probabilities true? Temperature scaling, expected calibration error, Brier score."""
+"""Calibration of probabilities: temperature scaling, expected calibration error, Brier score."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -14,8 +17,26 @@ N_BINS = 15
 LOG_BOUND = 3.0
 
 
+@dataclass(frozen=True)
+class LabeledLogits:
+    """Logits and labels of n images, on the CPU.
+
+    Attributes:
+        logits: of k models, shape (k, n, n_classes).
+        labels: class indices, shape (n,).
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Return the images of all parts, one or more, as one."""
+        return cls(torch.cat([part.logits for part in parts], 1), torch.cat([part.labels for part in parts]))
+
+
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T > 0 that minimises the cross-entropy of softmax(logits / T).
+    """Return the temperature T > 0 that minimizes the cross-entropy of softmax(logits / T).
 
     Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, section 4.2. The loss is convex in 1/T,
     so that the search between e^-3 and e^3 finds its only minimum; accuracy does not change. To be fitted on held-out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,84 +10,133 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ConfigError
+from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
 
-NEVER = float("inf")
+ASK_ALL = float("inf")
 """The threshold with which every member is asked."""
 ALLOWED_LOSS_FRAC = 0.001
-N_TRIES = 1000
+MAX_CANDIDATES = 1000
+
+
+def confidence(logits: Tensor, temperature: float) -> Tensor:
+    """Return the confidence of the first j members together, j = 1 … m.
+
+    It is the probability of their choice, max softmax(mean logits / T), or 0 where their first choices differ.
+
+    Args:
+        logits: shape (m, n, n_classes).
+        temperature: T.
+
+    Returns:
+        Shape (m, n).
+
+    Example:
+        >>> agree, differ = [[[2.0, 0.0]], [[2.0, 0.0]]], [[[2.0, 0.0]], [[0.0, 2.0]]]
+        >>> [confidence(torch.tensor(logits), 1.0)[:, 0] for logits in (agree, differ)]
+        [tensor([0.8808, 0.8808]), tensor([0.8808, 0.0000])]
+    """
+    counts = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype).reshape(-1, 1, 1)
+    probabilities = (logits.cumsum(0) / counts / temperature).softmax(-1)
+    choices = logits.argmax(-1)
+    agree = (choices == choices[:1]).cummin(0).values
+    return probabilities.amax(-1) * agree
+
+
+def is_settled(logits: Tensor, temperature: float, threshold: float) -> Tensor:
+    """Return which images need no further member: the rule of the cascade.
+
+    An image is settled if all members asked so far have the same first choice, and the probability of that choice
+    reaches the threshold.
+
+    Args:
+        logits: of the members asked so far, shape (m, n, n_classes).
+        temperature: T.
+        threshold: a probability, or `ASK_ALL`.
+
+    Returns:
+        Bool, shape (n,).
+
+    Example:
+        >>> is_settled(torch.tensor([[[9.0, 0.0], [0.1, 0.0]]]), 1.0, 0.9)
+        tensor([ True, False])
+    """
+    return confidence(logits, temperature)[-1] >= threshold
+
+
+def members_needed(logits: Tensor, threshold: float, temperature: float) -> Tensor:
+    """Return how many members each image needs, int64 (n,), given the logits (m, n, n_classes) of all.
+
+    Example:
+        >>> logits = torch.tensor([[[9.0, 0.0], [0.1, 0.0]]] * 3)
+        >>> members_needed(logits, 0.9, 1.0).tolist()
+        [1, 3]
+    """
+    return _first_settled(confidence(logits, temperature), threshold)
+
+
+def _first_settled(confidences: Tensor, threshold: float) -> Tensor:
+    settled = confidences >= threshold
+    settled[-1] = True
+    return settled.to(torch.uint8).argmax(0) + 1
 
 
 @dataclass(frozen=True)
-class Group:
+class SettledImages:
     """Images that were settled by the same number of members.
 
     Attributes:
-        places: their positions in the batch, shape (n,).
+        indices: their positions in the batch, shape (n,).
         logits: of the members that were asked, (members asked, n, n_classes).
     """
 
-    places: Tensor
+    indices: Tensor
     logits: Tensor
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """A confidence at which asking may stop, and what it does on the images that it was chosen by.
-
-    Attributes:
-        value: of the first choice's probability; NEVER where stopping would cost too much.
-        accuracy: of the cascade.
-        accuracy_all: with all members.
-        members: asked per image, on average.
-    """
-
-    value: float
-    accuracy: float
-    accuracy_all: float
-    members: float
-
-
-def ask(
-    members: Callable[[int, Tensor], Tensor], n_members: int, images: Tensor, rule: tuple[float, float]
-) -> list[Group]:
-    """Return the logits of as many members as each image needs.
-
-    After each member, an image is settled if all members so far have the same first choice and the probability of that
-    choice, softmax(mean logits / T), is at least the threshold.
+def run_cascade(
+    member_logits: Callable[[int, Tensor], Tensor],
+    n_members: int,
+    images: Tensor,
+    *,
+    threshold: float,
+    temperature: float,
+) -> list[SettledImages]:
+    """Return the logits of as many members as each image needs (`is_settled`).
 
     Args:
-        members: member k's logits (n, n_classes) of images, as `members(k, images)`.
+        member_logits: member k's logits (n, n_classes) of images, as `member_logits(k, images)`.
         n_members: how many there are.
         images: shape (n, …).
-        rule: threshold and temperature T.
+        threshold: of the confidence.
+        temperature: T.
 
     Returns:
-        A group for each number of members that settled some image, by that number; with `NEVER` one, of all images.
+        One entry for each number of members that settled some image, by that number; with `ASK_ALL` a single one.
 
     Example:
         >>> def member(k, images):
         ...     return images * torch.tensor([1.0, 0.0])
-        >>> groups = ask(member, 3, torch.tensor([[9.0], [0.1]]), (0.9, 1.0))
-        >>> [(group.places.tolist(), len(group.logits)) for group in groups]
+        >>> found = run_cascade(member, 3, torch.tensor([[9.0], [0.1]]), threshold=0.9, temperature=1.0)
+        >>> [(part.indices.tolist(), len(part.logits)) for part in found]
         [([0], 1), ([1], 3)]
     """
-    places = torch.arange(len(images), device=images.device)
+    indices = torch.arange(len(images), device=images.device)
     logits: Tensor | None = None
-    groups: list[Group] = []
+    found: list[SettledImages] = []
     for index in range(n_members):
-        one = members(index, images)[None]
+        one = member_logits(index, images)[None]
         logits = one if logits is None else torch.cat([logits, one])
-        settled = confidence(logits, rule[1])[-1] >= rule[0]
+        settled = is_settled(logits, temperature, threshold)
         if index == n_members - 1:
             settled[:] = True
         if settled.any():
-            groups.append(Group(places[settled], logits[:, settled]))
+            found.append(SettledImages(indices[settled], logits[:, settled]))
             left = ~settled
-            places, images, logits = places[left], images[left], logits[:, left]
-        if not len(places):
+            indices, images, logits = indices[left], images[left], logits[:, left]
+        if not len(indices):
             break
-    return groups
+    return found
 
 
 class CascadeModel(nn.Module):
@@ -95,7 +144,7 @@ class CascadeModel(nn.Module):
 
     Attributes:
         model: the ensemble.
-        threshold: confidence at which asking stops.
+        threshold: confidence at which no further member is asked.
 
     Raises:
         ConfigError: the ensemble's file has no threshold.
@@ -114,91 +163,74 @@ class CascadeModel(nn.Module):
 
     @property
     def info(self) -> EnsembleInfo:
-        """What the file says of the ensemble."""
+        """The description in the ensemble's file."""
         return self.model.info
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return the networks' input, as `EnsembleModel.prepare`."""
+        """Return the networks' input, as `EnsembleModel.prepare` does."""
         return self.model.prepare(images)
 
     @torch.no_grad()
-    def ask(self, inputs: Tensor) -> list[Group]:
+    def run(self, inputs: Tensor) -> list[SettledImages]:
         """Return the logits of as many members as each input (n, …) needs."""
         members = self.model.members
-        rule = (self.threshold, self.info.temperature)
-        return ask(lambda index, part: members[index](part), len(members), inputs, rule)
+        return run_cascade(
+            lambda index, part: members[index](part),
+            len(members),
+            inputs,
+            threshold=self.threshold,
+            temperature=self.info.temperature,
+        )
 
 
-def confidence(logits: Tensor, temperature: float) -> Tensor:
-    """Return how sure the first j members are, j = 1 … m: the probability of their choice, or 0 where they disagree.
+@dataclass(frozen=True)
+class CascadeThreshold:
+    """A threshold, and what the cascade reaches with it on labeled images.
 
-    Args:
-        logits: shape (m, n, n_classes).
-        temperature: T.
-
-    Returns:
-        (m, n)
-
-    Example:
-        >>> agree, differ = [[[2.0, 0.0]], [[2.0, 0.0]]], [[[2.0, 0.0]], [[0.0, 2.0]]]
-        >>> [confidence(torch.tensor(logits), 1.0)[:, 0] for logits in (agree, differ)]
-        [tensor([0.8808, 0.8808]), tensor([0.8808, 0.0000])]
+    Attributes:
+        value: of the confidence; `ASK_ALL` where stopping would cost too much.
+        accuracy: of the cascade.
+        accuracy_all: with all members.
+        members: asked per image, on average.
     """
-    counts = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype).reshape(-1, 1, 1)
-    probabilities = (logits.cumsum(0) / counts / temperature).softmax(-1)
-    choices = logits.argmax(-1)
-    agree = (choices == choices[:1]).cummin(0).values
-    return probabilities.amax(-1) * agree
+
+    value: float
+    accuracy: float
+    accuracy_all: float
+    members: float
 
 
-def depth(logits: Tensor, threshold: float, temperature: float) -> Tensor:
-    """Return how many members each image needs, shape (n,), when all logits (m, n, n_classes) are there already.
-
-    Example:
-        >>> logits = torch.tensor([[[9.0, 0.0], [0.1, 0.0]]] * 3)
-        >>> depth(logits, 0.9, 1.0).tolist()
-        [1, 3]
-    """
-    return _depth(confidence(logits, temperature), threshold)
-
-
-def _depth(found: Tensor, threshold: float) -> Tensor:
-    enough = found >= threshold
-    enough[-1] = True
-    return enough.to(torch.uint8).argmax(0) + 1
-
-
-def settle(logits: Tensor, depths: Tensor) -> Tensor:
-    """Return the mean logits (n, n_classes) of each image's first `depths` members.
+def cascade_logits(logits: Tensor, n_asked: Tensor) -> Tensor:
+    """Return the mean logits (n, n_classes) of the first `n_asked` (n,) members of each image.
 
     Example:
-        >>> settle(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([2]))
+        >>> cascade_logits(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([2]))
         tensor([[2.]])
     """
     sums = logits.cumsum(0)
-    chosen = sums.gather(0, (depths - 1)[None, :, None].expand(1, -1, logits.shape[-1]))[0]
-    return chosen / depths[:, None]
+    last = (n_asked - 1)[None, :, None].expand(1, -1, logits.shape[-1])
+    return sums.gather(0, last)[0] / n_asked[:, None]
 
 
-def measure(logits: Tensor, labels: Tensor, threshold: float, temperature: float) -> Threshold:
-    """Return what a threshold does on labelled images.
+def measure_cascade(logits: Tensor, labels: Tensor, threshold: float, temperature: float) -> CascadeThreshold:
+    """Return what a threshold does on labeled images.
 
     Args:
         logits: of all members, shape (m, n, n_classes).
         labels: (n,).
-        threshold: see `Threshold.value`.
+        threshold: see `CascadeThreshold.value`.
         temperature: T.
     """
-    depths = depth(logits, threshold, temperature)
-    right = settle(logits, depths).argmax(1) == labels
+    n_asked = members_needed(logits, threshold, temperature)
+    right = cascade_logits(logits, n_asked).argmax(1) == labels
     right_all = logits.mean(0).argmax(1) == labels
-    means = [value.double().mean().item() for value in (right, right_all, depths)]
-    return Threshold(threshold, *means)
+    means = [value.double().mean().item() for value in (right, right_all, n_asked)]
+    return CascadeThreshold(threshold, *means)
 
 
 def choose_threshold(
     logits: Tensor, labels: Tensor, temperature: float, allowed_loss: float = ALLOWED_LOSS_FRAC
-) -> Threshold:
+) -> CascadeThreshold:
     """Return the lowest threshold that costs at most `allowed_loss` of the accuracy.
 
     From confidence 1 downwards the thresholds that make a difference are tried (1,000 of them, if there are more), up
@@ -221,28 +253,28 @@ def choose_threshold(
     found = confidence(logits, temperature)
     right = (logits.cumsum(0).argmax(-1) == labels).double()  # of the first j members together
     accuracy_all = (logits.mean(0).argmax(1) == labels).double().mean().item()
-    best = Threshold(NEVER, accuracy_all, accuracy_all, float(len(logits)))
+    best = CascadeThreshold(ASK_ALL, accuracy_all, accuracy_all, float(len(logits)))
     early = found[:-1]
     values = early[early > 0].unique().flip(0)
-    for value in values[:: -(-len(values) // N_TRIES) or 1].tolist():
-        depths = _depth(found, value)
-        accuracy = right.gather(0, depths[None] - 1).mean().item()
+    for value in values[:: -(-len(values) // MAX_CANDIDATES) or 1].tolist():
+        n_asked = _first_settled(found, value)
+        accuracy = right.gather(0, n_asked[None] - 1).mean().item()
         if accuracy < accuracy_all - allowed_loss:
             break
-        best = Threshold(value, accuracy, accuracy_all, depths.double().mean().item())
+        best = CascadeThreshold(value, accuracy, accuracy_all, n_asked.double().mean().item())
     return best
 
 
 def plan_cascade(
-    source: Sequence[tuple[Tensor, Tensor]],
-    test: Sequence[tuple[Tensor, Tensor]],
+    source: LabeledLogits | None,
+    test: LabeledLogits | None,
     temperature: float,
     allowed_loss: float = ALLOWED_LOSS_FRAC,
 ) -> dict[str, Any]:
     """Return the threshold for an ensemble, chosen on the sources alone, and what it does on sources and test images.
 
     Args:
-        source: members' logits (m, n, n_classes) and labels (n,) on held-out source images, batch by batch.
+        source: members' logits and labels on held-out source images; None without any.
         test: the same on test images.
         temperature: T.
         allowed_loss: as in `choose_threshold`.
@@ -252,24 +284,20 @@ def plan_cascade(
         and `test`, where there are any, `accuracy`, `accuracy_all` and `members`.
 
     Example:
-        >>> right = (torch.tensor([[[9.0, 0.0]]] * 3), torch.tensor([0]))
-        >>> told = plan_cascade([right], [], 1.0)
-        >>> round(told["threshold"], 3), told["source"]["members"]
+        >>> right = LabeledLogits(torch.tensor([[[9.0, 0.0]]] * 3), torch.tensor([0]))
+        >>> plan = plan_cascade(right, None, 1.0)
+        >>> round(plan["threshold"], 3), plan["source"]["members"]
         (1.0, 1.0)
     """
-    told: dict[str, Any] = {"threshold": None, "allowed_loss_frac": allowed_loss}
-    if not source:
-        return told
-    chosen = choose_threshold(*_joined(source), temperature, allowed_loss)
-    if chosen.value == NEVER:
-        return told
-    told["threshold"] = chosen.value
-    for name, kept in (("source", source), ("test", test)):
-        if kept:
-            found = asdict(measure(*_joined(kept), chosen.value, temperature))
-            told[name] = {key: found[key] for key in ("accuracy", "accuracy_all", "members")}
-    return told
-
-
-def _joined(kept: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([logits for logits, _ in kept], 1), torch.cat([labels for _, labels in kept])
+    plan: dict[str, Any] = {"threshold": None, "allowed_loss_frac": allowed_loss}
+    if source is None:
+        return plan
+    chosen = choose_threshold(source.logits, source.labels, temperature, allowed_loss)
+    if chosen.value == ASK_ALL:
+        return plan
+    plan["threshold"] = chosen.value
+    for name, images in (("source", source), ("test", test)):
+        if images is not None:
+            found = asdict(measure_cascade(images.logits, images.labels, chosen.value, temperature))
+            plan[name] = {key: found[key] for key in ("accuracy", "accuracy_all", "members")}
+    return plan

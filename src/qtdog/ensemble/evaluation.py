@@ -1,51 +1,48 @@
-"""Score models on held-out source images and test images, and what they answer, with the rules of a run."""
+"""Accuracy, calibration and reliability: on the held-out and test images of a run, and on any data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError
+from qtdog.core.errors import ConfigError, DataError, QtdogError, nearest
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.input_cache import InputCache
 from qtdog.data.loader import eval_batches
-from qtdog.ensemble.calibration import brier_score, expected_calibration_error, fit_temperature
-from qtdog.ensemble.model import EnsembleModel
-from qtdog.ensemble.uncertainty import Doubt, doubt, risk_coverage
+from qtdog.ensemble.calibration import LabeledLogits, brier_score, expected_calibration_error, fit_temperature
+from qtdog.ensemble.cascade import measure_cascade
+from qtdog.ensemble.prediction import (
+    Model,
+    Predictions,
+    Row,
+    collect_logits,
+    predict_from_logits,
+    predict_images,
+    temperature_of,
+)
+from qtdog.ensemble.uncertainty import Uncertainty, risk_coverage, unknown_auroc
 from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores
 from qtdog.training.build import make_accelerator
 from qtdog.training.evaluation import EVAL_BATCH
-from qtdog.training.load import LoadedModel
-from qtdog.training.protocol import DomainProtocol, make_protocol, open_inputs, resolve
+from qtdog.training.protocol import DomainProtocol, check_reads, make_protocol, open_inputs, resolve
 
 KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers on n images.
-
-    Attributes:
-        probabilities: softmax of the mean logits at the model's temperature, shape (n, n_classes).
-        doubt: of each image; for a single model its mutual information is 0 and its agreement 1.
-    """
-
-    probabilities: Tensor
-    doubt: Doubt
-
-
-@dataclass(frozen=True)
 class Reliability:
-    """How far the probabilities of answers can be trusted, from labelled images.
+    """How far the probabilities of predictions can be trusted, from labelled images.
 
     Attributes:
         ece: expected calibration error, 15 bins of equal width.
@@ -60,47 +57,25 @@ class Reliability:
     risk_at_90: float
 
 
-def temperature_of(model: LoadedModel | EnsembleModel) -> float:
-    """Return the temperature of a model's probabilities: 1 for a single model."""
-    return model.info.temperature if isinstance(model, EnsembleModel) else 1.0
-
-
-@torch.no_grad()
-def member_logits(model: LoadedModel | EnsembleModel, images: Tensor) -> Tensor:
-    """Return the logits (members, n, n_classes) of normalised images (n, C, H, W); one member for a single model."""
-    return model.member_logits(images) if isinstance(model, EnsembleModel) else model(images)[None]
-
-
-def answers(logits: Tensor, temperature: float = 1.0) -> Answers:
-    """Return probabilities and doubt of logits (members, n, n_classes).
-
-    Example:
-        >>> found = answers(torch.tensor([[[0.0, 0.0]], [[2.0, 2.0]]]))
-        >>> found.probabilities.tolist(), round(found.doubt.entropy.item(), 4)
-        ([[0.5, 0.5]], 0.6931)
-    """
-    return Answers((logits.mean(0) / temperature).softmax(-1), doubt(logits, temperature))
-
-
-def reliability(found: Answers, labels: Tensor) -> Reliability:
-    """Return how far answers can be trusted.
+def reliability(found: Predictions, labels: Tensor) -> Reliability:
+    """Return how far predictions can be trusted.
 
     Args:
-        found: the answers on n images.
+        found: the predictions for n images.
         labels: class indices, shape (n,).
 
     Raises:
         ConfigError: there are no images.
 
     Example:
-        >>> sure = answers(torch.tensor([[[9.0, 0.0], [0.0, 9.0]]]))
+        >>> sure = predict_from_logits(torch.tensor([[[9.0, 0.0], [0.0, 9.0]]]))
         >>> reliability(sure, torch.tensor([0, 1])).risk_at_90
         0.0
     """
     if not len(labels):
         raise ConfigError("there are no labelled images to compare the probabilities with")
     correct = found.probabilities.argmax(1) == labels
-    curve = risk_coverage(found.doubt.entropy.cpu().numpy(), correct.cpu().numpy())
+    curve = risk_coverage(found.uncertainty.entropy.cpu().numpy(), correct.cpu().numpy())
     return Reliability(
         ece=expected_calibration_error(found.probabilities, labels),
         brier=brier_score(found.probabilities, labels),
@@ -109,31 +84,15 @@ def reliability(found: Answers, labels: Tensor) -> Reliability:
     )
 
 
-def collect(
-    model: LoadedModel | EnsembleModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return the logits (members, n, n_classes) and labels (n,) of all batches, on the CPU.
-
-    Args:
-        model: on `device`.
-        batches: normalised images and labels.
-        device: where to compute.
-    """
-    parts = [(member_logits(model, images.to(device)).float().cpu(), labels.cpu()) for images, labels in batches]
-    return torch.cat([logits for logits, _ in parts], 1), torch.cat([labels for _, labels in parts])
-
-
-Classifier = Callable[[Tensor], Tensor]
-"""Images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""
-Kept = list[tuple[Tensor, Tensor]]
-"""Logits (k, n, n_classes) and labels (n,) of each batch, on the CPU."""
+LogitsFunction = Callable[[Tensor], Tensor]
+"""Normalized images (n, C, H, W) to logits (k, n, n_classes) of the k models that are scored together."""
 Scores = dict[str, list[Score]]
 """By domain, a score for each of the k models."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The images of a protocol, and what may be asked of them.
+    """The images that a finished run is scored on: held-out images of the sources, and test images.
 
     Attributes:
         config: of a member; it names the target and the splits.
@@ -156,44 +115,48 @@ class EvaluationSet:
         """Whether there are source images that no member was trained on; without them the sources say nothing."""
         return self.same_splits and not self.protocol.train_on_heldout
 
-    def source(self, answers: Classifier, kept: Kept | None = None) -> Scores:
+    def source(self, logits_of: LogitsFunction, collected: list[LabeledLogits] | None = None) -> Scores:
         """Return the scores on the held-out part of each source.
 
         Empty if the members held out different images, or one of them trained on all: then the sources say nothing.
 
         Args:
-            answers: what is scored.
-            kept: where to put logits and labels besides.
+            logits_of: the models to score.
+            collected: logits and labels are appended to it.
         """
         if not self.has_source:
             return {}
-        return {domain: self._score(answers, part, kept) for domain, part in self.protocol.selection_sets().items()}
+        return {
+            domain: self._score(logits_of, part, collected) for domain, part in self.protocol.selection_sets().items()
+        }
 
-    def test(self, answers: Classifier, kept: Kept | None = None) -> tuple[Scores, Scores]:
+    def test(self, logits_of: LogitsFunction, collected: list[LabeledLogits] | None = None) -> tuple[Scores, Scores]:
         """Return the scores on the test images, and on the 80 % of the target that DomainBed's tables report.
 
         The test images are the whole target, or the third part of each source in the in-domain mode; both are empty
         where there are none, and the second where the members' splits differ.
 
         Args:
-            answers: what is scored.
-            kept: where to put logits and labels of the test images besides.
+            logits_of: the models to score.
+            collected: logits and labels of the test images are appended to it.
         """
         splits, target = self.protocol.splits, self.protocol.target
         if self.config.data.test_mode == "in-domain":
             domains = self.protocol.sources if self.same_splits else ()
-            return {domain: self._score(answers, splits[domain].test, kept) for domain in domains}, {}
+            return {domain: self._score(logits_of, splits[domain].test, collected) for domain in domains}, {}
         if target is None:
             return {}, {}
-        parts = [self._score(answers, part, kept) for part in (splits[target].train, splits[target].heldout)]
+        parts = [self._score(logits_of, part, collected) for part in (splits[target].train, splits[target].heldout)]
         whole = [merge_scores([first, second]) for first, second in zip(*parts, strict=True)]
         return {target: whole}, {target: parts[0]} if self.same_splits else {}
 
-    def _score(self, answers: Classifier, indices: np.ndarray, kept: Kept | None) -> list[Score]:
+    def _score(
+        self, logits_of: LogitsFunction, indices: np.ndarray, collected: list[LabeledLogits] | None
+    ) -> list[Score]:
         mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.card.channels)
         labels = self.dataset.class_index
         batches = eval_batches(self.cache, indices, labels, batch_size=EVAL_BATCH, mean=mean, std=std)
-        return score(answers, batches, self.device, kept)
+        return score(logits_of, batches, self.device, collected)
 
 
 def open_evaluation_set(
@@ -215,15 +178,18 @@ def open_evaluation_set(
 
 @torch.no_grad()
 def score(
-    answers: Classifier, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, kept: Kept | None = None
+    logits_of: LogitsFunction,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    collected: list[LabeledLogits] | None = None,
 ) -> list[Score]:
     """Return accuracy and mean cross-entropy of each of k models over the same batches, read once.
 
     Args:
-        answers: images to logits (k, n, n_classes).
+        logits_of: images to logits (k, n, n_classes).
         batches: images (n, C, H, W) and labels (n,).
         device: where to compute.
-        kept: where to put the logits and labels besides.
+        collected: logits and labels are appended to it.
 
     Example:
         >>> images, labels = torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([1, 1])
@@ -234,9 +200,9 @@ def score(
     totals: Tensor | None = None
     n = 0
     for images, labels in batches:
-        logits = answers(images.to(device)).float()
-        if kept is not None:
-            kept.append((logits.cpu(), labels.cpu()))
+        logits = logits_of(images.to(device)).float()
+        if collected is not None:
+            collected.append(LabeledLogits(logits.cpu(), labels.cpu()))
         part = _totals(logits, labels.to(device))
         totals = part if totals is None else totals + part
         n += len(labels)
@@ -260,14 +226,14 @@ def mean_accuracy(scores: Scores, index: int) -> float | None:
     return sum(part[index].accuracy for part in scores.values()) / len(scores) if scores else None
 
 
-def calibrate(source: Kept, test: Kept) -> dict[str, Any]:
+def calibrate(source: LabeledLogits | None, test: LabeledLogits | None) -> dict[str, Any]:
     """Return the temperature for an ensemble's probabilities, and their reliability without and with it.
 
     The temperature is fitted to the held-out images of the sources alone; without any it is 1. The test images are
     measured with it, never fitted to.
 
     Args:
-        source: members' logits (members, n, n_classes) and labels (n,) on held-out source images, batch by batch.
+        source: members' logits and labels on held-out source images; None without any.
         test: the same on test images.
 
     Returns:
@@ -275,21 +241,108 @@ def calibrate(source: Kept, test: Kept) -> dict[str, Any]:
         `brier`, `aurc`, `risk_at_90`.
 
     Example:
-        >>> right = (torch.tensor([[[2.0, 0.0]] * 4]), torch.tensor([0, 0, 0, 1]))
-        >>> told = calibrate([right], [])
-        >>> round(told["temperature"], 2), sorted(told)
+        >>> right = LabeledLogits(torch.tensor([[[2.0, 0.0]] * 4]), torch.tensor([0, 0, 0, 1]))
+        >>> found = calibrate(right, None)
+        >>> round(found["temperature"], 2), sorted(found)
         (1.82, ['source', 'temperature'])
     """
-    told: dict[str, Any] = {"temperature": 1.0}
-    sets = {name: _joined(kept) for name, kept in (("source", source), ("test", test)) if kept}
-    if "source" in sets:
-        logits, labels = sets["source"]
-        told["temperature"] = fit_temperature(logits.mean(0), labels)
-    for name, (logits, labels) in sets.items():
-        when = {"before": 1.0, "after": told["temperature"]}
-        told[name] = {key: asdict(reliability(answers(logits, t), labels)) for key, t in when.items()}
-    return told
+    temperature = 1.0 if source is None else fit_temperature(source.logits.mean(0), source.labels)
+    found: dict[str, Any] = {"temperature": temperature}
+    for name, images in (("source", source), ("test", test)):
+        if images is not None:
+            found[name] = {
+                when: asdict(reliability(predict_from_logits(images.logits, value), images.labels))
+                for when, value in (("before", 1.0), ("after", temperature))
+            }
+    return found
 
 
-def _joined(kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([logits for logits, _ in kept], 1), torch.cat([labels for _, labels in kept])
+def score_domains(
+    model: Model,
+    dataset: DomainDataset,
+    uncertainties: list[Uncertainty] | None = None,
+    threshold: float | None = None,
+    *,
+    progress: Progress = None,
+) -> dict[str, dict[str, Any]]:
+    """Return accuracy, loss, number of images and reliability of a model for each domain of any data set.
+
+    All images are scored, and classes are matched by name.
+
+    Args:
+        model: one model or an ensemble.
+        dataset: the images.
+        uncertainties: those of each domain's images are appended to it.
+        threshold: of a cascade, whose accuracy and number of members asked are given as `cascade`.
+        progress: of decoding images.
+
+    Raises:
+        ConfigError: the data set is of texts and the model takes images, or the other way round.
+        DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
+    """
+    how = model.info.preprocessing
+    check_reads(model.info.backbone, dataset)
+    if dataset.card.channels != how.channels:
+        found = dataset.card.channels
+        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {found}")
+    labels = model_labels(model.info.classes, dataset)
+    sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
+    cache = open_inputs(dataset, model.info.backbone, **sizes, words=how.vocabulary, progress=progress)
+    device = Accelerator().device
+    model = model.to(device)
+    scores = {}
+    for domain in dataset.domains:
+        batches = eval_batches(cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
+        images = collect_logits(model, batches, device)
+        predictions = predict_from_logits(images.logits, temperature_of(model))
+        if uncertainties is not None:
+            uncertainties.append(predictions.uncertainty)
+        mean = images.logits.mean(0)
+        right = (mean.argmax(1) == images.labels).double().mean().item()
+        loss = functional.cross_entropy(mean, images.labels).item()
+        scores[domain] = {"accuracy": right, "loss": loss, "n": len(images.labels)}
+        scores[domain] |= asdict(reliability(predictions, images.labels))
+        if threshold is not None:
+            measured = asdict(measure_cascade(images.logits, images.labels, threshold, temperature_of(model)))
+            scores[domain]["cascade"] = {key: measured[key] for key in ("accuracy", "accuracy_all", "members")}
+    return scores
+
+
+def model_labels(classes: tuple[str, ...], dataset: DomainDataset) -> np.ndarray:
+    """Return the model's class index of each image, matching classes by name.
+
+    Raises:
+        DataError: the data set has a class that the model does not know.
+    """
+    unknown = [name for name in dataset.classes if name not in classes]
+    if unknown:
+        close = nearest(unknown[0], classes)
+        hint = f" (did you mean '{close}'?)" if close else ""
+        text = f"the model does not know class '{unknown[0]}'{hint}; it knows {', '.join(classes)}."
+        raise DataError(f"{text} Rename or remove that folder.")
+    mapping = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
+    return mapping[dataset.class_index]
+
+
+def unknown_auroc_of(model: Model, known: Sequence[Uncertainty], files: Sequence[Path]) -> dict[str, float]:
+    """Return how well uncertainty separates images of unknown kinds from known ones: AUROC of each measure.
+
+    Args:
+        model: the model.
+        known: uncertainty of images of the classes that it knows.
+        files: the other images.
+
+    Raises:
+        DataError: one of the files cannot be read.
+    """
+    rows: list[Row] = []
+    for row in predict_images(model, files):
+        if isinstance(row, QtdogError):
+            raise row
+        rows.append(row)
+    found = {}
+    for name in ("entropy", "mutual_information"):
+        if name in rows[0]:
+            values = torch.cat([getattr(part, name) for part in known])
+            found[f"unknown_auroc_{name}"] = unknown_auroc(values.numpy(), [row[name] for row in rows])
+    return found

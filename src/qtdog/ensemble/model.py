@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -183,8 +182,7 @@ def _read_about(path: Path, packed: PackedEnsemble) -> EnsembleInfo:
     known = [name for name in KINDS if not KINDS[name].one_model]
     if about.kind not in known:
         raise FormatError(f"{path}: an ensemble is {' or '.join(known)}, found '{about.kind[:40]}'")
-    told: dict[str, Any] = about.model_dump()
-    return EnsembleInfo(members=members, **told)
+    return EnsembleInfo(members=members, **about.model_dump())
 
 
 def _check_members(path: Path, members: Sequence[ModelInfo]) -> None:

@@ -14,12 +14,12 @@ from qtdog.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Doubt:
-    """How sure an ensemble is of each image.
+class Uncertainty:
+    """How unsure an ensemble is about each image.
 
     Attributes:
         entropy: of the predicted class distribution, nats, shape (n,); 0 is sure, log n_classes knows nothing.
-        mutual_information: between class and member, nats, (n,): the part of the doubt that comes from disagreement;
+        mutual_information: between class and member, nats, (n,): the part that comes from disagreement;
             0 for a single model.
         agreement: share of the members whose first choice is the ensemble's, (n,).
     """
@@ -42,13 +42,13 @@ def entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(-1)
 
 
-def doubt(member_logits: Tensor, temperature: float = 1.0) -> Doubt:
-    """Return the doubt of an ensemble that averages logits.
+def uncertainty(member_logits: Tensor, temperature: float = 1.0) -> Uncertainty:
+    """Return the uncertainty of an ensemble that averages logits.
 
     The ensemble predicts p = softmax(mean_m z_m / T) (paper Eq. 6). Its members' average p̄ = mean_m softmax(z_m / T)
-    splits the total doubt H(p̄) into mean_m H(p_m), which each member has alone, and the rest, the mutual information
-    between class and member (Depeweg et al., ICML 2018, Eq. 5; BALD, Houlsby et al., 2011). The entropy is that of p,
-    the distribution that is reported.
+    splits the total uncertainty H(p̄) into mean_m H(p_m), which each member has alone, and the rest, the mutual
+    information between class and member (Depeweg et al., ICML 2018, Eq. 5; BALD, Houlsby et al., 2011). The entropy is
+    that of p, the distribution that is reported.
 
     Args:
         member_logits: shape (members, n, n_classes).
@@ -57,14 +57,14 @@ def doubt(member_logits: Tensor, temperature: float = 1.0) -> Doubt:
     Example:
         >>> same = torch.tensor([[[4.0, 0.0]], [[4.0, 0.0]]])
         >>> opposed = torch.tensor([[[4.0, 0.0]], [[0.0, 4.0]]])
-        >>> [round(doubt(logits).mutual_information.item(), 3) for logits in (same, opposed)]
+        >>> [round(uncertainty(logits).mutual_information.item(), 3) for logits in (same, opposed)]
         [0.0, 0.603]
     """
     scaled = member_logits / temperature
     members, mean = scaled.softmax(-1), scaled.mean(0)
     shared = entropy(members).mean(0)
     choice = mean.argmax(-1)
-    return Doubt(
+    return Uncertainty(
         entropy=entropy(mean.softmax(-1)),
         # rounding may leave a tiny negative number where all members say the same
         mutual_information=(entropy(members.mean(0)) - shared).clamp(min=0),
@@ -94,13 +94,13 @@ class RiskCoverage:
         return float(self.risk[int(np.searchsorted(self.coverage, coverage - 1e-12))])
 
 
-def risk_coverage(doubt: npt.ArrayLike, correct: npt.ArrayLike) -> RiskCoverage:
+def risk_coverage(uncertainties: npt.ArrayLike, correct: npt.ArrayLike) -> RiskCoverage:
     """Return the risk-coverage curve (El-Yaniv and Wiener, JMLR 2010; area as in Geifman et al., ICLR 2019).
 
-    Images of equal doubt are answered together: each of them gets the risk at the end of its group.
+    Images of equal uncertainty are answered together: each of them gets the risk at the end of its group.
 
     Args:
-        doubt: higher is less sure, shape (n,).
+        uncertainties: higher is less sure, shape (n,).
         correct: whether each answer is right, shape (n,).
 
     Raises:
@@ -111,7 +111,7 @@ def risk_coverage(doubt: npt.ArrayLike, correct: npt.ArrayLike) -> RiskCoverage:
         >>> curve.risk.tolist(), curve.risk_at(0.75)
         ([0.0, 0.0, 0.0, 0.25], 0.0)
     """
-    values, right = np.asarray(doubt, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    values, right = np.asarray(uncertainties, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not len(values):
         raise ConfigError("there are no images to draw a risk-coverage curve of")
     order = np.argsort(values, kind="stable")
@@ -123,11 +123,11 @@ def risk_coverage(doubt: npt.ArrayLike, correct: npt.ArrayLike) -> RiskCoverage:
     return RiskCoverage(answered / len(values), risk, float(risk.mean()))
 
 
-def rejected(doubt: npt.ArrayLike, frac: float) -> npt.NDArray[np.bool_]:
+def rejected(uncertainties: npt.ArrayLike, frac: float) -> npt.NDArray[np.bool_]:
     """Return which images to abstain on: the least certain share, rounded down; among equals the later ones.
 
     Args:
-        doubt: higher is less sure, shape (n,).
+        uncertainties: higher is less sure, shape (n,).
         frac: share to reject, 0 ≤ frac < 1.
 
     Raises:
@@ -139,7 +139,7 @@ def rejected(doubt: npt.ArrayLike, frac: float) -> npt.NDArray[np.bool_]:
     """
     if not 0 <= frac < 1:
         raise ConfigError(f"the share to reject must be at least 0 and below 1, not {frac:g}")
-    values = np.asarray(doubt, dtype=np.float64)
+    values = np.asarray(uncertainties, dtype=np.float64)
     mask = np.zeros(len(values), dtype=bool)
     n_rejected = int(frac * len(values) + 1e-9)
     if n_rejected:
@@ -148,13 +148,13 @@ def rejected(doubt: npt.ArrayLike, frac: float) -> npt.NDArray[np.bool_]:
 
 
 def unknown_auroc(known: npt.ArrayLike, unknown: npt.ArrayLike) -> float:
-    """Return the probability that an image of an unknown kind gets more doubt than a known one (area under the ROC).
+    """Return the probability that an image of an unknown kind is less certain than a known one: the area under the ROC.
 
     0.5 is chance, 1 separates perfectly (Hendrycks and Gimpel, ICLR 2017).
 
     Args:
-        known: doubt of images of the classes that the model knows, shape (n,).
-        unknown: doubt of other images, shape (m,).
+        known: uncertainties of images of the classes that the model knows, shape (n,).
+        unknown: uncertainties of other images, shape (m,).
 
     Raises:
         ConfigError: one of the two is empty.

@@ -214,7 +214,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Joined:
+class AveragedNetwork:
     """One network made of several.
 
     Attributes:
@@ -239,13 +239,13 @@ def check_recipe(kind: str, recipe: Recipe) -> None:
             raise ConfigError(f"--{flag} is for --kind {' or '.join(kinds)}; leave it out for '{kind}'")
 
 
-def join(
+def average_members(
     members: Sequence[Member],
     kind: str,
     recipe: Recipe,
     evaluation_set: EvaluationSet | None,
     warn: Callable[[str], None],
-) -> Joined:
+) -> AveragedNetwork:
     """Return the one network of kind `diwa` or `soup`.
 
     Args:
@@ -253,7 +253,7 @@ def join(
         kind: `diwa` for float weights, `soup` for weights quantized anew.
         recipe: see there.
         evaluation_set: the sources' images; needed by `greedy` and for tuning.
-        warn: is told of broken checkpoints.
+        warn: called with a text about each broken checkpoint.
 
     Raises:
         ConfigError: members without a common start, buffers that differ, members of a soup with other grids, or a
@@ -273,7 +273,7 @@ def join(
         network = tune(_mean_of_members(latents, used), config, evaluation_set, recipe.tune_steps)
     else:
         network = _network(members[0], latents, used, config)
-    return Joined(network.eval(), tuple(used))
+    return AveragedNetwork(network.eval(), tuple(used))
 
 
 def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:

@@ -1,4 +1,4 @@
-"""What `predict` and `eval` say of doubt, for an ensemble and for one model."""
+"""What `predict` and `eval` say of uncertainty, for an ensemble and for one model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from PIL import Image
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.calibration import fit_temperature
 from qtdog.ensemble.cascade import CascadeModel
-from qtdog.ensemble.evaluation import answers, member_logits, reliability
+from qtdog.ensemble.evaluation import reliability
 from qtdog.ensemble.model import load, load_ensemble_model
+from qtdog.ensemble.prediction import member_logits, predict_from_logits
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.training.load import load_model
 
@@ -51,14 +52,14 @@ def test_the_temperature_is_fitted_on_the_sources_and_travels_in_the_file(traine
     evaluation_set = open_evaluation_set(members[0].config, RotatedDigits(), same_splits=True)
     kept = []
     evaluation_set.source(lambda images: member_logits(model, images), kept)
-    logits, labels = torch.cat([one for one, _ in kept], 1), torch.cat([one for _, one in kept])
+    logits, labels = torch.cat([part.logits for part in kept], 1), torch.cat([part.labels for part in kept])
     assert fit_temperature(logits.mean(0), labels) == pytest.approx(calibration["temperature"], rel=1e-4)
-    again = reliability(answers(logits, calibration["temperature"]), labels)
+    again = reliability(predict_from_logits(logits, calibration["temperature"]), labels)
     assert again.ece == pytest.approx(calibration["source"]["after"]["ece"], abs=1e-6)
     assert set(calibration["test"]["before"]) == {"ece", "brier", "aurc", "risk_at_90"}
 
 
-def test_predict_tells_the_doubt_of_an_ensemble(qtdog, trained, pictures):
+def test_predict_gives_the_uncertainty_of_an_ensemble(qtdog, trained, pictures):
     folder, _ = trained
     rows = json.loads(qtdog("predict", folder / "75-eoq" / "model.safetensors", pictures, "--json").out)
     assert set(rows[0]) == {"image", "class", "probability", "entropy", "mutual_information", "agreement"}
@@ -125,8 +126,8 @@ def test_eval_counts_the_members_that_a_cascade_asks(qtdog, trained, tmp_path):
     places = digits.indices("75")
     images = np.stack([digits.read_resized(int(index), 12) for index in places])
     model = CascadeModel(load_ensemble_model(file))
-    groups = model.ask(model.prepare(torch.from_numpy(images)))
-    asked = sum(len(group.logits) * len(group.places) for group in groups) / len(places)
+    groups = model.run(model.prepare(torch.from_numpy(images)))
+    asked = sum(len(group.logits) * len(group.indices) for group in groups) / len(places)
     assert 1 < asked <= 2
     assert told["cascade"]["members"] == pytest.approx(asked)
     assert told["cascade"]["accuracy_all"] == told["accuracy"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qtdog.core.errors import ConfigError
 from qtdog.ensemble.calibration import brier_score, expected_calibration_error, fit_temperature
-from qtdog.ensemble.uncertainty import doubt, rejected, risk_coverage, unknown_auroc
+from qtdog.ensemble.uncertainty import rejected, risk_coverage, uncertainty, unknown_auroc
 
 
 def in_float64(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +28,7 @@ def in_float64(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 5), st.floats(0.5, 3), st.integers(0, 1000))
 def test_doubt_is_the_formula(members, n, n_classes, temperature, seed):
     logits = 4 * torch.randn(members, n, n_classes, generator=torch.Generator().manual_seed(seed))
-    found = doubt(logits, temperature)
+    found = uncertainty(logits, temperature)
     entropy, information = in_float64(logits.double().numpy() / temperature)
     np.testing.assert_allclose(found.entropy.numpy(), entropy, atol=1e-5)
     np.testing.assert_allclose(found.mutual_information.numpy(), information.clip(0), atol=1e-5)

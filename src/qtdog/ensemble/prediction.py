@@ -1,0 +1,203 @@
+"""What a model, an ensemble or a cascade predicts for images, texts and files: classes, probabilities, uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtdog.core.errors import ConfigError, DataError, QtdogError
+from qtdog.data.decode import decode_resized
+from qtdog.data.image_folder import images_below, require_path
+from qtdog.ensemble.calibration import LabeledLogits
+from qtdog.ensemble.cascade import CascadeModel
+from qtdog.ensemble.model import EnsembleModel
+from qtdog.ensemble.uncertainty import Uncertainty, uncertainty
+from qtdog.models.text import make_tokenizer
+from qtdog.training.load import LoadedModel
+
+BATCH = 64
+Model = LoadedModel | EnsembleModel
+Row = dict[str, Any]
+"""What is predicted for one input, by column: `class`, `probability`, `entropy`, …"""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions for n images.
+
+    Attributes:
+        probabilities: softmax of the mean logits at the model's temperature, shape (n, n_classes).
+        uncertainty: of each image; for a single model its mutual information is 0 and its agreement 1.
+    """
+
+    probabilities: Tensor
+    uncertainty: Uncertainty
+
+
+def temperature_of(model: Model) -> float:
+    """Return the temperature of a model's probabilities: 1 for a single model."""
+    return model.info.temperature if isinstance(model, EnsembleModel) else 1.0
+
+
+def as_cascade(model: Model) -> CascadeModel:
+    """Return an ensemble as a cascade.
+
+    Raises:
+        ConfigError: it is one model, or its file has no threshold.
+    """
+    if not isinstance(model, EnsembleModel):
+        raise ConfigError("--cascade is for an ensemble; this file holds one model")
+    return CascadeModel(model)
+
+
+@torch.no_grad()
+def member_logits(model: Model, images: Tensor) -> Tensor:
+    """Return the logits (members, n, n_classes) of normalized images (n, C, H, W); one member for a single model."""
+    return model.member_logits(images) if isinstance(model, EnsembleModel) else model(images)[None]
+
+
+def collect_logits(model: Model, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> LabeledLogits:
+    """Return the members' logits and the labels of all batches.
+
+    Args:
+        model: on `device`.
+        batches: normalized images and labels.
+        device: where to compute.
+    """
+    parts = [
+        LabeledLogits(member_logits(model, images.to(device)).float().cpu(), labels.cpu()) for images, labels in batches
+    ]
+    return LabeledLogits.concatenate(parts)
+
+
+def predict_from_logits(logits: Tensor, temperature: float = 1.0) -> Predictions:
+    """Return probabilities and uncertainty of logits (members, n, n_classes).
+
+    Example:
+        >>> found = predict_from_logits(torch.tensor([[[0.0, 0.0]], [[2.0, 2.0]]]))
+        >>> found.probabilities.tolist(), round(found.uncertainty.entropy.item(), 4)
+        ([[0.5, 0.5]], 0.6931)
+    """
+    return Predictions((logits.mean(0) / temperature).softmax(-1), uncertainty(logits, temperature))
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the image files among and below `paths`, in order.
+
+    Raises:
+        DataError: a path is missing, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        require_path(path, "the image or folder")
+        inside = images_below(path) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"there is no image in {path} (jpg, png, webp, bmp, tif, gif or ppm)")
+        found += inside
+    return found
+
+
+def predict_images(model: Model | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
+    """Yield a row (`image`, `class`, `probability`, …) for each image file, in order, or the error that it gave."""
+    how = model.info.preprocessing
+    for start in range(0, len(files), BATCH):
+        rows: list[Row | QtdogError] = []
+        arrays = []
+        for file in files[start : start + BATCH]:
+            try:
+                arrays.append(decode_resized(file, how.image_size, how.channels))
+                rows.append({"image": str(file)})
+            except QtdogError as error:
+                rows.append(error)
+        if arrays:
+            columns = prediction_rows(model, torch.from_numpy(np.stack(arrays)))
+            for row, values in zip((row for row in rows if isinstance(row, dict)), columns, strict=True):
+                row |= values
+        yield from rows
+
+
+def find_texts(paths: Sequence[Path]) -> list[Path]:
+    """Return the .txt files among and below `paths`, in order.
+
+    Raises:
+        DataError: a path is missing, or a folder holds no such file.
+    """
+    found: list[Path] = []
+    for path in paths:
+        require_path(path, "the text file or folder")
+        inside = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"there is no .txt file in {path}; each line of one is a text")
+        found += inside
+    return found
+
+
+def predict_texts(model: Model | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
+    """Yield a row (`text`, `class`, `probability`, …) for each line of each file, or the error that a file gave.
+
+    Raises:
+        ModelError: the model's file holds no vocabulary, and it cannot be had from elsewhere.
+    """
+    how = model.info.preprocessing
+    tokenize = make_tokenizer(model.info.backbone, how.max_tokens, how.vocabulary)
+    for file in files:
+        try:
+            lines = _read_lines(file)
+        except DataError as error:
+            yield error
+            continue
+        for start in range(0, len(lines), BATCH):
+            part = lines[start : start + BATCH]
+            tokens = torch.from_numpy(tokenize([text for _, text in part])).long()
+            for (number, _), values in zip(part, prediction_rows(model, tokens), strict=True):
+                yield {"text": f"{file}:{number}"} | values
+
+
+def _read_lines(file: Path) -> list[tuple[int, str]]:
+    """Return number (from 1) and text of each line that is not empty."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def prediction_rows(model: Model | CascadeModel, images: Tensor) -> list[Row]:
+    """Return a row for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length)."""
+    device = next(model.parameters()).device
+    inputs = model.prepare(images).to(device)
+    if isinstance(model, CascadeModel):
+        return _cascade_rows(model, inputs)
+    return _rows(model, member_logits(model, inputs))
+
+
+def _rows(model: Model, logits: Tensor) -> list[Row]:
+    """Return a row for each image whose logits (members, n, n_classes) are given."""
+    found = predict_from_logits(logits, temperature_of(model))
+    best = found.probabilities.max(1)
+    columns = {
+        "class": [model.info.classes[index] for index in best.indices.tolist()],
+        "probability": best.values.tolist(),
+        "entropy": found.uncertainty.entropy.tolist(),
+    }
+    if len(logits) > 1:
+        columns["mutual_information"] = found.uncertainty.mutual_information.tolist()
+        columns["agreement"] = found.uncertainty.agreement.tolist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _cascade_rows(cascade: CascadeModel, inputs: Tensor) -> list[Row]:
+    """Return a row for each input, with the number of `members` that were asked."""
+    alone = {"mutual_information": 0.0, "agreement": 1.0}  # of an image that one member settled
+    rows: dict[int, Row] = {}
+    for part in cascade.run(inputs):
+        n_asked = len(part.logits)
+        for index, row in zip(part.indices.tolist(), _rows(cascade.model, part.logits), strict=True):
+            rows[index] = row | {name: row.get(name, value) for name, value in alone.items()} | {"members": n_asked}
+    return [rows[index] for index in sorted(rows)]
