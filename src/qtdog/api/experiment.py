@@ -1,4 +1,8 @@
-"""From what a user asked for to the runs it takes: targets, members of ensembles, the float steps they share."""
+"""From what a user asked for to finished runs: targets, members of ensembles, fork points; results and tables.
+
+`make_plan` says which runs it takes, `train_runs` makes them, `join_targets` puts their ensembles together. The command
+line and `qtdog.train` both stand on these three.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,37 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.config_io import Tree, build_config, load_preset, parse_assignment
+from qtdog.core.config_io import SHORT_NAMES, Tree, build_config, load_preset, option_tree, parse_assignment
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
+from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
+from qtdog.ensemble.evaluation import open_evaluation_set
+from qtdog.ensemble.members import fitting_kind, read_member, share_splits
+from qtdog.ensemble.teacher import load_teacher
+from qtdog.report.tables import cost_table, markdown, target_table
+from qtdog.runs.finished import KINDS, method_name
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.fork import reseeded
+from qtdog.training.loggers import with_loggers
 from qtdog.training.protocol import dataset_layer, resolve
-from qtdog.training.run import RunCallbacks, train_fork_point
+from qtdog.training.run import RunCallbacks, run, train_fork_point
 
 
 @dataclass(frozen=True)
-class Crew:
-    """What the members of an ensemble share.
+class Members:
+    """How many runs that differ in their seed are trained for each target, and what they share.
 
     Attributes:
-        members: how many; their seeds count up from the configuration's.
+        number: how many; their seeds count up from the configuration's.
         splits: "same" held-out images for all, or "different" (data.trial counts up too).
         fork_at: where they part: "start" (of quantization) or a step; None to train each from its own start.
     """
 
-    members: int = 1
+    number: int = 1
     splits: str = "same"
     fork_at: str | None = None
 
@@ -50,7 +61,7 @@ class Crew:
         """
         if self.fork_at not in (None, "start") and not self.fork_at.isdecimal():
             raise ConfigError(f"--fork-at takes 'start' (of quantization) or a step, not '{self.fork_at}'")
-        if self.members == 1 and (self.fork_at or self.splits != "same"):
+        if self.number == 1 and (self.fork_at or self.splits != "same"):
             raise ConfigError("--fork-at and --member-splits are for several members: add --members 5")
         if self.fork_at and self.splits != "same":
             raise ConfigError("members that share their first steps share their images: leave out one of --fork-at, "
@@ -59,7 +70,7 @@ class Crew:
 
 @dataclass(frozen=True)
 class ForkPoint:
-    """The float steps that several runs share.
+    """The float checkpoint from which several runs begin.
 
     Attributes:
         config: of the first of them.
@@ -86,7 +97,7 @@ class ForkPoint:
         return reseeded(made, config.train.seed)
 
     def check(self, result: dict[str, Any], folder: RunFolder) -> None:
-        """Refuse a finished run that has another fork point: its configuration does not show it.
+        """Refuse a finished run that began elsewhere: its configuration does not show it.
 
         Raises:
             RunError: naming the folder.
@@ -97,14 +108,14 @@ class ForkPoint:
             raise RunError(f"{text}; choose another --out")
 
 
-def keep_plan(out: Path, config: Config, crew: Crew) -> None:
+def keep_plan(out: Path, config: Config, members: Members) -> None:
     """Remember what several runs in one folder were asked for, so that `--resume --out` is enough to go on."""
-    tree = {"config": config.model_dump(mode="json"), "crew": asdict(crew)}
+    tree = {"config": config.model_dump(mode="json"), "members": asdict(members)}
     write_atomic(out / "plan.json", json.dumps(tree, indent=1))
 
 
-def read_plan(out: Path) -> tuple[dict[str, Any], Crew] | None:
-    """Return the configuration tree and the crew that `keep_plan` wrote; None if it did not.
+def read_plan(out: Path) -> tuple[dict[str, Any], Members] | None:
+    """Return the configuration tree and the members that `keep_plan` wrote; None if it did not.
 
     Raises:
         RunError: the file is damaged.
@@ -114,12 +125,15 @@ def read_plan(out: Path) -> tuple[dict[str, Any], Crew] | None:
         return None
     try:
         tree = json.loads(file.read_text())
-        return tree["config"], Crew(**tree["crew"])
+        if "crew" in tree:  # as the first version wrote it
+            number, splits, fork_at = (tree["crew"][key] for key in ("members", "splits", "fork_at"))
+            return tree["config"], Members(number, splits, fork_at)
+        return tree["config"], Members(**tree["members"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} is damaged ({error}); delete it, and give the flags again with --resume") from error
 
 
-def join_crew(
+def join_members(
     dataset: DomainDataset,
     folders: Sequence[Path],
     out: Path | None,
@@ -138,11 +152,6 @@ def join_crew(
     Raises:
         ConfigError, RunError: as in `ensemble.assemble.assemble`.
     """
-    from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
-    from qtdog.ensemble.evaluation import open_evaluation_set
-    from qtdog.ensemble.members import fitting_kind, read_member, share_splits
-    from qtdog.runs.finished import KINDS
-
     members = [read_member(folder) for folder in folders]
     kind = fitting_kind(members)
     name = members[0].config.data.target.replace("/", "_")
@@ -157,26 +166,8 @@ def join_crew(
     return result | {"method": f"{KINDS[kind].title} of {len(members)}", "folder": str(folder)}
 
 
-# Flag of the command line → section and key of the configuration.
-FLAGS = {
-    "data": ("data", "source"),
-    "target": ("data", "target"),
-    "image_size": ("data", "image_size"),
-    "batch_size": ("data", "batch_size"),
-    "trial": ("data", "trial"),
-    "backbone": ("model", "backbone"),
-    "weights": ("model", "weights"),
-    "objective": ("objective", "name"),
-    "step_rule": ("step_rule", "name"),
-    "averager": ("averager", "name"),
-    "quantizer": ("quantizer", "name"),
-    "bits": ("quantizer", "bits"),
-    "start_step": ("quantizer", "start_step"),
-    "steps": ("train", "steps"),
-    "seed": ("train", "seed"),
-    "lr": ("optimizer", "lr"),
-    "skip_unreadable": ("data", "skip_unreadable"),
-}
+IN_PYTHON = "python:"  # begins data.source of a data set that was made in Python, which no name or path opens
+FLAGS = tuple(SHORT_NAMES)  # options of the command line that name a configuration value
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,7 @@ class Planned:
     Attributes:
         config: effective.
         folder: where.
-        fork_point: the float steps that it shares with other runs; None to train from its own start.
+        fork_point: the float checkpoint that it begins from with other runs; None to train from its own start.
     """
 
     config: Config
@@ -199,20 +190,22 @@ class Request:
     """What the user asked `train` for.
 
     Attributes:
-        flags: values of the flags that name a configuration value; None where not given.
-        presets: names or files, later ones on top.
-        assignments: the texts of `--set`.
-        crew: how many runs that differ in their seed, and what they share.
+        flags: options by name, as `core.config_io.option_tree` takes them; None where not given.
+        presets: names, files or trees, later ones on top.
+        assignments: the texts of `--set`, or trees; they win over everything else.
+        members: how many runs that differ in their seed, and what they share.
         out: the run folder, or the folder of run folders if there are several; None for `runs/`.
         resume: go on with what is there.
+        dataset: the data, if it is an object and not something that `flags["data"]` names.
     """
 
     flags: Mapping[str, Any]
-    presets: Sequence[str] = ()
-    assignments: Sequence[str] = ()
-    crew: Crew = field(default_factory=Crew)
+    presets: Sequence[str | Tree] = ()
+    assignments: Sequence[str | Tree] = ()
+    members: Members = field(default_factory=Members)
     out: Path | None = None
     resume: bool = False
+    dataset: DomainDataset | None = None
 
 
 def configure(request: Request) -> tuple[DomainDataset, Config]:
@@ -224,12 +217,15 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     Raises:
         ConfigError, DataError: as in `build_config` and `open_dataset`.
     """
-    flags = _flag_tree(request.flags)
-    own = [load_preset(name) for name in request.presets]
-    assigned = [parse_assignment(text) for text in request.assignments]
+    flags = option_tree(request.flags)
+    own = [load_preset(given) if isinstance(given, str) else given for given in request.presets]
+    assigned = [parse_assignment(given) if isinstance(given, str) else given for given in request.assignments]
     saved = _saved(request)
-    source = build_config([*saved, *own, flags, *assigned]).data.source
-    dataset = open_any(source, min_domains=1)
+    dataset = request.dataset
+    if dataset is None:
+        dataset = open_any(build_config([*saved, *own, flags, *assigned]).data.source, min_domains=1)
+    else:
+        assigned.append({"data": {"source": f"{IN_PYTHON}{dataset.card.name}"}})
     base = saved or [dataset_layer(dataset, with_preset=not own)]
     return dataset, build_config([*base, *own, flags, *assigned])
 
@@ -238,9 +234,9 @@ def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDatase
     """Return the data set and the runs that `request` asks for: one for each target and member.
 
     Raises:
-        ConfigError, DataError: as in `configure`, `resolve` and `Crew.check`.
+        ConfigError, DataError: as in `configure`, `resolve` and `Members.check`.
     """
-    request.crew.check()
+    request.members.check()
     dataset, config = configure(request)
     if config.data.skip_unreadable:
         dataset = without_unreadable(dataset, progress)
@@ -249,19 +245,19 @@ def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDatase
     content = ""  # once for all runs: with many images it takes seconds
     for target in targets:
         configs = []
-        for one in _members(config, target, request.crew):
+        for one in _members(config, target, request.members):
             configs.append(resolve(one, dataset, progress, content=content))
             content = configs[-1].data.content
-        plan += _crew_plan(request, configs, several=len(targets) > 1)
+        plan += _target_plan(request, configs, several=len(targets) > 1)
     return dataset, plan
 
 
-def _members(config: Config, target: str, crew: Crew) -> list[Config]:
+def _members(config: Config, target: str, members: Members) -> list[Config]:
     """Return the configurations of the members for one target: they differ in seed, and in trial if that is asked."""
     configs = []
-    for member in range(crew.members):
+    for member in range(members.number):
         data: Tree = {"target": target}
-        if crew.splits == "different":
+        if members.splits == "different":
             data["trial"] = config.data.trial + member
         configs.append(
             build_config([config.model_dump(), {"data": data, "train": {"seed": config.train.seed + member}}])
@@ -269,38 +265,29 @@ def _members(config: Config, target: str, crew: Crew) -> list[Config]:
     return configs
 
 
-def _crew_plan(request: Request, configs: Sequence[Config], *, several: bool) -> list[Planned]:
-    crew, out = request.crew, request.out
-    if out is None and crew.fork_at:
-        # a run with a foreign fork point must not take the name of the run that began itself
-        out = Path("runs") / f"{config_hash(configs[0])}-fork-{crew.fork_at}"
-    folders = [RunFolder(_place(out, one, several=several, members=crew.members)) for one in configs]
+def _target_plan(request: Request, configs: Sequence[Config], *, several: bool) -> list[Planned]:
+    members, out = request.members, request.out
+    if out is None and members.fork_at:
+        # a run that begins from another's checkpoint must not take the name of the run that trained its own first steps
+        out = Path("runs") / f"{config_hash(configs[0])}-fork-{members.fork_at}"
+    folders = [RunFolder(_place(out, one, several=several, members=members.number)) for one in configs]
     fork_point = None
-    if crew.fork_at and out is not None:
+    if members.fork_at and out is not None:
         name = configs[0].data.target.replace("/", "_")
-        fork_point = ForkPoint(configs[0], RunFolder(out / f"{name}-beginning"), crew.until)
+        fork_point = ForkPoint(configs[0], RunFolder(out / f"{name}-beginning"), members.until)
     return [Planned(one, folder, fork_point) for one, folder in zip(configs, folders, strict=True)]
 
 
-def with_saved_crew(request: Request) -> Request:
+def with_saved_members(request: Request) -> Request:
     """Return the request with the members that its folder was planned for, if it resumes and says nothing of members.
 
     Raises:
         RunError: what is remembered there is damaged.
     """
-    if not request.resume or request.out is None or request.crew != Crew():
+    if not request.resume or request.out is None or request.members != Members():
         return request
     found = read_plan(request.out)
-    return request if found is None else replace(request, crew=found[1])
-
-
-def _flag_tree(flags: Mapping[str, Any]) -> Tree:
-    tree: Tree = {}
-    for flag, value in flags.items():
-        if value is not None:
-            section, key = FLAGS[flag]
-            tree.setdefault(section, {})[key] = value
-    return tree
+    return request if found is None else replace(request, members=found[1])
 
 
 def _saved(request: Request) -> list[Tree]:
@@ -324,3 +311,80 @@ def _place(out: Path | None, config: Config, *, several: bool, members: int) -> 
         return out
     member = f"-seed{config.train.seed}" if members > 1 else ""
     return out / f"{config.data.target.replace('/', '_')}{member}"
+
+
+def train_runs(
+    dataset: DomainDataset,
+    plan: Sequence[Planned],
+    callbacks: RunCallbacks | None = None,
+    *,
+    resume: bool = False,
+    loggers: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Make every planned run, one after another, and return their results with `folder`, `method` and length.
+
+    Args:
+        dataset: of `make_plan`.
+        plan: of `make_plan`.
+        callbacks: how a run reports.
+        resume: go on with unfinished runs.
+        loggers: names of `training.loggers.LOGGERS`.
+
+    Raises:
+        Interrupted: a signal asked to stop; everything so far is kept.
+        ConfigError, DataError, ModelError, RunError: as in `training.run.run`.
+    """
+    callbacks, results = callbacks or RunCallbacks(), []
+    for planned in plan:
+        config, folder, fork_point = planned.config, planned.folder, planned.fork_point
+        start = None
+        if fork_point is not None and folder.read_result() is None:
+            start = fork_point.checkpoint(config, dataset, callbacks)
+        teacher = load_teacher(config, dataset)
+        told = replace(callbacks, callback=with_loggers(loggers, folder.path, callbacks.callback))
+        result = run(config, dataset, folder, resume=resume, callbacks=told, fork_from=start, teacher=teacher)
+        if fork_point is not None:
+            fork_point.check(result, folder)
+        about = {"method": method_name(config.model_dump()), "folder": str(folder.path)}
+        results.append(result | about | {"training_steps": config.train.steps})
+    return results
+
+
+def join_targets(
+    dataset: DomainDataset, plan: Sequence[Planned], out: Path | None, callbacks: RunCallbacks | None = None
+) -> list[dict[str, Any]]:
+    """Make the ensemble of each target from its finished members and return their results.
+
+    Raises:
+        ConfigError, RunError: as in `ensemble.assemble.assemble`.
+    """
+    callbacks = callbacks or RunCallbacks()
+    folders: dict[str, list[Path]] = {}
+    for planned in plan:
+        folders.setdefault(planned.config.data.target, []).append(planned.folder.path)
+    return [join_members(dataset, members, out, callbacks.progress, callbacks.warn) for members in folders.values()]
+
+
+def keep_request(out: Path, plan: Sequence[Planned], members: Members) -> None:
+    """Write down what was asked for, as one configuration: the first run's, for all targets if there are several."""
+    first = plan[0].config
+    target = "all" if len({planned.config.data.target for planned in plan}) > 1 else first.data.target
+    data = first.data.model_copy(update={"target": target})
+    keep_plan(out, first.model_copy(update={"data": data}), members)
+
+
+def result_table(
+    results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Return the table of runs of one method: a row for them, and with ensembles one for these, with their cost."""
+    method = results[0]["method"]
+    if not ensembles:
+        return target_table({method: results})
+    members = len(ensembles[0]["members"])
+    return cost_table({f"{method}: mean of {members}": results, ensembles[0]["method"]: ensembles})
+
+
+def keep_table(out: Path, results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] = ()) -> None:
+    """Write `results.json` and `results.md` beside the folders of several runs."""
+    write_atomic(out / "results.json", json.dumps(list(results), indent=1))
+    write_atomic(out / "results.md", markdown(*result_table(results, ensembles)) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from qtdog.api.experiment import join_crew
+from qtdog.api.experiment import join_members
 from qtdog.core.config import Config, Section, config_hash
 from qtdog.core.config_io import Tree, build_config, load_preset, paper_part, preset_names
 from qtdog.core.errors import ConfigError, DataError, nearest, unknown
@@ -430,5 +430,5 @@ def _ensembles(
     for target in targets:
         members = [job for job in jobs if job.config.data.target == target]
         if dataset is not None and all(job.result is not None for job in members):
-            made[target] = join_crew(dataset, [job.folder.path for job in members], out, warn=warn)
+            made[target] = join_members(dataset, [job.folder.path for job in members], out, warn=warn)
     return made

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
-import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import typer
 from rich import box
@@ -20,7 +17,6 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -29,23 +25,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qtdog.core.progress import RunCallback
-
-if TYPE_CHECKING:  # the command line must answer --help at once
-    from qtdog.core.config import Config
-    from qtdog.runs.record import Record
-
-# Of several processes (`accelerate launch`) only the first one speaks, but each may fail.
-RANK = os.environ.get("RANK", "0")
-SPEAKS = RANK == "0"
-
-out = Console(quiet=not SPEAKS)
-err = Console(stderr=True, quiet=not SPEAKS)
-
-
-def warn(text: str) -> None:
-    """Print a warning to standard error."""
-    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+from qtdog.api.display import RANK, SPEAKS, err, out
+from qtdog.api.display import CountingBar as CountingBar
+from qtdog.api.display import TrainingBar as TrainingBar
+from qtdog.api.display import warn as warn
 
 
 def fail(text: str) -> None:
@@ -70,85 +53,6 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
-
-
-class TrainingBar(RunCallback):
-    """Shows loss, source accuracy, images per second and time left."""
-
-    def on_start(self, config: Config, step: int) -> None:
-        """Show the title and an empty bar."""
-        from qtdog.runs.finished import method_name
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  source {task.fields[source]}  {task.fields[rate]} images/s"),
-            TimeRemainingColumn(),
-        )
-        title = f"{method_name(config.model_dump())}, unseen: {config.data.target}"
-        if not err.is_terminal:
-            err.print(title, highlight=False, markup=False, soft_wrap=True)
-        self._progress = Progress(*columns, console=err, disable=not err.is_terminal)
-        self._progress.start()
-        self._task = self._progress.add_task(
-            title, total=config.train.steps, completed=step, loss="–", source="–", rate="–"
-        )
-        self._steps, self._shown, self._n_images, self._started = config.train.steps, 0.0, 0, time.perf_counter()
-
-    def on_step(self, step: int, loss: float, n_images: int) -> None:
-        """Move the bar."""
-        self._n_images += n_images
-        now = time.perf_counter()
-        if now - self._shown > 0.1 or step == self._steps:
-            self._shown = now
-            rate = self._n_images / (now - self._started)
-            self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
-
-    def on_record(self, record: Record) -> None:
-        """Show an evaluation."""
-        from qtdog.report.tables import percent
-
-        source = percent(record.seen.source_accuracy)
-        self._progress.update(self._task, source=source)
-        if not err.is_terminal:
-            target = f"  unseen {percent(record.test_accuracy)}" if record.test_accuracy is not None else ""
-            loss = f"  loss {record.train_loss:.3f}" if record.train_loss is not None else ""
-            step = f"step {record.seen.step}/{self._steps}"
-            err.print(f"  {step}{loss}  source {source}{target}", highlight=False, soft_wrap=True)
-
-    def on_end(self) -> None:
-        """Leave the terminal as it was."""
-        self._progress.stop()
-
-
-class CountingBar:
-    """A progress callback (done, total) that shows a bar while there is something to count."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show `done` of `total`."""
-        if not err.is_terminal:
-            return
-        if self._progress is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=err, transient=True)
-            self._task = self._progress.add_task(self._title)
-            self._progress.start()
-            atexit.register(self._progress.stop)  # an error on the way must not leave the terminal without a cursor
-        self._progress.update(self._task, completed=done, total=total)
-        if done >= total:
-            self._progress.stop()
-            self._progress = None
 
 
 class ByteBar:

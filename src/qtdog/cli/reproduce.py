@@ -122,14 +122,14 @@ def run_missing(question: Question, dataset: DomainDataset | None) -> None:
     from qtdog.api.experiment import Planned
     from qtdog.api.paper import plan_jobs
     from qtdog.cli.console import err
-    from qtdog.cli.train import run_all
+    from qtdog.cli.train import train_shown
 
     missing = {job.folder.path: job for job in plan_jobs(question, dataset) if job.result is None}
     for place, job in enumerate(missing.values(), start=1):
         config = job.config
         text = f"{place} of {len(missing)}: {job.row.method}, unseen {config.data.target}, trial {config.data.trial}"
         err.print(text, highlight=False, markup=False, soft_wrap=True)
-        run_all(dataset, [Planned(config, job.folder)], resume=True)
+        train_shown(dataset, [Planned(config, job.folder)], resume=True)
 
 
 def _show(question: Question, lines: Sequence[Line], *, changed: bool) -> None:

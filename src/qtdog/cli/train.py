@@ -98,20 +98,21 @@ def train(
       qtdog train --resume --out runs/photos-c                       (after a crash, or Ctrl-C)
     """
     given = dict(locals())
-    from qtdog.api.experiment import FLAGS, Crew, Request, make_plan, with_saved_crew
+    from qtdog.api import experiment
     from qtdog.cli.console import CountingBar, print_json
 
-    flags = {name: given[name] for name in FLAGS}
-    crew = Crew(members, member_splits.value, fork_at)
-    request = with_saved_crew(Request(flags, preset or (), assign or (), crew, out, resume))
-    dataset, plan = make_plan(request, CountingBar("reading images"))
+    flags = {name: given[name] for name in experiment.FLAGS}
+    wanted = experiment.Members(members, member_splits.value, fork_at)
+    request = experiment.Request(flags, preset or (), assign or (), wanted, out, resume)
+    request = experiment.with_saved_members(request)
+    dataset, plan = experiment.make_plan(request, CountingBar("reading images"))
     announce(dataset)
     if out is not None and len(plan) > 1:
-        _remember(out, plan, request.crew)
-    results = run_all(dataset, plan, resume=resume, loggers=log or ())
-    ensembles = join_all(dataset, plan, out) if request.crew.members > 1 else []
+        experiment.keep_request(out, plan, request.members)
+    results = train_shown(dataset, plan, resume=resume, loggers=log or ())
+    ensembles = join_shown(dataset, plan, out) if request.members.number > 1 else []
     if out is not None and len(plan) > 1:
-        _keep_table(out, results, ensembles)
+        experiment.keep_table(out, results, ensembles)
     if as_json:
         single = results[0] if len(results) == 1 else results
         print_json({"runs": results, "ensembles": ensembles} if ensembles else single)
@@ -141,81 +142,35 @@ def warn_skipped(dataset: Any) -> None:
         warn(f"{len(dataset.skipped):,} unreadable images are left out, such as {dataset.skipped[0][1]}")
 
 
-def run_all(dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Make every planned run, one after another, and return their results with folder and method."""
-    from dataclasses import replace
+def shown_progress() -> Any:
+    """Return how runs report to somebody at a terminal: bars and warnings on standard error."""
+    from qtdog.cli.console import CountingBar, TrainingBar, warn
+    from qtdog.training.run import RunCallbacks
 
-    from qtdog.cli.console import SPEAKS, CountingBar, TrainingBar, warn
-    from qtdog.ensemble.teacher import load_teacher
-    from qtdog.runs.finished import method_name
-    from qtdog.training.loggers import with_loggers
-    from qtdog.training.run import RunCallbacks, run
-
-    callbacks = RunCallbacks(
-        TrainingBar(), CountingBar("decoding images"), warn, CountingBar("quantizing after training")
-    )
-    results = []
-    for planned in plan:
-        config, folder, shared = planned.config, planned.folder, planned.fork_point
-        start = None
-        if shared is not None and folder.read_result() is None:
-            start = shared.checkpoint(config, dataset, callbacks)
-        teacher = load_teacher(config, dataset)
-        heard = replace(callbacks, callback=with_loggers(loggers if SPEAKS else (), folder.path, callbacks.callback))
-        result = run(config, dataset, folder, resume=resume, callbacks=heard, fork_from=start, teacher=teacher)
-        if shared is not None:
-            shared.check(result, folder)
-        told = {"method": method_name(config.model_dump()), "folder": str(folder.path)}
-        results.append(result | told | {"training_steps": config.train.steps})
-    return results
+    return RunCallbacks(TrainingBar(), CountingBar("decoding images"), warn, CountingBar("quantizing after training"))
 
 
-def join_all(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[str, Any]]:
-    """Make the ensemble of each target from its finished members and return their results; only one process does."""
-    from qtdog.api.experiment import join_crew
-    from qtdog.cli.console import SPEAKS, CountingBar, warn
+def train_shown(
+    dataset: Any, plan: Sequence[Any], *, resume: bool, loggers: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Make every planned run with progress on standard error (`api.experiment.train_runs`)."""
+    from qtdog.api.experiment import train_runs
+    from qtdog.cli.console import SPEAKS
 
-    if not SPEAKS:
-        return []
-    crews: dict[str, list[Path]] = {}
-    for planned in plan:
-        crews.setdefault(planned.config.data.target, []).append(planned.folder.path)
-    return [join_crew(dataset, folders, out, CountingBar("decoding images"), warn) for folders in crews.values()]
+    return train_runs(dataset, plan, shown_progress(), resume=resume, loggers=loggers if SPEAKS else ())
 
 
-def _remember(out: Path, plan: Sequence[Any], crew: Any) -> None:
-    """Write down what was asked for, as one configuration: the first run's, for all targets if there are several."""
-    from qtdog.api.experiment import keep_plan
+def join_shown(dataset: Any, plan: Sequence[Any], out: Path | None) -> list[dict[str, Any]]:
+    """Make the ensemble of each target (`api.experiment.join_targets`); of several processes the first one does."""
+    from qtdog.api.experiment import join_targets
+    from qtdog.cli.console import SPEAKS
 
-    first = plan[0].config
-    target = "all" if len({planned.config.data.target for planned in plan}) > 1 else first.data.target
-    data = first.data.model_copy(update={"target": target})
-    keep_plan(out, first.model_copy(update={"data": data}), crew)
-
-
-def table_of(
-    results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]
-) -> tuple[list[str], list[list[str]]]:
-    """Return the table of runs of one method: a row for them, and with ensembles one for these, with their cost."""
-    from qtdog.report.tables import cost_table, target_table
-
-    method = results[0]["method"]
-    if not ensembles:
-        return target_table({method: results})
-    members = len(ensembles[0]["members"])
-    return cost_table({f"{method}: mean of {members}": results, ensembles[0]["method"]: ensembles})
-
-
-def _keep_table(out: Path, results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]]) -> None:
-    from qtdog.core.files import write_atomic
-    from qtdog.report.tables import markdown
-
-    write_atomic(out / "results.json", json.dumps(list(results), indent=1))
-    write_atomic(out / "results.md", markdown(*table_of(results, ensembles)) + "\n")
+    return join_targets(dataset, plan, out, shown_progress()) if SPEAKS else []
 
 
 def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] = ()) -> None:
     """Print the table of finished runs, and where their files are."""
+    from qtdog.api.experiment import result_table
     from qtdog.cli.console import out, print_table
 
     title = "accuracy (%) on the whole unseen domain, checkpoint by source validation"
@@ -224,7 +179,7 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
         title = f"accuracy (%) on the whole unseen domain, checkpoint by '{first['selection']}'"
     if first["test_mode"] == "in-domain":
         title = "accuracy (%) on the last 20 % of each source domain (in-domain)"
-    headers, rows = table_of(results, ensembles)
+    headers, rows = result_table(results, ensembles)
     print_table(headers, rows, title=title)
     if ensembles and ensembles[0]["no_source_score"]:
         out.print(f"No score of the ensemble on the sources: {ensembles[0]['no_source_score']}.", soft_wrap=True)
@@ -297,7 +252,7 @@ def distill(
     request = Request(flags, preset or (), [*own, *(assign or ())], out=out, resume=resume)
     dataset, plan = make_plan(request, CountingBar("reading images"))
     announce(dataset)
-    results = run_all(dataset, plan, resume=resume)
+    results = train_shown(dataset, plan, resume=resume)
     if as_json:
         from qtdog.cli.console import print_json
 

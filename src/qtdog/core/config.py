@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -190,9 +191,9 @@ class Config(Section):
     """The whole configuration of one run.
 
     Example:
-        >>> config = Config.model_validate({"quantizer": {"bits": 4}})
-        >>> config.quantizer.bits, config.optimizer.lr
-        (4, 5e-05)
+        >>> config = Config.make("lsq-sma", bits=4, steps=1000)
+        >>> config.quantizer.bits, config.averager.name, config.optimizer.lr
+        (4, 'sma', 5e-05)
     """
 
     data: DataConfig = DataConfig()
@@ -203,6 +204,36 @@ class Config(Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+
+    @classmethod
+    def make(cls, *presets: str, **options: Any) -> Config:
+        """Return the configuration of some presets (later ones win) with options on top.
+
+        Args:
+            presets: names (`qtdog list presets`) or YAML files.
+            options: by name, as `qtdog.train` takes them: `steps=1000`, `quantizer="lsq"`, `train={"eval_every": 50}`.
+
+        Raises:
+            ConfigError: a name that there is not, with the nearest one, or a value out of range.
+        """
+        from qtdog.core.config_io import build_config, load_preset, option_tree
+
+        return build_config([*(load_preset(name) for name in presets), option_tree(options)])
+
+    @classmethod
+    def read(cls, path: str | Path) -> Config:
+        """Return the configuration in a YAML file, or that of a run folder (ConfigError if there is none)."""
+        from qtdog.core.config_io import build_config, load_preset
+
+        path = Path(path)
+        return build_config([load_preset(str(path / "config.yaml" if path.is_dir() else path))])
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as YAML, every value spelled out; `--preset FILE.yaml` and `read` take it."""
+        from qtdog.core.config_io import to_yaml
+        from qtdog.core.files import write_atomic
+
+        write_atomic(Path(path), to_yaml(self))
 
     @model_validator(mode="after")
     def _start_lies_inside_the_run(self) -> Config:

@@ -15,6 +15,26 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, nearest, unknown
 
 Tree = dict[str, Any]
+# Short name of an option (a flag of the command line, an argument of `qtdog.train`) → its section and key.
+SHORT_NAMES = {
+    "data": ("data", "source"),
+    "target": ("data", "target"),
+    "image_size": ("data", "image_size"),
+    "batch_size": ("data", "batch_size"),
+    "trial": ("data", "trial"),
+    "backbone": ("model", "backbone"),
+    "weights": ("model", "weights"),
+    "objective": ("objective", "name"),
+    "step_rule": ("step_rule", "name"),
+    "averager": ("averager", "name"),
+    "quantizer": ("quantizer", "name"),
+    "bits": ("quantizer", "bits"),
+    "start_step": ("quantizer", "start_step"),
+    "steps": ("train", "steps"),
+    "seed": ("train", "seed"),
+    "lr": ("optimizer", "lr"),
+    "skip_unreadable": ("data", "skip_unreadable"),
+}
 PAPER = "paper"  # both the folder of the presets of the paper's tables and their part that is no configuration
 
 
@@ -101,6 +121,48 @@ def parse_assignment(text: str) -> Tree:
     if glued:
         raise ConfigError(f"--set {text}: YAML wants a space behind the colon, as in {{{glued[0].replace(':', ': ')}}}")
     return {section: {key: read}}
+
+
+def option_tree(options: Mapping[str, Any]) -> Tree:
+    """Return the tree of some options by name; those that are None are left out.
+
+    A name is a short one (`SHORT_NAMES`), the key of one section alone (`eval_every`), a section with several keys
+    (`train={"steps": 100}`), or both with a dot (`"train.steps"`).
+
+    Raises:
+        ConfigError: a name that there is not, with the nearest one, or the key of several sections.
+
+    Example:
+        >>> option_tree({"bits": 4, "eval_every": 50, "optimizer": {"schedule": "linear"}, "seed": None})
+        {'quantizer': {'bits': 4}, 'train': {'eval_every': 50}, 'optimizer': {'schedule': 'linear'}}
+    """
+    tree: Tree = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in Config.model_fields and isinstance(value, Mapping):
+            tree[name] = {**tree.get(name, {}), **value}
+            continue
+        section, key = _place_of(name)
+        tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def _place_of(name: str) -> tuple[str, str]:
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if "." in name:
+        section, _, key = name.partition(".")
+        return section, key  # `build_config` says what is wrong with it
+    keys = {section: _fields([section]) for section in Config.model_fields}
+    sections = [section for section, known in keys.items() if name in known]
+    if len(sections) == 1:
+        return sections[0], name
+    if sections:
+        choices = " or ".join(f"{section}.{name}" for section in sections)
+        raise ConfigError(f"'{name}' is an option of several sections: say {choices}")
+    known = [*SHORT_NAMES, *keys, *(key for section in keys.values() for key in section)]
+    raise ConfigError(unknown("option", name, dict.fromkeys(known)))
 
 
 def merge(trees: Iterable[Mapping[str, Any]]) -> Tree:

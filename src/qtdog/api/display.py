@@ -1,0 +1,138 @@
+"""How long work shows itself: bars in a terminal or a notebook, else a line now and then; messages.
+
+Results go to standard output; everything else, progress too, to standard error.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from qtdog.core.progress import RunCallback
+
+if TYPE_CHECKING:  # the command line must answer --help at once
+    from qtdog.core.config import Config
+    from qtdog.runs.record import Record
+
+# Of several processes (`accelerate launch`) only the first one speaks, but each may fail.
+RANK = os.environ.get("RANK", "0")
+SPEAKS = RANK == "0"
+
+out = Console(quiet=not SPEAKS)
+err = Console(stderr=True, quiet=not SPEAKS)
+LINE_EVERY_S = 30.0  # between two lines about the steps, where there is no bar
+
+
+def shows_bars() -> bool:
+    """Return whether bars can be drawn: in a terminal, or in a notebook that has ipywidgets."""
+    return err.is_terminal or (err.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration for people.
+
+    Example:
+        >>> duration_text(42), duration_text(200), duration_text(9000), duration_text(300_000)
+        ('42 s', '3 min', '2.5 h', '3.5 days')
+    """
+    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+class TrainingBar(RunCallback):
+    """Shows loss, source accuracy, images per second and time left of one run after another."""
+
+    def on_start(self, config: Config, step: int) -> None:
+        """Show the title and an empty bar; where none can be drawn, the title alone."""
+        from qtdog.runs.finished import method_name
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  source {task.fields[source]}  {task.fields[rate]} images/s"),
+            TimeRemainingColumn(),
+        )
+        title = f"{method_name(config.model_dump())}, unseen: {config.data.target}"
+        self._steps, self._start, self._n_images, self._shown = config.train.steps, step, 0, 0.0
+        self._started = self._line = time.perf_counter()
+        if not shows_bars():
+            err.print(title, highlight=False, markup=False, soft_wrap=True)
+        self._progress = Progress(*columns, console=err, disable=not shows_bars())
+        self._progress.start()
+        self._task = self._progress.add_task(
+            title, total=config.train.steps, completed=step, loss="–", source="–", rate="–"
+        )
+
+    def on_step(self, step: int, loss: float, n_images: int) -> None:
+        """Move the bar."""
+        self._n_images += n_images
+        now = time.perf_counter()
+        if now - self._shown > 0.1 or step == self._steps:
+            self._shown = now
+            rate = self._n_images / (now - self._started)
+            self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
+        if self._progress.disable and now - self._line > LINE_EVERY_S:
+            self._line = now
+            left = (now - self._started) / (step - self._start) * (self._steps - step)
+            text = f"  step {step}/{self._steps}  loss {loss:.3f}  {rate:,.0f} images/s  {duration_text(left)} left"
+            err.print(text, highlight=False, soft_wrap=True)
+
+    def on_record(self, record: Record) -> None:
+        """Show an evaluation."""
+        from qtdog.report.tables import percent
+
+        source = percent(record.seen.source_accuracy)
+        self._progress.update(self._task, source=source)
+        if self._progress.disable:
+            target = f"  unseen {percent(record.test_accuracy)}" if record.test_accuracy is not None else ""
+            loss = f"  loss {record.train_loss:.3f}" if record.train_loss is not None else ""
+            step = f"step {record.seen.step}/{self._steps}"
+            err.print(f"  {step}{loss}  source {source}{target}", highlight=False, soft_wrap=True)
+
+    def on_end(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+
+class CountingBar:
+    """A progress callback (done, total) that shows a bar while there is something to count."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`."""
+        if not shows_bars():
+            return
+        if self._progress is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=err, transient=True)
+            self._task = self._progress.add_task(self._title)
+            self._progress.start()
+            atexit.register(self._progress.stop)  # an error on the way must not leave the terminal without a cursor
+        self._progress.update(self._task, completed=done, total=total)
+        if done >= total:
+            self._progress.stop()
+            self._progress = None
