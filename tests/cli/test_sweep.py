@@ -13,12 +13,12 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from qtdog.cli.sweep_progress import Board
-from qtdog.sweep.journal import Outcome
+from qtdog.cli.sweep_progress import ProgressDisplay
+from qtdog.sweep.journal import Outcome, save_failure
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import read_study
-from qtdog.sweep.worker import perform
+from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 SET = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 4, "train.eval_every": 1}
@@ -44,7 +44,7 @@ def half_done(study, tmp_path):
     plan = make_plan(read_study(study))
     for task in plan.tasks:
         if task.labels[0]["seed"] == 0:
-            assert perform(task, tmp_path / "runs" / "tiny", plan.dataset, RunCallbacks()).status == "done"
+            assert run_task(task, tmp_path / "runs" / "tiny", plan.dataset, RunCallbacks()).status == "done"
     return study
 
 
@@ -68,18 +68,18 @@ def test_status_counts_and_changes_nothing(qtdog, half_done, tmp_path):
 
 
 def test_a_dry_run_estimates_from_finished_runs_and_starts_nothing(qtdog, half_done, tmp_path):
-    done = qtdog("sweep", half_done, "--dry-run", "--cluster", "8xH100")
+    done = qtdog("sweep", half_done, "--dry-run", "--workers", "8")
     assert done.code == 0, done.err
     assert "missing: 2 runs" in done.out
     assert "2 finished runs" in done.out
-    assert "Assumed, not measured" in done.out
+    assert "with 8 workers like those of this machine" in " ".join(done.out.split())
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 2
 
 
 def test_a_dry_run_without_runs_probes_a_few_steps(qtdog, study, tmp_path):
     done = qtdog("sweep", study, "--dry-run", "--workers", "3")
     assert "a few steps made just now" in done.out
-    assert "3 workers of this machine" in " ".join(done.out.split())
+    assert "3 workers like those of this machine" in " ".join(done.out.split())
     assert not (tmp_path / "runs").exists()
 
 
@@ -133,8 +133,7 @@ def test_runs_as_csv_for_a_spreadsheet(qtdog, half_done):
     assert [row["quantizer"] for row in csv.DictReader(io.StringIO(text))] == ["lsq"]
 
 
-def test_diff_merge_and_retry(qtdog, half_done, tmp_path):
-    assert "2 runs in both" in qtdog("sweep", "diff", half_done, tmp_path / "runs" / "tiny").out
+def test_merge_and_retry(qtdog, half_done, tmp_path):
     assert "2 copied" in qtdog("sweep", "merge", tmp_path / "runs" / "tiny", "--into", tmp_path / "all").out
     assert "nothing failed" in qtdog("sweep", "retry", half_done).out
 
@@ -144,8 +143,6 @@ def test_diff_merge_and_retry(qtdog, half_done, tmp_path):
     [
         (("sweep", "gone.yaml"), "the study file gone.yaml does not exist"),
         (("sweep", "tiny.yaml", "--only", "nothing"), "means no run of the study"),
-        (("sweep", "tiny.yaml", "--cluster", "64xH100"), "--cluster is for --dry-run"),
-        (("sweep", "tiny.yaml", "--dry-run", "--cluster", "64"), "takes a number and a device"),
         (("sweep", "tiny.yaml", "--address", "auto"), "--address is for --engine ray"),
         (("sweep", "retry", "tiny.yaml", "--address", "auto"), "--address is for --engine ray"),
         (("sweep", "retry", "tiny.yaml", "--log", "wandbb"), "did you mean 'wandb'?"),
@@ -171,15 +168,47 @@ def test_mistakes_in_the_study_are_told_all_at_once(qtdog, study, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"averager.name": "swda"}, "did you mean 'swad'"),
+        ({"quantizer.name": "lsqq"}, "did you mean 'lsq'"),
+    ],
+)
+def test_a_dry_run_checks_as_the_sweep_does(qtdog, study, changes, message):
+    study.write_text(yaml.safe_dump(STUDY | {"methods": {"a": {"set": changes}}}))
+    done = qtdog("sweep", study, "--dry-run")
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_dry_run_of_slurm_needs_no_gpu_of_this_machine(qtdog, study):
+    done = qtdog("sweep", study, "--engine", "slurm", "--dry-run", "--gpus", "1", "--partition", "gpu")
+    assert done.code == 0, done.err
+    assert "gpus_per_node=1, partition=gpu" in " ".join(done.out.split())
+
+
+def test_retry_from_the_start_spares_runs_that_another_machine_finished(qtdog, half_done, tmp_path):
+    plan, folder = make_plan(read_study(half_done)), tmp_path / "runs" / "tiny"
+    finished = next(task for task in plan.tasks if task.labels[0]["seed"] == 0)
+    model = finished.folder(folder) / "model.safetensors"
+    before = model.stat()
+    save_failure(Outcome(finished.name, "failed", "no luck", "RunError"), folder)
+    done = qtdog("sweep", "retry", half_done, "--fresh", "--workers", "1")
+    assert done.code == 0, done.err
+    assert f"{finished.name} is finished or in use, and is kept" in done.out
+    assert model.stat().st_mtime_ns == before.st_mtime_ns
+
+
 def test_the_live_table_says_what_runs_and_what_failed_before_the_end(study, tmp_path):
     plan = make_plan(read_study(study))
     stream = io.StringIO()
     with Live(console=Console(file=stream, force_terminal=True, width=100), auto_refresh=False) as live:
-        board = Board(tmp_path, live)
+        display = ProgressDisplay(tmp_path, live)
         progress = Progress(plan.tasks, list(plan.tasks[1:]))
         progress.running = {plan.tasks[0].name: (plan.tasks[0], time.monotonic() - 5)}
         progress.failed = {"x": Outcome("x", "failed", "no luck")}
-        board.show(progress)
+        display.show(progress)
         shown = stream.getvalue()
     assert "float seed=0 target=75" in shown
     assert "0/4" in shown

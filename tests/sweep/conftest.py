@@ -12,11 +12,11 @@ import pytest
 
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome
-from qtdog.sweep.local import Crew, LocalEngine
+from qtdog.sweep.local import LocalEngine, Resources
 from qtdog.sweep.plan import Plan, Task, make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import Study
-from qtdog.sweep.worker import perform
+from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 TINY = {
@@ -51,13 +51,13 @@ def local() -> Callable[..., LocalEngine]:
     """Return a function that makes the engine of this machine for a plan."""
 
     def make(plan: Plan, out: Path, workers: int = 2) -> LocalEngine:
-        return LocalEngine(out, plan.source, Crew(workers, 1))
+        return LocalEngine(out, plan.source, Resources(workers, 1))
 
     return make
 
 
 class Quiet:
-    """A board that keeps what it is told."""
+    """A display that keeps what it is told."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[str, Outcome]] = []
@@ -86,7 +86,7 @@ def measured(out: Path, plan: Plan) -> dict[str, Any]:
 def in_this_process(plan: Plan, out: Path) -> Path:
     """Do every task of a plan here and now."""
     for task in plan.tasks:
-        outcome = perform(task, out, plan.dataset, RunCallbacks(warn=print))
+        outcome = run_task(task, out, plan.dataset, RunCallbacks(warn=print))
         assert outcome.status == "done", outcome
     return out
 

@@ -11,9 +11,8 @@ import pytest
 from qtdog.core.errors import ConfigError
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep import index as index_module
-from qtdog.sweep.diff import diff, of_folder, of_plan
 from qtdog.sweep.index import ask, index_file, refresh
-from qtdog.sweep.journal import Outcome, keep_failure, keep_labels
+from qtdog.sweep.journal import Outcome, save_failure, save_labels
 from qtdog.sweep.merge import merge
 from qtdog.sweep.results import pairs, results, values
 
@@ -23,7 +22,7 @@ def swept(tmp_path_factory):
     """Return a plan and a folder in which it is done; not to be changed."""
     from qtdog.sweep.plan import make_plan
     from qtdog.sweep.study import Study
-    from qtdog.sweep.worker import perform
+    from qtdog.sweep.worker import run_task
     from qtdog.training.run import RunCallbacks
 
     sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1}
@@ -37,8 +36,8 @@ def swept(tmp_path_factory):
     }
     plan, out = make_plan(Study.model_validate(tree)), tmp_path_factory.mktemp("runs") / "tiny"
     for task in plan.tasks:
-        assert perform(task, out, plan.dataset, RunCallbacks()).status == "done"
-    keep_labels(plan.study.name, plan.labels, out)
+        assert run_task(task, out, plan.dataset, RunCallbacks()).status == "done"
+    save_labels(plan.study.name, plan.labels, out)
     return plan, out
 
 
@@ -116,7 +115,7 @@ def test_failures_and_their_reasons_are_found(copied):
     plan, out = copied
     task = next(task for task in plan.tasks if task.kind == "run")
     (out / task.name / "result.json").unlink()
-    keep_failure(Outcome(task.name, "failed", "no luck"), out)
+    save_failure(Outcome(task.name, "failed", "no luck"), out)
     (row,) = ask(refresh(out), "state = 'failed'", columns=["folder", "error"])
     assert row == {"folder": task.name, "error": "no luck"}
 
@@ -190,16 +189,6 @@ def test_a_run_in_use_is_not_replaced(copied, tmp_path):
     (ours / name / "result.json").unlink()
     with RunFolder(ours / name).lock():
         assert merge([theirs], ours).busy == [name]
-
-
-def test_diff_of_a_study_and_its_folder_is_nothing(swept, make_tiny):
-    plan, out = swept
-    same = diff(of_plan(plan), of_folder(out))
-    assert (same.common, same.changed, same.only_first, same.only_second) == (6, {}, (), ())
-    sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1, "optimizer.lr": 0.5}
-    found = diff(of_plan(plan), of_plan(make_tiny(set=sets | {"train.checkpoint_every": None})))
-    assert found.changed == {("optimizer.lr: 0.001 → 0.5",): 4}
-    assert len(found.only_first) == 2
 
 
 def test_a_summary_has_every_run_and_pairs_agree_in_target_and_seed(swept):

@@ -1,118 +1,153 @@
-"""The local engine: same results as separate runs, whatever dies on the way."""
+"""The local worker pool: how runs share cores and GPUs, and what happens when a process dies."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 
-from qtdog.core.errors import RunError
-from qtdog.runs.folder import RunFolder
-from qtdog.sweep import runner as driver_module
-from qtdog.sweep.journal import Outcome, Status, read_failures
-from qtdog.sweep.plan import Task, make_plan, select
-from qtdog.sweep.runner import Driver, is_done, standings, unfinished
-from qtdog.sweep.study import Study
-from qtdog.sweep.worker import perform
-from qtdog.training.run import RunCallbacks
+from qtdog.core.errors import ConfigError
+from qtdog.core.machine import n_cores
+from qtdog.sweep.journal import state_folder
+from qtdog.sweep.local import LocalEngine, Resources, local_resources, visible_gpus
+from qtdog.sweep.runner import Driver, unfinished
 
-METHODS = {
-    "float": {"presets": ["float"]},
-    "lsq": {"presets": ["lsq"]},
-    "lsq-decay": {"presets": ["lsq-decay"]},
-    "freeze": {"presets": ["freeze"]},
-    "sma": {"presets": ["float"], "set": {"averager.name": "sma", "averager.params": {"start": 2}}},
-    "lsq+swad": {"presets": ["lsq"], "set": {"averager.name": "swad"}},
-    "swad": {"presets": ["float"], "set": {"averager.name": "swad"}},
-    "rtn": {"presets": ["rtn"]},
-    "sma-rtn": {"presets": ["rtn"], "set": {"averager.name": "sma", "averager.params": {"start": 2}}},
-}
+FOUR = ("0", "1", "2", "3")
 
 
-def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running):
-    how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}}
-    separate, shared = make_tiny(**how), make_tiny(**how, share_prefix=True)
-    expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
-    found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
-    assert found == expected
-    # quantized from step 2 of 6: nine runs of 6 steps; of the nine, swad counts from the first step on, and the two
-    # that are rounded afterwards go on from step 5 of the float run and of its average
-    assert sum(task.steps for task in separate.tasks) == 9 * 6
-    assert sum(task.steps for task in shared.tasks) == 2 + 6 * 4 + 6 + 1 + 1
-    for task in shared.tasks:
-        result = RunFolder(task.folder(tmp_path / "shared")).read_result()
-        if task.kind == "run" and result is not None:
-            assert result["forked_from_step"] == task.step
+def test_without_gpus_the_workers_use_the_cores():
+    assert local_resources(workers=None, threads=None, gpus=None, visible=()) == Resources(n_cores(), 1)
+    assert local_resources(workers=None, threads=n_cores(), gpus=None, visible=()) == Resources(1, n_cores())
+    assert local_resources(workers=1, threads=None, gpus=0, visible=FOUR) == Resources(1, n_cores())
 
 
-def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running):
-    how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}, "share_prefix": True}
-    separate, shared = make_tiny(**how), make_tiny(**how, share_averaged=True)
-    expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
-    found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
-    assert found == expected
-    # float makes the four updates behind the beginning for sma, lsq for lsq+swad; swad begins at step 0
-    assert sum(task.steps for task in separate.tasks) == 2 + 6 * 4 + 6 + 1 + 1
-    assert sum(task.steps for task in shared.tasks) == 2 + 4 * 4 + 6 + 1 + 1
-    made = {task.labels[0]["method"]: task.after for task in shared.tasks if task.after}
-    names = {task.labels[0]["method"]: task.name for task in shared.tasks if task.labels}
-    assert made == {"sma": names["float"], "lsq+swad": names["lsq"]}
+@pytest.mark.parametrize(("share", "workers"), [(None, 4), (1, 4), (0.5, 8), (0.3, 13)])
+def test_with_gpus_each_worker_has_its_share(share, workers):
+    resources = local_resources(workers=None, threads=None, gpus=share, visible=FOUR)
+    assert (resources.workers, resources.gpus) == (workers, FOUR)
+    in_use = []
+    for _ in range(workers):
+        in_use.append(resources.least_used_gpu(in_use))
+    assert max(in_use.count(gpu) for gpu in FOUR) - min(in_use.count(gpu) for gpu in FOUR) <= 1
 
 
-def test_who_waits_for_the_updates_of_a_run_that_fails_makes_its_own(make_tiny, tmp_path, running):
-    plan = make_tiny(methods={name: METHODS[name] for name in ("float", "swad")}, share_averaged=True, grid={"seed": 0})
-    first, second = plan.tasks
-    assert (second.after, first.after, first.steps, second.steps) == (first.name, "", 6, 0)
-
-    def end(task):
-        return Outcome(task.name, "failed" if task.name == first.name else "done", "no luck", "RunError")
-
-    engine = Scripted(end, tmp_path, slots=2)
-    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
-    assert engine.begun == [first.name, second.name]
-    assert engine.most == 1  # one behind the other, with room for both
-    assert engine.steps == [6, 6]
-    assert set(progress.failed) == {first.name}
-    assert progress.done == {second.name}
+def test_gpus_are_named_as_the_environment_names_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a, GPU-7b")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert visible_gpus() == ("GPU-5a", "GPU-7b")
 
 
-def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path):
-    names = ("float", "swad", "sma")
-    plan = make_tiny(methods={name: METHODS[name] for name in names}, share_averaged=True, grid={"seed": 0})
-    first, second, third = plan.tasks
-    assert [name for name, _ in first.along] == [second.name, third.name]
-    assert perform(select(plan.tasks, "float")[0], tmp_path, plan.dataset, RunCallbacks()).status == "done"
-    assert not second.folder(tmp_path).exists()  # nobody asked for it
-    left, along = unfinished(plan.tasks, tmp_path)
-    assert (left.name, left.after, left.steps) == (second.name, "", 6)
-    assert (along.name, along.after) == (third.name, second.name)
-    again = Task.from_json(json.loads(json.dumps(first.to_json())))
-    assert again == first
+def test_a_local_run_on_two_gpus_or_on_missing_ones_is_refused():
+    with pytest.raises(ConfigError, match="accelerate launch"):
+        local_resources(workers=None, threads=None, gpus=2, visible=FOUR)
+    with pytest.raises(ConfigError, match="there is no GPU here"):
+        local_resources(workers=None, threads=None, gpus=1, visible=())
 
 
-def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):
-    plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
-    first, *runs = plan.tasks
-    perform(first, tmp_path, plan.dataset, RunCallbacks())
-    file = next(first.folder(tmp_path).glob("checkpoint/step-00000002/network.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1])
-    told = []
-    assert perform(runs[0], tmp_path, plan.dataset, RunCallbacks(warn=told.append)).status == "done"
-    assert "training from step 0 instead" in told[0]
+def test_runs_are_spread_over_the_gpus(make_tiny, running, tmp_path):
+    plan = make_tiny()
+    engine = LocalEngine(tmp_path, plan.source, Resources(2, 1, ("0", "1")))
+    assert not Driver(plan.tasks, tmp_path, engine, running.Quiet()).run().failed
+    logs = [(state_folder(tmp_path) / "logs" / f"{task.name}.log").read_text() for task in plan.tasks]
+    assert {log.split(" on GPU ")[1][0] for log in logs} == {"0", "1"}
+
+
+def one_outcome(engine, task):
+    engine.start(task)
+    while not (outcomes := engine.poll(1.0)):
+        pass
+    engine.close()
+    return outcomes
+
+
+def test_an_error_before_the_task_is_reported_with_its_traceback(make_tiny, tmp_path):
+    task = make_tiny().tasks[0]
+    (outcome,) = one_outcome(LocalEngine(tmp_path, "no-such-folder/", Resources(1, 1)), task)
+    assert (outcome.status, outcome.error) == ("failed", "DataError")
+    assert "no-such-folder" in outcome.reason
+    (state_folder(tmp_path) / "logs" / f"{task.name}.log").unlink()
+    (state_folder(tmp_path) / "logs").rmdir()
+    (state_folder(tmp_path) / "logs").write_text("")  # a file where the folder of the logs should be
+    (outcome,) = one_outcome(LocalEngine(tmp_path, "rotated-digits", Resources(1, 1)), task)
+    assert (outcome.status, outcome.error) == ("failed", "FileExistsError")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_stops_the_sweep_instead_of_being_tried_again(make_tiny, tmp_path):
+    plan = make_tiny()
+    logs = state_folder(tmp_path) / "logs"
+    logs.mkdir(parents=True)
+    (logs / f"{plan.tasks[0].name}.log").symlink_to("/dev/full")
+    (outcome,) = one_outcome(LocalEngine(tmp_path, plan.source, Resources(1, 1, ("0",))), plan.tasks[0])
+    assert (outcome.status, outcome.error) == ("disk", "OSError")
+
+
+def test_a_killed_fork_server_loses_nothing(make_tiny, local, tmp_path, running):
+    plan = make_tiny()
+    expected = running.measured(running.in_this_process(plan, tmp_path / "whole"), plan)
+    out = tmp_path / "killed"
+    engine, display, killed = local(plan, out), running.Quiet(), []
+
+    def kill_server(progress):
+        if not killed and len(engine.pids) == 2:
+            killed.append(psutil.Process(next(iter(engine.pids.values()))).ppid())
+            os.kill(killed[0], signal.SIGKILL)
+
+    display.show = kill_server
+    assert not Driver(plan.tasks, out, engine, display, poll_s=0.01).run().failed
+    assert killed
+    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    assert [outcome.status for _, outcome in display.ends] == ["done"] * 4
+    assert running.measured(out, plan) == expected
+
+
+def test_an_unguarded_script_in_a_folder_with_strange_modules_runs_a_study(make_tiny, tmp_path):
+    plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75", "seed": 0})
+    text = plan.study.model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(text))
+    for name in ("timm", "torchvision", "multiprocessing", "safetensors", "signal"):
+        (tmp_path / f"{name}.py").write_text("open('CODE_WAS_RUN', 'a').write(__name__)\nraise ImportError(__name__)")
+    (tmp_path / "run.py").write_text(
+        "import sys\nfrom qtdog.cli.main import main\n"
+        "sys.argv = ['qtdog', 'sweep', 'tiny.yaml', '--out', 'out']\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "run.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 done" in done.stdout
+    assert not (tmp_path / "CODE_WAS_RUN").exists()
+
+
+def test_sigterm_leaves_checkpoints_and_no_process(make_tiny, tmp_path):
+    plan = make_tiny(set={"train.steps": 100_000}, grid={"target": "75", "seed": 0})
+    study, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    study.write_text(yaml.safe_dump(plan.study.model_dump(mode="json", exclude_defaults=True)))
+    command = [sys.executable, "-m", "qtdog", "sweep", str(study), "--out", str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*/checkpoint/step-*/checkpoint.json"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3  # the fork server and its workers
+    process.terminate()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert all(list((out / task.name).glob("checkpoint/step-*/checkpoint.json")) for task in plan.tasks)
 
 
 def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, monkeypatch, running):
     sma = {"presets": ["float"], "set": {"averager.name": "sma", "averager.params": {"start": 24}}}
-    methods = {"float": METHODS["float"], "lsq": METHODS["lsq"], "sma": sma}
+    methods = {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"]}, "sma": sma}
     changes = {"set": {"train.steps": 60, "train.checkpoint_every": 2}, "share_prefix": True, "share_averaged": True}
     plan = make_tiny(**changes, methods=methods, grid={"target": "75", "seed": 0})
-    assert [bool(task.after) for task in plan.tasks] == [False, False, False, True]
+    assert [bool(task.updates_from) for task in plan.tasks] == [False, False, False, True]
     expected = running.measured(running.in_this_process(plan, tmp_path / "whole"), plan)
     out, study = tmp_path / "killed", tmp_path / "tiny.yaml"
     study.write_text(yaml.safe_dump(plan.study.model_dump(mode="json", exclude_defaults=True)))
@@ -123,7 +158,7 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_p
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert unfinished(plan.tasks, out)
-    engine, board, killed = local(plan, out), running.Quiet(), []
+    engine, display, killed = local(plan, out), running.Quiet(), []
 
     def kill_two(progress):
         for name, pid in engine.pids.items():
@@ -131,133 +166,10 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_p
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
-    monkeypatch.setattr(driver_module, "POLL_S", 0.01)
-    monkeypatch.setattr(driver_module, "BUSY_S", 0.2)  # the orphans of the first driver stop by themselves
-    monkeypatch.setattr(board, "show", kill_two)
-    progress = Driver(plan.tasks, out, engine, board).run()
+    monkeypatch.setattr(display, "show", kill_two)
+    progress = Driver(plan.tasks, out, engine, display, poll_s=0.01, busy_s=0.2).run()
     assert len(killed) == 2
     assert not progress.failed
-    lost = [outcome.reason for _, outcome in board.ends if outcome.status == "lost"]
+    lost = [outcome.reason for _, outcome in display.ends if outcome.status == "lost"]
     assert lost == ["its process died of SIGKILL"] * 2
     assert running.measured(out, plan) == expected
-
-
-class Scripted:
-    """An engine that ends each task as a function says."""
-
-    def __init__(self, end, out, slots=1):
-        self.slots, self.end, self.out, self.begun, self.running, self.stopped = slots, end, out, [], [], False
-        self.most, self.steps = 0, []
-
-    def start(self, task):
-        self.begun.append(task.name)
-        self.steps.append(task.steps)
-        self.running.append(task)
-        self.most = max(self.most, len(self.running))
-
-    def poll(self, timeout_s):
-        ended, self.running = [self.end(task) for task in self.running], []
-        for outcome in ended:
-            if outcome.status == "done":
-                folder = self.out / outcome.name
-                (folder / "checkpoint" / "step-00000002").mkdir(parents=True)
-                for name in ("result.json", "model.safetensors", "checkpoint/step-00000002/checkpoint.json"):
-                    (folder / name).write_text("{}")
-        return ended
-
-    def stop(self):
-        self.stopped = True
-
-    def close(self):
-        pass
-
-
-def test_a_run_that_fails_stops_no_other_but_what_needs_it(make_tiny, tmp_path, running):
-    plan = make_tiny(share_prefix=True)
-    bad = plan.tasks[0].name  # the beginning of two of the four runs
-
-    def end(task):
-        return Outcome(task.name, "failed", "no luck", "RunError") if task.name == bad else Outcome(task.name, "done")
-
-    engine = Scripted(end, tmp_path)
-    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
-    assert len(progress.done) == 3
-    assert [task.begin for task in progress.blocked()] == [bad, bad]
-    assert read_failures(tmp_path)[bad].reason == "no luck"
-    assert standings(plan.tasks, tmp_path)[bad] == "failed"
-    again = Scripted(lambda task: Outcome(task.name, "done"), tmp_path)
-    Driver(plan.tasks, tmp_path, again, running.Quiet()).run()
-    assert len(again.begun) == 3  # only what is missing or failed
-    assert read_failures(tmp_path) == {}
-
-
-def test_a_process_that_dies_each_time_counts_as_a_failure(make_tiny, tmp_path, running):
-    plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75"})
-    engine = Scripted(lambda task: Outcome(task.name, "lost", "its process died of SIGKILL"), tmp_path)
-    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
-    assert len(engine.begun) == driver_module.MAX_LOST
-    assert progress.failed[plan.tasks[0].name].reason == "5 times its process died of SIGKILL"
-
-
-def test_a_full_disk_stops_the_sweep(make_tiny, tmp_path, running):
-    plan = make_tiny()
-    engine = Scripted(lambda task: Outcome(task.name, "disk", "the disk is full", "RunError"), tmp_path)
-    with pytest.raises(RunError, match="the sweep stopped, since it cannot write: the disk is full"):
-        Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
-    assert engine.stopped
-    assert len(engine.begun) == 1
-    assert read_failures(tmp_path) == {}
-
-
-def test_a_folder_in_use_is_looked_at_again_later(make_tiny, tmp_path, monkeypatch, running):
-    monkeypatch.setattr(driver_module, "BUSY_S", 0.05)
-    plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75"})
-    statuses: list[Status] = ["busy", "busy", "done"]
-    ends = iter(statuses)
-    engine = Scripted(lambda task: Outcome(task.name, next(ends)), tmp_path)
-    Driver(plan.tasks, tmp_path, engine, running.Quiet()).run()
-    assert len(engine.begun) == 3
-    assert is_done(plan.tasks[0], tmp_path)
-
-
-def test_limit_begins_no_more_than_so_many(make_tiny, tmp_path, running):
-    plan = make_tiny()
-    engine = Scripted(lambda task: Outcome(task.name, "done"), tmp_path)
-    progress = Driver(plan.tasks, tmp_path, engine, running.Quiet(), limit=3).run()
-    assert len(engine.begun) == len(progress.done) == 3
-
-
-def test_an_ensemble_is_made_of_finished_members(make_tiny, tmp_path, running):
-    ensembles = [
-        {"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..1"},
-        {"name": "DiWA", "method": "one-start", "kind": "diwa", "members": "0..1"},
-    ]
-    methods = {"lsq": {"presets": ["lsq"]}, "one-start": {"presets": ["float"], "set": {"model.init_seed": 0}}}
-    plan = make_tiny(methods=methods, ensembles=ensembles)
-    running.in_this_process(plan, tmp_path)
-    made = [task for task in plan.tasks if task.kind == "ensemble"]
-    assert [task.name.split("-")[0] for task in made] == ["eoq", "diwa"]
-    for task in made:
-        result = json.loads((task.folder(tmp_path) / "result.json").read_text())
-        assert {member["folder"] for member in result["members"]} == {f"../{name}" for name in task.needs}
-        assert is_done(task, tmp_path)
-    assert unfinished(plan.tasks, tmp_path) == []
-
-
-def test_a_disk_that_fills_up_is_told_apart_from_other_failures(make_tiny, tmp_path, monkeypatch):
-    plan = make_tiny()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qtdog.core.files.tempfile.mkstemp", full)
-    outcome = perform(plan.tasks[0], tmp_path, plan.dataset, RunCallbacks())
-    assert (outcome.status, outcome.error) == ("disk", "RunError")
-    assert "the disk is full" in outcome.reason
-
-
-def test_a_plan_is_the_same_each_time(make_tiny):
-    assert (
-        make_tiny(share_prefix=True).tasks
-        == make_plan(Study.model_validate(make_tiny().study.model_dump() | {"share_prefix": True})).tasks
-    )

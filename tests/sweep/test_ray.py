@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.ray import RayEngine, import_ray
-from qtdog.sweep.runner import Driver
-from qtdog.sweep.worker import do_task_elsewhere, inputs, pack, unpack
+from qtdog.sweep.plan import EnsembleMembers, Task
+from qtdog.sweep.ray import (
+    MEMBER_FILES,
+    RayEngine,
+    import_ray,
+    pack,
+    run_task_with_files,
+    task_files,
+    unpack,
+)
+from qtdog.sweep.runner import Driver, unfinished
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -29,7 +39,7 @@ def test_work_elsewhere_needs_only_what_is_sent_and_sends_the_run_back(make_tiny
     expected = running.measured(running.in_this_process(plan, tmp_path / "here"), plan)
     out = tmp_path / "there"
     for task in plan.tasks:
-        answer, content = do_task_elsewhere(task.to_json(), inputs(task, out), plan.source, 1)
+        answer, content = run_task_with_files(task.to_json(), task_files(task, out), plan.source, 1)
         assert answer["status"] == "done"
         unpack(content, out / task.name)
     assert running.measured(out, plan) == expected
@@ -50,3 +60,64 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'qtdog\[ray\]'"):
         import_ray()
+
+
+class FakeRay:
+    """Runs each task where it is submitted, on a machine that does not see the sweep's folder."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError, TaskCancelledError=TimeoutError)
+
+    def __init__(self):
+        self.sent = []
+
+    def init(self, **options):
+        pass
+
+    def shutdown(self):
+        pass
+
+    def cluster_resources(self):
+        return {"CPU": 2}
+
+    def remote(self, **options):
+        return lambda work: SimpleNamespace(remote=self._submit)
+
+    def _submit(self, tree, files, shared_folder, source, threads):
+        self.sent.append(sorted(files) if files is not None else None)
+        return len(self.sent), tree, files, source, threads
+
+    def wait(self, references, num_returns, timeout):
+        assert references  # Ray refuses an empty list, and a loop around it would spin
+        return references[:1], references[1:]
+
+    def get(self, reference):
+        _, tree, files, source, threads = reference
+        return (None, b"") if files is None else run_task_with_files(tree, files, source, threads)
+
+
+def test_files_are_sent_only_after_a_machine_does_not_see_the_folder(make_tiny, tmp_path, running):
+    plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
+    ray, out = FakeRay(), tmp_path / "out"
+    engine = RayEngine(out, plan.source, workers=1, threads=1, ray=ray)
+    Driver(plan.tasks, out, engine, running.Quiet()).run()
+    point = plan.tasks[0].name
+    assert [task.kind for task in plan.tasks] == ["fork_point", "run", "run"]
+    assert ray.sent == [None, [], [point], [point]]
+    assert unfinished(plan.tasks, out) == []
+
+
+def test_an_engine_without_work_waits(tmp_path):
+    engine = RayEngine(tmp_path, "rotated-digits", workers=1, threads=1, ray=FakeRay())
+    started = time.monotonic()
+    assert engine.poll(0.05) == []
+    assert time.monotonic() - started >= 0.05
+
+
+def test_of_members_only_the_files_that_are_read_are_sent(tmp_path):
+    for name in ("config.yaml", "result.json", "model.safetensors", "metrics.jsonl", "checkpoint/step-00000002/a"):
+        (tmp_path / "member" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "member" / name).write_text("")
+    for kind, names in (("eoq", MEMBER_FILES), ("diwa", (*MEMBER_FILES, "checkpoint"))):
+        task = Task("e", "ensemble", 0, ensemble=EnsembleMembers(kind, ("member",)))
+        unpack(task_files(task, tmp_path)["member"], tmp_path / kind)
+        assert sorted(path.name for path in (tmp_path / kind).iterdir()) == sorted(names)

@@ -12,7 +12,7 @@ from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.sweep.plan import make_plan, select
 from qtdog.sweep.runner import check_tasks
-from qtdog.sweep.study import Search, Study, drawn, read_study
+from qtdog.sweep.study import Search, Study, draw_values, read_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 
@@ -67,6 +67,7 @@ def test_only_takes_what_the_words_mean_and_what_it_needs(make_tiny):
 MISTAKES = [
     ({"metods": {}}, "unknown key of the study 'metods'; did you mean 'methods'"),
     ({"methods": {"a": {"preset": []}}}, r"unknown key of methods\.a 'preset'; did you mean 'presets'"),
+    ({"seeds": "0..2"}, r"unknown key of the study 'seeds'; did you mean 'seed', below 'grid'\?"),
     ({"search": {"n": 2, "ower": []}}, "unknown key of search 'ower'; did you mean 'over'"),
     ({"order": [{"sed": 1}]}, "unknown label 'sed'; did you mean 'seed'"),
     ({"order": [{"method": "lqs"}]}, "unknown method 'lqs'; did you mean 'lsq'"),
@@ -84,6 +85,27 @@ def test_mistakes_in_the_file_are_told_with_the_nearest_name(changes, message, t
     file.write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=message):
         read_study(file)
+
+
+def test_an_axis_called_seeds_is_told_the_nearest_name(make_tiny):
+    with pytest.raises(ConfigError, match=r"'seeds' is no dotted key, like train\.steps; did you mean 'seed'"):
+        make_tiny(grid={"seeds": "0..1", "target": "75"})
+
+
+def test_names_of_domains_are_the_text_of_the_file(tmp_path, make_tiny):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "name: a\nmethods: {float: {presets: [float], grid: {data.target: 1.50}}, lsq: {set: {data.target: on}}}\n"
+        "grid: {target: [NO, 010, sketch], seed: 0..1, quantizer.bits: [7, 010]}\norder: [{target: [010], seed: 0}]\n"
+    )
+    study = read_study(file)
+    assert study.grid["target"] == ["NO", "010", "sketch"]
+    assert study.grid["quantizer.bits"] == [7, 8]
+    assert study.order == [{"target": ["010"], "seed": [0]}]
+    assert study.methods["float"].grid == {"data.target": ["1.50"]}
+    assert study.methods["lsq"].set == {"data.target": "on"}
+    with pytest.raises(ConfigError, match="False is no name of a domain; quote it"):
+        make_tiny(grid={"target": [False]})
 
 
 def test_all_mistakes_are_told_at_once(make_tiny):
@@ -148,14 +170,14 @@ def test_members_of_an_ensemble_that_no_run_is_are_told(make_tiny):
 def test_draws_are_the_same_for_all_methods_and_the_first_is_the_defaults():
     search = Search(n=3, seed=1, over=["objective", "lr", "batch_size"])
     coral, erm = (build_config([{"objective": {"name": name}}]) for name in ("coral", "erm"))
-    assert drawn(search, 0, coral) == {}
-    first, other = drawn(search, 1, coral), drawn(search, 1, erm)
+    assert draw_values(search, 0, coral) == {}
+    first, other = draw_values(search, 1, coral), draw_values(search, 1, erm)
     assert first["optimizer"] == other["optimizer"]
     assert 1e-5 <= first["optimizer"]["lr"] <= 10**-3.5
     assert 8 <= first["data"]["batch_size"] <= 45
     assert 0.1 <= first["objective"]["params"]["weight"] <= 10
     assert "objective" not in other
-    assert drawn(search, 2, coral) != first == drawn(search, 1, coral)
+    assert draw_values(search, 2, coral) != first == draw_values(search, 1, coral)
 
 
 def test_a_search_makes_runs_with_draws(make_tiny):
@@ -171,7 +193,7 @@ def test_the_shipped_studies_can_be_read(path):
     if study.data == "rotated-digits":
         plan = make_plan(study)
         runs = [task for task in plan.tasks if task.kind == "run"]
-        alone = {task.labels[0]["method"] for task in runs if not task.begin}
+        alone = {task.labels[0]["method"] for task in runs if not task.fork_from}
         assert alone <= {"float-one-start"}
         assert len({task.name for task in plan.tasks}) == len(plan.tasks)
 

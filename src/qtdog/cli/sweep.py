@@ -34,11 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qtdog.report.compare import Comparison
-    from qtdog.sweep.diff import Difference
-    from qtdog.sweep.estimate import Cluster, Pace
+    from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.index import Row
     from qtdog.sweep.journal import Outcome
-    from qtdog.sweep.local import Crew
+    from qtdog.sweep.local import Resources
     from qtdog.sweep.plan import Plan, Task
     from qtdog.sweep.results import Result
     from qtdog.sweep.runner import Engine
@@ -60,8 +59,8 @@ def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Pa
 
 
 @dataclass(frozen=True)
-class Machines:
-    """What the user asked the runs to be made on.
+class EngineOptions:
+    """The engine that runs the tasks, and what it gets.
 
     Attributes:
         engine: local, ray or slurm.
@@ -71,7 +70,7 @@ class Machines:
         address: of a Ray cluster.
         partition: of Slurm.
         hours: of each Slurm job.
-        loggers: who is told of the runs' numbers.
+        loggers: names of the loggers that the runs' numbers are sent to.
     """
 
     engine: str = "local"
@@ -100,86 +99,91 @@ class Machines:
             if given[flag] and self.engine not in engines:
                 raise ConfigError(f"{flag} is for --engine {' or '.join(engines)}; leave it out for {self.engine}")
 
-    def shared(self, tasks: Sequence[Task]) -> list[Task]:
-        """Return the tasks as they are done here: where a logger listens, each run makes its own updates."""
+    def for_loggers(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks; with a logger each run makes its own updates."""
         from qtdog.sweep.plan import keep_sharing
 
         return [one for task in tasks for one in keep_sharing([task])] if self.loggers else list(tasks)
 
     @property
-    def crew(self) -> Crew:
-        """How the runs share this machine.
+    def resources(self) -> Resources:
+        """How the runs share this machine; of a cluster, what the estimate assumes.
 
         Raises:
-            ConfigError: GPUs that it does not have.
+            ConfigError: with the local engine, GPUs that this machine does not have.
         """
-        from qtdog.sweep.local import make_crew
+        from qtdog.sweep.local import local_resources
 
-        return make_crew(workers=self.workers, threads=self.threads, gpus=self.gpus)
+        gpus = self.gpus if self.engine == "local" else 0  # a login node need not have those of the cluster
+        return local_resources(workers=self.workers, threads=self.threads, gpus=gpus)
 
 
-def make_engine(machines: Machines, plan: Plan, folder: Path) -> Engine:
+def make_engine(options: EngineOptions, plan: Plan, folder: Path) -> Engine:
     """Return the engine, ready to start tasks.
 
     Raises:
         ConfigError, RunError: what it needs is not installed or not there.
     """
-    from qtdog.sweep.local import LocalEngine, make_crew
+    from qtdog.sweep.local import LocalEngine, local_resources
     from qtdog.sweep.ray import RayEngine
     from qtdog.sweep.slurm import SlurmEngine
 
-    if machines.engine == "ray":
-        here = make_crew(workers=machines.workers, threads=machines.threads, gpus=0)
-        workers = machines.workers if machines.address else here.workers
-        threads = (machines.threads or 1) if machines.address else here.threads
-        how = {"workers": workers, "threads": threads, "gpus": machines.gpus or 0.0, "address": machines.address}
+    if options.engine == "ray":
+        here = local_resources(workers=options.workers, threads=options.threads, gpus=0)
+        workers = options.workers if options.address else here.workers
+        threads = (options.threads or 1) if options.address else here.threads
+        how = {
+            "workers": workers,
+            "threads": threads,
+            "gpus": options.gpus or 0.0,
+            "address": options.address,
+        }
         return RayEngine(folder, plan.source, **how)
-    if machines.engine == "slurm":
-        return SlurmEngine(folder, plan.source, workers=machines.workers or 64, job=_job(machines))
-    return LocalEngine(folder, plan.source, machines.crew, loggers=machines.loggers)
+    if options.engine == "slurm":
+        return SlurmEngine(folder, plan.source, workers=options.workers or 64, job=_job(options))
+    return LocalEngine(folder, plan.source, options.resources, loggers=options.loggers)
 
 
-def show_batch_script(machines: Machines, folder: Path) -> None:
-    """Print the batch script of a dry run with Slurm; nothing for other engines."""
-    if machines.engine == "slurm":
+def show_job(options: EngineOptions) -> None:
+    """Print what each job of a dry run with Slurm asks for; nothing for other engines."""
+    if options.engine == "slurm":
         from qtdog.cli.console import out
-        from qtdog.sweep.slurm import batch_script
 
-        out.print(batch_script(_job(machines), folder), highlight=False, markup=False, soft_wrap=True)
+        asked = ", ".join(f"{name}={value}" for name, value in _job(options).parameters.items())
+        out.print(f"Each run is a Slurm job with {asked}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _job(machines: Machines) -> Job:
+def _job(options: EngineOptions) -> Job:
     from qtdog.sweep.slurm import Job
 
-    return Job(machines.threads or 1, int(machines.gpus or 0), machines.hours, machines.partition)
+    return Job(options.threads or 1, int(options.gpus or 0), options.hours, options.partition)
 
 
-def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | None, crew: Crew) -> None:
-    """Say what is missing of some tasks, and estimate its time here or on a cluster; nothing is started.
+def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, resources: Resources) -> None:
+    """Show what is missing of some tasks, and estimate its time; nothing is started.
 
     Step times are those of the folder's finished runs; where there are none, a few steps are made here and now.
+
+    Raises:
+        ConfigError: as in `sweep.runner.check_tasks`.
     """
     from qtdog.cli.console import out, print_table
-    from qtdog.sweep.estimate import Cluster, Pace, parse_cluster
-    from qtdog.sweep.runner import unfinished
+    from qtdog.sweep.estimate import Throughput
+    from qtdog.sweep.runner import check_tasks, unfinished
 
-    where = parse_cluster(cluster) if cluster else Cluster(crew.workers, "core")
     missing = unfinished(tasks, folder)
-    kinds = {kind: sum(task.kind == kind for task in missing) for kind in ("prefix", "run", "ensemble")}
-    named = f"{kinds['run']} runs, {kinds['prefix']} shared beginnings, {kinds['ensemble']} ensembles"
+    check_tasks(missing, plan.dataset, CountingBar("decoding images"))
+    kinds = {kind: sum(task.kind == kind for task in missing) for kind in ("fork_point", "run", "ensemble")}
+    named = f"{kinds['run']} runs, {kinds['fork_point']} shared fork points, {kinds['ensemble']} ensembles"
     out.print(f"{len(tasks) - len(missing)} of {len(tasks)} done; missing: {named}", highlight=False)
-    pace = Pace(plan.tasks, folder)
-    step_s = step_times(plan, tasks, pace, crew.threads)
-    rows = _rows(missing, step_s, pace.overhead, where)
-    place = cluster or f"{crew.workers} workers of this machine"
-    print_table(["what", "estimate"], rows, title=f"what is missing, on {place}")
-    source = f"{pace.n} finished runs" if pace.n else "a few steps made just now"
-    out.print(f"Step times: {source}; overhead of evaluations and start: {pace.overhead:.2f}.", highlight=False)
-    if cluster:
-        device = where.device
-        text = f"Assumed, not measured: one {where.name} is {device.speed:g} times one worker here, "
-        out.print(f"{text}at ${device.usd_per_hour:g} an hour.", highlight=False)
-    for line in _checked(plan, folder, step_s, pace.overhead):
+    throughput = Throughput(plan.tasks, folder)
+    step_s = step_times(plan, tasks, throughput, resources.threads)
+    rows = _rows(missing, step_s, throughput.overhead, resources.workers)
+    title = f"what is missing, with {resources.workers} workers like those of this machine"
+    print_table(["what", "estimate"], rows, title=title)
+    source = f"{throughput.n} finished runs" if throughput.n else "a few steps made just now"
+    out.print(f"Step times: {source}; overhead of evaluations and start: {throughput.overhead:.2f}.", highlight=False)
+    for line in _compared_with_journal(plan, folder, step_s, throughput.overhead):
         out.print(line, highlight=False)
     if plan.study.share_prefix or plan.study.share_averaged:
         alone = sum(task.config.train.steps for task in tasks if task.kind == "run" and task.config is not None)
@@ -187,7 +191,7 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, cluster: str | N
         out.print(f"Sharing: {steps:,} steps in all instead of {alone:,}.", highlight=False)
 
 
-def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> dict[str, float]:
+def step_times(plan: Plan, tasks: Sequence[Task], throughput: Throughput, threads: int) -> dict[str, float]:
     """Return seconds per step by task name, probing what no finished run tells."""
     from qtdog.sweep.estimate import cost_class, probe
 
@@ -196,7 +200,7 @@ def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> d
     for task in tasks:
         if task.config is None:
             continue
-        known = pace.step_s(task.config)
+        known = throughput.step_s(task.config)
         if known is None:
             key = cost_class(task.config)
             if key not in probed:
@@ -206,26 +210,22 @@ def step_times(plan: Plan, tasks: Sequence[Task], pace: Pace, threads: int) -> d
     return found
 
 
-def _rows(missing: Sequence[Task], step_s: dict[str, float], overhead: float, where: Cluster) -> list[list[str]]:
+def _rows(missing: Sequence[Task], step_s: dict[str, float], overhead: float, workers: int) -> list[list[str]]:
     from qtdog.cli.sweep_progress import time_text
-    from qtdog.sweep.estimate import START_S, simulate, task_seconds
+    from qtdog.sweep.estimate import simulate, task_seconds
 
-    device = where.device
-    how = {"overhead": overhead, "speed": device.speed, "start_s": 0.0 if where.name == "core" else START_S}
-    found = simulate(missing, where.n, lambda task: task_seconds(task, step_s, **how))
-    cost = found.wall_s / 3600 * where.n * device.usd_per_hour
-    idle = 1 - found.busy_s / (found.wall_s * where.n) if found.wall_s else 0.0
+    found = simulate(missing, workers, lambda task: task_seconds(task, step_s, overhead=overhead))
+    idle = 1 - found.busy_s / (found.wall_s * workers) if found.wall_s else 0.0
     return [
         ["wall time", time_text(found.wall_s)],
-        ["device time", time_text(found.busy_s)],
+        ["time of all workers", time_text(found.busy_s)],
         ["longest chain of runs", time_text(found.critical_s)],
-        ["devices idle", f"{idle:.0%}"],
-        ["cost (assumed prices)", f"${cost:,.2f}"],
+        ["workers idle", f"{idle:.0%}"],
     ]
 
 
-def _checked(plan: Plan, folder: Path, step_s: dict[str, float], overhead: float) -> list[str]:
-    """Return how far the same estimate is from what the finished tasks of this folder took."""
+def _compared_with_journal(plan: Plan, folder: Path, step_s: dict[str, float], overhead: float) -> list[str]:
+    """Return a line that compares the same estimate with the time that the finished tasks of this folder took."""
     from qtdog.cli.sweep_progress import time_text
     from qtdog.sweep.estimate import task_seconds
     from qtdog.sweep.journal import read_journal
@@ -411,7 +411,7 @@ def _difference(one: Comparison | None) -> list[str]:
 
 
 AS_JSON = "Print JSON."
-FRESH = "Throw the failed runs' folders away first, instead of going on from their last checkpoint."
+FRESH = "Delete what the failed runs wrote first, instead of going on from their last checkpoint. Finished runs stay."
 
 
 def status(
@@ -429,10 +429,10 @@ def status(
     """
     from qtdog.cli.console import print_json
     from qtdog.sweep.journal import read_failures
-    from qtdog.sweep.runner import standings
+    from qtdog.sweep.runner import task_states
 
     plan, folder = open_plan(study, data, out)
-    found = standings(plan.tasks, folder)
+    found = task_states(plan.tasks, folder)
     failures = {name: why for name, why in read_failures(folder).items() if found.get(name) == "failed"}
     if as_json:
         tasks = [
@@ -449,22 +449,22 @@ def _show_status(
     tasks: Sequence[Task], found: dict[str, str], failures: dict[str, Outcome], folder: Path, *, every: bool
 ) -> None:
     from qtdog.cli.console import out, print_table
-    from qtdog.cli.sweep_progress import failure_lines, name_of, time_text
-    from qtdog.sweep.estimate import Pace
+    from qtdog.cli.sweep_progress import failure_lines, task_text, time_text
+    from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.runner import STATES, unfinished
 
     if every:
-        print_table(["run", "state", "folder"], [[name_of(task), found[task.name], task.name] for task in tasks])
+        print_table(["run", "state", "folder"], [[task_text(task), found[task.name], task.name] for task in tasks])
     counts: dict[str, Counter[str]] = {}
     for task in tasks:
-        name = str(task.labels[0]["method"]) if task.labels else "shared steps"
+        name = str(task.labels[0]["method"]) if task.labels else "fork points"
         counts.setdefault(name, Counter())[found[task.name]] += 1
     rows = [[name, *(str(count[state] or "") for state in STATES)] for name, count in counts.items()]
     total = Counter(found[task.name] for task in tasks)
     print_table(["method", *STATES], [*rows, ["all", *(str(total[state] or "") for state in STATES)]])
     for line in failure_lines(tasks, failures, []):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    left = Pace(tasks, folder).left_s(unfinished(tasks, folder), [])
+    left = Throughput(tasks, folder).left_s(unfinished(tasks, folder), [])
     if left:
         out.print(f"About {time_text(left)} of one worker left, by the runs that are done.", highlight=False)
 
@@ -490,14 +490,13 @@ def retry(
     Example:
       qtdog sweep retry studies/digits.yaml --fresh
     """
-    import shutil
-
     from qtdog.cli.console import out as console
     from qtdog.sweep.journal import read_failures
     from qtdog.sweep.plan import select, with_needs
+    from qtdog.sweep.runner import discard_unfinished
 
-    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
-    machines.check()
+    options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
+    options.check()
     plan, folder = open_plan(study, data, out)
     failed = set(read_failures(folder))
     tasks = [task for task in (select(plan.tasks, only) if only else plan.tasks) if task.name in failed]
@@ -505,51 +504,10 @@ def retry(
         console.print("nothing failed")
         return
     if fresh:
-        for task in tasks:
-            shutil.rmtree(task.folder(folder), ignore_errors=True)
-    wanted = machines.shared(with_needs(plan.tasks, tasks))
-    sweep_tasks(plan, wanted, folder, lambda: make_engine(machines, plan, folder))
-
-
-def diff(
-    first: Annotated[Path, typer.Argument(help="Study file, or folder of run folders.", metavar="A")],
-    second: Annotated[Path, typer.Argument(help="Study file, or folder of run folders.", metavar="B")],
-    *,
-    data: DataFolder = None,
-    as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
-) -> None:
-    """Show which runs two studies (or a study and a folder) do not have in common, and which values differ.
-
-    Examples:
-      qtdog sweep diff studies/digits.yaml studies/pacs.yaml
-
-      qtdog sweep diff studies/digits.yaml runs/digits
-    """
-    from dataclasses import asdict
-
-    from qtdog.cli.console import print_json
-    from qtdog.sweep.diff import diff as compare
-    from qtdog.sweep.diff import of_folder, of_plan
-
-    sides = [of_folder(side) if side.is_dir() else of_plan(open_plan(side, data, None)[0]) for side in (first, second)]
-    found = compare(*sides)
-    if as_json:
-        changed = [{"runs": n, "values": list(lines)} for lines, n in found.changed.items()]
-        print_json(asdict(found) | {"changed": changed})
-    else:
-        _show_difference(found)
-
-
-def _show_difference(found: Difference) -> None:
-    from qtdog.cli.console import out
-
-    out.print(f"{found.common} runs in both", highlight=False)
-    for lines, n in list(found.changed.items())[:20]:
-        out.print(f"{n} differ in {', '.join(lines)}", highlight=False, markup=False, soft_wrap=True)
-    for side, names in (("the first", found.only_first), ("the second", found.only_second)):
-        if names:
-            listed = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-            out.print(f"{len(names)} only in {side}: {listed}", highlight=False, markup=False, soft_wrap=True)
+        for task in discard_unfinished(tasks, folder):
+            console.print(f"{task.name} is finished or in use, and is kept", highlight=False, markup=False)
+    wanted = options.for_loggers(with_needs(plan.tasks, tasks))
+    sweep_tasks(plan, wanted, folder, lambda: make_engine(options, plan, folder))
 
 
 def merge(
@@ -564,9 +522,9 @@ def merge(
     """
     from qtdog.cli.console import out
     from qtdog.core.errors import RunError
-    from qtdog.sweep.merge import merge as bring_together
+    from qtdog.sweep.merge import merge as merge_runs
 
-    found = bring_together(sources, into)
+    found = merge_runs(sources, into)
     counts = f"{len(found.copied)} copied, {len(found.kept)} were there, {len(found.busy)} in use and left alone"
     out.print(counts, highlight=False)
     if found.conflicts:
@@ -577,9 +535,8 @@ def merge(
         )
 
 
-LIMIT = "Begin at most so many runs, then stop."
-DRY = "Say what would be done and how long it would take; start nothing."
-CLUSTER = "With --dry-run: estimate time and cost on so many devices, like 64xH100."
+LIMIT = "Start at most this number of runs, then stop. Default: all."
+DRY = "Check the study, show what is missing and how long it would take; start nothing."
 
 
 def sweep(
@@ -590,7 +547,6 @@ def sweep(
     only: Only = None,
     limit: Annotated[int | None, typer.Option(min=1, help=LIMIT)] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help=DRY)] = False,
-    cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help=CLUSTER)] = None,
     log: Log = None,
     engine: EngineChoice = EngineName.LOCAL,
     workers: Workers = None,
@@ -607,24 +563,21 @@ def sweep(
 
       qtdog sweep studies/pacs.yaml --data data/pacs --workers 2 --only "lsq target=sketch"
 
-      qtdog sweep studies/pacs.yaml --data data/pacs --dry-run --cluster 64xH100
+      qtdog sweep studies/pacs.yaml --data data/pacs --dry-run --workers 64
 
       qtdog sweep status studies/digits.yaml
     """
-    from qtdog.core.errors import ConfigError
     from qtdog.sweep.plan import select
 
-    if cluster and not dry:
-        raise ConfigError("--cluster is for --dry-run; a real cluster is reached with --engine ray or slurm")
-    machines = Machines(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
-    machines.check()
+    options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
+    options.check()
     plan, folder = open_plan(study, data, out)
-    tasks = machines.shared(select(plan.tasks, only) if only else plan.tasks)
+    tasks = options.for_loggers(select(plan.tasks, only) if only else plan.tasks)
     if dry:
-        dry_run(plan, tasks, folder, cluster=cluster, crew=machines.crew)
-        show_batch_script(machines, folder)
+        dry_run(plan, tasks, folder, resources=options.resources)
+        show_job(options)
         return
-    sweep_tasks(plan, tasks, folder, lambda: make_engine(machines, plan, folder), limit=limit)
+    sweep_tasks(plan, tasks, folder, lambda: make_engine(options, plan, folder), limit=limit)
 
 
 def sweep_tasks(
@@ -637,16 +590,16 @@ def sweep_tasks(
         Interrupted, RunError: as in `sweep.runner.Driver.run`, or something failed.
     """
     from qtdog.cli.console import CountingBar
-    from qtdog.cli.sweep_progress import make_board
+    from qtdog.cli.sweep_progress import progress_display
     from qtdog.cli.train import warn_skipped
-    from qtdog.sweep.journal import keep_labels
+    from qtdog.sweep.journal import save_labels
     from qtdog.sweep.runner import Driver, check_tasks, unfinished
 
     warn_skipped(plan.dataset)
     check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images"))
-    keep_labels(plan.study.name, plan.labels, folder)
-    with make_board(folder) as board:
-        progress = Driver(tasks, folder, engine(), board, limit=limit).run()
+    save_labels(plan.study.name, plan.labels, folder)
+    with progress_display(folder) as display:
+        progress = Driver(tasks, folder, engine(), display, limit=limit).run()
     conclude(plan, progress.failed, progress.blocked(), folder)
 
 
@@ -684,5 +637,5 @@ sweep_app = typer.Typer(
     help="Make all runs of a study, and go on where they stopped: [bold]qtdog sweep STUDY.yaml[/].",
 )
 sweep_app.command(name=DEFAULT)(sweep)
-for _command in (status, retry, table, diff, merge):
+for _command in (status, retry, table, merge):
     sweep_app.command()(_command)

@@ -17,7 +17,7 @@ from rich.text import Text
 from qtdog.cli.console import err
 
 if TYPE_CHECKING:
-    from qtdog.sweep.estimate import Pace
+    from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.journal import Outcome
     from qtdog.sweep.plan import Task
     from qtdog.sweep.runner import SweepProgress as Progress
@@ -26,33 +26,33 @@ REFRESH_S = 0.5
 N_SHOWN = 20
 
 
-class Board:
+class ProgressDisplay:
     """Shows the progress of a sweep: counts, what runs, what failed last, time left."""
 
     def __init__(self, out: Path, live: Live | None) -> None:
         self._out, self._live = out, live
         self._shown = 0.0
-        self._pace: Pace | None = None
+        self._pace: Throughput | None = None
 
     def show(self, progress: Progress) -> None:
         """Refresh the table, at most twice a second."""
-        from qtdog.sweep.estimate import Pace
+        from qtdog.sweep.estimate import Throughput
 
         now = time.monotonic()
         if self._live is None or now - self._shown < REFRESH_S:
             return
         self._shown = now
-        self._pace = self._pace or Pace(progress.tasks, self._out)
+        self._pace = self._pace or Throughput(progress.tasks, self._out)
         self._live.update(Group(self._running(progress), self._counts(progress)), refresh=True)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
-        """Note one task's end; print it where there is no table."""
+        """Count one task's end; print it where there is no table."""
         if self._pace is not None and outcome.status == "done":
             self._pace.add(task, outcome)
         if self._live is None or outcome.status == "failed":
-            text = f"{outcome.status:7} {name_of(task)}  {outcome.seconds:.1f} s"
-            told = outcome.reason and outcome.status != "stopped"
-            reason = f"  {outcome.reason.splitlines()[0]}" if told else ""
+            text = f"{outcome.status:7} {task_text(task)}  {outcome.seconds:.1f} s"
+            shown = outcome.reason and outcome.status != "stopped"
+            reason = f"  {outcome.reason.splitlines()[0]}" if shown else ""
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
 
     def _running(self, progress: Progress) -> Table:
@@ -63,9 +63,9 @@ class Board:
             table.add_column(header)
         now = time.monotonic()
         for task, started in list(progress.running.values())[:N_SHOWN]:
-            last = task.step if task.kind == "prefix" or task.config is None else task.config.train.steps
+            last = task.step if task.kind == "fork_point" or task.config is None else task.config.train.steps
             step = f"{step_of(task, self._out)}/{last}" if last else "–"
-            table.add_row(escape(name_of(task)), step, time_text(now - started))
+            table.add_row(escape(task_text(task)), step, time_text(now - started))
         return table
 
     def _counts(self, progress: Progress) -> Text:
@@ -79,22 +79,22 @@ class Board:
 
 
 @contextlib.contextmanager
-def make_board(out: Path) -> Iterator[Board]:
-    """Yield the board of a sweep in the folder `out`."""
+def progress_display(out: Path) -> Iterator[ProgressDisplay]:
+    """Yield the progress display of a sweep in the folder `out`."""
     if not err.is_terminal:
-        yield Board(out, None)
+        yield ProgressDisplay(out, None)
         return
     with Live(console=err, auto_refresh=False, refresh_per_second=4) as live:
-        board = Board(out, live)
-        yield board
+        display = ProgressDisplay(out, live)
+        yield display
         live.refresh()
 
 
-def name_of(task: Task) -> str:
+def task_text(task: Task) -> str:
     """Return what a task is, for people."""
     from qtdog.sweep.study import describe
 
-    if task.kind == "prefix":
+    if task.kind == "fork_point":
         return f"shared steps {task.name.removeprefix('prefix-')}"
     return describe(task.labels[0]) if task.labels else task.name
 
@@ -116,5 +116,5 @@ def time_text(seconds: float) -> str:
 def failure_lines(tasks: Sequence[Task], failed: Mapping[str, Outcome], blocked: Sequence[Task]) -> list[str]:
     """Return one line for each failure, and how many tasks wait for one."""
     known = {task.name: task for task in tasks}
-    lines = [f"  {name_of(known[name])}: {outcome.reason}" for name, outcome in failed.items() if name in known]
+    lines = [f"  {task_text(known[name])}: {outcome.reason}" for name, outcome in failed.items() if name in known]
     return lines + ([f"  {len(blocked)} more need one of these"] if blocked else [])

@@ -96,7 +96,29 @@ def _parse(text: str, name: str) -> Tree:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
         raise ConfigError(f"{name} must hold sections with keys, like 'train:' and below it 'steps: 100'")
-    return cast(Tree, tree)
+    texts = yaml.load(text, Loader=yaml.BaseLoader)
+    return {section: _with_texts(section, values, texts.get(section)) for section, values in tree.items()}
+
+
+def _with_texts(section: str, values: Tree, texts: Any) -> Tree:
+    """Return the values of a section, with those of text fields as the file has them.
+
+    YAML reads NO as False and 010 as 8, and both may be names of domains.
+    """
+    known = texts if isinstance(texts, dict) else {}
+    return {key: known.get(key, value) if is_misread(section, key, value) else value for key, value in values.items()}
+
+
+def is_misread(section: str, key: str, value: Any) -> bool:
+    """Return whether YAML made something else than text of a value of a text field.
+
+    Example:
+        >>> is_misread("data", "target", False), is_misread("data", "target", "art"), is_misread("train", "steps", 8)
+        (True, False, False)
+    """
+    outer = Config.model_fields.get(section)
+    field = cast(type[BaseModel], outer.annotation).model_fields.get(key) if outer else None
+    return field is not None and field.annotation is str and not isinstance(value, str | list | dict | None)
 
 
 def parse_assignment(text: str) -> Tree:
@@ -120,7 +142,7 @@ def parse_assignment(text: str) -> Tree:
     glued = [name for name, one in read.items() if one is None and ":" in str(name)] if isinstance(read, dict) else []
     if glued:
         raise ConfigError(f"--set {text}: YAML wants a space behind the colon, as in {{{glued[0].replace(':', ': ')}}}")
-    return {section: {key: read}}
+    return {section: {key: value.strip() if is_misread(section, key, read) else read}}
 
 
 def option_tree(options: Mapping[str, Any]) -> Tree:

@@ -98,6 +98,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield the path of a folder to make, which takes the place of `path` when the block ends well.
+
+    If anything fails, what was at `path` before is still there.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+    with clear_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            new, old = temporary / "new", temporary / "old"
+            yield new
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _rename_unless_there(temporary: Path, path: Path) -> None:
     try:
         temporary.rename(path)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from qtdog.core.config_io import build_config, differences, load_preset, to_yaml
 from qtdog.core.errors import CollapseError, FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.runs.record import Record
+
+ASKED_TIMES = 200  # that a lock is tried while others only ask whether it is held
 
 
 class RunFolder:
@@ -54,7 +57,7 @@ class RunFolder:
 
     def _take(self, handle: int) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle)
         except BlockingIOError as error:
             owner = os.pread(handle, 20, 0).decode().strip() or "unknown"
             text = f"run folder {self.path} is in use by process {owner}."
@@ -134,3 +137,20 @@ class RunFolder:
                 with contextlib.suppress(ValueError):
                     records.append(Record.from_json(json.loads(line)))
         return records
+
+
+def _lock(handle: int) -> None:
+    """Take the exclusive lock of a file; wait for those that hold a shared one, which only ask whether it is locked.
+
+    Raises:
+        BlockingIOError: another process holds the exclusive lock.
+    """
+    for _ in range(ASKED_TIMES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        time.sleep(0.01)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,9 @@
-"""How long a study takes: the throughput of a running sweep, and estimates for machines that are not here."""
+"""How long a study takes: the throughput of a running sweep, and the estimate of a dry run."""
 
 from __future__ import annotations
 
 import heapq
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError, nearest
 from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, read_journal
@@ -39,7 +37,7 @@ def cost_class(config: Config) -> tuple[object, ...]:
     return (model.backbone, data.image_size, data.batch_size, config.train.precision, *axes)
 
 
-class Pace:
+class Throughput:
     """Seconds per step of each class of runs, from what is finished.
 
     Args:
@@ -89,12 +87,12 @@ class Pace:
         """Return the seconds until all is done with as many at a time as run now; None if nothing was measured yet."""
         total = 0.0
         for task in [*waiting, *running]:
-            if task.config is None or task.after:
+            if task.config is None or task.updates_from:
                 continue
             step_s = self.step_s(task.config)
             if step_s is None:
                 return None
-            last = task.step if task.kind == "prefix" else task.config.train.steps
+            last = task.step if task.kind == "fork_point" else task.config.train.steps
             begun = step_of(task, self._out) if task in running else 0
             first = max(begun, task.step if task.kind == "run" else 0)
             total += self.overhead * step_s * max(0, last - first)
@@ -112,67 +110,7 @@ def finished_step_s(task: Task, out: Path) -> float | None:
         return None
 
 
-START_S = 5.0  # of a run on a cluster: imports, reading the network's weights, opening the data
 PROBE_STEPS = 5
-
-
-@dataclass(frozen=True)
-class Device:
-    """A kind of device.
-
-    Attributes:
-        speed: training steps per second as a multiple of those measured here with one worker.
-        usd_per_hour: price.
-    """
-
-    speed: float
-    usd_per_hour: float
-
-
-# Assumptions, not measurements: order of magnitude for networks like ResNet-50 against one core of a server, and list
-# prices of the hour. Small networks gain far less.
-DEVICES = {
-    "core": Device(1.0, 0.04),
-    "T4": Device(20.0, 0.5),
-    "L4": Device(40.0, 0.8),
-    "A100": Device(120.0, 2.0),
-    "H100": Device(250.0, 3.0),
-    "H200": Device(280.0, 3.8),
-}
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """So many devices of one kind, each with one run at a time."""
-
-    n: int
-    name: str
-
-    @property
-    def device(self) -> Device:
-        """Its kind."""
-        return DEVICES[self.name]
-
-
-def parse_cluster(text: str) -> Cluster:
-    """Return the cluster that a text like "64xH100" means.
-
-    Raises:
-        ConfigError: not of that form, or an unknown device.
-
-    Example:
-        >>> parse_cluster("64xH100")
-        Cluster(n=64, name='H100')
-    """
-    found = re.fullmatch(r"(\d+)\s*[x×]\s*(\w+)", text.strip())
-    names = {name.lower(): name for name in DEVICES}
-    if not found or int(found[1]) < 1:
-        raise ConfigError(f"--cluster takes a number and a device, like 64xH100, not '{text}'")
-    if found[2].lower() not in names:
-        close = nearest(found[2], DEVICES)
-        hint = f" Did you mean '{close}'?" if close else ""
-        raise ConfigError(f"unknown device '{found[2]}'.{hint} Known: {', '.join(DEVICES)}")
-    return Cluster(int(found[1]), names[found[2].lower()])
 
 
 @dataclass(frozen=True)
@@ -181,9 +119,9 @@ class Schedule:
 
     Attributes:
         wall_s: from the first start to the last end.
-        busy_s: of all devices together.
+        busy_s: of all workers together.
         n_tasks: how many.
-        critical_s: of the longest chain of tasks that need each other: no number of devices gets below it.
+        critical_s: of the longest chain of tasks that need each other: no number of workers gets below it.
     """
 
     wall_s: float
@@ -193,15 +131,15 @@ class Schedule:
 
 
 def simulate(tasks: Sequence[Task], slots: int, seconds: Callable[[Task], float]) -> Schedule:
-    """Return how long tasks take on `slots` devices, begun in their order as soon as what they need is done.
+    """Return how long tasks take with `slots` workers, begun in their order as soon as what they need is done.
 
     Args:
         tasks: to do; what they need and is not among them counts as done.
-        slots: devices.
+        slots: number of workers.
         seconds: duration of a task.
 
     Example:
-        >>> tasks = [Task("p", "prefix", 0), Task("a", "run", 0, begin="p"), Task("b", "run", 0, begin="p")]
+        >>> tasks = [Task("p", "fork_point", 0), Task("a", "run", 0, fork_from="p"), Task("b", "run", 0, fork_from="p")]
         >>> simulate(tasks, 2, lambda task: 10.0)
         Schedule(wall_s=20.0, busy_s=30.0, n_tasks=3, critical_s=20.0)
     """
@@ -255,16 +193,12 @@ def _step_s(parts: Components, step: int) -> float:
     return time.perf_counter() - started
 
 
-def task_seconds(
-    task: Task, step_s: Mapping[str, float], *, overhead: float, speed: float = 1.0, start_s: float = 0.0
-) -> float:
+def task_seconds(task: Task, step_s: Mapping[str, float], *, overhead: float) -> float:
     """Return how long a task takes.
 
     Args:
-        task: a run, a beginning, or an ensemble (which has no steps).
-        step_s: seconds per step here, by task name.
+        task: a run, a fork point, or an ensemble (which has no steps).
+        step_s: seconds per step, by task name.
         overhead: time of a run as a multiple of that of its steps (start, evaluations, checkpoints).
-        speed: of the device.
-        start_s: what the start of a run takes besides.
     """
-    return start_s + task.steps * step_s.get(task.name, 0.0) * overhead / speed
+    return task.steps * step_s.get(task.name, 0.0) * overhead

@@ -1,4 +1,4 @@
-"""What a sweep writes down beside the runs, in `.sweep`: failures, names, logs."""
+"""The journal of a sweep, in `.sweep` beside the runs: failures, times, and the names that studies give to runs."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def state_folder(out: Path) -> Path:
     return out / ".sweep"
 
 
-def keep_failure(outcome: Outcome, out: Path) -> None:
-    """Write down why a task failed, until it is done."""
+def save_failure(outcome: Outcome, out: Path) -> None:
+    """Save why a task failed, until it is done."""
     write_atomic(state_folder(out) / "failed" / f"{outcome.name}.json", json.dumps(asdict(outcome), indent=1))
 
 
-def forget_failure(name: str, out: Path) -> None:
-    """Forget an earlier failure."""
+def remove_failure(name: str, out: Path) -> None:
+    """Remove what was saved of an earlier failure."""
     (state_folder(out) / "failed" / f"{name}.json").unlink(missing_ok=True)
 
 
 def read_failures(out: Path) -> dict[str, Outcome]:
-    """Return the failures that are written down, by task; a damaged note counts as none."""
+    """Return the saved failures by task; a damaged file is left out."""
     found = {}
     for file in sorted((state_folder(out) / "failed").glob("*.json")):
         try:
@@ -77,8 +77,8 @@ def read_failures(out: Path) -> dict[str, Outcome]:
     return found
 
 
-def keep_journal(outcome: Outcome, steps: int, out: Path) -> None:
-    """Add one line on a task that was done: what it took."""
+def append_journal(outcome: Outcome, steps: int, out: Path) -> None:
+    """Add one line with the time that a finished task took."""
     file = state_folder(out) / "journal.jsonl"
     line = {"name": outcome.name, "seconds": outcome.seconds, "trained_s": outcome.trained_s, "steps": steps}
     with clear_disk_errors(file):
@@ -88,9 +88,9 @@ def keep_journal(outcome: Outcome, steps: int, out: Path) -> None:
 
 
 def read_journal(out: Path) -> dict[str, dict[str, Any]]:
-    """Return what the tasks that were done took, by name; a damaged line is left out.
+    """Return the times of the finished tasks by name; a damaged line is left out.
 
-    So is one that tells of the last sitting only, of a task that was trained in several or along with another.
+    So is the line of a task whose training was resumed or shared: its time is that of the last start only.
     """
     file, found = state_folder(out) / "journal.jsonl", {}
     for text in file.read_text().splitlines() if file.is_file() else ():
@@ -103,8 +103,8 @@ def read_journal(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def keep_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) -> None:
-    """Write down what a study calls its runs, for the index: folder → labels.
+def save_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) -> None:
+    """Save what a study calls its runs, for the index: folder → labels.
 
     What an earlier version of the study called runs that it no longer has is kept.
     """
@@ -116,7 +116,7 @@ def keep_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) ->
 
 
 def read_labels(file: Path) -> dict[str, list[Labels]]:
-    """Return what `keep_labels` wrote; nothing if the file is not there or damaged."""
+    """Return what `save_labels` wrote; nothing if the file is not there or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):

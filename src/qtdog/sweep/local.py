@@ -1,19 +1,21 @@
-"""The local engine: a pool of worker processes on this machine that shares out its cores and GPUs."""
+"""The local engine: a pool of worker processes on this machine that share its cores and GPUs."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
-import select
-import subprocess
+import signal
 import sys
+import threading
 import time
+import types
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,52 +23,61 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.machine import n_cores
 from qtdog.sweep.journal import Outcome, state_folder
 from qtdog.sweep.plan import Task
+from qtdog.sweep.worker import failure, open_dataset, quiet_callbacks, run_task
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+PRELOAD = ["qtdog.sweep.local"]  # what the fork server imports, so that a worker need not
+SERVER_ENDED = 255  # the exit code that `multiprocessing` gives to all workers of a fork server that died
+CLOSE_S = 5.0  # that `close` waits for the workers
 
 
 @dataclass(frozen=True)
-class Crew:
-    """The workers of a local sweep.
+class Resources:
+    """How the runs of a local sweep share this machine.
 
     Attributes:
-        workers: runs at a time.
-        threads: of each.
-        gpus: names of the GPUs that are shared out, one for each worker, as CUDA_VISIBLE_DEVICES has them; none: the
-            workers see no GPU.
+        workers: number of runs at a time.
+        threads: number of threads of each run.
+        gpus: names of the GPUs that are shared out, one for each worker, as CUDA_VISIBLE_DEVICES has them. Without
+            any the workers see no GPU.
     """
 
     workers: int
     threads: int
     gpus: tuple[str, ...] = ()
 
-    def emptiest(self, in_use: Iterable[str]) -> str:
+    def least_used_gpu(self, in_use: Iterable[str]) -> str:
         """Return the GPU that has the fewest runs; "" without GPUs.
 
         Args:
             in_use: the GPU of each run that is under way.
 
         Example:
-            >>> Crew(4, 1, ("0", "1")).emptiest(["0", "1", "0"])
+            >>> Resources(4, 1, ("0", "1")).least_used_gpu(["0", "1", "0"])
             '1'
         """
         counts = Counter(in_use)
         return min(self.gpus, key=lambda gpu: counts[gpu], default="")
 
 
-def make_crew(*, workers: int | None, threads: int | None, gpus: float | None) -> Crew:
+def local_resources(
+    *, workers: int | None, threads: int | None, gpus: float | None, visible: Sequence[str] | None = None
+) -> Resources:
     """Return how runs share this machine.
 
     Args:
         workers: runs at a time; None for as many as the GPUs hold, or without GPUs one for each `threads` cores.
-        threads: of each; None so that all workers together use the cores, and no more.
-        gpus: of each, at most 1; a fraction lets several runs share one. None for one where there are any, 0 for none.
+        threads: of each run; None so that all workers together use the cores, and no more.
+        gpus: of each run, at most 1; a fraction lets several runs share one. None for one where there are any, 0 for
+            none.
+        visible: names of the GPUs of this machine; None for those that torch sees.
 
     Raises:
         ConfigError: more than one GPU for each run, or GPUs where there are none.
     """
     share = 1.0 if gpus is None else gpus
-    found = visible_gpus() if share else ()
+    found = tuple(visible_gpus() if visible is None else visible) if share else ()
     if share > 1:
         raise ConfigError(
             f"--gpus {share:g}: a run of a local sweep is one process and uses one GPU; give at most 1. "
@@ -75,7 +86,7 @@ def make_crew(*, workers: int | None, threads: int | None, gpus: float | None) -
     if gpus and not found:
         raise ConfigError(f"--gpus {gpus:g}: there is no GPU here; leave it out, and the runs use the cores")
     n = workers or (int(len(found) / share + 1e-9) if found else max(1, n_cores() // (threads or 1)))
-    return Crew(n, threads or default_threads(n), found)
+    return Resources(n, threads or default_threads(n), found)
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -95,116 +106,175 @@ def default_threads(workers: int) -> int:
     return max(1, n_cores() // workers)
 
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What all workers of a local sweep have in common.
+
+    Attributes:
+        out: the sweep's folder.
+        source: what opens the data set.
+        threads: of each worker.
+        loggers: names of the loggers that the runs' numbers are sent to.
+    """
+
+    out: Path
+    source: str
+    threads: int
+    loggers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A running worker: its task, its process, its GPU, and the pipe that its outcome comes through."""
+
+    task: Task
+    process: ForkServerProcess
+    gpu: str
+    outcome: connection.Connection
 
 
 class LocalEngine:
-    """Forks a worker per task from one process that has imported everything (`sweep.nursery`).
+    """Starts one worker process per task from a fork server that has imported everything.
 
-    The death of a worker, or of that process, loses no more than the work since the last checkpoints: a new one is
-    started with the next task.
+    The death of a worker loses no more than the work since its last checkpoint. If the fork server dies, its workers go
+    on, and a new server is started with the next task. If this process dies, the workers write a checkpoint and end.
 
     Args:
         out: the sweep's folder.
         source: what opens the data set.
-        crew: how they share the machine.
-        loggers: who is told of the runs' numbers.
+        resources: how the runs share the machine.
+        loggers: names of the loggers that the runs' numbers are sent to.
     """
 
-    def __init__(self, out: Path, source: str, crew: Crew, *, loggers: Sequence[str] = ()) -> None:
-        self.slots, self._crew, self._loggers = crew.workers, crew, tuple(loggers)
-        self._out, self._source = out, source
-        self._nursery: subprocess.Popen[bytes] | None = None
-        self._gpus: dict[str, str] = {}  # by running task
-        self._running: dict[str, int] = {}  # by task; 0 until the process is known
-        self._buffer = b""
+    def __init__(self, out: Path, source: str, resources: Resources, *, loggers: Sequence[str] = ()) -> None:
+        self.slots, self._resources = resources.workers, resources
+        self._setup = WorkerSetup(out.absolute(), source, resources.threads, tuple(loggers))
+        self._context = multiprocessing.get_context("forkserver")
+        self._workers: dict[str, _Worker] = {}
 
     @property
     def pids(self) -> dict[str, int]:
-        """The process of each running task that is known."""
-        return {name: pid for name, pid in self._running.items() if pid}
+        """The process of each running task."""
+        return {name: worker.process.pid for name, worker in self._workers.items() if worker.process.pid}
 
     def start(self, task: Task) -> None:
         """Begin a task in a process of its own."""
-        gpu = self._crew.emptiest(self._gpus.values())
-        line = json.dumps({"task": task.to_json(), "gpu": gpu}).encode() + b"\n"
-        self._running[task.name], self._gpus[task.name] = 0, gpu
-        nursery = self._open()
-        assert nursery.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died this moment: `poll` will see that
-            nursery.stdin.write(line)
-            nursery.stdin.flush()
-
-    def _open(self) -> subprocess.Popen[bytes]:
-        if self._nursery is not None:
-            return self._nursery
-        told = [str(self._out), str(self._crew.threads), self._source, *self._loggers]
-        command = [sys.executable, "-m", "qtdog.sweep.nursery", *told]
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self._crew.threads))
-        log = state_folder(self._out) / "logs" / "nursery.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        pipe = subprocess.PIPE
-        with log.open("ab") as stream:
-            self._nursery = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=stream, env=environment, start_new_session=True
-            )
-        return self._nursery
+        gpu = self._resources.least_used_gpu(worker.gpu for worker in self._workers.values())
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_be_worker, args=(task, self._setup, gpu, theirs), name=task.name)
+        with _clean_start(self._resources.threads):
+            process.start()
+        theirs.close()  # the worker has the only other end: its death ends the pipe
+        self._workers[task.name] = _Worker(task, process, gpu, ours)
 
     def poll(self, timeout_s: float) -> list[Outcome]:
         """Return the tasks that ended since, after at most `timeout_s` seconds."""
-        nursery = self._nursery
-        if nursery is None or nursery.stdout is None:
+        if not self._workers:
             time.sleep(timeout_s)
             return []
-        outcomes = []
-        if select.select([nursery.stdout], [], [], timeout_s)[0]:
-            chunk = os.read(nursery.stdout.fileno(), 1 << 16)
-            *lines, self._buffer = (self._buffer + chunk).split(b"\n")
-            outcomes = [told for line in lines if (told := self._hear(json.loads(line))) is not None]
-        if nursery.poll() is not None:
-            outcomes += self._bury(nursery)
-        return outcomes
+        by_handle: dict[connection.Connection | int, _Worker] = {}
+        for worker in self._workers.values():
+            by_handle[worker.outcome] = worker
+            if worker.process.exitcode != SERVER_ENDED:  # of such a worker the pipe alone says when it ends
+                by_handle[worker.process.sentinel] = worker
+        ready = connection.wait(by_handle, timeout_s)
+        ended = {worker.task.name: worker for handle, worker in by_handle.items() if handle in ready}
+        return [outcome for worker in ended.values() if (outcome := self._outcome(worker)) is not None]
 
-    def _hear(self, line: dict[str, Any]) -> Outcome | None:
-        if "pid" in line:
-            self._running[line["name"]] = line["pid"]
-        if "status" not in line:
-            return None
-        self._running.pop(line["name"], None)
-        self._gpus.pop(line["name"], None)
-        return Outcome(**line)
-
-    def _bury(self, nursery: subprocess.Popen[bytes]) -> list[Outcome]:
-        """Give up a nursery that ended: its workers stop by themselves and keep their folders until then."""
-        reason = f"the process that starts workers ended ({nursery.returncode})"
-        lost = [Outcome(name, "lost", reason) for name in self._running]
-        self._running.clear()
-        self._gpus.clear()
-        self._forget(nursery)
-        return lost
-
-    def _forget(self, nursery: subprocess.Popen[bytes]) -> None:
-        for pipe in (nursery.stdin, nursery.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                if pipe is not None:
-                    pipe.close()
-        self._nursery, self._buffer = None, b""
+    def _outcome(self, worker: _Worker) -> Outcome | None:
+        """Return what a worker came to; None if it still runs, without its fork server."""
+        reported: Outcome | None = None
+        with contextlib.suppress(EOFError, OSError):
+            if worker.outcome.poll():
+                reported = worker.outcome.recv()
+            elif worker.process.exitcode == SERVER_ENDED:
+                return None
+        worker.process.join(CLOSE_S)
+        del self._workers[worker.task.name]
+        worker.outcome.close()
+        return reported or Outcome(worker.task.name, "lost", _reason(worker.process.exitcode))
 
     def stop(self) -> None:
         """Ask all workers to save their state and end."""
-        if self._nursery is not None and self._nursery.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._nursery.stdin.close()
+        for pid in self.pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """End the nursery; workers that are left stop by themselves."""
+        """End all workers; one that takes long to save its state ends by itself."""
         self.stop()
-        nursery = self._nursery
-        if nursery is None:
-            return
-        try:
-            nursery.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            nursery.kill()
-            nursery.wait()
-        self._forget(nursery)
+        deadline = time.monotonic() + CLOSE_S
+        while self._workers and time.monotonic() < deadline:
+            self.poll(max(0.0, deadline - time.monotonic()))
+
+
+def _reason(code: int | None) -> str:
+    if code is not None and 0 > code > -signal.NSIG:
+        return f"its process died of {signal.Signals(-code).name}"
+    return "its process died" if code in (None, SERVER_ENDED) else f"its process ended with {code}"
+
+
+@contextlib.contextmanager
+def _clean_start(threads: int) -> Iterator[None]:
+    """Let child processes of this block begin without the current folder, this program's main module and Ctrl-C.
+
+    Python puts the current folder on the import path of `python -c`, with which `multiprocessing` starts its servers,
+    and hands the parent's path to each child: a `timm.py` in a folder that somebody sent would be run. Without a main
+    module a script that calls `qtdog.sweep` needs no `if __name__ == "__main__"`. Ctrl-C is for the sweep, which then
+    asks its workers to stop.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    ours = dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in ours}
+    path, main = list(sys.path), sys.modules["__main__"]
+    here = {"", ".", os.getcwd(), os.path.realpath(os.getcwd())} - {str(Path(__file__).parents[2])}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        os.environ.update(ours)
+        sys.path[:] = [place for place in path if place not in here]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        sys.path[:] = path
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _be_worker(task: Task, setup: WorkerSetup, gpu: str, answer: connection.Connection) -> None:
+    """Do one task and report its outcome, also of an error before the task."""
+    started = time.perf_counter()
+    try:
+        os.environ[GPU_VARIABLE] = gpu  # in time: nothing has asked CUDA for its devices yet
+        os.setsid()  # a closed terminal must not kill a worker without a checkpoint
+        _log_to(state_folder(setup.out) / "logs" / f"{task.name}.log")
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
+        if gpu:
+            print(f"{task.name} on GPU {gpu}", flush=True)
+        torch.set_num_threads(setup.threads)
+        dataset = open_dataset(setup.source)
+        outcome = run_task(task, setup.out, dataset, quiet_callbacks(setup.loggers, task.folder(setup.out)))
+    except Exception as error:
+        outcome = failure(task, error, time.perf_counter() - started)
+    with contextlib.suppress(BrokenPipeError):  # the sweep is gone
+        answer.send(outcome)
+
+
+def _log_to(file: Path) -> None:
+    """Send what this process prints to a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def _stop_with_parent() -> None:
+    """Ask this worker to stop as soon as the sweep is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

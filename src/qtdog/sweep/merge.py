@@ -1,25 +1,24 @@
-"""Bringing runs from several folders (machines) together."""
+"""Merge the runs of several folders (machines) into one folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtdog.core.errors import FolderInUseError, RunError
-from qtdog.core.files import clear_disk_errors
+from qtdog.core.files import replacing_folder
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.index import run_folders
-from qtdog.sweep.journal import keep_labels, read_labels, state_folder
+from qtdog.sweep.journal import read_labels, save_labels, state_folder
 from qtdog.training.checkpoint import checkpoint_folders
 
 
 @dataclass
 class Merged:
-    """What came of bringing runs together; names of folders.
+    """The names of the merged run folders, by what was done with them.
 
     Attributes:
         copied: were not there, or had come less far.
@@ -34,7 +33,7 @@ class Merged:
     busy: list[str] = field(default_factory=list)
 
 
-def merge(sources: Sequence[Path], out: Path, told: Callable[[str, str], None] = lambda name, what: None) -> Merged:
+def merge(sources: Sequence[Path], out: Path) -> Merged:
     """Copy every run that is missing in `out`, or has come farther elsewhere, from the folders `sources`.
 
     A run is finished or not, never half: it is copied under another name and then renamed.
@@ -42,7 +41,6 @@ def merge(sources: Sequence[Path], out: Path, told: Callable[[str, str], None] =
     Args:
         sources: folders of run folders; they are not changed.
         out: the folder that shall have them all.
-        told: is called with (folder name, what was done).
 
     Raises:
         RunError: a source is no folder, or the disk is full.
@@ -54,21 +52,19 @@ def merge(sources: Sequence[Path], out: Path, told: Callable[[str, str], None] =
         for folder in run_folders(source):
             if folder.parent != source:  # only what lies directly in it has its place by name
                 continue
-            what = _take(folder, out / folder.name)
-            getattr(found, what).append(folder.name)
-            told(folder.name, what)
+            getattr(found, _merge_run(folder, out / folder.name)).append(folder.name)
         for file in sorted((state_folder(source) / "studies").glob("*.json")):
-            keep_labels(file.stem, read_labels(file), out)
+            save_labels(file.stem, read_labels(file), out)
     return found
 
 
-def _take(theirs: Path, ours: Path) -> str:
+def _merge_run(theirs: Path, ours: Path) -> str:
     if not ours.exists():
         _copy(theirs, ours)
         return "copied"
     try:
         with RunFolder(ours).lock():
-            before, after = standing(ours), standing(theirs)
+            before, after = progress_of(ours), progress_of(theirs)
             if before[0] and after[0]:
                 return "kept" if _digest(ours) == _digest(theirs) else "conflicts"
             if after <= before:
@@ -79,7 +75,7 @@ def _take(theirs: Path, ours: Path) -> str:
         return "busy"
 
 
-def standing(path: Path) -> tuple[bool, int]:
+def progress_of(path: Path) -> tuple[bool, int]:
     """Return whether a run is finished, and the step of its last checkpoint: the larger, the farther."""
     folder = RunFolder(path)
     saved = checkpoint_folders(folder.checkpoints)
@@ -95,15 +91,6 @@ def _digest(path: Path) -> object:
 
 
 def _copy(theirs: Path, ours: Path) -> None:
-    """Put a copy of `theirs` in the place of `ours`, all at once."""
-    with clear_disk_errors(ours):
-        ours.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{ours.name}.", suffix=".tmp", dir=ours.parent))
-        try:
-            copy = temporary / "copy"
-            shutil.copytree(theirs, copy, ignore=shutil.ignore_patterns(".lock", "*.tmp"))
-            if ours.exists():
-                ours.rename(temporary / "old")
-            copy.rename(ours)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    """Put a copy of `theirs` in the place of `ours`, all at once; the old copy stays if that fails."""
+    with replacing_folder(ours) as new:
+        shutil.copytree(theirs, new, ignore=shutil.ignore_patterns(".lock", "*.tmp"))

@@ -1,4 +1,4 @@
-"""From a study to its tasks: runs, float steps they share, and the ensembles made of them."""
+"""From a study to its tasks: runs, the fork points that they share, and the ensembles made of them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from qtdog.sweep.study import (
 from qtdog.training.build import AVERAGERS
 from qtdog.training.fork import fork_obstacle, fork_point_config
 
-Kind = Literal["prefix", "run", "ensemble"]
+Kind = Literal["fork_point", "run", "ensemble"]
 
 
 @dataclass(frozen=True)
-class Join:
+class EnsembleMembers:
     """What an ensemble is made of.
 
     Attributes:
@@ -52,16 +52,16 @@ class Task:
     """One piece of work; its folder below the sweep's has its name.
 
     Attributes:
-        name: `<hash>` of a run, `prefix-<hash>`, or `<kind>-<hash>` of an ensemble.
+        name: `<hash>` of a run, `prefix-<hash>` of a fork point, or `<kind>-<hash>` of an ensemble.
         kind: what it is.
         rank: tasks of a lower rank come first.
         labels: method, target, seed and the study's other axes; several where methods come to the same run.
-        config: of a run or prefix.
-        step: of a prefix, the updates to make; of a run, those that it takes over from `begin`.
-        begin: the folder whose checkpoint it begins from; "" to train from step 0.
-        after: the run that makes this one's updates with its own (`sweep.plan.share_updates`); "" if none does.
-        along: of such a run, the names and configurations of those whose updates it makes.
-        join: of an ensemble.
+        config: of a run or fork point.
+        step: of a fork point, the updates to make; of a run, those that it takes over from `fork_from`.
+        fork_from: the folder whose checkpoint it starts from; "" to train from step 0.
+        updates_from: the run that makes this one's updates with its own (`share_updates`); "" if none does.
+        companions: of such a run, the names and configurations of those whose updates it makes.
+        ensemble: its members, of an ensemble.
     """
 
     name: str
@@ -70,27 +70,27 @@ class Task:
     labels: tuple[Labels, ...] = ()
     config: Config | None = field(default=None, repr=False)
     step: int = 0
-    begin: str = ""
-    after: str = ""
-    along: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
-    join: Join | None = None
+    fork_from: str = ""
+    updates_from: str = ""
+    companions: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
+    ensemble: EnsembleMembers | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Names of the tasks that must be finished before this one."""
-        return self.join.members if self.join else ((self.begin,) if self.begin else ())
+        return self.ensemble.members if self.ensemble else ((self.fork_from,) if self.fork_from else ())
 
     @property
     def steps(self) -> int:
         """Updates that the task makes; 0 for an ensemble, and for a run whose updates another one makes."""
-        if self.config is None or self.after:
+        if self.config is None or self.updates_from:
             return 0
-        return self.step if self.kind == "prefix" else self.config.train.steps - self.step
+        return self.step if self.kind == "fork_point" else self.config.train.steps - self.step
 
     def to_json(self) -> dict[str, Any]:
         """Return what a worker needs to do it."""
         config = None if self.config is None else self.config.model_dump(mode="json")
-        join = None if self.join is None else vars(self.join) | {"members": list(self.join.members)}
+        ensemble = None if self.ensemble is None else vars(self.ensemble) | {"members": list(self.ensemble.members)}
         return {
             "name": self.name,
             "kind": self.kind,
@@ -98,51 +98,55 @@ class Task:
             "labels": list(self.labels),
             "config": config,
             "step": self.step,
-            "begin": self.begin,
-            "after": self.after,
-            "along": [[name, config.model_dump(mode="json")] for name, config in self.along],
-            "join": join,
+            "fork_from": self.fork_from,
+            "updates_from": self.updates_from,
+            "companions": [[name, config.model_dump(mode="json")] for name, config in self.companions],
+            "ensemble": ensemble,
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Task:
         """Return the task that `to_json` described."""
-        config = None if tree["config"] is None else Config.model_validate(tree["config"])
-        join = None if tree["join"] is None else Join(**tree["join"] | {"members": tuple(tree["join"]["members"])})
-        along = tuple((name, Config.model_validate(one)) for name, one in tree["along"])
-        return cls(**tree | {"config": config, "join": join, "labels": tuple(tree["labels"]), "along": along})
+        ensemble = tree["ensemble"]
+        parsed = {
+            "config": None if tree["config"] is None else Config.model_validate(tree["config"]),
+            "ensemble": ensemble and EnsembleMembers(**ensemble | {"members": tuple(ensemble["members"])}),
+            "labels": tuple(tree["labels"]),
+            "companions": tuple((name, Config.model_validate(one)) for name, one in tree["companions"]),
+        }
+        return cls(**tree | parsed)
 
     def folder(self, out: Path) -> Path:
         """Return its folder in the sweep's folder."""
         return out / self.name
 
 
-def share_prefixes(runs: Sequence[Task]) -> list[Task]:
-    """Return the runs with their common beginnings as tasks of their own.
+def share_fork_points(runs: Sequence[Task]) -> list[Task]:
+    """Return the runs, and the fork points that several of them share as tasks of their own.
 
     Runs share what lies before the step at which they quantize (a float run: at which others would); also those whose
     learning rate falls only from there on. Quantization after training goes on from the last but one checkpoint of the
-    same float run. A beginning that only one run has is no task. What comes out is bit-identical to separate runs.
+    same float run. A fork point of one run alone is no task. What comes out is bit-identical to separate runs.
 
     Args:
         runs: tasks of kind "run".
     """
-    beginnings = {run.name: _beginning(run.config) for run in runs if run.config is not None}
-    counts = Counter(found[0] for found in beginnings.values() if found is not None)
+    fork_points = {run.name: _fork_point(run.config) for run in runs if run.config is not None}
+    counts = Counter(found[0] for found in fork_points.values() if found is not None)
     floats = {run.name for run in runs}
     tasks: dict[str, Task] = {}
     for run in runs:
         assert run.config is not None
         whole = config_hash(float_run(run.config))
-        found = beginnings[run.name]
+        found = fork_points[run.name]
         if run.config.quantizer.name in AFTER_TRAINING and whole in floats:
-            tasks[run.name] = replace(run, begin=whole, step=_late(run.config))
+            tasks[run.name] = replace(run, fork_from=whole, step=_last_but_one_step(run.config))
         elif found is not None and counts[found[0]] > 1:
-            name, prefix = found
-            step = prefix.decay_from
+            name, shared = found
+            step = shared.decay_from
             rank = min(run.rank, tasks[name].rank) if name in tasks else run.rank
-            tasks[name] = Task(name, "prefix", rank, (), prefix, step)
-            tasks[run.name] = replace(run, begin=name, step=step)
+            tasks[name] = Task(name, "fork_point", rank, (), shared, step)
+            tasks[run.name] = replace(run, fork_from=name, step=step)
         else:
             tasks[run.name] = run
     return list(tasks.values())
@@ -151,8 +155,8 @@ def share_prefixes(runs: Sequence[Task]) -> list[Task]:
 def share_updates(runs: Sequence[Task]) -> list[Task]:
     """Return the runs; of those that differ in nothing but their averager one makes the updates for all.
 
-    That is the one of the lowest rank. The others wait for it, and then finish from the checkpoint that they have; if
-    it fails they train by themselves. What comes out is bit-identical to separate runs.
+    That is the run of the lowest rank. The others wait for it, and then finish from their own checkpoint; if it fails
+    they train by themselves. What comes out is bit-identical to separate runs.
 
     Args:
         runs: tasks of kind "run" that share nothing yet; others are returned as they are. Runs that begin at different
@@ -161,13 +165,13 @@ def share_updates(runs: Sequence[Task]) -> list[Task]:
     groups: dict[tuple[str, str, int], list[Task]] = {}
     for run in runs:
         if run.kind == "run" and run.config is not None:
-            groups.setdefault((config_hash(_without_averager(run.config)), run.begin, run.step), []).append(run)
+            groups.setdefault((config_hash(_without_averager(run.config)), run.fork_from, run.step), []).append(run)
     changed: dict[str, Task] = {}
     for group in groups.values():
         first, *others = sorted(group, key=lambda run: run.rank)
-        along = tuple((run.name, run.config) for run in others if run.config is not None)
-        changed[first.name] = replace(first, along=along)
-        changed |= {run.name: replace(run, after=first.name) for run in others}
+        companions = tuple((run.name, run.config) for run in others if run.config is not None)
+        changed[first.name] = replace(first, companions=companions)
+        changed |= {run.name: replace(run, updates_from=first.name) for run in others}
     return [changed.get(run.name, run) for run in runs]
 
 
@@ -175,13 +179,14 @@ def keep_sharing(tasks: Sequence[Task]) -> list[Task]:
     """Return tasks of a plan, sharing updates among themselves alone, if the plan's tasks share any.
 
     Example:
-        >>> run = Task("b", "run", 0, config=Config(), after="a")
-        >>> keep_sharing([run])[0].after, keep_sharing([Task("a", "run", 0, config=Config()), run])[1].after
+        >>> run = Task("b", "run", 0, config=Config(), updates_from="a")
+        >>> alone, both = keep_sharing([run]), keep_sharing([Task("a", "run", 0, config=Config()), run])
+        >>> alone[0].updates_from, both[1].updates_from
         ('', 'a')
     """
-    if not any(task.after or task.along for task in tasks):
+    if not any(task.updates_from or task.companions for task in tasks):
         return list(tasks)
-    return share_updates([replace(task, after="", along=()) for task in tasks])
+    return share_updates([replace(task, updates_from="", companions=()) for task in tasks])
 
 
 def _without_averager(config: Config) -> Config:
@@ -193,22 +198,22 @@ def float_run(config: Config) -> Config:
     return config.model_copy(update={"quantizer": Config.model_validate({"quantizer": {"name": "none"}}).quantizer})
 
 
-def _late(config: Config) -> int:
+def _last_but_one_step(config: Config) -> int:
     """Return the step of the last but one checkpoint of a run that has come to its end."""
     every = config.train.checkpoint_every or config.train.eval_every
     return (config.train.steps - 1) // every * every
 
 
-def _beginning(config: Config) -> tuple[str, Config] | None:
+def _fork_point(config: Config) -> tuple[str, Config] | None:
     """Return name and configuration of the float steps that a run begins with; None if it cannot take them over."""
     step = config.decay_from if config.start_step is None else config.start_step
     plain = {"schedule": "constant", "decay_from": step, "step_size_lr": 1.0}
     shared = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=plain)})
-    prefix = fork_point_config(shared)
+    point = fork_point_config(shared)
     averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
-    if fork_obstacle(prefix, config, averager, step):
+    if fork_obstacle(point, config, averager, step):
         return None
-    return f"prefix-{config_hash(prefix)}", prefix
+    return f"prefix-{config_hash(point)}", point
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     errors: list[str] = []
     ensembles = [task for one in study.ensembles for task in _ensembles(study, one, runs, errors)]
     raise_all(errors)
-    tasks = share_prefixes(runs) if study.share_prefix else runs
+    tasks = share_fork_points(runs) if study.share_prefix else runs
     tasks = share_updates(tasks) if study.share_averaged else tasks
     return Plan(study, source, dataset, tuple(_in_order([*tasks, *ensembles])))
 
@@ -293,14 +298,14 @@ def _ensembles(study: Study, one: Ensemble, runs: Sequence[Task], errors: list[s
                 continue
             members = tuple(by_seed[seed].name for seed in group)
             rank = max(rank_of(study.order, labels), *(by_seed[seed].rank for seed in group))
-            tasks.append(_join(one, members, labels, rank))
+            tasks.append(_ensemble_task(one, members, labels, rank))
     return tasks
 
 
-def _join(one: Ensemble, members: tuple[str, ...], labels: Labels, rank: int) -> Task:
+def _ensemble_task(one: Ensemble, members: tuple[str, ...], labels: Labels, rank: int) -> Task:
     text = " ".join([one.kind, one.pick, *sorted(members)])
     name = f"{one.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return Task(name, "ensemble", rank, (labels,), join=Join(one.kind, members, one.pick))
+    return Task(name, "ensemble", rank, (labels,), ensemble=EnsembleMembers(one.kind, members, one.pick))
 
 
 def _in_order(tasks: Sequence[Task]) -> list[Task]:
@@ -334,7 +339,7 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
         [['a1', 'b2'], ['b2']]
     """
     words = pattern.split()
-    wanted = [task for task in tasks if any(_means(words, task.name, labels) for labels in task.labels)]
+    wanted = [task for task in tasks if any(_matches(words, task.name, labels) for labels in task.labels)]
     if not wanted:
         raise ConfigError(f"--only '{pattern}' means no run of the study; qtdog sweep status --all lists them")
     return with_needs(tasks, wanted)
@@ -355,7 +360,7 @@ def with_needs(tasks: Sequence[Task], some: Sequence[Task]) -> list[Task]:
     return keep_sharing([task for task in tasks if task.name in wanted])
 
 
-def _means(words: Sequence[str], name: str, labels: Labels) -> bool:
+def _matches(words: Sequence[str], name: str, labels: Labels) -> bool:
     texts = {f"{key}={value}" for key, value in labels.items()}
     return all(word in texts if "=" in word else word in str(labels.get("method")) or word in name for word in words)
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import tarfile
+import tempfile
+import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, RunError, extra
+from qtdog.core.files import replacing_folder
 from qtdog.sweep.journal import Outcome, state_folder
 from qtdog.sweep.plan import Task
-from qtdog.sweep.worker import do_task, do_task_elsewhere, inputs, unpack
+from qtdog.sweep.worker import failure, run_task_from_json
+
+Answer = dict[str, Any]
+MEMBER_FILES = ("config.yaml", "result.json", "model.safetensors")
+MADE_OF_CHECKPOINTS = ("diwa", "soup")  # ensembles that average weights from before quantization
 
 
 def import_ray() -> Any:
@@ -28,8 +38,8 @@ def import_ray() -> Any:
 class RayEngine:
     """Sends each task to a Ray worker with as many CPUs and GPUs as asked for; Ray decides where.
 
-    A machine that sees the sweep's folder works in it. Another one gets what the task needs, works in a folder of its
-    own and sends the run folder back; what it had done is lost if it dies.
+    A machine that sees the sweep's folder works in it. Another one says so, then gets the files that the task needs,
+    works in a folder of its own and sends the run folder back; if it dies, the run begins anew.
 
     Args:
         out: the sweep's folder.
@@ -38,7 +48,8 @@ class RayEngine:
         threads: CPUs of each run.
         gpus: GPUs of each run; a fraction shares one.
         address: of a cluster ("auto", "ray://host:10001"); None to use this machine.
-        shared: whether all machines see the folder; None to find out for each task.
+        shared: whether all engine_options see the folder; None to find out.
+        ray: the module; None to import it.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -55,9 +66,11 @@ class RayEngine:
         gpus: float = 0.0,
         address: str | None = None,
         shared: bool | None = None,
+        ray: Any = None,
     ) -> None:
-        ray = self._ray = import_ray()
-        self._out, self._source, self._threads, self._shared = out.absolute(), source, threads, shared
+        ray = self._ray = ray or import_ray()
+        self._out, self._source, self._threads = out.absolute(), source, threads
+        self._send_files = shared is False
         own = {} if address else {"num_cpus": (workers or 1) * threads, "include_dashboard": False}
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **own)
@@ -69,33 +82,45 @@ class RayEngine:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
         self._token = token
-        self._send = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_work)
-        self._running: dict[Any, str] = {}
+        self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_ray_task)
+        self._running: dict[Any, Task] = {}
 
     def start(self, task: Task) -> None:
-        """Hand a task to the cluster."""
-        parcels = None if self._shared else inputs(task, self._out)
-        where = (str(self._out), str(self._token), self._shared)
-        reference = self._send.remote(task.to_json(), parcels, where, self._source, self._threads)
-        self._running[reference] = task.name
+        """Hand a task to the cluster; its files go along only after a machine said that it does not see the folder."""
+        self._submit(task, task_files(task, self._out) if self._send_files else None)
+
+    def _submit(self, task: Task, files: Mapping[str, bytes] | None) -> None:
+        shared_folder = None if self._send_files and files is None else (str(self._out), str(self._token))
+        reference = self._remote.remote(task.to_json(), files, shared_folder, self._source, self._threads)
+        self._running[reference] = task
 
     def poll(self, timeout_s: float) -> list[Outcome]:
         """Return the tasks that ended since, after at most `timeout_s` seconds."""
-        ray = self._ray
-        ended, _ = ray.wait(list(self._running), num_returns=len(self._running) or 1, timeout=timeout_s)
-        outcomes = []
-        for reference in ended:
-            name = self._running.pop(reference)
-            try:
-                answer, content = ray.get(reference)
-                if content:
-                    unpack(content, self._out / name)
-                outcomes.append(Outcome(**answer))
-            except ray.exceptions.TaskCancelledError:
-                outcomes.append(Outcome(name, "stopped"))
-            except (ray.exceptions.RayError, OSError, RunError) as error:
-                outcomes.append(Outcome(name, "lost", str(error).splitlines()[0][:300], type(error).__name__))
-        return outcomes
+        if not self._running:
+            time.sleep(timeout_s)
+            return []
+        ended, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
+        found = [self._outcome(reference, self._running.pop(reference)) for reference in ended]
+        return [outcome for outcome in found if outcome is not None]
+
+    def _outcome(self, reference: Any, task: Task) -> Outcome | None:
+        """Return how a task ended; None if it was sent again, with its files."""
+        ray, name = self._ray, task.name
+        try:
+            answer, content = ray.get(reference)
+            if answer is None:
+                self._send_files = True
+                self._submit(task, task_files(task, self._out))
+                return None
+            if content:
+                unpack(content, self._out / name)
+            return Outcome(**answer)
+        except ray.exceptions.TaskCancelledError:
+            return Outcome(name, "stopped")
+        except (OSError, RunError) as error:
+            return failure(task, error, 0.0)
+        except ray.exceptions.RayError as error:
+            return Outcome(name, "lost", str(error).splitlines()[0][:300], type(error).__name__)
 
     def stop(self) -> None:
         """Ask all that run to save their state and end."""
@@ -110,11 +135,85 @@ class RayEngine:
         self._ray.shutdown()
 
 
-def _work(
-    tree: dict[str, Any], parcels: Any, where: tuple[str, str, bool | None], source: str, threads: int
-) -> tuple[Any, bytes]:
-    """Be a Ray task."""
-    out, token, shared = where
-    if parcels is None or (shared is None and Path(token).is_file()):
-        return do_task(tree, out, source, threads), b""
-    return do_task_elsewhere(tree, parcels, source, threads)
+def _ray_task(
+    tree: dict[str, Any],
+    files: Mapping[str, bytes] | None,
+    shared_folder: tuple[str, str] | None,
+    source: str,
+    threads: int,
+) -> tuple[Answer | None, bytes]:
+    """Do a task on a machine of the cluster; return nothing if it sees neither the folder nor files."""
+    if shared_folder is not None and Path(shared_folder[1]).is_file():
+        return run_task_from_json(tree, shared_folder[0], source, threads), b""
+    if files is None:
+        return None, b""
+    return run_task_with_files(tree, files, source, threads)
+
+
+def run_task_with_files(
+    tree: dict[str, Any], files: Mapping[str, bytes], source: str, threads: int
+) -> tuple[Answer, bytes]:
+    """Do a task in a temporary folder of this machine, and return the outcome and the run folder.
+
+    Args:
+        tree: `Task.to_json`.
+        files: what the task needs, from `task_files`.
+        source: what opens the data set on this machine.
+        threads: number of threads to use.
+    """
+    with tempfile.TemporaryDirectory(prefix="qtdog-") as name:
+        for folder, content in files.items():
+            unpack(content, Path(name) / folder)
+        # Only this run's folder goes back: runs that share its updates train by themselves.
+        answer = run_task_from_json(tree | {"companions": []}, name, source, threads)
+        made = Path(name) / tree["name"]
+        return answer, pack(made) if made.is_dir() else b""
+
+
+def task_files(task: Task, out: Path) -> dict[str, bytes]:
+    """Return what another machine needs for a task: folder name → archive.
+
+    That is the run so far, the checkpoint that it forks from, or of an ensemble's members the files that are read.
+    """
+    archives = {}
+    if task.folder(out).is_dir():
+        archives[task.name] = pack(task.folder(out))
+    if task.fork_from:
+        checkpoint = f"checkpoint/step-{task.step:08d}"
+        if (out / task.fork_from / checkpoint).is_dir():
+            archives[task.fork_from] = pack(out / task.fork_from, [checkpoint])
+    if task.ensemble is not None:
+        wanted = [*MEMBER_FILES, *(["checkpoint"] if task.ensemble.kind in MADE_OF_CHECKPOINTS else [])]
+        for name in task.ensemble.members:
+            archives[name] = pack(out / name, [file for file in wanted if (out / name / file).exists()])
+    return archives
+
+
+def pack(folder: Path, only: Sequence[str] = ()) -> bytes:
+    """Return the content of a run folder as an uncompressed tar archive, without locks and temporary files.
+
+    Args:
+        folder: of the run.
+        only: names in it, like "checkpoint/step-00000010"; all if empty.
+    """
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name in only or sorted(path.name for path in folder.iterdir()):
+            archive.add(folder / name, arcname=name, filter=_without_temporary)
+    return stream.getvalue()
+
+
+def _without_temporary(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    name = Path(info.name).name
+    return None if name == ".lock" or name.endswith(".tmp") else info
+
+
+def unpack(content: bytes, folder: Path) -> None:
+    """Make `folder` hold what `pack` packed, all at once; what it held before is replaced.
+
+    Raises:
+        tarfile.TarError: the archive is damaged, or would write outside of the folder.
+        RunError: the disk is full; the old content is still there.
+    """
+    with replacing_folder(folder) as new, tarfile.open(fileobj=io.BytesIO(content), mode="r") as archive:
+        archive.extractall(new, filter="data")

@@ -109,7 +109,7 @@ def results(plan: Plan, out: Path, earlier: Mapping[str, Row] | None = None) -> 
     """
     found = []
     for task in plan.tasks:
-        row = None if task.kind == "prefix" else _row(task, out, earlier or {})
+        row = None if task.kind == "fork_point" else _row(task, out, earlier or {})
         if row is None:
             continue
         for labels in task.labels:

@@ -4,68 +4,86 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError, QtdogError, RunError
+from qtdog.core.errors import ConfigError, DataError, FolderInUseError, Interrupted, ModelError, QtdogError, RunError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.teacher import load_teacher
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.journal import Outcome, forget_failure, keep_failure, keep_journal, last_line, read_failures
+from qtdog.sweep.journal import Outcome, append_journal, last_line, read_failures, remove_failure, save_failure
 from qtdog.sweep.plan import Task, keep_sharing
 from qtdog.sweep.study import raise_all
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.protocol import make_protocol
 from qtdog.training.signals import StopRequest
 
-# What differs between runs without deciding whether their parts go together.
+# Values that differ between runs without deciding whether their components fit together.
 FREE = {
     "train": ("seed", "eval_every", "checkpoint_every"),
     "data": ("trial", "target", "source"),
     "model": ("init_seed",),
+    "optimizer": ("lr", "weight_decay"),
 }
 
 
-def check_tasks(tasks: Sequence[Task], dataset: DomainDataset, progress: Progress = None) -> None:
-    """Refuse tasks of which one has a name that there is not, or parts that do not go together.
+def check_tasks(
+    tasks: Sequence[Task],
+    dataset: DomainDataset,
+    progress: Progress = None,
+    *,
+    build: Callable[[Config, DomainDataset, Progress], str | None] | None = None,
+) -> None:
+    """Refuse tasks of which one has an unknown name, or components that do not fit together.
+
+    Each distinct composition is built once.
 
     Args:
         tasks: what is to be done.
         dataset: its data.
         progress: of decoding images.
+        build: returns why the components of a run cannot be built; None for `build_error`.
 
     Raises:
         ConfigError: every mistake, with the method that it is in.
     """
+    build = build or build_error
     seen: set[str] = set()
     errors = []
     for task in tasks:
-        if task.config is None or task.kind == "prefix":
+        if task.config is None or task.kind == "fork_point":
             continue
-        kind = _kind(task.config)
-        if kind not in seen:
-            seen.add(kind)
-            error = _mistake(task.config, dataset, progress)
+        composition = _composition(task.config, drawn="draw" in task.labels[0])
+        if composition not in seen:
+            seen.add(composition)
+            error = build(task.config, dataset, progress)
             errors += [f"method '{task.labels[0]['method']}': {error}"] if error else []
     raise_all(errors)
 
 
-def _kind(config: Config) -> str:
+def _composition(config: Config, *, drawn: bool) -> str:
+    """Return what decides whether the components of a run fit together; of a random search's values only the names."""
     tree = config.model_dump(mode="json")
     for section, keys in FREE.items():
         for key in keys:
             tree[section].pop(key)
     tree["data"]["has_target"] = config.data.target != "none"
+    if drawn:  # the draws lie in ranges that the study and the components declare
+        tree["data"].pop("batch_size")
+        for section in ("objective", "step_rule"):
+            tree[section]["params"] = sorted(tree[section]["params"])
     return json.dumps(tree, sort_keys=True)
 
 
-def _mistake(config: Config, dataset: DomainDataset, progress: Progress) -> str | None:
+def build_error(config: Config, dataset: DomainDataset, progress: Progress) -> str | None:
+    """Return why the components of a run cannot be built; None if they can."""
     try:
         protocol = make_protocol(config, dataset)
         teacher = load_teacher(config, dataset)
@@ -78,31 +96,31 @@ def _mistake(config: Config, dataset: DomainDataset, progress: Progress) -> str 
 def is_done(task: Task, out: Path) -> bool:
     """Return whether a task's result is there."""
     folder = RunFolder(task.folder(out))
-    if task.kind == "prefix":
+    if task.kind == "fork_point":
         return (folder.checkpoints / f"step-{task.step:08d}" / "checkpoint.json").is_file()
     return folder.result_file.is_file() and folder.model_file.is_file()
 
 
 def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
-    """Return the tasks that are still to be done, in their order; a beginning only if something waits for it.
+    """Return the tasks that are still to be done, in their order; a fork point only if something waits for it.
 
     Runs that would share the updates of one that is done share their own.
     """
     missing = [task for task in tasks if not is_done(task, out)]
     wanted = {name for task in missing for name in task.needs}
-    return keep_sharing([task for task in missing if task.kind != "prefix" or task.name in wanted])
+    return keep_sharing([task for task in missing if task.kind != "fork_point" or task.name in wanted])
 
 
 STATES = ("done", "running", "failed", "begun", "missing")
 
 
-def standings(tasks: Sequence[Task], out: Path) -> dict[str, str]:
+def task_states(tasks: Sequence[Task], out: Path) -> dict[str, str]:
     """Return the state of each task, one of `STATES`; begun is what stopped on the way."""
     failed = read_failures(out)
-    return {task.name: _standing(task, out, failed) for task in tasks}
+    return {task.name: _task_state(task, out, failed) for task in tasks}
 
 
-def _standing(task: Task, out: Path, failed: Collection[str]) -> str:
+def _task_state(task: Task, out: Path, failed: Collection[str]) -> str:
     if is_done(task, out):
         return "done"
     folder = task.folder(out)
@@ -114,7 +132,10 @@ def _standing(task: Task, out: Path, failed: Collection[str]) -> str:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Return whether a process of this machine (or one that shares its locks) holds a run folder."""
+    """Return whether a process of this machine (or one that shares its locks) holds a run folder.
+
+    The folder is asked through a shared lock, for which a process that wants the folder waits (`RunFolder.lock`).
+    """
     file = folder / ".lock"
     if not file.is_file():
         return False
@@ -124,6 +145,31 @@ def is_in_use(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def discard_unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
+    """Empty the folders of those tasks that are not done and that no process holds; return the others.
+
+    Whether a task is done is asked under the folder's lock: another machine may have finished it meanwhile.
+    """
+    kept = []
+    for task in tasks:
+        folder = task.folder(out)
+        if not folder.is_dir():
+            continue
+        try:
+            with RunFolder(folder).lock():
+                if is_done(task, out):
+                    kept.append(task)
+                    continue
+                for path in folder.iterdir():
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.name != ".lock":
+                        path.unlink()
+        except FolderInUseError:
+            kept.append(task)
+    return kept
 
 
 def step_of(task: Task, out: Path) -> int:
@@ -167,15 +213,15 @@ BUSY_S = 5.0  # until a folder that another process held is looked at again
 MAX_LOST = 5  # times that the process of one task may die before that counts as its failure
 
 
-class Board(Protocol):
-    """Who is shown how a sweep goes."""
+class SweepDisplay(Protocol):
+    """Shows how a sweep goes."""
 
     def show(self, progress: SweepProgress) -> None:
-        """Called often."""
+        """Show the progress; called often."""
         ...
 
     def ended(self, task: Task, outcome: Outcome) -> None:
-        """One task ended."""
+        """Show that one task ended."""
         ...
 
 
@@ -202,7 +248,7 @@ class SweepProgress:
     def ready(self, now: float) -> Task | None:
         """Return the first waiting task that can begin."""
         for task in self.waiting:
-            waits = task.after and task.after not in self.done
+            waits = task.updates_from and task.updates_from not in self.done
             if self.later.get(task.name, 0.0) <= now and self.done.issuperset(task.needs) and not waits:
                 return task
         return None
@@ -225,17 +271,28 @@ class Driver:
         tasks: of the plan, or some of them, with what they need.
         out: the sweep's folder.
         engine: runs them.
-        board: is shown how it goes.
+        display: shows how it goes.
         limit: begin at most so many tasks; None for all.
+        poll_s: seconds that one look at the engine takes.
+        busy_s: seconds until a folder that another process held is looked at again.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], out: Path, engine: Engine, board: Board, *, limit: int | None = None
+        self,
+        tasks: Sequence[Task],
+        out: Path,
+        engine: Engine,
+        display: SweepDisplay,
+        *,
+        limit: int | None = None,
+        poll_s: float = POLL_S,
+        busy_s: float = BUSY_S,
     ) -> None:
         missing = unfinished(tasks, out)
         names = {task.name for task in missing}
         self.progress = SweepProgress(tasks, missing, done={task.name for task in tasks if task.name not in names})
-        self._out, self._engine, self._board, self._left = out, engine, board, limit
+        self._out, self._engine, self._display, self._left = out, engine, display, limit
+        self._poll_s, self._busy_s = poll_s, busy_s
         self._lost: Counter[str] = Counter()
         self._stopping: QtdogError | None = None
 
@@ -252,16 +309,16 @@ class Driver:
                     self._turn(stop.signal)
             finally:
                 self._engine.close()
-        self._board.show(self.progress)
+        self._display.show(self.progress)
         if self._stopping is not None:
             raise self._stopping
         return self.progress
 
     def _turn(self, signal: int | None) -> None:
         self._fill()
-        for outcome in self._engine.poll(POLL_S):
+        for outcome in self._engine.poll(self._poll_s):
             self._take(outcome)
-        self._board.show(self.progress)
+        self._display.show(self.progress)
         if signal is not None and self._stopping is None:
             self._stop(_interrupted(signal))
 
@@ -296,19 +353,19 @@ class Driver:
             outcome = self._lose(task, outcome)
         if outcome.status == "done":
             progress.done.add(task.name)
-            forget_failure(task.name, self._out)
-            keep_journal(outcome, task.steps, self._out)
+            remove_failure(task.name, self._out)
+            append_journal(outcome, task.steps, self._out)
         elif outcome.status == "failed":
             progress.failed[task.name] = outcome
-            progress.waiting = [replace(one, after="") if one.after == task.name else one for one in progress.waiting]
-            keep_failure(outcome, self._out)
+            progress.waiting = [_alone(one) if one.updates_from == task.name else one for one in progress.waiting]
+            save_failure(outcome, self._out)
         else:
             self._put_back(task, outcome)
-        self._board.ended(task, outcome)
+        self._display.ended(task, outcome)
 
     def _lose(self, task: Task, outcome: Outcome) -> Outcome:
         """Let a task whose process died be tried again, unless that happens each time."""
-        if self._stopping is not None:  # it was asked to stop before it could be asked politely
+        if self._stopping is not None:  # the signal came before the run could save anything
             return replace(outcome, status="stopped", reason="")
         self._lost[task.name] += 1
         if self._lost[task.name] < MAX_LOST:
@@ -319,13 +376,18 @@ class Driver:
         self.progress.waiting.insert(0, task)
         self._left = None if self._left is None else self._left + 1
         if outcome.status == "busy":
-            self.progress.later[task.name] = time.monotonic() + BUSY_S
+            self.progress.later[task.name] = time.monotonic() + self._busy_s
         if outcome.status == "disk" and self._stopping is None:
             self._stop(RunError(f"the sweep stopped, since it cannot write: {outcome.reason}"))
 
     def _stop(self, why: QtdogError) -> None:
         self._stopping = why
         self._engine.stop()
+
+
+def _alone(task: Task) -> Task:
+    """Return a task that makes its own updates."""
+    return replace(task, updates_from="")
 
 
 def _interrupted(number: int) -> Interrupted:

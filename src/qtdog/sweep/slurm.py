@@ -10,7 +10,7 @@ from typing import Any
 from qtdog.core.errors import ConfigError, extra
 from qtdog.sweep.journal import Outcome, state_folder
 from qtdog.sweep.plan import Task
-from qtdog.sweep.worker import Answer, do_task
+from qtdog.sweep.worker import run_task_from_json
 
 SIGNAL_S = 120  # before a job's time is over
 
@@ -33,7 +33,7 @@ class Job:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The same in Slurm's words."""
+        """What submitit is given, and makes the batch script of."""
         found: dict[str, Any] = {
             "time": max(1, round(60 * self.hours)),
             "cpus_per_task": self.threads,
@@ -54,17 +54,6 @@ def import_submitit() -> Any:
         import submitit
         import submitit.slurm.slurm
     return submitit
-
-
-def batch_script(job: Job, out: Path) -> str:
-    """Return the batch script that a job would have; nothing is submitted.
-
-    Raises:
-        ConfigError: submitit is not installed.
-    """
-    slurm = import_submitit().slurm.slurm
-    logs = state_folder(out) / "slurm"
-    return slurm._make_sbatch_string("COMMAND OF THE RUN", logs, job_name="qtdog", **job.parameters)
 
 
 class SlurmEngine:
@@ -135,9 +124,9 @@ class Work:
     def __init__(self, out: str, source: str, threads: int) -> None:
         self.out, self.source, self.threads = out, source, threads
 
-    def __call__(self, tree: dict[str, Any]) -> Answer:
+    def __call__(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Do the task."""
-        return do_task(tree, self.out, self.source, self.threads)
+        return run_task_from_json(tree, self.out, self.source, self.threads)
 
     def checkpoint(self, tree: dict[str, Any]) -> Any:
         """Return what the next job shall do: the same; it goes on from the last checkpoint."""

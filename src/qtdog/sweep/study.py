@@ -32,11 +32,11 @@ SHORT = {"target": "data.target", "trial": "data.trial", "seed": "train.seed"}
 SPAN = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def spread(values: Any) -> Any:
+def expand_values(values: Any) -> Any:
     """Return the list that a grid's value means: itself, one value as a list, or the numbers of "0..9".
 
     Example:
-        >>> spread("0..2"), spread(["art", "photo"]), spread(7)
+        >>> expand_values("0..2"), expand_values(["art", "photo"]), expand_values(7)
         ([0, 1, 2], ['art', 'photo'], [7])
     """
     if isinstance(values, list):
@@ -45,7 +45,7 @@ def spread(values: Any) -> Any:
     return list(range(int(span[1]), int(span[2]) + 1)) if span else [values]
 
 
-Values = Annotated[list[Scalar | list[Scalar] | dict[str, Scalar]], BeforeValidator(spread), Field(min_length=1)]
+Values = Annotated[list[Scalar | list[Scalar] | dict[str, Scalar]], BeforeValidator(expand_values), Field(min_length=1)]
 Axes = dict[str, Values]
 
 
@@ -93,7 +93,7 @@ class Ensemble(Part):
 
 def _groups(given: Any) -> Any:
     """Return groups of seeds: one group if `given` is a list of numbers or a span."""
-    values = spread(given)
+    values = expand_values(given)
     return values if all(isinstance(value, list) for value in values) else [values]
 
 
@@ -173,22 +173,44 @@ def read_study(path: Path) -> Study:
     if not path.is_file():
         raise ConfigError(f"the study file {path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        tree, texts = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path} must hold keys like 'name:', 'methods:' and 'grid:'")
     try:
-        return Study.model_validate(tree)
+        return Study.model_validate(_with_domain_names(tree, texts))
     except ValidationError as error:
         lines = list(dict.fromkeys(_explain(detail) for detail in error.errors()))
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+
+def _with_domain_names(tree: Any, texts: Any, *, named: bool = False) -> Any:
+    """Return the tree of a study with the names of domains as the file has them: YAML reads NO as False, 010 as 8.
+
+    Args:
+        tree: what YAML made of the file, or of a part of it.
+        texts: the same with every scalar as text.
+        named: whether the part holds names of domains.
+    """
+    if isinstance(tree, dict) and isinstance(texts, dict):
+        return {
+            key: _with_domain_names(value, texts.get(key, value), named="data.target" in axis_keys(str(key)))
+            for key, value in tree.items()
+        }
+    if isinstance(tree, list) and isinstance(texts, list):
+        return [_with_domain_names(one, text, named=named) for one, text in zip(tree, texts, strict=True)]
+    return texts if named and tree is not None else tree
 
 
 def _explain(detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"]]
     if detail["type"] == "extra_forbidden":
         where = ".".join(path[:-1]) or "the study"
+        axis = path[-1].rstrip("s")
+        if axis in SHORT:
+            return f"unknown key of {where} '{path[-1]}'; did you mean '{axis}', below 'grid'?"
         return unknown(f"key of {where}", path[-1], _fields(path[:-1]))
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return f"{'.'.join(path)}: {message}" if path else message
@@ -213,7 +235,7 @@ PROTOCOL = {
 }
 
 
-def drawn(search: Search, index: int, config: Config) -> Tree:
+def draw_values(search: Search, index: int, config: Config) -> Tree:
     """Return what draw number `index` of a search sets, as a tree for `build_config`; nothing for draw 0.
 
     What is drawn for a key depends on (seed, index, key) alone, so that methods get the same learning rate in the same
@@ -230,7 +252,7 @@ def drawn(search: Search, index: int, config: Config) -> Tree:
     Example:
         >>> from qtdog.core.config_io import build_config
         >>> coral, search = build_config([{"objective": {"name": "coral"}}]), Search(n=3, over=["objective", "lr"])
-        >>> drawn(search, 0, coral), sorted(drawn(search, 1, coral))
+        >>> draw_values(search, 0, coral), sorted(draw_values(search, 1, coral))
         ({}, ['objective', 'optimizer'])
     """
     tree: Tree = {}
@@ -352,7 +374,8 @@ def _assigned(layer: Layer) -> list[Tree]:
 def _tree(key: str, value: Any) -> Tree:
     section, dot, name = key.partition(".")
     if not (dot and section and name):
-        raise ConfigError(f"'{key}' is no dotted key, like train.steps")
+        hint = f"; did you mean '{key.rstrip('s')}'?" if key.rstrip("s") in SHORT else ""
+        raise ConfigError(f"'{key}' is no dotted key, like train.steps{hint}")
     return {section: {name: value}}
 
 
@@ -374,13 +397,15 @@ def _grid(
         trees = [_tree(key, value) for axis, value in chosen for key in axis_keys(axis)]
         if search:
             labels["draw"] = draw
-            trees.append(drawn(search, draw, build_config([*shared, *trees])))
+            trees.append(draw_values(search, draw, build_config([*shared, *trees])))
         yield (draw, *place), labels, trees
 
 
 def _values(axis: str, values: Sequence[Any], dataset: DomainDataset) -> list[Any]:
     if "data.target" not in axis_keys(axis):
         return list(values)
+    if misread := [value for value in values if isinstance(value, bool)]:
+        raise ConfigError(f"{axis}: {misread[0]} is no name of a domain; quote it, like 'no'")
     return list(dataset.domains) if list(values) == ["all"] else [str(value) for value in values]
 
 

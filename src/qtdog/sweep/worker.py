@@ -1,16 +1,13 @@
-"""Do one task of a sweep, in this process or on another machine."""
+"""Do one task of a sweep in this process."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import io
-import shutil
 import sys
-import tarfile
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +16,6 @@ from typing import Any
 import torch
 
 from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
-from qtdog.core.files import clear_disk_errors
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished
@@ -35,93 +31,40 @@ from qtdog.training.loggers import with_loggers
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.shared_updates import SharedRun
 
-Parcels = Mapping[str, bytes]  # folder name → its content
-
-
-def pack(folder: Path, only: Sequence[str] = ()) -> bytes:
-    """Return the content of a run folder as an uncompressed tar archive, without locks and temporary files.
-
-    Args:
-        folder: of the run.
-        only: names in it, like "checkpoint/step-00000010"; all if empty.
-    """
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name in only or sorted(path.name for path in folder.iterdir()):
-            archive.add(folder / name, arcname=name, filter=_wanted)
-    return stream.getvalue()
-
-
-def _wanted(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    name = Path(info.name).name
-    return None if name == ".lock" or name.endswith(".tmp") else info
-
-
-def unpack(content: bytes, folder: Path) -> None:
-    """Make `folder` hold what `pack` packed, all at once; what it held before is replaced.
-
-    Raises:
-        tarfile.TarError: the archive is damaged, or would write outside of the folder.
-        RunError: the disk is full.
-    """
-    with clear_disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        try:
-            new = temporary / "new"
-            with tarfile.open(fileobj=io.BytesIO(content), mode="r") as archive:
-                archive.extractall(new, filter="data")
-            if folder.exists():
-                folder.rename(temporary / "old")
-            new.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def inputs(task: Task, out: Path) -> dict[str, bytes]:
-    """Return what another machine needs to do a task: what it came to so far, its beginning, its members."""
-    parcels = {}
-    if task.folder(out).is_dir():
-        parcels[task.name] = pack(task.folder(out))
-    if task.begin:
-        checkpoint = f"checkpoint/step-{task.step:08d}"
-        if (out / task.begin / checkpoint).is_dir():
-            parcels[task.begin] = pack(out / task.begin, [checkpoint])
-    for name in task.join.members if task.join else ():
-        parcels[name] = pack(out / name)
-    return parcels
-
-
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-def perform(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> Outcome:
+def run_task(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> Outcome:
     """Do a task, or go on with it, and return how it ended; never raises an Exception.
 
     Args:
         task: what to do; what it needs is done.
         out: the sweep's folder.
         dataset: the data that the task's configuration names, whole: `data.skip_unreadable` is done here.
-        callbacks: how runs speak.
+        callbacks: receives the progress, numbers and warnings of the run.
     """
     started = time.perf_counter()
-    status: Status
     try:
         if _skips_unreadable(task, out):
             dataset = without_unreadable(dataset, callbacks.progress)
         trained_s = _WORK[task.kind](task, out, dataset, callbacks)
         return Outcome(task.name, "done", seconds=_since(started), trained_s=trained_s)
-    except FolderInUseError as error:
-        status, caught = "busy", error
-    except Interrupted as error:
-        status, caught = "stopped", error
-    except QtdogError as error:
-        status, caught = ("disk" if is_disk_error(error) else "failed"), error
     except Exception as error:
-        traceback.print_exc()
-        status, caught = ("disk" if is_disk_error(error) else "failed"), error
-    reason = str(caught) or type(caught).__name__
-    return Outcome(task.name, status, reason[:1000], type(caught).__name__, seconds=_since(started))
+        return failure(task, error, _since(started))
+
+
+def failure(task: Task, error: Exception, seconds: float) -> Outcome:
+    """Return the outcome of a task that ended with an error; print the traceback of one that is not the user's."""
+    if not isinstance(error, QtdogError):
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            traceback.print_exc()
+    status: Status = "disk" if is_disk_error(error) else "failed"
+    if isinstance(error, FolderInUseError):
+        status = "busy"
+    elif isinstance(error, Interrupted):
+        status = "stopped"
+    reason = str(error) or type(error).__name__
+    return Outcome(task.name, status, reason[:1000], type(error).__name__, seconds=seconds)
 
 
 def quiet_callbacks(loggers: Sequence[str], folder: Path) -> RunCallbacks:
@@ -145,7 +88,7 @@ def is_disk_error(error: BaseException) -> bool:
 
 def _skips_unreadable(task: Task, out: Path) -> bool:
     """Return whether a task's own configuration, or that of an ensemble's members, leaves out unreadable images."""
-    config = task.config if task.join is None else RunFolder(out / task.join.members[0]).read_config()
+    config = task.config if task.ensemble is None else RunFolder(out / task.ensemble.members[0]).read_config()
     return config is not None and config.data.skip_unreadable
 
 
@@ -158,7 +101,7 @@ def _run(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks)
     folder = RunFolder(task.folder(out))
     start = _checkpoint(task, out, callbacks)
     teacher = load_teacher(task.config, dataset)
-    along = [SharedRun(config, RunFolder(out / name)) for name, config in task.along]
+    companions = [SharedRun(config, RunFolder(out / name)) for name, config in task.companions]
     result = run(
         task.config,
         dataset,
@@ -167,15 +110,15 @@ def _run(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks)
         callbacks=callbacks,
         fork_from=start,
         teacher=teacher,
-        companions=along,
+        companions=companions,
     )
     return float(result["trained_s"])
 
 
 def _checkpoint(task: Task, out: Path, callbacks: RunCallbacks) -> Checkpoint | None:
-    """Return where a run begins; None for step 0, also where the beginning is gone: the outcome is the same."""
-    path = RunFolder(out / task.begin).checkpoints / f"step-{task.step:08d}"
-    if not task.begin or not path.is_dir():
+    """Return the checkpoint that a run starts from; None for step 0, also if it is gone: the result is the same."""
+    path = RunFolder(out / task.fork_from).checkpoints / f"step-{task.step:08d}"
+    if not task.fork_from or not path.is_dir():
         return None
     try:
         return read_checkpoint(path)
@@ -184,17 +127,17 @@ def _checkpoint(task: Task, out: Path, callbacks: RunCallbacks) -> Checkpoint | 
         return None
 
 
-def _prefix(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> float:
+def _fork_point(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> float:
     assert task.config is not None
     made = train_fork_point(task.config, dataset, RunFolder(task.folder(out)), until=task.step, callbacks=callbacks)
     return float(made.state.get("trained_s", 0.0))
 
 
 def _ensemble(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks) -> float:
-    assert task.join is not None
+    assert task.ensemble is not None
     folder = RunFolder(task.folder(out))
-    spec = EnsembleSpec(task.join.kind, folder.model_file, Recipe(pick=task.join.pick))
-    members = [read_member(out / name) for name in task.join.members]
+    spec = EnsembleSpec(task.ensemble.kind, folder.model_file, Recipe(pick=task.ensemble.pick))
+    members = [read_member(out / name) for name in task.ensemble.members]
     with folder.lock():
         if finished(members, spec) is None:
             evaluation_set = open_evaluation_set(
@@ -206,49 +149,28 @@ def _ensemble(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallb
 
 _WORK: dict[str, Callable[[Task, Path, DomainDataset, RunCallbacks], Any]] = {
     "run": _run,
-    "prefix": _prefix,
+    "fork_point": _fork_point,
     "ensemble": _ensemble,
 }
 
 
-Answer = dict[str, Any]
-
-
 @lru_cache(maxsize=2)
-def _dataset(source: str) -> DomainDataset:
+def open_dataset(source: str) -> DomainDataset:
+    """Return the data set that a source opens, once per process."""
     return open_any(source, min_domains=1)
 
 
-def do_task(tree: dict[str, Any], out: str, source: str, threads: int) -> Answer:
-    """Do a task in a folder that this machine shares with the sweep's.
+def run_task_from_json(tree: dict[str, Any], out: str, source: str, threads: int) -> dict[str, Any]:
+    """Do a task that another machine sent, in a folder that both see.
 
     Args:
         tree: `Task.to_json`.
         out: the sweep's folder.
         source: what opens the data set on this machine.
-        threads: to use.
+        threads: number of threads to use.
 
     Returns:
         the outcome, as a dictionary.
     """
     torch.set_num_threads(threads)
-    callbacks = RunCallbacks(warn=lambda text: print(text, file=sys.stderr, flush=True))
-    return asdict(perform(Task.from_json(tree), Path(out), _dataset(source), callbacks))
-
-
-def do_task_elsewhere(tree: dict[str, Any], parcels: Parcels, source: str, threads: int) -> tuple[Answer, bytes]:
-    """Do a task in a folder of this machine, and return the outcome and the run folder.
-
-    Args:
-        tree: `Task.to_json`.
-        parcels: what it needs (`sweep.worker.inputs`).
-        source: what opens the data set on this machine.
-        threads: to use.
-    """
-    with tempfile.TemporaryDirectory(prefix="qtdog-") as name:
-        for folder, content in parcels.items():
-            unpack(content, Path(name) / folder)
-        # only this run's folder goes back: whoever would come along trains by itself
-        answer = do_task(tree | {"along": []}, name, source, threads)
-        made = Path(name) / tree["name"]
-        return answer, pack(made) if made.is_dir() else b""
+    return asdict(run_task(Task.from_json(tree), Path(out), open_dataset(source), quiet_callbacks((), Path(out))))

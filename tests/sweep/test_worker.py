@@ -13,7 +13,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import check_tasks
 from qtdog.sweep.study import Study
-from qtdog.sweep.worker import do_task, perform
+from qtdog.sweep.worker import run_task, run_task_from_json
 from qtdog.training.run import RunCallbacks
 
 SETTINGS = {
@@ -54,7 +54,7 @@ def test_all_tasks_go_on_without_it_and_their_results_tell(photos, tmp_path):
     assert [key for key, _ in plan.dataset.skipped] == [BROKEN]
     check_tasks(plan.tasks, plan.dataset)
     for task in plan.tasks:
-        outcome = perform(task, out, open_any(str(photos)), RunCallbacks())
+        outcome = run_task(task, out, open_any(str(photos)), RunCallbacks())
         assert outcome.status == "done", outcome
     runs = [RunFolder(task.folder(out)) for task in plan.tasks if task.kind == "run"]
     assert len(runs) == 4
@@ -67,7 +67,7 @@ def test_all_tasks_go_on_without_it_and_their_results_tell(photos, tmp_path):
 
 def test_a_task_that_is_sent_elsewhere_leaves_it_out_too(photos, tmp_path):
     plan = make_plan(study(set={"data.skip_unreadable": True}, ensembles=[]), str(photos))
-    answer = do_task(plan.tasks[0].to_json(), str(tmp_path), str(photos), 1)
+    answer = run_task_from_json(plan.tasks[0].to_json(), str(tmp_path), str(photos), 1)
     assert answer["status"] == "done", answer["reason"]
 
 

@@ -7,8 +7,8 @@ import torch
 
 from qtdog.data.open import open_any
 from qtdog.sweep import estimate
-from qtdog.sweep.estimate import Pace
-from qtdog.sweep.journal import Outcome, keep_journal
+from qtdog.sweep.estimate import Throughput
+from qtdog.sweep.journal import Outcome, append_journal
 
 
 def test_a_probe_has_the_threads_of_a_run_and_one_slow_step_does_not_count(monkeypatch, short_config):
@@ -22,7 +22,7 @@ def test_a_probe_has_the_threads_of_a_run_and_one_slow_step_does_not_count(monke
 
 
 def test_a_task_of_several_sittings_says_nothing_of_the_overhead(tmp_path):
-    keep_journal(Outcome("whole", "done", seconds=12.0, trained_s=10.0), 5, tmp_path)
-    assert Pace([], tmp_path).overhead == pytest.approx(1.2)
-    keep_journal(Outcome("resumed", "done", seconds=2.0, trained_s=10.0), 5, tmp_path)
-    assert Pace([], tmp_path).overhead == pytest.approx(1.2)
+    append_journal(Outcome("whole", "done", seconds=12.0, trained_s=10.0), 5, tmp_path)
+    assert Throughput([], tmp_path).overhead == pytest.approx(1.2)
+    append_journal(Outcome("resumed", "done", seconds=2.0, trained_s=10.0), 5, tmp_path)
+    assert Throughput([], tmp_path).overhead == pytest.approx(1.2)

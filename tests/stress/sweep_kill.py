@@ -1,9 +1,11 @@
 """Kill workers and driver of a sweep at random moments, start it again until it is done, and compare every number.
 
-    python benchmarks/sweep_kill.py --runs 40 --kills 20
+    python tests/stress/sweep_kill.py --runs 40 --kills 20
+
+A stress test: a command of its own, which pytest does not collect.
 
 The sweep is one of short runs on the embedded digits with shared float steps. A kill is SIGKILL to a worker (two in
-three), to the process that starts workers, or to the driver, at a moment when workers run. Afterwards each run must be
+three), to the fork server, or to the driver, at a moment when workers run. Afterwards each run must be
 in the index exactly once, with the file and the accuracies of an undisturbed sweep. Prints a report as JSON; the exit
 code is 1 if anything differs.
 """
@@ -47,16 +49,16 @@ def start(study: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
 def victims(driver: subprocess.Popen[bytes]) -> dict[str, list[psutil.Process]]:
     """Return the processes of a sweep by role."""
     try:
-        nurseries = psutil.Process(driver.pid).children()
-        workers = [child for nursery in nurseries for child in nursery.children()]
+        servers = [child for child in psutil.Process(driver.pid).children() if child.children()]
+        workers = [worker for server in servers for worker in server.children()]
     except psutil.NoSuchProcess:
         return {}
-    return {"driver": [psutil.Process(driver.pid)], "nursery": nurseries, "worker": workers}
+    return {"driver": [psutil.Process(driver.pid)], "server": servers, "worker": workers}
 
 
 def kill_one(driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
     """Kill one process of a sweep and return its role; None if no worker runs."""
-    role = rng.choice(["worker", "worker", "worker", "worker", "nursery", "driver"])
+    role = rng.choice(["worker", "worker", "worker", "worker", "server", "driver"])
     found = victims(driver)
     if not found.get("worker"):
         return None
@@ -69,7 +71,7 @@ def kill_one(driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
 
 def disturbed(study: Path, out: Path, *, workers: int, kills: int, rng: random.Random) -> dict[str, int]:
     """Run the sweep to its end, with so many kills on the way; return how many of each role."""
-    done = {"worker": 0, "nursery": 0, "driver": 0}
+    done = {"worker": 0, "server": 0, "driver": 0}
     driver = start(study, out, workers)
     while True:
         try:
