@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from qtdog.core.errors import ModelError
 from qtdog.models.backbones import create_network
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
-from qtdog.models.weights import load_weights_
+from qtdog.models.weights import fit_state, load_weights_, read_weight_file
 
 SPEC = FeaturizerSpec("test_resnet", channels=3, image_size=64)
 State = dict[str, Tensor]
@@ -184,3 +185,41 @@ def test_none_leaves_the_start_alone():
     before = {name: value.clone() for name, value in featurizer.state_dict().items()}
     assert load_weights_(featurizer, SPEC, "none") == "none"
     assert all(torch.equal(value, before[name]) for name, value in featurizer.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_damaged_weights_file_is_one_error_that_names_it(tmp_path, suffix):
+    """Bytes overwritten, cut out and cut off, most of them in the pickle and the header that say what follows."""
+    state = {"a.weight": torch.randn(3, 2), "a.bias": torch.randn(3), "n": torch.tensor(3)}
+    sound = tmp_path / f"sound{suffix}"
+    torch.save(state, sound) if suffix == ".pt" else save_file(state, sound)
+    content = sound.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = tmp_path / f"damaged{suffix}"
+    n_refused = 0
+    for _ in range(300):
+        data = bytearray(content)
+        for _ in range(int(rng.integers(1, 4))):
+            begin = int(rng.integers(min(len(data), 700)))
+            match int(rng.integers(3)):
+                case 0:
+                    data[begin] = int(rng.integers(256))
+                case 1:
+                    del data[begin : begin + int(rng.integers(1, 9))]
+                case _:
+                    data[begin : begin + 4] = rng.bytes(4)
+        damaged.write_bytes(bytes(data))
+        try:
+            found = read_weight_file(damaged)
+        except ModelError as error:
+            assert str(damaged) in str(error)  # noqa: PT017
+            n_refused += 1
+        else:
+            assert all(isinstance(value, torch.Tensor) for value in found.values())
+    assert n_refused > 100
+
+
+def test_weights_that_are_not_finite_are_refused():
+    weight = torch.tensor([1.0, float("nan")])
+    with pytest.raises(ModelError, match=r"x\.pt holds values that are not finite: 1 tensor with NaN or infinity: w"):
+        fit_state({"w": weight}, {"w": torch.zeros(2)}, heads=[], where="x.pt")

@@ -14,6 +14,7 @@ import struct
 import time
 
 import pytest
+import safetensors.torch
 import torch
 import zstandard
 
@@ -21,6 +22,7 @@ from qtdog.core.errors import FormatError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.packing.codecs import compress
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble, save_ensemble
+from qtdog.packing.layout import parse
 from qtdog.packing.packed_file import PackedModel, load_packed, save_packed
 
 N_INPUTS = int(os.environ.get("QTDOG_HOSTILE_INPUTS", "1250"))  # of each kind of damage, and there are nine
@@ -260,3 +262,32 @@ def test_damaged_and_hostile_files(files, tmp_path, damage):
 
 def test_there_are_ten_thousand():
     assert N_INPUTS * len(DAMAGE) >= 10_000
+
+
+def test_nesting_and_number_of_items_are_bounded_whatever_strings_say():
+    assert parse('{"a[[[[": ' + "[" * 60 + "]" * 60 + "}")
+    assert parse(json.dumps({"text": '[{,"\\' * 400_000}))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse("[" * 65 + "]" * 65)
+    with pytest.raises(ValueError, match="1048576 are the limit"):
+        parse("[" + "[]," * 2**20 + "0]")
+
+
+def test_a_description_of_hundreds_of_thousands_of_empty_tensors_is_refused(tmp_path):
+    rest = {f"{index:06}": {"dtype": "F32", "shape": [0]} for index in range(380_000)}
+    tree = {
+        "format_version": 3,
+        "quantized": {},
+        "rest": rest,
+        "pools": {"F32": "plain"},
+        "aliases": {},
+        "metadata": {},
+    }
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    frame = torch.frombuffer(bytearray(compress(text, 1)), dtype=torch.uint8)
+    tensors = {"description": frame, "values.F32": torch.zeros(0, dtype=torch.uint8)}
+    safetensors.torch.save_file(tensors, tmp_path / "x", {"qtdog": '{"format_version":3}'})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FormatError, match="limit"):
+        load_packed(tmp_path / "x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000

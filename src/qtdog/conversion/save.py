@@ -143,15 +143,23 @@ def fill(packed: PackedModel, model: Model, path: Path | str) -> Model:
     Raises:
         ModelError: the file's tensors have other names or shapes than the model's; the model is unchanged.
     """
-    # compared before anything is dequantized: a hostile file may give one large weight a thousand names
+    check_fits(packed, model, path)  # before anything is dequantized: one large weight may have a thousand names
+    model.load_state_dict(plain_state_dict(Baked(packed.quantized, packed.rest)))
+    return model.eval()
+
+
+def check_fits(packed: PackedModel, model: nn.Module, path: Path | str) -> None:
+    """Compare names and shapes of a packed file with those of a plain model.
+
+    Raises:
+        ModelError: they differ; the first few are listed.
+    """
     codes = {name: value.codes for name, value in packed.quantized.items()}
     problems = _differences(codes | packed.rest, model.state_dict())
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         text = f"{path} does not fit this {type(model).__name__}: {'; '.join(problems[:5])}{more}"
         raise ModelError(f"{text}. Build the model that was saved, without quantizers attached")
-    model.load_state_dict(plain_state_dict(Baked(packed.quantized, packed.rest)))
-    return model.eval()
 
 
 def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from qtdog.conversion.save import fill
 from qtdog.core.errors import FormatError
 from qtdog.data.augment import normalise
 from qtdog.models.network import Network, place_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
 from qtdog.runs.finished import KINDS
-from qtdog.training.load import STRUCTURE, LoadedModel, ModelInfo, Preprocessing, load_model, network_for, read_info
+from qtdog.training.load import STRUCTURE, LoadedModel, ModelInfo, Preprocessing, build_networks, load_model, read_info
 
 BATCH = 64
 
@@ -165,8 +163,7 @@ def build_model(
     Raises:
         ModelError: the backbone is not known here, or does not fit.
     """
-    empty = network_for(path, members[0], info.members[0])
-    networks = [fill(member, copy.deepcopy(empty), path) for member in members]
+    networks = build_networks(path, members, info.members[0])
     return EnsembleModel([place_(network, torch.device(device)) for network in networks], info)
 
 

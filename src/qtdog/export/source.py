@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtdog.conversion.save import fill
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.inference_module import ASKED, OUTPUTS, Deployed
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
-from qtdog.training.load import STRUCTURE, ModelInfo, network_for, read_info
+from qtdog.training.load import STRUCTURE, ModelInfo, build_networks, read_info
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ class Subject:
         Raises:
             ModelError: the backbone is not known here, or does not fit.
         """
-        empty = network_for(self.path, self.members[0], self.infos[0])
-        networks = [fill(member, copy.deepcopy(empty), self.path) for member in self.members]
+        networks = build_networks(self.path, self.members, self.infos[0])
         return Deployed(networks, self.infos[0].preprocessing, self.temperature, self.threshold)
 
     def codes(self) -> dict[str, QuantizedTensor]:

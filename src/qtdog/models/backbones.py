@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch import nn
 
 from qtdog.core.errors import ModelError, nearest, unknown
 from qtdog.core.random import derive
@@ -63,47 +58,6 @@ _ALL = (
 KNOWN = {backbone.name: backbone for backbone in _ALL}
 
 
-ROOM = 2
-"""How many times the values of a file a network may register: tied weights do so twice."""
-SPARE_VALUES = 2**20
-
-
-@contextlib.contextmanager
-def at_most(n_values: int, what: str) -> Iterator[None]:
-    """Refuse modules that register far more than `n_values` parameters and buffers while the block runs.
-
-    A layer registers a weight before it is first written to, so that one which is refused has taken no memory.
-
-    Args:
-        n_values: expected in the whole network.
-        what: what is built, for the error.
-
-    Raises:
-        ModelError: the network is larger.
-
-    Example:
-        >>> from torch import nn
-        >>> with at_most(100, "the file"):
-        ...     nn.Linear(9, 10).bias.shape
-        torch.Size([10])
-    """
-    limit, found = ROOM * n_values + SPARE_VALUES, 0
-
-    def count(_module: object, name: str, value: Tensor | None) -> None:
-        nonlocal found
-        found += 0 if value is None else value.numel()
-        if found > limit:
-            text = f"{what} does not fit: it holds {n_values:,} values, the network that it names has more than"
-            raise ModelError(f"{text} {limit:,}. The file is damaged, or not what it says")
-
-    handles = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def backbone_names() -> list[str]:
     """Return the names of all backbones, sorted: timm's, and those for digits and for text.
 
@@ -132,6 +86,7 @@ def create_network(
     feature_params: Mapping[str, Value] | None = None,
     head: str = "linear",
     class_names: Sequence[str] | None = None,
+    n_features: int | None = None,
 ) -> Network:
     """Return a featurizer with a linear head, in training mode.
 
@@ -148,6 +103,7 @@ def create_network(
         head: "linear" starts at random on the backbone's features; "text" stands on CLIP's image embedding, of unit
             length, and starts at CLIP's text embeddings of `class_names`.
         class_names: in the order of the outputs; None leaves a "text" head random, for weights that come later.
+        n_features: width of the features, if it is known; None to measure it with one image of zeros.
 
     Raises:
         ConfigError: the feature layer or one of its hyper-parameters is unknown, or out of range.
@@ -172,7 +128,7 @@ def create_network(
         featurizer = build_featurizer(spec)
         pretraining = load_weights_(featurizer, spec, weights)
         torch.default_generator.manual_seed(derive(seed, "init", "classifier"))
-        classifier = nn.Linear(_feature_dim(featurizer, spec), n_classes)
+        classifier = nn.Linear(n_features or measure_width(featurizer, spec), n_classes)
         if spec.embeds and class_names is not None:
             pretraining += _start_at_text_(classifier, backbone, class_names)
         network = Network(featurizer, classifier, freeze_bn=freeze_bn, pretraining=pretraining)
@@ -243,8 +199,12 @@ def _start_at_text_(classifier: nn.Linear, backbone: str, class_names: Sequence[
     return "; classifier from the class names"
 
 
-def _feature_dim(featurizer: nn.Module, spec: FeaturizerSpec) -> int:
-    """Return how many features come out, by trying: timm's attributes disagree with the output for some backbones."""
+def measure_width(featurizer: nn.Module, spec: FeaturizerSpec) -> int:
+    """Return how many features come out, from one image of zeros: timm's attributes are wrong for some backbones.
+
+    Raises:
+        ModelError: the backbone cannot take such images, or gives no vector of features.
+    """
     if isinstance(featurizer, TextFeaturizer):
         return featurizer.n_features
     featurizer.eval()

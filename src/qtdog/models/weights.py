@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -84,8 +83,9 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         text = f"weights file {path} is refused: it holds Python code, not only tensors, or is damaged."
         raise ModelError(f"{text} Save model.state_dict() with torch.save, or use .safetensors.") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ModelError(f"weights file {path} cannot be read: {error}. It may be truncated; get it again.") from error
+    except Exception as error:  # a damaged pickle makes the unpickler raise anything: KeyError, IndexError, TypeError …
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"weights file {path} cannot be read: {reason}. It may be truncated; get it again.") from error
     return _state_dict(content, path)
 
 
@@ -99,9 +99,11 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"weights file {path} holds no state dict. Save model.state_dict(), not the model.")
     for name, value in cast(Mapping[Any, Any], content).items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            text = f"weights file {path} holds no state dict: entry '{name}' is a {type(value).__name__}, not a tensor."
-            raise ModelError(f"{text} Save model.state_dict(), alone or under the key 'state_dict'.")
+        if not (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided):
+            text = f"weights file {path} holds no state dict: entry '{name}' is a {type(value).__name__}"
+            raise ModelError(
+                f"{text}, not a dense tensor. Save model.state_dict(), alone or under the key 'state_dict'."
+            )
     return dict(content)
 
 
@@ -118,7 +120,7 @@ def fit_state(found: State, expected: State, *, heads: Collection[str], where: s
         where: what to call the file in an error.
 
     Raises:
-        ModelError: tensors are missing, left over, or of another shape; the first few are listed.
+        ModelError: tensors are missing, left over, of another shape, or not finite; the first few are listed.
 
     Example:
         >>> weight = torch.zeros(2)
@@ -132,6 +134,10 @@ def fit_state(found: State, expected: State, *, heads: Collection[str], where: s
     if problems:
         text = f"{where} does not fit the backbone: {'; '.join(problems)}."
         raise ModelError(f"{text} Choose the --backbone that the file was made for (and its --image-size).")
+    bad = [name for name, tensor in fitted.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        text = f"{where} holds values that are not finite: {_listed('with NaN or infinity', bad)}"
+        raise ModelError(f"{text}. The training that made it diverged, or it is damaged; take another file.")
     return fitted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,18 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+MAX_NESTING = 64
+MAX_JSON_ITEMS = 2**20
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_BRACKET = re.compile(r"[\[\]{}]")
+
+
 def parse(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: no JSON, a key twice in one object, NaN or infinity, or nesting deeper than Python can follow.
+        ValueError: no JSON, a key twice in one object, NaN or infinity, nesting deeper than 64, or more than 2^20
+            items: what a parsed text takes depends on their number, not on its length.
 
     Example:
         >>> parse('{"a": 1, "a": 2}')
@@ -43,10 +51,28 @@ def parse(text: str) -> Any:
         ...
         ValueError: the key 'a' appears twice
     """
+    check_extent(text)
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def check_extent(text: str) -> None:
+    """Refuse a JSON text whose value would take far more memory than its length says.
+
+    Raises:
+        ValueError: nesting deeper than 64, or more than 2^20 items (commas and opening brackets outside of strings).
+    """
+    bare = _STRING.sub("", text)
+    n_items = bare.count(",") + bare.count("[") + bare.count("{")
+    if n_items > MAX_JSON_ITEMS:
+        raise ValueError(f"it has {n_items} items, and {MAX_JSON_ITEMS} are the limit")
+    depth = 0
+    for match in _BRACKET.finditer(bare):
+        depth += 1 if match[0] in "[{" else -1
+        if depth > MAX_NESTING:
+            raise ValueError("it is nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,6 +96,8 @@ def _finite(text: str) -> float:
 
 
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 2**17
+"""Names in one file, those of tied weights included: a tensor takes some 500 bytes, however empty it is."""
 MAX_DIMS = 16
 MAX_VALUES = 2**40
 # In the order in which safetensors ranks them.
@@ -332,7 +360,9 @@ def _grid(entry: Entry) -> dict[str, Any]:
 
 def _text(tree: dict[str, Any], layout: Layout) -> str:
     try:
-        return canonical(tree | {"aliases": layout.aliases, "metadata": layout.metadata})
+        text = canonical(tree | {"aliases": layout.aliases, "metadata": layout.metadata})
+        check_extent(text)
+        return text
     except (TypeError, ValueError) as error:
         raise FormatError(f"the metadata cannot be written as JSON: {error}") from error
 

@@ -24,6 +24,7 @@ from qtdog.packing.layout import (
     DTYPE_NAMES,
     KEY,
     MAX_HEADER_BYTES,
+    MAX_TENSORS,
     Entry,
     Layout,
     TensorInfo,
@@ -80,6 +81,8 @@ def save_packed(
     clash = sorted(quantized.keys() & rest.keys())
     if clash:
         raise FormatError(f"{path}: '{clash[0]}' would be stored twice; rename that tensor of the model")
+    if len(quantized) + len(rest) > MAX_TENSORS:
+        raise FormatError(f"{path}: {len(quantized) + len(rest):,} tensors, and a file holds {MAX_TENSORS:,}")
     aliases = find_aliases({**quantized, **rest})
     model = PackedModel(
         {name: value for name, value in sorted(quantized.items()) if name not in aliases},

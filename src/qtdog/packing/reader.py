@@ -21,6 +21,7 @@ from qtdog.packing.layout import (
     DESCRIPTION,
     DTYPE_BYTES,
     KEY,
+    MAX_TENSORS,
     READABLE,
     TORCH_DTYPES,
     Entry,
@@ -111,6 +112,9 @@ def read_layout(path: Path) -> tuple[Header, Layout]:
         layout = _coded_layout(path, header, tree)
     else:
         layout = _plain_layout(path, header, tree)
+    n_names = len(layout.quantized) + len(layout.rest) + len(layout.aliases)
+    if n_names > MAX_TENSORS:
+        raise FormatError(f"{path}: {n_names:,} tensors, and {MAX_TENSORS:,} are the limit. The file is damaged")
     _check_aliases(path, layout)
     return header, layout
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from qtdog.conversion.save import fill
-from qtdog.core.errors import ConfigError, FormatError
+from qtdog.conversion.save import check_fits
+from qtdog.core.errors import ConfigError, FormatError, ModelError
+from qtdog.core.quantized import QuantizedTensor
 from qtdog.data.augment import normalise
-from qtdog.models.backbones import at_most, create_network
+from qtdog.models.backbones import create_network
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network, place_
 from qtdog.models.text import TEXT_BACKBONES, check_words
@@ -131,29 +134,101 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Loade
         raise FormatError(f"{path} holds an ensemble, not one model: read it with qtdog.load")
     packed = load_packed(path)
     info = read_info(path, packed.metadata)
-    network = fill(packed, network_for(path, packed, info), path)
+    (network,) = build_networks(path, [packed], info)
     return LoadedModel(place_(network, torch.device(device)), info).eval()
 
 
-def network_for(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
-    """Return what `empty_network` does for a file; one that names a far larger network than it holds takes no memory.
+SIZE_FACTOR = 2
+"""How many times the values of a file a network may have: tied weights count twice."""
+SPARE_VALUES = 2**20
+
+
+def build_networks(path: Path, members: Sequence[PackedModel], info: ModelInfo) -> list[Network]:
+    """Return a network for each content of a file, in evaluation mode on the CPU.
+
+    A value that several contents share, or that has several names, is one tensor in all networks. A file that names a
+    far larger network than it holds is refused before memory is taken.
 
     Args:
         path: the file, for errors.
-        packed: its content.
-        info: what it says of itself.
+        members: contents with the same names and shapes.
+        info: the description of the first.
 
     Raises:
-        ModelError: as in `empty_network`, or the network is far larger than the content.
+        ModelError: the backbone is not known here, is far larger than the content, or does not fit it.
     """
+    outline = _outline(path, members[0], info)
+    for member in members:
+        check_fits(member, outline, path)
+    empty = empty_network(info, n_features=outline.classifier.in_features)
+    shared = {id(tensor): tensor for tensor in (*empty.parameters(), *empty.buffers())}
+    made: dict[tuple[int, bool], Tensor] = {}
+    networks = []
+    for member in members:
+        network = copy.deepcopy(empty, dict(shared))  # tensors that the file does not hold are the same in all
+        for name, value in (*member.quantized.items(), *member.rest.items()):
+            _set_tensor_(network, name, value, made)
+        networks.append(network.eval())
+    return networks
+
+
+def _outline(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
+    """Return the network that a file names without memory for its values, after checking its size and width."""
+    stored = {name: value.codes for name, value in packed.quantized.items()} | packed.rest
+    shape = stored["classifier.weight"].shape if "classifier.weight" in stored else ()
+    if len(shape) != 2 or 0 in shape:
+        raise ModelError(f"{path} does not fit: it has no 'classifier.weight' of shape (classes, features)")
+    with torch.device("meta"):
+        outline = empty_network(info, n_features=shape[1])
     tensors = {id(value): value.codes for value in packed.quantized.values()}
     tensors |= {id(value): value for value in packed.rest.values()}
-    with at_most(sum(value.numel() for value in tensors.values()), str(path)):
-        return empty_network(info)
+    n_values = sum(value.numel() for value in tensors.values())
+    limit = SIZE_FACTOR * n_values + SPARE_VALUES
+    n_found = sum(value.numel() for value in (*outline.parameters(), *outline.buffers()))
+    if n_found > limit:
+        text = f"{path} does not fit: it holds {n_values:,} values, the network that it names has {n_found:,}"
+        raise ModelError(f"{text}. The file is damaged, or not what it says")
+    _check_width(path, outline, info)
+    return outline
 
 
-def empty_network(info: ModelInfo) -> Network:
+def _check_width(path: Path, outline: Network, info: ModelInfo) -> None:
+    """Compare the width of the stored classifier with that of the features, without computing them."""
+    how = info.preprocessing
+    inputs = torch.zeros(1, how.channels, how.image_size, how.image_size, device="meta")
+    if how.max_tokens:
+        inputs = torch.zeros(1, how.max_tokens, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            outline.eval()(inputs)
+    except NotImplementedError:  # an operation that needs values: the shapes of all tensors still have to fit
+        return
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path} does not fit the network that it names ({reason}). The file is damaged") from error
+
+
+def _set_tensor_(
+    network: Network, name: str, value: QuantizedTensor | Tensor, made: dict[tuple[int, bool], Tensor]
+) -> None:
+    """Put a packed value under its name into a network, the same tensor for the same value."""
+    owner, _, leaf = name.rpartition(".")
+    module = network.get_submodule(owner)
+    old = getattr(module, leaf)
+    key = id(value), isinstance(old, nn.Parameter)
+    if key not in made:
+        tensor = value.dequantize() if isinstance(value, QuantizedTensor) else value.clone()
+        tensor = tensor.to(old.dtype)
+        made[key] = nn.Parameter(tensor, requires_grad=old.requires_grad) if key[1] else tensor
+    setattr(module, leaf, made[key])
+
+
+def empty_network(info: ModelInfo, *, n_features: int | None = None) -> Network:
     """Return a network of the kind that a file describes, on the CPU, its weights without meaning.
+
+    Args:
+        info: the description.
+        n_features: width of its features, if it is known.
 
     Raises:
         ModelError: the backbone is not known here, or cannot take such images.
@@ -171,6 +246,7 @@ def empty_network(info: ModelInfo) -> Network:
         feature_layer=info.feature_layer,
         feature_params=info.feature_params,
         head=info.head,
+        n_features=n_features,
     )
 
 
@@ -191,9 +267,11 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
         raise FormatError(f"{path}: mean and std must have {info.preprocessing.channels} entries, one per channel")
     _check_text(path, info)
     try:
-        make_feature_layer(info.feature_layer, info.feature_params)
+        layer = make_feature_layer(info.feature_layer, info.feature_params)
     except ConfigError as error:
         raise FormatError(f"{path} has a feature layer that is not known here: {error}") from error
+    if info.feature_layer != "none" and not layer.SHIPS:
+        raise FormatError(f"{path}: the feature layer '{info.feature_layer}' is for training only, and in no file")
     return info
 
 
