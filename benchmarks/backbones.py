@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qtdog.conversion.attach import Attached, attach
-from qtdog.conversion.save import load_into, save
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import save
 from qtdog.core.files import write_atomic
 from qtdog.models.backbones import KNOWN, create_network
 from qtdog.models.featurizers import input_size

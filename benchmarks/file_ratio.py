@@ -24,7 +24,8 @@ import timm
 import torch
 from torch import nn
 
-from qtdog.conversion.attach import attach, find_layers
+from qtdog.conversion.attach import attach
+from qtdog.conversion.layers import find_layers
 from qtdog.conversion.save import save
 from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.packing.sizes import file_sizes

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from qtdog.conversion.attach import attach, find_layers
+from qtdog.conversion.attach import attach
+from qtdog.conversion.layers import find_layers
 from qtdog.core.quantized import QuantSpec, scale_shape
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 from qtdog.quantizers.step_size_init import initial_scale

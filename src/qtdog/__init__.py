@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qtdog.conversion.attach import attach as attach
     from qtdog.conversion.attach import attached as attached
-    from qtdog.conversion.save import load_into as load_into
+    from qtdog.conversion.load import load_into as load_into
     from qtdog.conversion.save import save as save
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attach": "qtdog.conversion.attach",
     "attached": "qtdog.conversion.attach",
-    "load_into": "qtdog.conversion.save",
+    "load_into": "qtdog.conversion.load",
     "save": "qtdog.conversion.save",
     "QuantizedTensor": "qtdog.core.quantized",
     "QuantSpec": "qtdog.core.quantized",

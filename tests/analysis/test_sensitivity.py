@@ -4,7 +4,8 @@ from torch import nn
 
 from qtdog.analysis.hessian import BlockTrace, mean_losses
 from qtdog.analysis.mixed_precision import Sensitivity, cost_table, require_grid, rounding_error, sensitivities
-from qtdog.conversion.attach import attach, find_layers, sites
+from qtdog.conversion.attach import attach, sites
+from qtdog.conversion.layers import find_layers
 from qtdog.core.config import AFTER_TRAINING, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.quantizers.registry import QUANTIZERS

@@ -7,7 +7,8 @@ from torch import nn
 
 from qtdog.conversion.attach import attach, attached
 from qtdog.conversion.inspect import layer_report
-from qtdog.conversion.save import bake, plain_state_dict
+from qtdog.conversion.load import plain_state_dict
+from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError
 
 

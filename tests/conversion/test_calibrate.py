@@ -10,7 +10,8 @@ from torch import nn
 from qtdog.conversion import calibrate as calibrate_module
 from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.calibrate import LayerCalibration, calibrate_
-from qtdog.conversion.save import bake, plain_state_dict
+from qtdog.conversion.load import plain_state_dict
+from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, Interrupted, ModelError
 from qtdog.quantizers.base import encode
 from qtdog.quantizers.step_size_init import initial_scale
@@ -49,7 +50,7 @@ def test_every_layer_gets_codes_that_bake_and_load(method, granularity):
     assert [layer.name for layer in layers] == ["0", "3", "5"]
     assert {layer.method for layer in layers} == {method}
     assert handle.enabled
-    assert handle.shippable
+    assert handle.selectable
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     model.eval()
     plain = network(1).eval()

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.save import load_into, save
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import save
 from qtdog.packing.packed_file import load_packed
 from qtdog.packing.sizes import file_sizes
 
@@ -41,7 +42,9 @@ def train_pack_and_load(make, inputs, path, bits=7):
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     nn.functional.cross_entropy(model(inputs), torch.zeros(len(inputs), dtype=torch.long)).backward()
     optimizer.step()
-    still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    still = [
+        name for name, value in model.named_parameters() if value.requires_grad and torch.equal(value, before[name])
+    ]
     save(model, path)
     with torch.no_grad():
         shipped, trained = load_into(path, make())(inputs), model.eval()(inputs)

@@ -13,7 +13,7 @@ from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.base import OPTION_NAMES, QuantizerOptions, encode
 from qtdog.quantizers.inq import INQ
 from qtdog.quantizers.registry import QUANTIZERS
-from qtdog.quantizers.step_size_init import STARTS, initial_scale
+from qtdog.quantizers.step_size_init import STEP_SIZE_INITS, initial_scale
 
 PAGE = (Path(__file__).parents[2] / "docs/tasks/quantizers.md").read_text()
 
@@ -52,7 +52,7 @@ def gaussian() -> torch.Tensor:
 def test_the_strengths_of_the_starts_are_measured(gaussian: torch.Tensor):
     heading = "Where step sizes start: the strength of the regularisation"
     table = {names(cells[0])[0]: cells[1:6] for cells in rows(section(heading))}
-    assert set(table) == set(STARTS)
+    assert set(table) == set(STEP_SIZE_INITS)
     for init, given in table.items():
         for bits, number in zip((8, 7, 6, 5, 4), given, strict=True):
             spec = QuantSpec(bits)

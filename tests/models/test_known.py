@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.conversion.attach import attach
 from qtdog.conversion.inspect import estimate_size
-from qtdog.conversion.save import bake, load_into, save
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import bake, save
 from qtdog.models.backbones import KNOWN, create_network
 from qtdog.models.featurizers import input_size
 from qtdog.models.network import Network

@@ -267,3 +267,13 @@ def test_tied_tensors_are_stored_once(tmp_path):
     assert (tmp_path / "x").stat().st_size < 5000
     back = load_packed(tmp_path / "x").rest
     assert back["a"] is back["b"]
+
+
+def test_step_sizes_of_groups_come_back(tmp_path):
+    codes = torch.randint(-4, 4, (6, 2, 3), dtype=torch.int8)
+    value = QuantizedTensor(codes, torch.arange(1.0, 7.0), QuantSpec(3, axis=1, groups=3))
+    save_packed(tmp_path / "m", {"w": value}, {}, {})
+    found = load_packed(tmp_path / "m").quantized["w"]
+    assert found.spec == value.spec
+    steps = torch.tensor([[1.0, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6]])[:, :, None]
+    assert torch.equal(found.dequantize(), codes * steps)

@@ -27,10 +27,10 @@ def weight() -> torch.Tensor:
 def test_weights_pass_until_enabled_and_then_evaluation_is_what_ships(name, weight):
     quantizer = fresh(name, weight)
     assert quantizer(weight) is weight
-    assert not quantizer.shippable
+    assert not quantizer.selectable
     quantizer.enable_(weight)
     quantizer.begin_step_(weight, 0, LAST_STEP)
-    assert quantizer.shippable
+    assert quantizer.selectable
     evaluated = quantizer.eval()(weight)
     if quantizer.packs:
         value = quantizer.quantized(weight)
@@ -56,7 +56,7 @@ def test_names_of_the_state_never_change_and_a_copy_goes_on_alike(name, weight):
     for one, values in ((quantizer, weight), (copy, other)):
         one.begin_step_(values, 8, 0.6)
     assert torch.equal(quantizer(weight), copy(other))
-    assert (quantizer.packs, quantizer.shippable) == (copy.packs, copy.shippable)
+    assert (quantizer.packs, quantizer.selectable) == (copy.packs, copy.selectable)
 
 
 @pytest.mark.parametrize("name", list(QUANTIZERS))

@@ -21,13 +21,13 @@ def test_the_weight_passes_until_codes_are_set_and_then_counts_no_more(weight):
     fixed = Fixed(weight, QuantSpec(4))
     assert fixed(weight) is weight
     assert not fixed.packs
-    assert not fixed.shippable
+    assert not fixed.selectable
     with pytest.raises(RuntimeError, match="has no codes"):
         fixed.quantized(weight)
     value = encode(weight, torch.linspace(0.1, 0.6, 6), QuantSpec(4))
     fixed.set_(value)
     assert fixed.packs
-    assert fixed.shippable
+    assert fixed.selectable
     for given in (weight, torch.zeros_like(weight)):
         result = fixed(given)
         assert torch.equal(result, value.dequantize())

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.save import bake, load_into, save
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import bake, save
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.base import encode
 from qtdog.quantizers.controls import Released

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtdog.conversion.attach import attach, attached, sites
-from qtdog.conversion.save import load_into, save
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import save
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
@@ -58,7 +59,7 @@ def test_levels_are_those_of_the_formula(bits: int, points: list[tuple[float, in
     at_boundaries = torch.tensor([mantissa * 2.0**exponent for mantissa, exponent in points])
     weight = torch.cat([at_boundaries, -at_boundaries, draw(8, seed=noise)])
     spec = spec_of(bits)
-    scale = largest_level(weight, None)
+    scale = largest_level(weight, QuantSpec(4, None))
     value = power_of_two_codes(weight, scale, spec)
     points_of = dict(zip(range(spec.qmin, spec.qmax + 1), spec.points().tolist(), strict=True))
     levels = [points_of[code] * scale.item() for code in value.tolist()]
@@ -72,13 +73,13 @@ def test_the_largest_level_changes_at_three_quarters_of_a_power_of_two_and_nowhe
     power = torch.tensor(2.0**exponent)
     rows = torch.stack([boundary, below, power, torch.nextafter(power, torch.tensor(0.0))])
     for value, level in zip(rows, [1.0, 0.5, 1.0, 1.0], strict=True):
-        assert largest_level(value.reshape(1, 1), 0).item() == level * 2.0**exponent
+        assert largest_level(value.reshape(1, 1), QuantSpec(4, 0)).item() == level * 2.0**exponent
 
 
 @pytest.mark.parametrize("axis", [0, 1, None])
 def test_levels_are_shared_along_the_axis(axis: int | None) -> None:
     weight = draw(5, 4, 3) * torch.tensor([1.0, 0.03, 7.0, 300.0]).reshape(1, 4, 1)
-    scale = largest_level(weight, axis)
+    scale = largest_level(weight, QuantSpec(4, axis))
     slices = [weight] if axis is None else list(weight.unbind(axis))
     assert scale.tolist() == [2.0 ** math.floor(math.log2(4 * part.abs().max().item() / 3)) for part in slices]
 
@@ -87,7 +88,7 @@ def test_levels_are_shared_along_the_axis(axis: int | None) -> None:
 def test_the_relative_error_is_at_most_a_third_and_hardly_depends_on_the_bits(bits: int) -> None:
     weight = draw(1, 200_000)
     spec = spec_of(bits, 0)
-    scale = largest_level(weight, 0)
+    scale = largest_level(weight, QuantSpec(4, 0))
     table = spec.points()[power_of_two_codes(weight, scale, spec).long() - spec.qmin] * scale
     covered = weight.abs() >= 0.75 * scale * spec.points()[spec.qmax + 1]
     error = ((table - weight) / weight)[covered].abs()
@@ -114,7 +115,7 @@ def test_each_stage_freezes_exactly_its_share_largest_first(size: int, kind: str
         assert not (len(frozen) and len(rest)) or frozen.min() >= rest.max()
         if kind != "normal":  # of equal weights the first
             assert inq.frozen[0, : len(frozen)].all()
-        assert inq.packs == inq.shippable == (len(rest) == 0)
+        assert inq.packs == inq.selectable == (len(rest) == 0)
     assert torch.equal(inq(weight), inq.quantized(weight).dequantize())
 
 
@@ -144,9 +145,9 @@ def test_dead_filters_take_the_levels_of_the_layer_and_a_dead_layer_some() -> No
     weight = draw(4, 9)
     weight[1] = 0
     weight[2] *= 1e-12
-    scale = largest_level(weight, 0)
+    scale = largest_level(weight, QuantSpec(4, 0))
     assert (scale[1:3] == scale[[0, 3]].max()).all()
-    assert (largest_level(torch.zeros(2, 3), 0) == DEAD_LAYER_LEVEL).all()
+    assert (largest_level(torch.zeros(2, 3), QuantSpec(4, 0)) == DEAD_LAYER_LEVEL).all()
 
 
 def make(seed: int = 0) -> nn.Sequential:
@@ -192,7 +193,7 @@ def test_frozen_weights_stay_whatever_momentum_and_decay_do_to_the_latent_ones(k
                 assert not torch.equal(weight[frozen], latent)  # so that the test can fail
             frozen = quantizer.frozen.clone()
             kept[site.name] = frozen, quantizer(weight).detach()[frozen], weight.detach()[frozen]
-    assert attached(model).shippable
+    assert attached(model).selectable
 
 
 def test_only_what_still_trains_gets_a_gradient() -> None:
@@ -225,7 +226,7 @@ def test_the_file_gives_the_trained_model_bit_for_bit(tmp_path, granularity: str
 def test_a_file_saved_between_stages_holds_the_half_frozen_floats(tmp_path) -> None:
     model = make()
     attach(model, quantizer="inq", bits=7).enable()
-    assert not attached(model).shippable
+    assert not attached(model).selectable
     save(model, tmp_path / "model.safetensors")
     images = draw(6, 1, 4, 4)
     assert torch.equal(load_into(tmp_path / "model.safetensors", make(1))(images), model.eval()(images))
@@ -243,10 +244,10 @@ def test_a_restored_twin_goes_on_bit_for_bit(stop_at: int) -> None:
     twin.load_state_dict(model.state_dict())
     attached(twin).set_enabled(True)
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    assert attached(twin).shippable == attached(model).shippable == (stop_at > 9)
+    assert attached(twin).selectable == attached(model).selectable == (stop_at > 9)
     for one, optimizer in zip((model, twin), optimizers, strict=True):
         train(one, optimizer, range(stop_at, 12))
-    assert attached(twin).shippable
+    assert attached(twin).selectable
     for name, value in model.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name]), name
 

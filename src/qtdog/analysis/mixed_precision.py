@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from qtdog.analysis.hessian import BlockTrace, block_traces
-from qtdog.conversion.attach import Layer, find_layers, select
+from qtdog.conversion.layers import Layer, find_layers, select_layers
 from qtdog.core.config import QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
@@ -140,7 +140,7 @@ def sensitivities(
         ConfigError: the quantizer has no grid, or a pattern of layers means none.
     """
     shared: dict[int, list[Layer]] = {}
-    for layer in select(find_layers(network), config.include, config.exclude):
+    for layer in select_layers(find_layers(network), config.include, config.exclude):
         shared.setdefault(id(layer.weight), []).append(layer)
     groups = list(shared.values())
     errors = [[rounding_error(group[0], config, bits) for bits in candidates] for group in groups]
@@ -166,8 +166,7 @@ def rounding_error(layer: Layer, config: QuantizerConfig, bits: int) -> float:
         0.125
     """
     weight = layer.weight.detach().clone()
-    axis = layer.axis if config.granularity == "channel" else None
-    quantizer = make_quantizer(weight, QuantSpec(bits, axis), config)
+    quantizer = make_quantizer(weight, layer.spec(bits, config.granularity), config)
     quantizer.enable_(weight)
     quantizer.begin_step_(weight, seed=0, progress=ALMOST_DONE)
     if not quantizer.packs:

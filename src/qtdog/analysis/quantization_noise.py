@@ -19,7 +19,7 @@ from qtdog.analysis.subject import about_run, latent_weights, model_id, read_run
 from qtdog.core.config import Config
 from qtdog.core.errors import ModelError, RunError
 from qtdog.core.progress import Progress
-from qtdog.core.quantized import QuantizedTensor, scale_shape
+from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
 
@@ -78,7 +78,7 @@ def layer_noise(latent: Tensor, value: QuantizedTensor) -> tuple[npt.NDArray[np.
     spec = value.spec
     if spec.levels not in UNIFORM_LEVELS:
         raise ModelError(f"grid '{spec.levels}' has no common step size, so there is no uniform law to compare with")
-    scale = value.scale.double().reshape(scale_shape(latent.ndim, spec.axis))
+    scale = spec.spread(value.scale.double(), latent.shape)
     place = latent.double() / scale
     noise = value.dequantize().double() / scale - place
     low, high = spec.points()[[0, -1]].tolist()

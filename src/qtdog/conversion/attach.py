@@ -1,129 +1,39 @@
-"""Attach quantizers to a model at step 0, enable them at the start step; which layers are quantized."""
+"""Attach quantizers to a model at step 0, enable them at the start step."""
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
+from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-from torch.nn.parameter import is_lazy
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from qtdog.core.errors import ConfigError, unknown
-from qtdog.core.quantized import MAX_BITS, MIN_BITS, QuantSpec
+from qtdog.conversion.layers import (
+    Coverage,
+    Layer,
+    check_pattern,
+    coverage,
+    find_layers,
+    is_weight_name,
+    layer_name,
+    matches,
+    select_layers,
+)
+from qtdog.conversion.load import load_state_
+from qtdog.core.errors import ConfigError, ModelError, unknown
+from qtdog.core.quantized import MAX_BITS, MIN_BITS
 from qtdog.core.random import derive
+from qtdog.packing.layout import DTYPE_NAMES
+from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
-from qtdog.quantizers.registry import QUANTIZERS, check_options
-
-WEIGHT_NAMES = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-class Layer(NamedTuple):
-    """A weight that can be quantized, and where it lives.
-
-    Attributes:
-        name: the state-dict name without a trailing ".weight": "featurizer.conv1", "blocks.0.attn.in_proj_weight".
-        module: the module that owns it.
-        tensor_name: its name there, "weight" or an attention in-projection.
-    """
-
-    name: str
-    module: nn.Module
-    tensor_name: str
-
-    @property
-    def axis(self) -> int:
-        """The dimension of the output channels: 0, but 1 in transposed convolutions."""
-        return 1 if getattr(self.module, "transposed", False) else 0
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The Parameter that is quantized."""
-        return self.module.get_parameter(self.tensor_name)
-
-
-def layer_name(module_name: str, tensor_name: str) -> str:
-    """Return the name of a layer in patterns and reports.
-
-    Example:
-        >>> layer_name("head", "weight"), layer_name("attn", "in_proj_weight"), layer_name("", "weight")
-        ('head', 'attn.in_proj_weight', 'weight')
-    """
-    full = f"{module_name}.{tensor_name}" if module_name else tensor_name
-    return full.removesuffix(".weight")
-
-
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Return every weight that can be quantized, in the order of the model; a shared module appears once.
-
-    That is every Parameter called `weight` (or an attention in-projection) with two or more dimensions, whatever class
-    owns it: Conv1d-3d, transposed, padded and standardized convolutions, Linear, Bilinear, Embedding, attention.
-
-    Raises:
-        ConfigError: a lazy layer that has no shape yet.
-    """
-    return [layer for name, module in model.named_modules() for layer in _weights_of(name, module)]
-
-
-def _weights_of(name: str, module: nn.Module) -> Iterator[Layer]:
-    for tensor_name in WEIGHT_NAMES:
-        weight = module._parameters.get(tensor_name)
-        if weight is None:
-            continue
-        if is_lazy(weight):
-            raise ConfigError(f"layer '{name}' has no shape yet: run the model once before attaching a quantizer")
-        if weight.ndim >= 2 and weight.is_floating_point() and weight.numel():
-            yield Layer(layer_name(name, tensor_name), module, tensor_name)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Return whether a glob pattern means the layer `name`, or a module above it.
-
-    Example:
-        >>> matches("blocks.0.mlp.fc1", "blocks.*.mlp"), matches("classifier2", "classifier")
-        (True, False)
-    """
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
-def check_pattern(pattern: str, layers: Sequence[Layer]) -> None:
-    """Refuse a pattern that means no layer.
-
-    Raises:
-        ConfigError: naming the nearest layer or module.
-    """
-    if not any(matches(layer.name, pattern) for layer in layers):
-        raise ConfigError(unknown("layer pattern", pattern, _names(layers)))
-
-
-def select(layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
-    """Return the layers that some `include` pattern means (all if there is none) and no `exclude` pattern means.
-
-    Raises:
-        ConfigError: a pattern that means no layer (with the nearest name), or no layer is left.
-    """
-    for pattern in (*include, *exclude):
-        check_pattern(pattern, layers)
-    chosen = [
-        layer
-        for layer in layers
-        if (not include or any(matches(layer.name, pattern) for pattern in include))
-        and not any(matches(layer.name, pattern) for pattern in exclude)
-    ]
-    if not chosen:
-        raise ConfigError(
-            f"no layer is left to quantize: {len(layers)} found, include {list(include)}, exclude {list(exclude)}"
-        )
-    return chosen
-
-
-def _names(layers: Sequence[Layer]) -> list[str]:
-    """Return the names of the layers and of every module above one: what a pattern can mean."""
-    parts = [layer.name.split(".") for layer in layers]
-    return sorted({".".join(name[: depth + 1]) for name in parts for depth in range(len(name))})
-
+from qtdog.quantizers.registry import QUANTIZERS, check_options, works_after_training
 
 GRANULARITIES = ("channel", "layer")
 
@@ -137,6 +47,7 @@ class Site(NamedTuple):
         prefix: what precedes its tensors in the state dict of the attached model.
         quantizer: its quantizer.
         weight: the Parameter that trains.
+        on_top: class names of parametrizations that were registered after the quantizer.
     """
 
     name: str
@@ -144,20 +55,26 @@ class Site(NamedTuple):
     prefix: str
     quantizer: Quantizer
     weight: nn.Parameter
+    on_top: tuple[str, ...] = ()
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
     """Yield every quantized weight of a model, a shared one once per name that it has."""
     for name, module in model.named_modules(remove_duplicate=False):
-        for tensor_name in WEIGHT_NAMES:
-            if not is_parametrized(module, tensor_name):
-                continue
-            parametrizations: Any = module.get_submodule(f"parametrizations.{tensor_name}")
-            if isinstance(parametrizations[0], Quantizer):
+        if not is_parametrized(module):
+            continue
+        lists: Any = module.parametrizations
+        for tensor_name, parametrizations in lists.items():
+            if is_weight_name(tensor_name) and isinstance(parametrizations[0], Quantizer):
                 dot = f"{name}." if name else ""
-                prefix = f"{dot}parametrizations.{tensor_name}."
-                label = layer_name(name, tensor_name)
-                yield Site(label, dot + tensor_name, prefix, parametrizations[0], parametrizations.original)
+                yield Site(
+                    name=layer_name(name, tensor_name),
+                    plain_name=dot + tensor_name,
+                    prefix=f"{dot}parametrizations.{tensor_name}.",
+                    quantizer=parametrizations[0],
+                    weight=parametrizations.original,
+                    on_top=tuple(type(other).__name__ for other in list(parametrizations)[1:]),
+                )
 
 
 @dataclass(frozen=True)
@@ -186,14 +103,26 @@ class Attached:
         return any(quantizer.packs for quantizer in self.layers.values())
 
     @property
-    def shippable(self) -> bool:
+    def selectable(self) -> bool:
         """Whether a checkpoint taken now may be selected: enabled, and INQ has frozen its last weight."""
-        return all(quantizer.shippable for quantizer in self.layers.values())
+        return all(quantizer.selectable for quantizer in self.layers.values())
 
     def enable(self) -> None:
-        """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing."""
-        for site in sites(self.model):
-            if not site.quantizer.enabled:
+        """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing.
+
+        Raises:
+            ModelError: a weight that is not finite or sharded, or a parametrization or mask on top of a quantizer; no
+                quantizer has been enabled then.
+        """
+        waiting = [site for site in sites(self.model) if not site.quantizer.enabled]
+        if waiting:
+            refuse_sharded(self.model)
+        for site in waiting:
+            refuse_on_top(site)
+            if not torch.isfinite(site.weight).all():
+                raise ModelError(f"the weight of layer '{site.name}' is not finite, so it can have no step size")
+        for site in waiting:
+            if not site.quantizer.enabled:  # a shared one is enabled already
                 site.quantizer.enable_(site.weight)
 
     def begin_step(self, seed: int, progress: float) -> None:
@@ -213,9 +142,67 @@ class Attached:
                 site.quantizer.begin_step_(site.weight, derive(seed, site.name), progress)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Say whether weights are quantized, leaving the step sizes as they are: for restoring a checkpoint."""
+        """Say whether weights are quantized, leaving the step sizes as they are.
+
+        A state dict says it too; this is for one from before it did.
+        """
         for quantizer in self.layers.values():
             quantizer.enabled = enabled
+
+    def weights_(self) -> dict[str, nn.Parameter]:
+        """Return the weights behind the quantizers by layer name: what to change in place (LoRA merge, pruning, init).
+
+        `layer.weight` of an enabled layer is computed anew at each use; a change of that would be lost, and raises.
+
+        Raises:
+            ModelError: a quantizer holds codes, so that a change of its weight would have no effect.
+
+        Example:
+            >>> layer = nn.Linear(2, 2)
+            >>> quantizers = attach(layer, bits=4)
+            >>> quantizers.enable()
+            >>> with torch.no_grad():
+            ...     for weight in quantizers.weights_().values():
+            ...         _ = weight.mul_(0)
+            >>> bool((layer.weight == 0).all())
+            True
+        """
+        found = {}
+        for site in sites(self.model):
+            if site.quantizer.holds_codes:
+                kind = type(site.quantizer).__name__
+                raise ModelError(
+                    f"layer '{site.name}' is kept as codes by {kind}: a change of its weight has no effect"
+                )
+            found[site.name] = site.weight
+        return found
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model is quantized, and what stays in float."""
+        found = list(sites(self.model))
+        own = [parameter for site in found for parameter in site.quantizer.parameters()]
+        return coverage(self.model, [site.weight for site in found], own)
+
+    def step_size_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the quantizers that train, each once."""
+        found = {id(p): p for quantizer in self.layers.values() for p in quantizer.parameters() if p.requires_grad}
+        return list(found.values())
+
+    def add_to(self, optimizer: Optimizer, *, step_size_lr: float = 1.0) -> None:
+        """Let an optimizer that was made before `attach` train the step sizes too; those that it holds stay.
+
+        They become a group of their own without weight decay. Do this before a learning-rate scheduler is made.
+
+        Args:
+            optimizer: holds the weights.
+            step_size_lr: learning rate of the step sizes as a multiple of that of the optimizer's first group.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [parameter for parameter in self.step_size_parameters() if id(parameter) not in held]
+        if missing:
+            group: dict[str, Any] = {"params": missing, "lr": optimizer.param_groups[0]["lr"] * step_size_lr}
+            optimizer.add_param_group(group | ({"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}))
 
     def param_groups(self, lr: float, *, weight_decay: float = 0.0, step_size_lr: float = 1.0) -> list[dict[str, Any]]:
         """Return two optimizer groups: everything else that trains, and the step sizes, which never decay.
@@ -225,11 +212,12 @@ class Attached:
             weight_decay: weight decay of the first group.
             step_size_lr: learning rate of the step sizes as a multiple of `lr`.
         """
-        step_sizes = {id(p): p for quantizer in self.layers.values() for p in quantizer.parameters()}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in step_sizes]
+        step_sizes = self.step_size_parameters()
+        own = {id(p) for quantizer in self.layers.values() for p in quantizer.parameters()}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         return [
             {"params": rest, "lr": lr, "weight_decay": weight_decay},
-            {"params": list(step_sizes.values()), "lr": lr * step_size_lr, "weight_decay": 0.0},
+            {"params": step_sizes, "lr": lr * step_size_lr, "weight_decay": 0.0},
         ]
 
 
@@ -242,11 +230,17 @@ def attach(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     quantizer: str = "lsq",
+    like: Path | str | None = None,
     **options: Any,
 ) -> Attached:
     """Attach a quantizer to every selected layer; weights pass through untouched until `Attached.enable()`.
 
-    The Parameter objects stay the same, so an optimizer made before or after holds what trains.
+    The Parameter objects stay the same, so an optimizer made before still trains the weights. It lacks the step sizes:
+    make it after with `Attached.param_groups`, or add them with `Attached.add_to`. A warning says so at the second
+    update of an optimizer that trains an enabled weight without its step size.
+
+    With `like`, tuning goes on from a file that `save` wrote: the model gets the packed file's weights, the layers that
+    it quantizes get its codes, step sizes and bits, and the quantizers are enabled at once.
 
     Args:
         model: the model, changed in place.
@@ -257,11 +251,19 @@ def attach(
         include: glob patterns of layer names; empty means every layer.
         exclude: glob patterns of layer names left in float; a module's name covers everything below it.
         quantizer: a name of `qtdog.quantizers.registry.QUANTIZERS`.
+        like: a packed model file to go on from; it says the layers, the bits and the granularity.
         options: fields of `qtdog.quantizers.base.QuantizerOptions`, such as `step_mode="raw"`.
 
     Raises:
         ConfigError: an unknown name or value, a pattern that means no layer, a weight shared by a selected and an
-            unselected layer, or a model that carries quantizers already.
+            unselected layer, a model that carries quantizers already or is sharded (FSDP), an embedding that changes
+            its weight (`max_norm`) or has sparse gradients, or a state dict that no file could hold (complex numbers,
+            NaN, something that is no tensor).
+        ModelError, FormatError: the file of `like` does not fit the model, or is none.
+
+    Warns:
+        UserWarning: naming the weights that stay in float although the patterns ask for them (parametrized, pruned or
+            scripted layers), with their share of the parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -272,22 +274,71 @@ def attach(
         >>> model[0].weight.unique().numel() <= 8 * 16
         True
     """
-    per_channel = _checked_granularity(granularity) == "channel"
-    checked = _checked_options(quantizer, options)
+    _checked_granularity(granularity)
     if next(sites(model), None) is not None:
         raise ConfigError("the model carries quantizers already; find them with attached(model)")
-    make = QUANTIZERS[quantizer].make
-    chosen = select(find_layers(model), include, exclude)
+    refuse_sharded(model)
+    _refuse_unsavable(model)
+    if like is not None:
+        if (bits, layer_bits, granularity, tuple(include), tuple(exclude)) != (7, None, "channel", (), ()):
+            raise ConfigError("with like=FILE the file says layers, bits and granularity; leave those arguments out")
+        return _attach_like(model, like, quantizer, options)
+    checked = _checked_options(quantizer, options)
+    layers = find_layers(model)
+    others = [weight.name for weight in coverage(model, [layer.weight for layer in layers]).left]
+    chosen = select_layers(layers, include, exclude, others)
     _refuse_half_tied(model, chosen)
     bits_of = bits_per_layer(chosen, _checked_bits(bits), layer_bits or {})
     made: dict[int, Quantizer] = {}
     for layer in chosen:
-        weight = layer.weight
-        if id(weight) not in made:
-            spec = QuantSpec(bits_of[layer.name], layer.axis if per_channel else None)
-            made[id(weight)] = make(weight, spec, checked)
-        register_parametrization(layer.module, layer.tensor_name, made[id(weight)])
+        _refuse_embedding(layer, quantizer)
+        if id(layer.weight) not in made:
+            spec = layer.spec(bits_of[layer.name], granularity)
+            made[id(layer.weight)] = QUANTIZERS[quantizer].make(layer.weight, spec, checked)
+    for layer in chosen:
+        _register_(layer, made[id(layer.weight)])
+    found = Attached(model)
+    left = found.coverage.problems(include, exclude)
+    if left:
+        warnings.warn(f"{left}. Name them in exclude to say that this is meant", stacklevel=2)
+    _watch(model)
+    return found
+
+
+def _attach_like(model: nn.Module, like: Path | str, quantizer: str, options: dict[str, Any]) -> Attached:
+    packed = load_packed(like)
+    layers = {layer.plain_name: layer for layer in find_layers(model)}
+    unknown_names = sorted(packed.quantized.keys() - layers.keys())
+    if unknown_names or not packed.quantized:
+        what = f"'{unknown_names[0]}', which is no layer of the model" if unknown_names else "nothing"
+        raise ModelError(f"{like} quantizes {what}")
+    chosen = [layers[name] for name in packed.quantized]
+    _refuse_half_tied(model, chosen)
+    made: dict[int, Quantizer] = {}
+    for name, layer in zip(packed.quantized, chosen, strict=True):
+        _refuse_embedding(layer, quantizer)
+        spec = packed.quantized[name].spec
+        if id(layer.weight) not in made:
+            range_ = {"range": "symmetric"} if spec.levels == "symmetric" else {}
+            checked = _checked_options(quantizer, range_ | options)
+            made[id(layer.weight)] = QUANTIZERS[quantizer].make(layer.weight, spec, checked)
+            made[id(layer.weight)].check_grid(packed.quantized[name], spec.n_scales(layer.weight.shape))
+    load_state_(packed, model, like)
+    for name, layer in zip(packed.quantized, chosen, strict=True):
+        own, value = made[id(layer.weight)], packed.quantized[name]
+        device = layer.weight.device
+        _register_(layer, own)
+        if not own.enabled:
+            own.resume_(replace(value, codes=value.codes.to(device), scale=value.scale.to(device)))
+    _watch(model)
     return Attached(model)
+
+
+def _register_(layer: Layer, quantizer: Quantizer) -> None:
+    if not layer.weight.requires_grad:
+        quantizer.requires_grad_(False)
+    register_parametrization(layer.module, layer.tensor_name, quantizer.to(layer.weight.device))
+    _guard_(layer.module, layer.tensor_name)
 
 
 def attached(model: nn.Module) -> Attached:
@@ -302,9 +353,9 @@ def attached(model: nn.Module) -> Attached:
 
 
 def _checked_bits(bits: int) -> int:
-    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+    if not isinstance(bits, Integral) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits}")
-    return bits
+    return int(bits)
 
 
 def bits_per_layer(layers: Sequence[Layer], bits: int, layer_bits: Mapping[str, int]) -> dict[str, int]:
@@ -314,12 +365,12 @@ def bits_per_layer(layers: Sequence[Layer], bits: int, layer_bits: Mapping[str, 
         ConfigError: a pattern that means no layer (with the nearest name), bits out of range, or a weight that two
             layers share and that would have two bit-widths.
     """
-    for pattern, given in layer_bits.items():
-        check_pattern(pattern, layers)
-        _checked_bits(given)
+    for pattern in layer_bits:
+        check_pattern(pattern, [layer.name for layer in layers])
     table = {layer.name: bits for layer in layers}
     for pattern, given in layer_bits.items():
-        table |= {layer.name: given for layer in layers if matches(layer.name, pattern)}
+        checked = _checked_bits(given)
+        table |= {layer.name: checked for layer in layers if matches(layer.name, pattern)}
     first: dict[int, Layer] = {}
     for layer in layers:
         other = first.setdefault(id(layer.weight), layer)
@@ -355,3 +406,165 @@ def _refuse_half_tied(model: nn.Module, chosen: Sequence[Layer]) -> None:
                     f"'{weights[id(parameter)]}' and '{other}' share one weight, and only the first is to be "
                     "quantized; include or exclude both"
                 )
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model whose weights are spread over several processes.
+
+    Raises:
+        ConfigError: FSDP (1 or 2) or tensor parallelism has sharded it.
+    """
+    for name, module in model.named_modules():
+        sharded = [other for other, value in module._parameters.items() if type(value).__name__ == "DTensor"]
+        if sharded or type(module).__name__ == "FullyShardedDataParallel":
+            raise ConfigError(
+                f"'{name or type(module).__name__}' is sharded (FSDP or tensor parallelism): a step size needs the "
+                "whole weight. Use DistributedDataParallel, which keeps weights whole"
+            )
+
+
+def refuse_on_top(site: Site) -> None:
+    """Refuse a parametrization or mask on top of a quantizer: what it makes of the weight is on no grid.
+
+    Raises:
+        ModelError: naming the layer and the parametrization.
+    """
+    if site.on_top:
+        raise ModelError(
+            f"layer '{site.name}' has {', '.join(site.on_top)} on top of its quantizer, whose result no file of codes "
+            "can hold: remove it (torch.nn.utils.parametrize.remove_parametrizations), or exclude the layer"
+        )
+
+
+def _refuse_embedding(layer: Layer, quantizer: str) -> None:
+    if getattr(layer.module, "max_norm", None) is not None:
+        raise ConfigError(
+            f"layer '{layer.name}' rescales its weight at each use (max_norm): exclude it or unset max_norm"
+        )
+    if getattr(layer.module, "sparse", False) and not works_after_training(quantizer):
+        raise ConfigError(f"layer '{layer.name}' has sparse gradients, which do not pass a quantizer: set sparse=False")
+
+
+def _refuse_unsavable(model: nn.Module) -> None:
+    """Refuse at once what `save` would refuse after hours of training."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"'{name}' in the model's state dict is no tensor but {type(value).__name__}: no file holds it"
+            )
+        if value.dtype not in DTYPE_NAMES:
+            raise ConfigError(
+                f"'{name}' is {value.dtype}, which the packed file cannot hold: make the buffer persistent=False"
+            )
+        if value.is_floating_point() and not value.is_meta and torch.isnan(value).any():
+            raise ConfigError(f"'{name}' holds NaN, which the packed file cannot hold")
+
+
+class ComputedWeight(Tensor):
+    """The weight of an enabled layer, computed at this use: a change in place would be lost, so it raises."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors, at no cost
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The values, which are no more writable."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._refuse_()
+
+    def detach(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the values, which are no more writable."""
+        return super().detach().as_subclass(ComputedWeight)
+
+    def _refuse_(self, *args: object, **kwargs: object) -> Any:
+        raise ModelError(
+            "the weight of an enabled quantizer is computed at each use, so a change in place would be lost: assign "
+            "`layer.weight = value`, or change the weight behind it, `attached(model).weights_()[layer name]`"
+        )
+
+
+_HARMLESS = ("requires_grad_", "share_memory_", "detach_")
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_ASSIGNING = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
+for _name in dir(Tensor):
+    if _name in _ASSIGNING or (_name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS):
+        setattr(ComputedWeight, _name, ComputedWeight._refuse_)
+
+
+def _guard_(module: nn.Module, tensor_name: str) -> None:
+    """Let `module.weight` be a `ComputedWeight` where a quantizer computes it; recurrent layers use what it returns."""
+    cls: Any = type(module)  # made by torch for this module (and its copies) alone
+    computed = getattr(cls, tensor_name)
+
+    def get(self: Any) -> Tensor:
+        value = computed.fget(self)
+        if value is self.parametrizations[tensor_name].original or torch.compiler.is_compiling():
+            return value
+        if torch._C._functorch.is_functorch_wrapped_tensor(value) or torch.jit.is_tracing():
+            return value
+        return value.as_subclass(ComputedWeight)
+
+    setattr(cls, tensor_name, property(get, computed.fset))
+    if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, which would go on to be the float ones
+        module.__dict__.pop("_flat_weights", None)
+        cls._flat_weights = property(_flat_weights, lambda self, value: None)
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+class _StepSizeWatch:
+    """Warns if an optimizer trains enabled weights and none trains their step sizes; gone as soon as all are held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._watched = [
+            (site.name, weakref.ref(site.quantizer), weakref.ref(site.weight))
+            for site in sites(model)
+            if any(parameter.requires_grad for parameter in site.quantizer.parameters())
+        ]
+        self._stepped: set[int] = set()
+
+    def after_step(self, optimizer: Optimizer) -> bool:
+        """Return whether to go on watching."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        waiting, names = [], []
+        for name, quantizer_ref, weight_ref in self._watched:
+            quantizer, weight = quantizer_ref(), weight_ref()
+            if quantizer is None or weight is None:
+                continue
+            if all(id(value) in held or not value.requires_grad for value in quantizer.parameters()):
+                continue
+            waiting.append((name, quantizer_ref, weight_ref))
+            if id(weight) in held and quantizer.enabled:
+                names.append(name)
+        self._watched = waiting
+        warn = bool(names) and id(optimizer) in self._stepped  # another optimizer may hold them: wait one update
+        if names:
+            self._stepped.add(id(optimizer))
+        if warn:
+            warnings.warn(
+                f"the step sizes of {len(names)} quantized layers ('{names[0]}', …) are in no optimizer, so they never "
+                "train: call add_to(optimizer) of what attach returned, or make the optimizer from its param_groups()",
+                stacklevel=4,
+            )
+        return bool(waiting) and not warn
+
+
+_WATCHES: list[_StepSizeWatch] = []
+
+
+def _watch(model: nn.Module) -> None:
+    if not _HOOKED:
+        _HOOKED.append(register_optimizer_step_post_hook(_after_step))
+    _WATCHES.append(_StepSizeWatch(model))
+
+
+_HOOKED: list[Any] = []  # registered once: torch allows no hook to remove itself
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _WATCHES:
+        _WATCHES[:] = [watch for watch in _WATCHES if watch.after_step(optimizer)]

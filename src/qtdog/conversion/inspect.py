@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qtdog.conversion.attach import Site, find_layers, select, sites
-from qtdog.core.quantized import QuantizedTensor, scale_shape
+from qtdog.conversion.attach import Site, sites
+from qtdog.conversion.layers import find_layers, select_layers
+from qtdog.core.quantized import QuantizedTensor
 from qtdog.quantizers.base import Quantizer
 
 # A layer beyond one of these is worth a warning. At 2 bits LSQ's start clips about 6 % of Gaussian weights, and good
@@ -86,17 +87,13 @@ def clipped_frac(weight: Tensor, value: QuantizedTensor) -> float:
         0.25
     """
     spec = value.spec
-    ratio = weight.float() / value.scale.reshape(scale_shape(weight.ndim, spec.axis))
+    ratio = weight.float() / spec.spread(value.scale, weight.shape)
     low, high = spec.points()[[0, -1]].tolist()
     return ((ratio <= low) | (ratio >= high)).float().mean().item()
 
 
 def _dead_frac(weight: Tensor, value: QuantizedTensor) -> float:
-    axis = value.spec.axis
-    codes, weights = (
-        tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).flatten(1)
-        for tensor in (value.codes, weight)
-    )
+    codes, weights = value.spec.rows(value.codes), value.spec.rows(weight)
     dead = (codes == 0).all(1) & (weights != 0).any(1)
     return dead.float().mean().item()
 
@@ -197,19 +194,19 @@ def estimate_size(model: nn.Module, *, bits: int, exclude: Sequence[str] = ("cla
         exclude: glob patterns of layers that stay in float.
 
     Raises:
-        ConfigError: as in `conversion.attach.select`.
+        ConfigError: as in `conversion.layers.select_layers`.
 
     Example:
         >>> model = nn.ModuleDict({"featurizer": nn.Linear(80, 10), "classifier": nn.Linear(10, 2)})
         >>> estimate_size(model, bits=7)  # 800 · 7 bits, 10 step sizes, 32 floats
         SizeEstimate(n_parameters=832, float32_bytes=3328, packed_bytes=868)
     """
-    layers = {id(layer.weight): layer for layer in select(find_layers(model), exclude=exclude)}
+    layers = {id(layer.weight): layer for layer in select_layers(find_layers(model), exclude=exclude)}
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # a tied one counts once
     float32_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     saved = 0
     for layer in layers.values():
-        n_weights, n_steps = layer.weight.numel(), layer.weight.shape[layer.axis]
+        n_weights, n_steps = layer.weight.numel(), layer.spec(bits, "channel").n_scales(layer.weight.shape)
         saved += FLOAT_BYTES * (n_weights - n_steps) - math.ceil(n_weights * bits / 8)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return SizeEstimate(n_parameters, float32_bytes, float32_bytes - saved)

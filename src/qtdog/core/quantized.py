@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +41,12 @@ class QuantSpec:
         bits: 2 to 8.
         axis: the dimension that has one step size per index (0 for an output channel), or None for one per tensor.
         levels: the kind of grid, a name of `LEVELS`.
+        groups: equal blocks of dimension 0, each with step sizes of its own along `axis`. More than 1 only for grouped
+            transposed convolutions, whose weight is (in, out / groups, …): output channel g · out / groups + o has the
+            step size of that number.
 
     Raises:
-        ValueError: bits outside 2 … 8, or unknown levels.
+        ValueError: bits outside 2 … 8, unknown levels, or groups without an axis other than 0.
 
     Example:
         >>> QuantSpec(3).points().tolist()
@@ -54,6 +58,7 @@ class QuantSpec:
     bits: int
     axis: int | None = 0
     levels: str = "uniform"
+    groups: int = 1
 
     def __post_init__(self) -> None:
         """Check the bits and the levels."""
@@ -61,6 +66,37 @@ class QuantSpec:
             raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
         if self.levels not in LEVELS:
             raise ValueError(f"levels must be one of {', '.join(LEVELS)}, not '{self.levels}'")
+        if self.groups != 1 and (self.groups < 1 or self.axis in (None, 0)):
+            raise ValueError(f"{self.groups} groups of dimension 0 need an axis other than 0, not {self.axis}")
+
+    def n_scales(self, shape: Sequence[int]) -> int:
+        """Return how many step sizes a weight of this shape has."""
+        return 1 if self.axis is None else self.groups * shape[self.axis]
+
+    def spread(self, scale: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return step sizes (n,) in a shape that broadcasts to a weight of `shape`; differentiable.
+
+        Example:
+            >>> QuantSpec(4, axis=1, groups=2).spread(torch.arange(4.0), (4, 2)).tolist()
+            [[0.0, 1.0], [0.0, 1.0], [2.0, 3.0], [2.0, 3.0]]
+        """
+        if self.groups == 1:
+            return scale.reshape(scale_shape(len(shape), self.axis))
+        grouped = scale.reshape(self.groups, 1, *scale_shape(len(shape), self.axis)[1:])
+        return grouped.expand(-1, shape[0] // self.groups, *grouped.shape[2:]).flatten(0, 1)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return the weights that share a step size as rows, shape (n, k); a view where the memory format allows.
+
+        Example:
+            >>> QuantSpec(4, axis=1).rows(torch.zeros(2, 3, 4)).shape
+            torch.Size([3, 8])
+        """
+        if self.axis is None:
+            return weight.reshape(1, -1)
+        if self.groups == 1:
+            return weight.movedim(self.axis, 0).flatten(1)
+        return weight.unflatten(0, (self.groups, -1)).movedim(self.axis + 1, 1).flatten(2).flatten(0, 1)
 
     @property
     def qmin(self) -> int:
@@ -88,7 +124,7 @@ class QuantizedTensor:
 
     Attributes:
         codes: int8, the shape of the weight, each in [spec.qmin, spec.qmax].
-        scale: float32 step sizes, one per index of spec.axis, shape (n,); or (1,) if spec.axis is None.
+        scale: float32 step sizes, shape (spec.n_scales(codes.shape),): one per index of spec.axis, or a single one.
         spec: the grid.
 
     Example:
@@ -103,11 +139,10 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Return point · scale as float32, the very weights that the forward pass of training used."""
-        shape = scale_shape(self.codes.ndim, self.spec.axis)
         if self.spec.levels in ("uniform", "symmetric"):
             points = self.codes.to(torch.float32)
         else:
             table = self.spec.points().to(self.codes.device)
             points = torch.empty_like(self.codes, dtype=torch.float32)  # keeps the memory format, as `to` does
             points.copy_(table[self.codes.long() - self.spec.qmin])
-        return points * self.scale.reshape(shape)
+        return points * self.spec.spread(self.scale, self.codes.shape)

@@ -57,9 +57,11 @@ def read_latent(member: Member, warn: Callable[[str], None]) -> Latent:
     if checkpoint is None:
         raise RunError(f"{member.path} has no checkpoint left, and only that holds the weights before quantization")
     network = empty_network(member.info)
-    make_quantizer(member.config.quantizer, network)
+    quantizer = make_quantizer(member.config.quantizer, network)
     try:
         network.load_state_dict(_shipped(member, checkpoint))
+        if quantizer is not None:
+            quantizer.set_enabled(False)
     except (RuntimeError, KeyError) as error:
         raise RunError(f"the checkpoint in {member.path} does not fit its configuration: {error}") from error
     buffers = frozenset(name for name, _ in network.named_buffers() if ".parametrizations." not in name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ModelError
-from qtdog.core.quantized import QuantizedTensor, scale_shape
+from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.inference_module import Deployed
 from qtdog.export.info import KEY, ExportInfo, library
 from qtdog.export.onnx_graph import quiet, unsupported
@@ -74,7 +74,7 @@ class _FromCodes(nn.Module):
     def __init__(self, value: QuantizedTensor) -> None:
         super().__init__()
         spec = value.spec
-        self.register_buffer("scale", value.scale.reshape(scale_shape(value.codes.ndim, spec.axis)))
+        self.register_buffer("scale", spec.spread(value.scale, value.codes.shape))
         plain = spec.levels in ("uniform", "symmetric")
         self.register_buffer("points", None if plain else spec.points())
         self.qmin = spec.qmin

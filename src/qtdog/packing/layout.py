@@ -258,8 +258,8 @@ class Entry:
 
     @property
     def scale(self) -> TensorInfo:
-        """Its step sizes: one, or one per index of the axis."""
-        return TensorInfo("F32", (1 if self.spec.axis is None else self.shape[self.spec.axis],))
+        """Its step sizes: one, or one per index of the axis (in each group)."""
+        return TensorInfo("F32", (self.spec.n_scales(self.shape),))
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,8 @@ def coded_text(layout: Layout) -> str:
 
 def _grid(entry: Entry) -> dict[str, Any]:
     spec = entry.spec
-    return {"axis": spec.axis, "bits": spec.bits, "levels": spec.levels, "shape": list(entry.shape)}
+    grid = {"axis": spec.axis, "bits": spec.bits, "levels": spec.levels, "shape": list(entry.shape)}
+    return grid | ({} if spec.groups == 1 else {"groups": spec.groups})
 
 
 def _text(tree: dict[str, Any], layout: Layout) -> str:
@@ -407,7 +408,7 @@ def check_quantized(path: Path, name: str, value: QuantizedTensor) -> None:
         FormatError: codes of another type, empty or off their grid; step sizes of another type or number, or bad ones.
     """
     codes, scale, spec = value.codes, value.scale, value.spec
-    n_scales = 1 if spec.axis is None else codes.shape[spec.axis]
+    n_scales = spec.n_scales(codes.shape)
     if codes.dtype != torch.int8 or not is_shape(list(codes.shape)) or not codes.numel():
         found = f"{codes.dtype} {tuple(codes.shape)}"
         raise FormatError(f"{path}: the codes of '{name}' should be int8 with at least one value, found {found}")

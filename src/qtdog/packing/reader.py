@@ -238,7 +238,8 @@ def _check_size(path: Path, name: str, n_bytes: int, found_wanted: tuple[int, in
 
 
 def _entry(path: Path, name: str, entry: Any, fields: set[str]) -> Entry:
-    if not isinstance(entry, dict) or set(entry) != fields:
+    optional = {"groups"} if "codec" in fields else set()
+    if not isinstance(entry, dict) or set(entry) - optional != fields:
         raise FormatError(f"{path}: weight '{name}' should state {', '.join(sorted(fields))}, found {str(entry)[:80]}")
     axis, bits, shape, levels = entry["axis"], entry["bits"], entry["shape"], entry.get("levels", "uniform")
     codec = entry.get("codec", BITS)
@@ -252,7 +253,11 @@ def _entry(path: Path, name: str, entry: Any, fields: set[str]) -> Entry:
         raise FormatError(f"{path}: weight '{name}' has the impossible shape {str(shape)[:80]}")
     if axis is not None and not (is_count(axis) and axis < len(shape)):
         raise FormatError(f"{path}: weight '{name}' of shape {shape} cannot have step sizes along {str(axis)[:40]}")
-    return Entry(QuantSpec(bits, axis, levels), tuple(shape), codec)
+    groups = entry.get("groups", 1)
+    if "groups" in entry and not (is_count(groups) and groups > 1 and axis and shape[0] % groups == 0):
+        found = str(groups)[:40]
+        raise FormatError(f"{path}: weight '{name}' of shape {shape} cannot have groups {found} along axis {axis}")
+    return Entry(QuantSpec(bits, axis, levels, groups), tuple(shape), codec)
 
 
 def _info(path: Path, name: str, info: Any) -> TensorInfo:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from qtdog.core.errors import ConfigError, unknown
-from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
-from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, initial_scale
+from qtdog.core.errors import ConfigError, ModelError, unknown
+from qtdog.core.quantized import QuantizedTensor, QuantSpec
+from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, MIN_SCALE, initial_scale
 
 
 class _StraightThrough(Function):
@@ -63,7 +63,7 @@ def encode(weight: Tensor, scale: Tensor, spec: QuantSpec) -> QuantizedTensor:
 
     Args:
         weight: float weights of any shape; computed in float32.
-        scale: float32 step sizes, shape (weight.shape[spec.axis],), or (1,) if spec.axis is None; all positive.
+        scale: float32 step sizes, shape (spec.n_scales(weight.shape),); all positive.
         spec: bits, axis and levels, not "power_of_two".
 
     Returns:
@@ -82,7 +82,7 @@ def encode(weight: Tensor, scale: Tensor, spec: QuantSpec) -> QuantizedTensor:
     if spec.levels == "power_of_two":
         raise ValueError("powers of two are no multiples of a step size; the quantizer that has them encodes them")
     scale = scale.detach().to(torch.float32, copy=True)
-    codes = weight.detach().to(torch.float32) / scale.reshape(scale_shape(weight.ndim, spec.axis))
+    codes = weight.detach().to(torch.float32) / spec.spread(scale, weight.shape)
     codes = codes.floor_() if spec.levels == "half" else codes.round_()
     return QuantizedTensor(codes.clamp_(spec.qmin, spec.qmax).to(torch.int8), scale, spec)
 
@@ -143,29 +143,165 @@ class QuantizerOptions:
 OPTION_NAMES = tuple(field.name for field in fields(QuantizerOptions))
 
 
+class ScalarReader:
+    """Reads a one-element tensor again only after it has changed: reading a GPU stalls it.
+
+    While torch traces or transforms functions, whose tensors have no values, the last value read counts.
+
+    Example:
+        >>> tensor, read = torch.zeros(()), ScalarReader()
+        >>> read(tensor), tensor.fill_(2).item(), read(tensor)
+        (0.0, 2.0, 2.0)
+    """
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+        self._version = -1
+        self._value = 0.0
+
+    def __call__(self, tensor: Tensor) -> float:
+        """Return the value of `tensor`."""
+        if torch.compiler.is_compiling() or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return self._value
+        if tensor.is_inference():
+            return float(tensor)
+        if tensor is not self._tensor or tensor._version != self._version:
+            self._tensor, self._version, self._value = tensor, tensor._version, float(tensor)
+        return self._value
+
+    def __getstate__(self) -> float:
+        """Return the value alone: a copy reads its own tensor."""
+        return self._value
+
+    def __setstate__(self, value: float) -> None:
+        """Begin with the value of the original."""
+        self.__init__()
+        self._value = value
+
+
 class Quantizer(nn.Module, ABC):
     """A weight parametrization; abstract.
 
     Its parameters and buffers exist from the start, so that optimizer groups and checkpoint keys never change during a
-    run. While `enabled` is False the weight passes through untouched. `enabled` is a plain flag, no part of the state
-    dict: who restores a checkpoint restores it too.
+    run. While `enabled` is False the weight passes through untouched.
 
-    In evaluation mode `forward` returns the weight that ships: on its grid where the member has one (`packs`), whatever
-    training adds (noise, stochastic rounding).
+    `enabled` is part of the state dict, as the buffer `enabled_share`: 0 or 1 in a model that trains. In an average of
+    the model over updates (`AveragedModel`, timm's `ModelEmaV3`) that began before `enable_`, it is the share of the
+    average that was taken since, and `set_only` uses it to take the placeholders of before out of averaged step sizes.
+
+    Parameters and buffers stay float32 when the model is cast to another type. In evaluation mode `forward` returns the
+    weight that is saved: on its grid where the member has one (`packs`), whatever training adds (noise, stochastic
+    rounding).
 
     Attributes:
         CLIPS: whether weights on or beyond the ends of the grid get no gradient.
         spec: bits, the axis of the step sizes, and the levels.
-        enabled: whether the forward pass does what the member is for.
     """
 
     CLIPS: ClassVar[bool] = True
 
+    enabled_share: Tensor
+
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.enabled = False
+        self.register_buffer("enabled_share", torch.zeros((), dtype=torch.float32))
+        self._read_share = ScalarReader()
         self._seed: int | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the forward pass does what the member is for.
+
+        Raises:
+            ModelError: `torch.export` or `torch.onnx.export` is tracing the model.
+        """
+        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+            raise ModelError(
+                "a model with quantizers attached cannot be exported: save it (qtdog.save), load the file into a plain "
+                "model (qtdog.load_into) and export that, or use qtdog.export"
+            )
+        return self._read_share(self.enabled_share) > 0
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._set_share_(float(value))
+
+    @torch.no_grad()
+    def _set_share_(self, share: float) -> None:
+        self.enabled_share.fill_(share)
+        self._read_share(self.enabled_share)
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether some weights are kept as codes, so that a change of the weight itself would have no effect."""
+        return False
+
+    def set_only(self, mean: Tensor, placeholder: float) -> Tensor:
+        """Return the mean of the values since `enable_`, where `mean` may also count placeholders of before.
+
+        With the share m of what was averaged since: (mean - (1 - m) · placeholder) / m, as Adam corrects its moments.
+
+        Args:
+            mean: a buffer of step sizes; one that was never averaged is returned as it is.
+            placeholder: the value that it had before `enable_`.
+        """
+        share = self._read_share(self.enabled_share)
+        return mean if share in (0.0, 1.0) else (mean - (1 - share) * placeholder) / share
+
+    def resume_(self, value: QuantizedTensor) -> None:
+        """Be enabled with the step sizes (and codes) of `value`, as a file holds them.
+
+        Raises:
+            ConfigError: the member has no step sizes of its own to go on from, or another grid.
+        """
+        raise ConfigError(f"{type(self).__name__} has no step sizes that it could take from a file")
+
+    def check_grid(self, value: QuantizedTensor, n_scales: int) -> None:
+        """Refuse codes of another grid than this one.
+
+        Raises:
+            ConfigError: bits, levels, axis or the number of step sizes differ.
+        """
+        if value.spec != self.spec or value.scale.numel() != n_scales:
+            raise ConfigError(f"the file's grid is {value.spec}, {type(self).__name__} has {self.spec}")
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the weight behind the quantizer for `layer.weight = weight`: itself, to be quantized at the next use.
+
+        Raises:
+            ModelError: it would have no effect, since the member holds codes.
+        """
+        if self.holds_codes:
+            raise ModelError(
+                f"{type(self).__name__} holds codes, so that a new weight would have no effect: load the model's file "
+                "into a plain model and change that"
+            )
+        return weight
+
+    def _looks_enabled(self) -> bool:
+        """Return whether the buffers differ from their placeholders: for a state dict from before `enabled_share`."""
+        return False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, and read a state dict that lacks `enabled_share` as it was meant."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys: list[str] = args[2]
+        new = {f"{prefix}enabled_share", f"{prefix}set_share"}
+        missing_keys[:] = [key for key in missing_keys if key not in new]
+        of_before = f"{prefix}enabled_share" not in state_dict and any(name.startswith(prefix) for name in state_dict)
+        if of_before and self._looks_enabled():
+            self.enabled = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
+        """Move parameters and buffers as `fn` does, but leave what is float32 in that type."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            cast = tensor.dtype == torch.float32 and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if cast else moved
+
+        return super()._apply(kept, recurse)
 
     @property
     def packs(self) -> bool:
@@ -173,7 +309,7 @@ class Quantizer(nn.Module, ABC):
         return self.enabled
 
     @property
-    def shippable(self) -> bool:
+    def selectable(self) -> bool:
         """Whether a checkpoint taken now may be selected."""
         return self.enabled
 
@@ -238,12 +374,12 @@ class FixedStep(Quantizer):
         chosen = options or QuantizerOptions()
         super().__init__(ranged(spec, chosen.range))
         self.init = chosen.init
-        n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
-        self.register_buffer("scale", torch.full((n_scales,), DEAD_LAYER_SCALE, device=weight.device))
+        start = torch.full((spec.n_scales(weight.shape),), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
+        self.register_buffer("scale", start)
 
     def step_sizes(self) -> Tensor:
         """Return the step sizes, float32, shape (n,)."""
-        return self.scale
+        return self.set_only(self.scale, DEAD_LAYER_SCALE).clamp(min=MIN_SCALE)
 
     @torch.no_grad()
     def enable_(self, weight: Tensor) -> None:
@@ -258,4 +394,14 @@ class FixedStep(Quantizer):
         Raises:
             RuntimeError: the member has no grid, or not yet (`packs` is False).
         """
-        return encode(weight, self.scale, self.spec) if self.packs else super().quantized(weight)
+        return encode(weight, self.step_sizes(), self.spec) if self.packs else super().quantized(weight)
+
+    @torch.no_grad()
+    def resume_(self, value: QuantizedTensor) -> None:
+        """Take the step sizes of `value`."""
+        self.check_grid(value, self.scale.numel())
+        self.scale.copy_(value.scale)
+        self.enabled = True
+
+    def _looks_enabled(self) -> bool:
+        return bool((self.scale != DEAD_LAYER_SCALE).any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtdog.core.quantized import QuantSpec, scale_shape
+from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.base import FixedStep, Quantizer, QuantizerOptions
 from qtdog.quantizers.lsq import lsq_quantize
 
@@ -129,7 +129,7 @@ class MatchedNoise(FixedStep):
         """Return the disturbed weight in training, and `weight` itself in evaluation or before `enable_`."""
         if not (self.enabled and self.training):
             return weight
-        scale = self.scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        scale = self.spec.spread(self.step_sizes(), weight.shape)
         return weight + (self.uniform(weight) * scale).to(weight.dtype)
 
 
@@ -162,7 +162,7 @@ class NoiseThenRound(FixedStep):
         """Return the disturbed weight in training, its nearest points in evaluation, `weight` before `enable_`."""
         if not self.enabled:
             return weight
-        scale = self.scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        scale = self.spec.spread(self.step_sizes(), weight.shape)
         if self.training:
             return weight + (self.uniform(weight) * scale).to(weight.dtype)
         return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax).to(weight.dtype)
@@ -231,5 +231,5 @@ class Released(FixedStep):
         """Return the weight on its grid, without a gradient; before `enable_`, the weight itself."""
         if not self.enabled:
             return weight
-        scale = self.scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        scale = self.spec.spread(self.step_sizes(), weight.shape)
         return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax).to(weight.dtype)

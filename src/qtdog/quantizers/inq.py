@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
+from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.quantizers.base import Quantizer, QuantizerOptions
 
 # A filter whose largest weight is below this share of its layer's is dead: levels that small could not hold what
@@ -18,7 +18,7 @@ DEAD_FRAC = 2.0**-20
 DEAD_LAYER_LEVEL = 2.0**-10
 
 
-def largest_level(weight: Tensor, axis: int | None) -> Tensor:
+def largest_level(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Return 2^n1, the largest level of each group of weights that share their levels.
 
     Formula: n1 = floor(log2(4S/3)), S = max|w|, so that 3/4 · 2^n1 ≤ S < 3/2 · 2^n1. Source: Zhou et al. (ICLR 2017),
@@ -27,18 +27,17 @@ def largest_level(weight: Tensor, axis: int | None) -> Tensor:
 
     Args:
         weight: any shape; computed in float32.
-        axis: the dimension with one level per index, or None for one per tensor.
+        spec: says which weights share their levels.
 
     Returns:
-        Powers of two, float32, shape (weight.shape[axis],), or (1,) if axis is None.
+        Powers of two, float32, shape (spec.n_scales(weight.shape),).
 
     Example:
-        >>> largest_level(torch.tensor([[0.75, 0.1], [-0.74, 0.1], [0.0, 0.0]]), 0).tolist()
+        >>> largest_level(torch.tensor([[0.75, 0.1], [-0.74, 0.1], [0.0, 0.0]]), QuantSpec(4)).tolist()
         [1.0, 0.5, 1.0]
     """
     magnitude = weight.detach().to(torch.float32).abs()
-    rows = magnitude.reshape(1, -1) if axis is None else magnitude.movedim(axis, 0).flatten(1)
-    largest = rows.amax(dim=1)
+    largest = spec.rows(magnitude).amax(dim=1)
     peak = largest.max()
     alive = largest > peak * DEAD_FRAC
     if not alive.any():
@@ -70,7 +69,7 @@ def power_of_two_codes(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor
         >>> power_of_two_codes(weight, torch.ones(1), spec).tolist()
         [4, 4, -3, 1, 0]
     """
-    ratio = weight.detach().to(torch.float32) / scale.reshape(scale_shape(weight.ndim, spec.axis))
+    ratio = weight.detach().to(torch.float32) / spec.spread(scale, weight.shape)
     magnitude = ratio.abs()
     mantissa, exponent = torch.frexp(magnitude)
     exponent -= (mantissa < 0.75).int()  # now 3/4 · 2^exponent ≤ magnitude < 3/2 · 2^exponent
@@ -117,9 +116,9 @@ class INQ(Quantizer):
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
         super().__init__(replace(spec, levels="power_of_two"))
         self.stages = (options or QuantizerOptions()).stages
-        n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
         like = weight.detach()
-        self.register_buffer("scale", torch.full((n_scales,), DEAD_LAYER_LEVEL, device=weight.device))
+        start = torch.full((spec.n_scales(weight.shape),), DEAD_LAYER_LEVEL, dtype=torch.float32, device=weight.device)
+        self.register_buffer("scale", start)
         self.register_buffer("codes", torch.zeros_like(like, dtype=torch.int8))
         self.register_buffer("frozen", torch.zeros_like(like, dtype=torch.bool))
 
@@ -129,14 +128,14 @@ class INQ(Quantizer):
         return self.enabled and self._n_frozen() == self.frozen.numel()
 
     @property
-    def shippable(self) -> bool:
+    def selectable(self) -> bool:
         """Whether every weight is frozen."""
         return self.packs
 
     @torch.no_grad()
     def enable_(self, weight: Tensor) -> None:
         """Set the levels from the current `weight` and freeze the share of the first stage."""
-        self.scale.copy_(largest_level(weight, self.spec.axis))
+        self.scale.copy_(largest_level(weight, self.spec))
         self.frozen.fill_(False)
         self.enabled = True
         self._freeze_(weight, self.stages[0])
@@ -164,14 +163,32 @@ class INQ(Quantizer):
         """
         if not self.packs:
             return super().quantized(weight)
-        return QuantizedTensor(self.codes.clone(), self.scale.clone(), self.spec)
+        return QuantizedTensor(self.codes.clone(), self.step_sizes().clone(), self.spec)
 
     def step_sizes(self) -> Tensor:
-        """Return the largest levels, float32, shape (n,)."""
-        return self.scale
+        """Return the largest levels, float32, shape (n,): powers of two, also in an average of the model."""
+        levels = self.set_only(self.scale, DEAD_LAYER_LEVEL)
+        return levels if levels is self.scale else levels.abs().log2().round_().exp2_()
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether enabled: what is frozen does not follow the weight."""
+        return self.enabled
+
+    @torch.no_grad()
+    def resume_(self, value: QuantizedTensor) -> None:
+        """Take levels and codes of `value`: every weight is frozen."""
+        self.check_grid(value, self.scale.numel())
+        self.scale.copy_(value.scale)
+        self.codes.copy_(value.codes)
+        self.frozen.fill_(True)
+        self.enabled = True
 
     def _value(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes, self.scale, self.spec)
+        return QuantizedTensor(self.codes, self.step_sizes(), self.spec)
+
+    def _looks_enabled(self) -> bool:
+        return bool(self.frozen.any())
 
     def _n_frozen(self) -> int:
         return int(self.frozen.count_nonzero())
@@ -186,5 +203,5 @@ class INQ(Quantizer):
         chosen = torch.zeros_like(magnitude, dtype=torch.bool)
         chosen[order] = True
         chosen = chosen.reshape(weight.shape)
-        self.codes.copy_(torch.where(chosen, power_of_two_codes(weight, self.scale, self.spec), self.codes))
+        self.codes.copy_(torch.where(chosen, power_of_two_codes(weight, self.step_sizes(), self.spec), self.codes))
         self.frozen.logical_or_(chosen)

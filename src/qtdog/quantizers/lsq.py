@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
-from qtdog.quantizers.base import Quantizer, QuantizerOptions, encode, ranged
+from qtdog.core.quantized import QuantizedTensor, QuantSpec
+from qtdog.quantizers.base import Quantizer, QuantizerOptions, ScalarReader, encode, ranged
 from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, initial_scale
 
 # On a CPU a weight is worked on in blocks of about this many values, so that every pass but the first finds them in the
@@ -180,31 +180,55 @@ class LSQ(Quantizer):
         chosen = options or QuantizerOptions()
         super().__init__(ranged(spec, chosen.range))
         self.init, self.step_mode, self.rounding = chosen.init, chosen.step_mode, chosen.rounding
-        n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
+        n_scales = spec.n_scales(weight.shape)
         self.grad_scale = 1 / math.sqrt(weight.numel() / n_scales * self.spec.qmax)
         start = torch.full((n_scales,), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
         self.register_buffer("start_scale", start)
+        self._read_set_share = ScalarReader()
         if self.step_mode == "log":
             self.log_scale = nn.Parameter(start.log())
         elif self.step_mode == "raw":
             self.scale = nn.Parameter(start.clone())
+        if self.step_mode != "frozen":
+            self.set_share = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
 
     def step_sizes(self) -> Tensor:
         """Return the step sizes in use, float32, shape (n,), differentiable with respect to the parameter."""
         if self.step_mode == "log":
-            return self.log_scale.float().exp()
+            return self._set_parameter(self.log_scale.float(), math.log(DEAD_LAYER_SCALE)).exp()
+        start = self.set_only(self.start_scale, DEAD_LAYER_SCALE)
         if self.step_mode == "raw":
-            return _RawScale.apply(self.scale.float(), self.start_scale * MIN_RAW_FRAC, self.grad_scale)
-        return self.start_scale
+            scale = self._set_parameter(self.scale.float(), DEAD_LAYER_SCALE)
+            return _RawScale.apply(scale, start * MIN_RAW_FRAC, self.grad_scale)
+        return start
+
+    def _set_parameter(self, mean: Tensor, placeholder: float) -> Tensor:
+        """Do for a parameter what `set_only` does for a buffer: an average may count the one and copy the other."""
+        share = self._read_set_share(self.set_share)
+        return mean if share in (0.0, 1.0) else (mean - (1 - share) * placeholder) / share
+
+    @torch.no_grad()
+    def _set_share_(self, share: float) -> None:
+        super()._set_share_(share)
+        if self.step_mode != "frozen":
+            self.set_share.fill_(share)
+            self._read_set_share(self.set_share)
 
     def step_change(self) -> Tensor | None:
         """Return each step size as a multiple of its start, float32, shape (n,); None if they are frozen."""
-        return None if self.step_mode == "frozen" else self.step_sizes().detach() / self.start_scale
+        return (
+            None
+            if self.step_mode == "frozen"
+            else self.step_sizes().detach() / self.set_only(self.start_scale, DEAD_LAYER_SCALE)
+        )
 
     @torch.no_grad()
     def enable_(self, weight: Tensor) -> None:
         """Initialise the step sizes from the current `weight` and quantize from now on."""
-        self.start_scale.copy_(initial_scale(weight, self.spec, self.init))
+        self._begin_(initial_scale(weight, self.spec, self.init))
+
+    def _begin_(self, scale: Tensor) -> None:
+        self.start_scale.copy_(scale)
         if self.step_mode == "log":
             self.log_scale.copy_(self.start_scale.log())
             self.start_scale.copy_(self.step_sizes())  # what is in use, after the rounding of log and exp
@@ -219,7 +243,7 @@ class LSQ(Quantizer):
         """
         if not self.enabled:
             return weight
-        scale = self.step_sizes().reshape(scale_shape(weight.ndim, self.spec.axis))
+        scale = self.spec.spread(self.step_sizes(), weight.shape)
         draws = self.uniform(weight).add_(0.5) if self.training and self.rounding == "stochastic" else None
         return lsq_quantize(weight.float(), scale, self.spec.qmin, self.spec.qmax, draws).to(weight.dtype)
 
@@ -231,3 +255,12 @@ class LSQ(Quantizer):
             RuntimeError: not enabled yet.
         """
         return encode(weight, self.step_sizes(), self.spec) if self.enabled else super().quantized(weight)
+
+    @torch.no_grad()
+    def resume_(self, value: QuantizedTensor) -> None:
+        """Take the step sizes of `value`, in log mode up to the rounding of a logarithm."""
+        self.check_grid(value, self.start_scale.numel())
+        self._begin_(value.scale)
+
+    def _looks_enabled(self) -> bool:
+        return bool((self.start_scale != DEAD_LAYER_SCALE).any())

@@ -50,9 +50,9 @@ class Fixed(Quantizer):
         super().__init__(ranged(spec, how.range))
         self.init = how.init
         self.needs_images = needs_images
-        n_scales = 1 if spec.axis is None else weight.shape[spec.axis]
+        start = torch.full((spec.n_scales(weight.shape),), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
         self.register_buffer("codes", torch.zeros_like(weight, dtype=torch.int8, requires_grad=False))
-        self.register_buffer("scale", torch.full((n_scales,), DEAD_LAYER_SCALE, device=weight.device))
+        self.register_buffer("scale", start)
 
     @torch.no_grad()
     def rounded(self, weight: Tensor) -> QuantizedTensor:
@@ -97,11 +97,24 @@ class Fixed(Quantizer):
         Raises:
             RuntimeError: there are none yet.
         """
-        return QuantizedTensor(self.codes, self.scale, self.spec) if self.enabled else super().quantized(weight)
+        return QuantizedTensor(self.codes, self.step_sizes(), self.spec) if self.enabled else super().quantized(weight)
 
     def step_sizes(self) -> Tensor:
         """Return the step sizes, float32, shape (n,)."""
-        return self.scale
+        return self.set_only(self.scale, DEAD_LAYER_SCALE)
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether the codes have been set."""
+        return self.enabled
+
+    def resume_(self, value: QuantizedTensor) -> None:
+        """Take codes and step sizes of `value`."""
+        self.check_grid(value, self.scale.numel())
+        self.set_(value)
+
+    def _looks_enabled(self) -> bool:
+        return bool((self.scale != DEAD_LAYER_SCALE).any())
 
 
 def row_errors(change: Tensor, hessian: Tensor) -> Tensor:

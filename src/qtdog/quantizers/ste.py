@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qtdog.core.quantized import QuantizedTensor, QuantSpec, scale_shape
+from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.quantizers.base import Quantizer, QuantizerOptions, encode, ranged, straight_through
 from qtdog.quantizers.lsq import lsq_quantize
-from qtdog.quantizers.step_size_init import MIN_SCALE, largest_scale, minmax_start, rows_of
+from qtdog.quantizers.step_size_init import MIN_SCALE, largest_scale, minmax_init
 
 
 class STE(Quantizer):
@@ -57,7 +58,7 @@ class STE(Quantizer):
             return weight
         latent, scale = weight.detach().float(), self._scale(weight)
         draws = self.uniform(weight).add_(0.5) if self.training and self.rounding == "stochastic" else None
-        steps = scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        steps = self.spec.spread(scale, weight.shape)
         value = lsq_quantize(latent, steps, self.spec.qmin, self.spec.qmax, draws)
         return straight_through(weight, value.to(weight.dtype))
 
@@ -72,7 +73,7 @@ class STE(Quantizer):
 
     @torch.no_grad()
     def _scale(self, weight: Tensor) -> Tensor:
-        scale = minmax_start(rows_of(weight, self.spec.axis).float(), self.spec)
+        scale = minmax_init(self.spec.rows(weight).float(), self.spec)
         return scale.clamp(MIN_SCALE, largest_scale(weight.dtype, self.spec))
 
 
@@ -104,7 +105,7 @@ class DoReFa(Quantizer):
     CLIPS: ClassVar[bool] = False  # the grid reaches as far as the weights
 
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
-        super().__init__(QuantSpec(spec.bits, spec.axis, "half"))
+        super().__init__(replace(spec, levels="half"))
 
     def enable_(self, weight: Tensor) -> None:
         """Quantize from now on."""
@@ -119,7 +120,7 @@ class DoReFa(Quantizer):
             return weight
         squeezed = weight.float().tanh()
         scale = self._scale(squeezed.detach())
-        steps = scale.reshape(scale_shape(weight.ndim, self.spec.axis))
+        steps = self.spec.spread(scale, weight.shape)
         points = (squeezed.detach() / steps).floor_().clamp_(self.spec.qmin, self.spec.qmax).add_(0.5)
         return straight_through(squeezed, points.mul_(steps)).to(weight.dtype)
 
@@ -136,5 +137,5 @@ class DoReFa(Quantizer):
         return encode(squeezed, self._scale(squeezed), self.spec)
 
     def _scale(self, squeezed: Tensor) -> Tensor:
-        largest = rows_of(squeezed, self.spec.axis).abs().amax(dim=1)
+        largest = self.spec.rows(squeezed).abs().amax(dim=1)
         return (largest * (2 / (2**self.spec.bits - 1))).clamp(min=MIN_SCALE)

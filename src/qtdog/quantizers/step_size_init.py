@@ -18,7 +18,7 @@ DEAD_LAYER_SCALE = 2.0**-10
 # Finer steps, near the end of float32, count as zero: quotients and gradients would lose their digits.
 MIN_SCALE = 2.0**-120
 
-# The search of `mse_start`, as multiples of the step of `minmax_start` and of the best of those.
+# The search of `mse_init`, as multiples of the step of `minmax_init` and of the best of those.
 COARSE = tuple(2 ** (1 - k / 8) for k in range(1, 81))
 FINE = tuple(2 ** (k / 128) for k in range(-15, 16))
 N_EXACT = 4
@@ -37,7 +37,7 @@ def initial_scale(weight: Tensor, spec: QuantSpec, init: str = "lsq") -> Tensor:
         init: `lsq`, `lsq_plus`, `minmax` or `mse`; see the functions of this module.
 
     Returns:
-        Positive finite float32 step sizes, shape (weight.shape[spec.axis],), or (1,) if spec.axis is None.
+        Positive finite float32 step sizes, shape (spec.n_scales(weight.shape),).
 
     Raises:
         KeyError: an unknown `init`; `QuantizerOptions` refuses it first.
@@ -46,8 +46,8 @@ def initial_scale(weight: Tensor, spec: QuantSpec, init: str = "lsq") -> Tensor:
         >>> initial_scale(torch.tensor([[2.0, -2.0], [0.0, 0.0], [4.0, 4.0]]), QuantSpec(2)).tolist()
         [4.0, 6.0, 8.0]
     """
-    rows, unit = _normalised(rows_of(weight.detach(), spec.axis))
-    scale = STARTS[init](rows, spec)
+    rows, unit = _normalised(spec.rows(weight.detach()))
+    scale = STEP_SIZE_INITS[init](rows, spec)
     alive = (scale > scale.mean() * DEAD_FRAC) & (scale * unit >= MIN_SCALE)
     if not alive.any():
         return torch.full_like(scale, DEAD_LAYER_SCALE)
@@ -55,7 +55,7 @@ def initial_scale(weight: Tensor, spec: QuantSpec, init: str = "lsq") -> Tensor:
     return (living * unit).clamp(max=largest_scale(weight.dtype, spec))
 
 
-def lsq_start(rows: Tensor, spec: QuantSpec) -> Tensor:
+def lsq_init(rows: Tensor, spec: QuantSpec) -> Tensor:
     """Return 2 · mean|w| / sqrt(Qp) of each row (Esser et al., ICLR 2020, section 2.1).
 
     Args:
@@ -66,13 +66,13 @@ def lsq_start(rows: Tensor, spec: QuantSpec) -> Tensor:
         Step sizes, shape (n,), zero for a row of zeros.
 
     Example:
-        >>> lsq_start(torch.tensor([[1.0, -3.0]]), QuantSpec(2)).tolist()
+        >>> lsq_init(torch.tensor([[1.0, -3.0]]), QuantSpec(2)).tolist()
         [4.0]
     """
     return rows.abs().mean(dim=1) * (2 / math.sqrt(spec.qmax))
 
 
-def lsq_plus_start(rows: Tensor, spec: QuantSpec) -> Tensor:
+def lsq_plus_init(rows: Tensor, spec: QuantSpec) -> Tensor:
     """Return max(|μ - 3σ|, |μ + 3σ|) / 2^(b-1) of each row (Bhalgat et al., CVPR Workshops 2020, section 3.3).
 
     σ is that of the row itself (divided by k, not k - 1), so that a row of one weight has a start.
@@ -85,14 +85,14 @@ def lsq_plus_start(rows: Tensor, spec: QuantSpec) -> Tensor:
         Step sizes, shape (n,), zero for a row of zeros.
 
     Example:
-        >>> lsq_plus_start(torch.tensor([[1.0, 3.0]]), QuantSpec(2)).tolist()  # μ = 2, σ = 1
+        >>> lsq_plus_init(torch.tensor([[1.0, 3.0]]), QuantSpec(2)).tolist()  # μ = 2, σ = 1
         [2.5]
     """
     deviation, mean = torch.std_mean(rows, dim=1, correction=0)
     return (mean.abs() + 3 * deviation) / 2 ** (spec.bits - 1)
 
 
-def minmax_start(rows: Tensor, spec: QuantSpec) -> Tensor:
+def minmax_init(rows: Tensor, spec: QuantSpec) -> Tensor:
     """Return the smallest step size of each row that clips nothing: max(max w / high, min w / low).
 
     Low and high are the ends of the unit grid (-2^(b-1) and 2^(b-1) - 1 for uniform levels). The largest weight then
@@ -106,17 +106,17 @@ def minmax_start(rows: Tensor, spec: QuantSpec) -> Tensor:
         Step sizes, shape (n,), zero for a row of zeros.
 
     Example:
-        >>> minmax_start(torch.tensor([[1.0, -3.0], [2.0, -3.0]]), QuantSpec(2)).tolist()
+        >>> minmax_init(torch.tensor([[1.0, -3.0], [2.0, -3.0]]), QuantSpec(2)).tolist()
         [1.5, 2.0]
     """
     low, high = _ends(spec)
     return torch.maximum(rows.amax(dim=1) / high, rows.amin(dim=1) / low)
 
 
-def mse_start(rows: Tensor, spec: QuantSpec) -> Tensor:
+def mse_init(rows: Tensor, spec: QuantSpec) -> Tensor:
     """Return the step size of each row with the smallest squared error Σ (w - s · clamp(round(w / s)))².
 
-    A deterministic search in three stages. First 80 multiples 2^(k/8) of the step of `minmax_start`, downwards from
+    A deterministic search in three stages. First 80 multiples 2^(k/8) of the step of `minmax_init`, downwards from
     just below 2: from 2 on, half the step clips nothing either and is never worse. Then 31 multiples 2^(k/128) of the
     best, up to its neighbours. Then four times s = Σ w·c / Σ c², the best step for given codes c. The error has many
     local minima, most of all for few weights and many bits, where the result can lie above the smallest one.
@@ -129,10 +129,10 @@ def mse_start(rows: Tensor, spec: QuantSpec) -> Tensor:
         Step sizes, shape (n,), zero for a row of zeros.
 
     Example:
-        >>> mse_start(torch.tensor([[1.0, 1.0, -2.0]]), QuantSpec(2)).tolist()
+        >>> mse_init(torch.tensor([[1.0, 1.0, -2.0]]), QuantSpec(2)).tolist()
         [1.0]
     """
-    widest = minmax_start(rows, spec)
+    widest = minmax_init(rows, spec)
     rows = rows / widest.where(widest > 0, 1.0)[:, None]
     best = torch.ones_like(widest)
     best = _least(rows, spec, best, (best * multiple for multiple in COARSE))
@@ -142,22 +142,12 @@ def mse_start(rows: Tensor, spec: QuantSpec) -> Tensor:
     return best * widest
 
 
-STARTS: dict[str, Callable[[Tensor, QuantSpec], Tensor]] = {
-    "lsq": lsq_start,
-    "lsq_plus": lsq_plus_start,
-    "minmax": minmax_start,
-    "mse": mse_start,
+STEP_SIZE_INITS: dict[str, Callable[[Tensor, QuantSpec], Tensor]] = {
+    "lsq": lsq_init,
+    "lsq_plus": lsq_plus_init,
+    "minmax": minmax_init,
+    "mse": mse_init,
 }
-
-
-def rows_of(weight: Tensor, axis: int | None) -> Tensor:
-    """Return the weights that share a step size as rows, shape (n, k); a view where the memory format allows.
-
-    Example:
-        >>> rows_of(torch.zeros(2, 3, 4), 1).shape, rows_of(torch.zeros(2, 3, 4), None).shape
-        (torch.Size([3, 8]), torch.Size([1, 24]))
-    """
-    return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
 
 
 def largest_scale(dtype: torch.dtype, spec: QuantSpec) -> float:

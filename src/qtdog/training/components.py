@@ -95,7 +95,7 @@ class Components:
     @property
     def selectable(self) -> bool:
         """Whether a checkpoint taken now may be shipped: a quantized run ships only quantized ones."""
-        return self.config.start_step is None or self.quantizer is None or self.quantizer.shippable
+        return self.config.start_step is None or self.quantizer is None or self.quantizer.selectable
 
     @property
     def view(self) -> ModelView:

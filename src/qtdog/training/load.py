@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from qtdog.conversion.save import check_fits
+from qtdog.conversion.load import check_fits
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.data.augment import normalise

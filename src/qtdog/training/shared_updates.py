@@ -123,6 +123,8 @@ def _state_at(step: int, companion: SharedRun, parts: Components, fork_from: Che
 def _restored(checkpoint: Checkpoint, parts: Components) -> RunState | None:
     """Return the state of a checkpoint; None if it was trained to other weights (on other hardware, say)."""
     own, saved = parts.network.state_dict(), checkpoint.tensors["network"]
-    if own.keys() != saved.keys() or not all(torch.equal(saved[name], own[name].cpu()) for name in own):
+    # one from before quantizers kept `enabled_share` in the state lacks only that
+    same_names = saved.keys() <= own.keys() and all(name.endswith("_share") for name in own.keys() - saved.keys())
+    if not same_names or not all(torch.equal(value, own[name].cpu()) for name, value in saved.items()):
         return None
     return restore_averager_(parts, checkpoint)

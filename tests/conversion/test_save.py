@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.conversion.save import load_into, save
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
 from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.packing.sizes import file_sizes

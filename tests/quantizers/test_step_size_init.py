@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.base import encode
-from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, STARTS, initial_scale, mse_start
+from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, STEP_SIZE_INITS, initial_scale, mse_init
 
 SPECS = [
     QuantSpec(bits, axis, levels) for bits in (2, 4, 7) for axis in (0, 1, None) for levels in ("uniform", "symmetric")
@@ -63,7 +63,7 @@ def test_mse_has_the_smallest_squared_error_of_a_fine_grid(bits, tail):
     generator = torch.Generator().manual_seed(bits)
     rows = torch.randn(12, 300, generator=generator) * torch.randn(12, 300, generator=generator).abs() ** tail
     spec = QuantSpec(bits)
-    found = squared_error(rows, mse_start(rows, spec), spec)
+    found = squared_error(rows, mse_init(rows, spec), spec)
     widest = initial_scale(rows, spec, "minmax")
     grid = torch.stack([squared_error(rows, widest * 2.0 ** (-k / 300), spec) for k in range(-600, 2100)])
     ratio = found / grid.amin(dim=0)
@@ -75,12 +75,12 @@ def test_mse_has_the_smallest_squared_error_of_a_fine_grid(bits, tail):
 
 def test_mse_finds_a_grid_that_holds_the_weights_exactly():
     rows = torch.tensor([[3.0, -4.0, 1.0, 2.0], [0.3, -0.4, 0.0, 0.2], [7.0, 7.0, 7.0, 7.0]])
-    assert squared_error(rows, mse_start(rows, QuantSpec(3)), QuantSpec(3)).tolist() == pytest.approx(
+    assert squared_error(rows, mse_init(rows, QuantSpec(3)), QuantSpec(3)).tolist() == pytest.approx(
         [0, 0, 0], abs=1e-12
     )
 
 
-@pytest.mark.parametrize("init", list(STARTS))
+@pytest.mark.parametrize("init", list(STEP_SIZE_INITS))
 def test_dead_filters_get_the_mean_of_the_living_and_a_dead_layer_its_own_start(init):
     weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     living = initial_scale(weight[[0, 3]], QuantSpec(7), init)
@@ -93,7 +93,7 @@ def test_dead_filters_get_the_mean_of_the_living_and_a_dead_layer_its_own_start(
         assert (initial_scale(dead, QuantSpec(7, None), init) == DEAD_LAYER_SCALE).all()
 
 
-@pytest.mark.parametrize("init", list(STARTS))
+@pytest.mark.parametrize("init", list(STEP_SIZE_INITS))
 def test_a_start_scales_with_the_weights_exactly(init):
     weight = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     scale = initial_scale(weight, QuantSpec(4), init)
@@ -101,7 +101,7 @@ def test_a_start_scales_with_the_weights_exactly(init):
         assert torch.equal(initial_scale(weight * 2.0**power, QuantSpec(4), init), scale * 2.0**power)
 
 
-@pytest.mark.parametrize("init", list(STARTS))
+@pytest.mark.parametrize("init", list(STEP_SIZE_INITS))
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float16, 6e4), (torch.float16, 1e-7), (torch.bfloat16, 3e38), (torch.float32, 3e38)]
 )
@@ -116,7 +116,7 @@ def test_steps_are_positive_and_every_point_is_finite_at_the_ends_of_the_types(i
         assert torch.isfinite((scale[:, None] * spec.points()).to(dtype)).all()
 
 
-@pytest.mark.parametrize("init", list(STARTS))
+@pytest.mark.parametrize("init", list(STEP_SIZE_INITS))
 def test_a_start_does_not_depend_on_the_memory_format_and_leaves_the_weight_alone(init):
     weight = torch.randn(4, 3, 2, 2)
     other = weight.clone().to(memory_format=torch.channels_last)
