@@ -29,7 +29,7 @@ from qtdog.models.featurizers import input_size
 from qtdog.models.network import Network
 from qtdog.models.weights import pretraining_of
 from qtdog.packing.sizes import file_sizes
-from qtdog.report.tables import markdown
+from qtdog.report.render import markdown
 
 N_CLASSES = 7
 N_IMAGES = 2

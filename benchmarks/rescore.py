@@ -14,8 +14,8 @@ from pathlib import Path
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.open import open_dataset
 from qtdog.ensemble.evaluation import score_domains
+from qtdog.runs.find import run_folders
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.index import run_folders
 from qtdog.training.load import load_model
 
 

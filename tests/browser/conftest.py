@@ -14,7 +14,7 @@ import pytest
 
 from qtdog.report.html import PageOptions, build_page
 from qtdog.report.inputs import find_analyses, read_bench
-from qtdog.runs.find import find
+from qtdog.runs.find import find_runs
 
 MADE = runpy.run_path(str(Path(__file__).parents[1] / "report" / "made_runs.py"))
 CHROMIUM = next(
@@ -59,12 +59,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Made:
     bench = {"rows": times, "batch": 1, "threads": 2, "machine": {"cpu": HOSTILE}}
     (root / "bench.json").write_text(json.dumps(bench))
     started = time.process_time()
-    found = find([runs])
+    found = find_runs([runs])
     options = PageOptions(
         out=root / "report.html", analyses=find_analyses([root]), bench=read_bench(root / "bench.json"), title=HOSTILE
     )
     (root / "report.html").write_text(build_page(found, options))
-    return Made(root / "report.html", len(found.entries), time.process_time() - started)
+    return Made(root / "report.html", len(found.runs), time.process_time() - started)
 
 
 def write_analysis(folder: Path) -> None:

@@ -33,7 +33,8 @@ def records(config: Config, *, level: float = 0.6) -> list[Record]:
         key = (config.quantizer.name, data.trial, config.train.seed, step)
         source = {d: Score(round(base + 0.1 + 0.03 * swing(d, *key), 4), 0.5, 100) for d in DOMAINS if d != data.target}
         target = round(base - 0.1 + 0.05 * swing(data.target, *key), 4)
-        test, test_in = ({data.target: Score(value, 0.9, 500)} for value in (target, round(target + 0.004, 4)))
+        # 500 images of the target, 400 of them in the 80 % split
+        test, test_in = {data.target: Score(target, 0.9, 500)}, {data.target: Score(round(target + 0.004, 4), 0.9, 400)}
         made.append(Record(SourceRecord(step, start is None or step > start, source), test, test_in, 0.7))
     return made
 

@@ -6,10 +6,10 @@ import runpy
 import tempfile
 from pathlib import Path
 
-from qtdog.report.compare import compare, comparison_sheet
-from qtdog.report.tables import make_block
-from qtdog.report.text_tables import SHEETS, render
-from qtdog.runs.find import find
+from qtdog.report.render import render
+from qtdog.report.tables import comparison_table, numbers_csv, summary_table
+from qtdog.runs.aggregate import aggregate, compare
+from qtdog.runs.find import find_runs
 
 HERE = Path(__file__).parent
 ENDINGS = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
@@ -24,13 +24,17 @@ def tables(root: Path) -> dict[str, str]:
     made = runpy.run_path(str(HERE / "made_runs.py"))
     made["make_study"](root / "study")
     made["make_domainbed"](root / "old" / "results.jsonl")
-    entries = find([root]).of("pacs")
-    blocks = [make_block(entries, selection, split="80") for selection in ("source", "mean", "last", "oracle")]
+    runs = find_runs([root]).of("pacs")
+    made_tables = [aggregate(runs, selection, split="80") for selection in ("source", "mean", "last", "oracle")]
+    shown = [summary_table(one) for one in made_tables]
     pair = ("erm + float", "erm + lsq 7 bit")
-    found = [one for name in ("source", "mean") if (one := compare(entries, pair, name)) is not None]
-    contents = {f"table.{ending}": render(blocks, kind) for kind, ending in ENDINGS.items()}
-    sheet = comparison_sheet(f"pacs: A = {pair[0]}, B = {pair[1]}", found)
-    return contents | {f"compare.{ending}": SHEETS[kind]([sheet]) for kind, ending in ENDINGS.items()}
+    comparisons = [one for name in ("source", "mean") if (one := compare(runs, pair, name)) is not None]
+    contents = {
+        f"table.{ending}": numbers_csv(made_tables) if kind == "csv" else render(shown, kind)
+        for kind, ending in ENDINGS.items()
+    }
+    table = comparison_table(f"pacs: A = {pair[0]}, B = {pair[1]}", comparisons)
+    return contents | {f"compare.{ending}": render([table], kind) for kind, ending in ENDINGS.items()}
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_comparison_says_what_it_compares(qtdog: Callable[..., Outcome], study
     assert "12" in told.out
     told = qtdog("table", study, "--compare", "erm + float", "EoQ of 3: erm + lsq 7 bit", "--select", "last")
     assert told.code == 1
-    assert "no unseen domain and trial in common" in told.err
+    assert "no unseen domain, trial and seed in common" in told.err
 
 
 def test_unfinished_runs_are_left_out_and_named(

@@ -15,7 +15,7 @@ from qtdog.core.errors import RunError
 from qtdog.data.digits import RotatedDigits
 from qtdog.report.html import PageOptions, asset, build_page, json_for_html
 from qtdog.report.inputs import find_analyses, latencies, read_bench
-from qtdog.runs.find import find
+from qtdog.runs.find import find_runs
 from qtdog.runs.finished import FinishedRun
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.selection import apply_selection
@@ -27,7 +27,7 @@ HOSTILE = ["</script>", "<!--", "]]>", "&lt;", "\u2028", "'\"`"]
 
 @pytest.fixture(scope="module")
 def entries(study: Path) -> list[FinishedRun]:
-    return find([study]).entries
+    return find_runs([study]).runs
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -62,7 +62,7 @@ def test_what_is_recomputed_is_what_the_run_wrote(short_config: Callable[..., Co
     digits = RotatedDigits()
     config = resolve(short_config(data={"target": "75", "batch_size": 8, "image_size": 12}), digits)
     result = run(config, digits, RunFolder(tmp_path / "run"))
-    (entry,) = find([tmp_path]).entries
+    (entry,) = find_runs([tmp_path]).runs
     for selection, told in result["by_selection"].items():
         found = apply_selection(entry, selection)
         assert found is not None
@@ -72,12 +72,12 @@ def test_what_is_recomputed_is_what_the_run_wrote(short_config: Callable[..., Co
     mean = apply_selection(entry, "mean")
     assert mean is not None
     assert mean.target == pytest.approx(sum(record.test_accuracy or 0 for record in after) / len(after))
-    page = build_page(find([tmp_path]), PageOptions(tmp_path / "report.html"))
+    page = build_page(find_runs([tmp_path]), PageOptions(tmp_path / "report.html"))
     assert 'href="run/result.json"' in page
 
 
 def test_the_page_fetches_nothing_and_names_its_own_scripts_only(study: Path, tmp_path: Path):
-    page = build_page(find([study]), PageOptions(tmp_path / "report.html"))
+    page = build_page(find_runs([study]), PageOptions(tmp_path / "report.html"))
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "default-src 'none'" in page
     assert "unsafe" not in page

@@ -9,12 +9,15 @@ import sqlite3
 import pytest
 
 from qtdog.core.errors import ConfigError
+from qtdog.runs import index as index_module
+from qtdog.runs.aggregate import aggregate
+from qtdog.runs.find import find_runs
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep import index as index_module
-from qtdog.sweep.index import ask, index_file, refresh
+from qtdog.runs.index import ask, index_file, refresh
+from qtdog.runs.statistics import Condition, average, replicate
 from qtdog.sweep.journal import Outcome, save_failure, save_labels
 from qtdog.sweep.merge import merge
-from qtdog.sweep.results import pairs, results, values
+from qtdog.sweep.results import comparisons, results, values
 
 
 @pytest.fixture(scope="module")
@@ -143,21 +146,52 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize(("condition", "message"), ATTACKS)
-def test_the_index_can_only_be_read(swept, condition, message, monkeypatch):
-    monkeypatch.setattr("qtdog.sweep.index.MAX_S", 0.2)
+def test_the_index_can_only_be_read(swept, condition, message):
     file = refresh(swept[1])
     before = file.read_bytes()
     with pytest.raises(ConfigError, match=message):
-        ask(file, condition)
+        ask(file, condition, max_s=0.2)
     assert file.read_bytes() == before
 
 
-def test_an_order_cannot_write_either(swept):
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("1; DELETE FROM folders", "--order '1; DELETE FROM folders' is nothing to sort by: .*test_accuracy"),
+        ("test_acuracy desc", "--order: unknown column 'test_acuracy'; did you mean 'test_accuracy'"),
+        ("seed, bitz asc", "--order: unknown column 'bitz'; did you mean 'bits'"),
+        ("abs(bitz)", "--order: unknown column 'bitz'; did you mean 'bits'"),
+        ("load_extension('x')", "--order: 'load_extension\\('x'\\)': the index can only be read"),
+    ],
+)
+def test_a_wrong_order_is_named_as_such(swept, order, message):
     file = refresh(swept[1])
-    with pytest.raises(ConfigError):
-        ask(file, order="1; DELETE FROM folders")
+    with pytest.raises(ConfigError, match=message):
+        ask(file, order=order)
     with pytest.raises(ConfigError, match="unknown column 'a'"):
         ask(file, columns=["a"])
+
+
+def test_an_order_may_be_several_columns_or_an_expression(swept):
+    file = refresh(swept[1])
+    seeds = [row["seed"] for row in ask(file, "method = 'lsq'", order="seed DESC, folder")]
+    assert seeds == [1, 0]
+    assert [row["seed"] for row in ask(file, "method = 'lsq'", order="-seed")] == seeds
+
+
+def test_a_folder_that_cannot_be_written_is_indexed_in_memory(copied):
+    _, out = copied
+    expected = ask(refresh(out))
+    shutil.rmtree(out / ".sweep" / "studies")  # names of runs go, and a file stands where the index would lie
+    index_file(out).unlink()
+    index_file(out).mkdir()
+    (index_file(out) / "x").touch()
+    index = refresh(out)
+    assert isinstance(index, sqlite3.Connection)
+    found = ask(index)
+    assert [row["folder"] for row in found] == sorted({str(row["folder"]) for row in expected})
+    assert ask(index, "seed = 1", columns=["folder"]) == ask(index, "seed = 1", columns=["folder"])
+    index.close()
 
 
 def test_a_comment_in_the_condition_does_not_swallow_the_rest(swept):
@@ -191,18 +225,52 @@ def test_a_run_in_use_is_not_replaced(copied, tmp_path):
         assert merge([theirs], ours).busy == [name]
 
 
-def test_a_summary_has_every_run_and_pairs_agree_in_target_and_seed(swept):
+def test_a_summary_has_every_run_and_pairs_agree_in_target_trial_and_seed(swept):
     plan, out = swept
-    found = results(plan, out)
-    table = values(found, "test_accuracy")
+    finished = results(plan, out)
+    table = values(finished, "test_accuracy")
     assert list(table) == ["float", "lsq", "rtn", "EoQ"]
-    assert set(table["lsq"]["75"]) == {(0,), (1,)}
-    compared = {method: (first, second) for method, first, second in pairs(table, "float")}
-    assert compared["lsq"][0] == list(table["float"]["75"].values())
-    assert compared["lsq"][1] == list(table["lsq"]["75"].values())
-    assert "rtn" not in values(found, "mean_after_start")
+    assert list(table["lsq"]) == [Condition("75", replicate([(0, seed)])) for seed in (0, 1)]
+    (ensemble,) = table["EoQ"]
+    assert ensemble == Condition("75", replicate([(0, 0), (0, 1)]))
+    compared = comparisons(table, "float")
+    expected = [table["lsq"][one] - table["float"][one] for one in table["lsq"]]
+    assert compared["lsq"].differences == pytest.approx(expected)
+    # an ensemble against the mean of the reference's runs with its members' seeds
+    mean = sum(table["float"].values()) / 2
+    assert compared["EoQ"].differences == pytest.approx([table["EoQ"][ensemble] - mean])
+    assert "rtn" not in values(finished, "mean_after_start")
     with pytest.raises(ConfigError, match="unknown method 'flota'; did you mean 'float'"):
-        list(pairs(table, "flota"))
+        comparisons(table, "flota")
+
+
+@pytest.mark.parametrize(("selection", "measure"), [("source", "test_accuracy"), ("mean", "mean_after_start")])
+def test_table_and_sweep_table_agree_to_the_last_digit(swept, selection, measure):
+    plan, out = swept
+    study = values(results(plan, out), measure)
+    rows = {row.method: row for row in aggregate(find_runs([out]).of("rotated-digits"), selection).rows}
+    assert set(rows) == set(study)
+    for method, by_condition in study.items():
+        assert rows[method].cells["75"] == average(by_condition, ["75"])
+
+
+def test_trials_and_seeds_pair_whatever_order_the_study_has_them_in(make_tiny, running, tmp_path):
+    plan = make_tiny(
+        grid={"trial": [0, 1], "target": ["75"], "seed": "0..1"},
+        ensembles=[{"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..1"}],
+        set={"train.steps": 2},
+    )
+    running.in_this_process(plan, tmp_path)
+    table = values(results(plan, tmp_path), "test_accuracy")
+    compared = comparisons(table, "float")
+    for condition, value in zip(compared["lsq"].conditions, compared["lsq"].differences, strict=True):
+        assert value == table["lsq"][condition] - table["float"][condition]
+    assert compared["lsq"].n == 4
+    assert compared["EoQ"].n == 2
+    for condition, value in zip(compared["EoQ"].conditions, compared["EoQ"].differences, strict=True):
+        members = [table["float"][Condition("75", one)] for one in condition.replicate.single()]
+        assert {one.trial for one in condition.replicate.members} == {condition.replicate.trial}
+        assert value == pytest.approx(table["EoQ"][condition] - sum(members) / 2)
 
 
 @pytest.mark.parametrize("changes", [{"averager.name": "swad"}, {"quantizer.name": "inq"}, {}])

@@ -24,7 +24,8 @@ from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_ha
 from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import fitting_kind, read_member, share_splits
 from qtdog.ensemble.teacher import load_teacher
-from qtdog.report.tables import cost_table, markdown, target_table
+from qtdog.report.render import markdown
+from qtdog.report.tables import cost_table, target_table
 from qtdog.runs.finished import KINDS, method_name
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint

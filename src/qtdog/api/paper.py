@@ -20,8 +20,8 @@ from qtdog.data.cards import CARDS
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.flops import training_flops
 from qtdog.models.text import TEXT_BACKBONES
-from qtdog.runs.aggregate import estimate
 from qtdog.runs.folder import RunFolder
+from qtdog.runs.statistics import estimate
 from qtdog.training.protocol import resolve
 
 FOLDER = "paper/"

@@ -34,8 +34,8 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
     from qtdog.analysis.subject import read_run
     from qtdog.core.errors import ConfigError
-    from qtdog.report.tables import setting_labels
     from qtdog.runs.finished import method_name, settings_of
+    from qtdog.runs.labels import setting_labels
 
     twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if twice:

@@ -314,7 +314,7 @@ def _span(values: Sequence[float]) -> str:
 def _keep(folder: Path, report: Mapping[str, Any]) -> None:
     from qtdog.cli.console import SPEAKS
     from qtdog.core.files import write_atomic
-    from qtdog.report.tables import markdown
+    from qtdog.report.render import markdown
 
     if SPEAKS:
         write_atomic(folder / "choice.json", json.dumps(report, indent=1) + "\n")

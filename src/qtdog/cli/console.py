@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any, Self
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,7 +22,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 from qtdog.api.display import RANK, SPEAKS, err, out
 from qtdog.api.display import CountingBar as CountingBar
@@ -44,15 +42,18 @@ def print_json(value: Any) -> None:
         typer.echo(json.dumps(value, indent=1))
 
 
+def terminal_width() -> int | None:
+    """Return the characters of a line of the terminal; None where standard output is a file or another program."""
+    return out.width if out.is_terminal else None
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table, numbers to the right; names from files are shown as they are, never read as markup."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for i, header in enumerate(headers):
-        numbers = i > 0 and all(row[i][:1] in "–-0123456789" for row in rows)  # an empty cell is none of them, and fits
-        table.add_column(escape(header), justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    out.print(table)
+    """Print a table, numbers to the right. In a narrow terminal it continues below itself; no cell is broken."""
+    from qtdog.report.render import Table, text_cells, to_text
+
+    if SPEAKS:
+        table = Table(title or "", list(headers), text_cells(rows))
+        typer.echo(to_text([table], terminal_width()))
 
 
 class ByteBar:

@@ -74,8 +74,8 @@ def write_page(out: Path) -> Path:
     """Write `report.html` from everything finished in a folder, and return its path."""
     from qtdog.core.files import write_atomic
     from qtdog.report.html import PageOptions, build_page
-    from qtdog.runs.find import find
+    from qtdog.runs.find import find_runs
 
     page = out / "report.html"
-    write_atomic(page, build_page(find([out]), PageOptions(page, title="Rotated digits")))
+    write_atomic(page, build_page(find_runs([out]), PageOptions(page, title="Rotated digits")))
     return page

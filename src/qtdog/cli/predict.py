@@ -131,7 +131,7 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> str:
     import json
 
-    from qtdog.report.tables import markdown
+    from qtdog.report.render import markdown
 
     if style is Format.JSON:
         return json.dumps(list(rows), indent=1) + "\n"

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.runs.find import Found
+    from qtdog.runs.find import RunSet
     from qtdog.runs.finished import FinishedRun
-    from qtdog.sweep.index import Row
+    from qtdog.runs.index import IndexRow
 
 
 RUNS = "Run folders, folders of them, DomainBed's results.jsonl or folders of these."
-SELECT = "Only this way to choose a checkpoint: source, mean, last or oracle; may be given several times."
+SELECT = "Only this selection: source, mean, last, oracle or leave-one-out; may be given several times."
 SPLIT = "Count the 'whole' unseen domain or DomainBed's '80' % split. Default: 80 if DomainBed's runs are there."
 BEST = "One row per method: of several settings in a trial, the best by the selection's own score (DomainBed's search)."
-COMPARE = "Compare two rows, by their names in the table, over the pairs (unseen domain, trial) that both have."
+COMPARE = "Compare two rows, by their names in the table, over the pairs (unseen domain, trial, seed) that both have."
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 
 
@@ -54,7 +54,7 @@ def table(
 ) -> None:
     """Put finished runs into one table: mean ± standard error over trials, in DomainBed's layout.
 
-    A row per method (and setting), a column per unseen domain, a block for each way to choose the checkpoint.
+    A row per method (and setting), a column per unseen domain, one table for each way to select the checkpoint.
 
     Examples:
       qtdog table runs/pacs
@@ -63,33 +63,34 @@ def table(
 
       qtdog table runs/pacs --compare 'erm + float' 'erm + lsq 7 bit'
     """
+    from qtdog.cli.console import terminal_width
     from qtdog.core.files import write_atomic
-    from qtdog.runs.find import find
+    from qtdog.runs.find import find_runs
     from qtdog.runs.selection import check_selections
 
     selections = check_selections(select or ())
-    found = find(runs)
-    split_name = choose_split(found, None if split is None else split.value)
+    run_set = find_runs(runs)
+    options = {"split": choose_split(run_set, None if split is None else split.value), "pooled": best_of_settings}
     kind = format_.value if format_ else SUFFIXES.get(out.suffix if out else "", "text")
-    groups = [found.of(name) for name in checked_datasets(found, per_dataset=per_dataset)]
-    how = {"split": split_name, "pooled": best_of_settings}
+    groups = [run_set.of(name) for name in checked_datasets(run_set, per_dataset=per_dataset)]
+    width = terminal_width() if out is None else None
     if compare is not None:
-        content = _comparison(groups, compare, selections, kind, **how)
+        content = _comparison(groups, compare, selections, kind, width=width, **options)
     else:
-        content = _tables(groups, selections, kind, **how)
-    say_left_out(found)
+        content = _tables(groups, selections, kind, width=width, **options)
+    say_left_out(run_set)
     if out is None:
         typer.echo(content, nl=False)
     else:
         write_atomic(out, content)
 
 
-def choose_split(found: Found, asked: str | None) -> str:
+def choose_split(run_set: RunSet, asked: str | None) -> str:
     """Return the part of the unseen domain that counts: as asked, else DomainBed's where its runs are there."""
-    return asked or ("80" if any(entry.kind == "domainbed" for entry in found.entries) else "whole")
+    return asked or ("80" if any(run.kind == "domainbed" for run in run_set.runs) else "whole")
 
 
-def checked_datasets(found: Found, *, per_dataset: bool) -> list[str]:
+def checked_datasets(run_set: RunSet, *, per_dataset: bool) -> list[str]:
     """Return the data sets to make tables of; warns if one name stands for several contents.
 
     Raises:
@@ -98,38 +99,47 @@ def checked_datasets(found: Found, *, per_dataset: bool) -> list[str]:
     from qtdog.cli.console import warn
     from qtdog.core.errors import RunError
 
-    names = found.datasets
+    names = run_set.datasets
     if len(names) > 1 and not per_dataset:
-        counts = ", ".join(f"{name} ({len(found.of(name))})" for name in names)
+        counts = ", ".join(f"{name} ({len(run_set.of(name))})" for name in names)
         raise RunError(f"these are runs of several data sets: {counts}. Name fewer, or give --per-dataset")
     for name in names:
-        contents = sorted({entry.content[:12] for entry in found.of(name) if entry.content})
+        contents = sorted({run.content[:12] for run in run_set.of(name) if run.content})
         if len(contents) > 1:
             warn(f"the runs have {len(contents)} different contents under the name {name}: {', '.join(contents)}")
     return names
 
 
-def say_left_out(found: Found) -> None:
-    """Say to standard error which runs are not finished."""
+def say_left_out(run_set: RunSet) -> None:
+    """Say to standard error which runs are not finished, and how many lines of DomainBed's files do not count."""
     from qtdog.cli.console import warn
 
-    if found.unfinished:
-        listed = ", ".join(str(path) for path in found.unfinished[:3]) + (" …" if len(found.unfinished) > 3 else "")
-        warn(f"left out, not finished: {len(found.unfinished)} ({listed})")
+    if run_set.unfinished:
+        listed = ", ".join(map(str, run_set.unfinished[:3])) + (" …" if len(run_set.unfinished) > 3 else "")
+        warn(f"left out, not finished: {len(run_set.unfinished)} ({listed})")
+    for reason, n in run_set.left_out.items():
+        warn(f"left out: {n} {reason}")
 
 
 def _tables(
-    groups: Sequence[list[FinishedRun]], selections: Sequence[str], kind: str, *, split: str, pooled: bool
+    groups: Sequence[list[FinishedRun]],
+    selections: Sequence[str],
+    kind: str,
+    *,
+    width: int | None,
+    split: str,
+    pooled: bool,
 ) -> str:
     from qtdog.core.errors import RunError
-    from qtdog.report.tables import make_block
-    from qtdog.report.text_tables import render
+    from qtdog.report.render import render
+    from qtdog.report.tables import numbers_csv, summary_table
+    from qtdog.runs.aggregate import aggregate
 
-    blocks = [make_block(group, name, split=split, pooled=pooled) for group in groups for name in selections]
-    filled = [block for block in blocks if block.rows]
+    made = [aggregate(group, name, split=split, pooled=pooled) for group in groups for name in selections]
+    filled = [numbers for numbers in made if numbers.rows]
     if not filled:
         raise RunError(f"no run has an unseen domain that was measured with --select {' '.join(selections)}")
-    return render(filled, kind)
+    return numbers_csv(filled) if kind == "csv" else render([summary_table(one) for one in filled], kind, width)
 
 
 def _comparison(
@@ -138,21 +148,23 @@ def _comparison(
     selections: Sequence[str],
     kind: str,
     *,
+    width: int | None,
     split: str,
     pooled: bool,
 ) -> str:
     from qtdog.core.errors import RunError
-    from qtdog.report.compare import compare, comparison_sheet
-    from qtdog.report.text_tables import SHEETS
+    from qtdog.report.render import render
+    from qtdog.report.tables import comparison_table
+    from qtdog.runs.aggregate import compare
 
-    sheets = []
+    tables = []
     for group in groups:
         tried = [compare(group, names, name, split=split, pooled=pooled) for name in selections]
-        found = [one for one in tried if one is not None]
-        if not found:
-            raise RunError(f"'{names[0]}' and '{names[1]}' have no unseen domain and trial in common")
-        sheets.append(comparison_sheet(f"{group[0].dataset}: A = {names[0]}, B = {names[1]}", found))
-    return SHEETS[kind](sheets)
+        made = [one for one in tried if one is not None]
+        if not made:
+            raise RunError(f"'{names[0]}' and '{names[1]}' have no unseen domain, trial and seed in common")
+        tables.append(comparison_table(f"{group[0].dataset}: A = {names[0]}, B = {names[1]}", made))
+    return render(tables, kind, width)
 
 
 REPORT_RUNS = "Run folders, folders of them, DomainBed's results.jsonl; folders with an analysis.json beside or below."
@@ -183,25 +195,25 @@ def report(
     from qtdog.core.files import write_atomic
     from qtdog.report.html import PageOptions, build_page
     from qtdog.report.inputs import find_analyses, latencies, read_bench
-    from qtdog.runs.find import find
+    from qtdog.runs.find import find_runs
 
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; -o takes the file to write, like {out / 'report.html'}")
-    found = find(runs)
-    checked_datasets(found, per_dataset=True)
+    run_set = find_runs(runs)
+    checked_datasets(run_set, per_dataset=True)
     measured = None if bench is None else read_bench(bench)
-    if measured is not None and not latencies({"": found.entries}, measured):
+    if measured is not None and not latencies({"": run_set.runs}, measured):
         warn(f"no file in {bench} lies in the folder of a run, so there is no chart of latencies")
     options = PageOptions(
         out=out,
         title=title,
-        split=choose_split(found, None if split is None else split.value),
+        split=choose_split(run_set, None if split is None else split.value),
         pooled=best_of_settings,
         analyses=find_analyses(runs),
         bench=measured,
     )
-    write_atomic(out, build_page(found, options))
-    say_left_out(found)
+    write_atomic(out, build_page(run_set, options))
+    say_left_out(run_set)
     err.print(f"report  {out.resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -234,7 +246,7 @@ def runs(
     """
     from qtdog.cli.console import print_json
     from qtdog.core.errors import ConfigError, RunError
-    from qtdog.sweep.index import ask, refresh
+    from qtdog.runs.index import ask, refresh
 
     if as_json and as_csv:
         raise ConfigError("--json or --csv, not both")
@@ -251,7 +263,7 @@ def runs(
         _show(found, names)
 
 
-def csv_text(rows: list[Row], names: list[str]) -> str:
+def csv_text(rows: list[IndexRow], names: list[str]) -> str:
     """Return rows as CSV with a head; a cell that a spreadsheet would run as a formula gets a quote before it."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -265,7 +277,7 @@ def _harmless(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
-def _show(rows: list[Row], names: list[str]) -> None:
+def _show(rows: list[IndexRow], names: list[str]) -> None:
     from qtdog.cli.console import err, print_table
 
     headers = names or (list(rows[0]) if rows else [])
@@ -276,7 +288,7 @@ def _show(rows: list[Row], names: list[str]) -> None:
     err.print(f"{len(rows)} runs", highlight=False, soft_wrap=True)
 
 
-def _tells(name: str, rows: list[Row]) -> bool:
+def _tells(name: str, rows: list[IndexRow]) -> bool:
     """Return whether a column says something: an axis does not where all have it alike, or a method names it."""
     values = {row[name] for row in rows}
     named = all(row.get("method") for row in rows)

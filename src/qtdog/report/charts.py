@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtdog.report.inputs import Timed
-from qtdog.report.tables import AVERAGE, GAP, SOURCE, WORST, Block
-from qtdog.runs.aggregate import Estimate
+from qtdog.runs.aggregate import AVERAGE, GAP, SOURCE, WORST, Aggregate
 from qtdog.runs.finished import FinishedRun
 from qtdog.runs.record import Record
+from qtdog.runs.statistics import Estimate
 
 Rows = Mapping[str, Sequence[FinishedRun]]
 Chart = dict[str, Any]
@@ -20,7 +20,7 @@ def curves_chart(rows: Rows) -> Chart:
 
     The steps are those that all runs of the row evaluated.
     """
-    targets = sorted({entry.target for group in rows.values() for entry in group if entry.records})
+    targets = sorted({run.target for group in rows.values() for run in group if run.records})
     panels = [{"title": target, **_panel(rows, target)} for target in targets]
     return {"kind": "lines", "x": "step", "y": "accuracy (%)", "panels": [one for one in panels if one["series"]]}
 
@@ -28,10 +28,10 @@ def curves_chart(rows: Rows) -> Chart:
 def _panel(rows: Rows, target: str) -> Chart:
     series, starts = [], set()
     for label, group in rows.items():
-        runs = [entry for entry in group if entry.target == target and entry.records]
-        starts |= {entry.start_step for entry in runs if entry.start_step is not None}
+        runs = [run for run in group if run.target == target and run.records]
+        starts |= {run.start_step for run in runs if run.start_step is not None}
         for part in ("target", "source") if runs else ():
-            points = _points([{r.seen.step: _accuracy(r, part) for r in entry.records} for entry in runs])
+            points = _points([{r.seen.step: _accuracy(r, part) for r in run.records} for run in runs])
             if points:
                 series.append({"name": label, "part": part, "points": points})
     return {"series": series, "marks": [{"x": start, "text": "quantization starts"} for start in sorted(starts)]}
@@ -53,43 +53,43 @@ def _points(runs: Sequence[Mapping[int, float | None]]) -> list[list[float]]:
     return points
 
 
-def dots_chart(blocks: Sequence[Block]) -> Chart:
-    """Return for each way to choose checkpoints the average of each row with its standard error, and its domains."""
-    return {"kind": "dots", "x": "accuracy (%)", "sets": {block.selection: _dots(block) for block in blocks}}
+def dots_chart(tables: Sequence[Aggregate]) -> Chart:
+    """Return for each selection the average of each row with its standard error, and its domains."""
+    return {"kind": "dots", "x": "accuracy (%)", "sets": {one.selection: _dots(one) for one in tables}}
 
 
-def _dots(block: Block) -> list[Chart]:
-    domains = [column for column in block.columns if column not in (AVERAGE, WORST, SOURCE, GAP)]
-    found = []
-    for row in block.rows:
+def _dots(numbers: Aggregate) -> list[Chart]:
+    domains = [column for column in numbers.columns if column not in (AVERAGE, WORST, SOURCE, GAP)]
+    dots = []
+    for row in numbers.rows:
         parts = {domain: _percent(row.cells[domain].mean) for domain in domains}
-        main = main_cell(block, row.cells)
+        main = main_cell(numbers, row.cells)
         if main.mean is not None:
-            found.append({"name": row.method, "y": _percent(main.mean), "e": _percent(main.error), "domains": parts})
-    return found
+            dots.append({"name": row.method, "y": _percent(main.mean), "e": _percent(main.error), "domains": parts})
+    return dots
 
 
-def main_cell(block: Block, cells: Mapping[str, Estimate]) -> Estimate:
+def main_cell(numbers: Aggregate, cells: Mapping[str, Estimate]) -> Estimate:
     """Return the one number that stands for a row: the average, or with one unseen domain that domain's."""
-    return cells[AVERAGE] if AVERAGE in cells else cells[block.columns[0]]
+    return cells[AVERAGE] if AVERAGE in cells else cells[numbers.columns[0]]
 
 
-def size_chart(blocks: Sequence[Block]) -> Chart:
+def size_chart(tables: Sequence[Aggregate]) -> Chart:
     """Return accuracy over megabytes on disk."""
-    sizes = {row.method: row.cost.size["bytes"] / 1e6 for block in blocks for row in block.rows if row.cost.size}
-    return _cost_chart(blocks, sizes, "file (MB)")
+    sizes = {row.method: row.cost.size["bytes"] / 1e6 for one in tables for row in one.rows if row.cost.size}
+    return _cost_chart(tables, sizes, "file (MB)")
 
 
-def latency_chart(blocks: Sequence[Block], latencies: Mapping[str, Timed]) -> Chart:
+def latency_chart(tables: Sequence[Aggregate], latencies: Mapping[str, Timed]) -> Chart:
     """Return accuracy over milliseconds per call, as `qtdog bench` measured them."""
-    return _cost_chart(blocks, {name: one.p50_ms for name, one in latencies.items()}, "median latency (ms)")
+    return _cost_chart(tables, {name: one.p50_ms for name, one in latencies.items()}, "median latency (ms)")
 
 
-def _cost_chart(blocks: Sequence[Block], costs: Mapping[str, float], label: str) -> Chart:
+def _cost_chart(tables: Sequence[Aggregate], costs: Mapping[str, float], label: str) -> Chart:
     sets = {}
-    for block in blocks:
-        cells = {row.method: main_cell(block, row.cells) for row in block.rows if row.method in costs}
-        sets[block.selection] = [
+    for numbers in tables:
+        cells = {row.method: main_cell(numbers, row.cells) for row in numbers.rows if row.method in costs}
+        sets[numbers.selection] = [
             {"name": name, "x": round(costs[name], 4), "y": _percent(cell.mean), "e": _percent(cell.error)}
             for name, cell in cells.items()
             if cell.mean is not None

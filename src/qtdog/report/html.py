@@ -20,10 +20,12 @@ from markupsafe import Markup
 from qtdog import __version__
 from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_cell, size_chart
 from qtdog.report.inputs import Analysis, BenchFile, latencies
-from qtdog.report.tables import SPLITS, Block, differing, label_rows, make_block, percent, value_text
-from qtdog.report.text_tables import MISSING, body, estimate_text, headers
-from qtdog.runs.find import Found
+from qtdog.report.render import MISSING, Cell, Table
+from qtdog.report.tables import estimate_text, percent, summary_table
+from qtdog.runs.aggregate import SPLITS, Aggregate, aggregate
+from qtdog.runs.find import RunSet
 from qtdog.runs.finished import NO_TARGET, FinishedRun
+from qtdog.runs.labels import differing, label_rows, value_text
 from qtdog.runs.selection import SELECTIONS, apply_selection
 
 # in JSON these stand in strings only, and in HTML they could end the element that holds the JSON
@@ -79,118 +81,74 @@ def link(path: Path, page: Path) -> str:
 MAX_NUMBERS = 200  # rows of an analysis that are shown; all are in its CSV
 
 
-@dataclass(frozen=True)
-class WebCell:
-    """A cell.
-
-    Attributes:
-        text: what is shown.
-        value: what is sorted by; None for a missing value, which always comes last.
-        mark: `best`, `second` or nothing.
-        href: where it leads; empty for nowhere.
-    """
-
-    text: str
-    value: float | str | None
-    mark: str = ""
-    href: str = ""
-
-
-@dataclass(frozen=True)
-class WebTable:
-    """A table that sorts and filters.
-
-    Attributes:
-        id: unique in the page.
-        caption: what it shows.
-        headers: names of the columns.
-        rows: cells; the first of each row is its header.
-    """
-
-    id: str
-    caption: str
-    headers: list[str]
-    rows: list[list[WebCell]]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Of each column, whether it holds numbers only."""
-        columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]
-        return [all(not isinstance(cell.value, str) for cell in column) for column in columns]
-
-
-def block_table(block: Block, name: str) -> WebTable:
-    """Return a table in DomainBed's layout for the page."""
-    rows = []
-    for row, cells in zip(block.rows, body(block), strict=True):
-        accuracies = [row.cells[column].mean for column in block.columns]
-        costs = [row.n_trials, row.cost.size.get("bytes"), row.n_models, row.cost.training_steps, row.cost.passes]
-        values = [row.method, *accuracies, *costs]
-        rows.append([WebCell(cell.text, value, cell.mark) for cell, value in zip(cells, values, strict=True)])
-    return WebTable(name, block.title, headers(block), rows)
-
-
-def settings_table(rows: Mapping[str, Sequence[FinishedRun]], name: str) -> tuple[WebTable, list[tuple[str, str]]]:
+def settings_table(rows: Mapping[str, Sequence[FinishedRun]], name: str) -> tuple[Table, list[tuple[str, str]]]:
     """Return a table of the settings that differ between methods, and those that all have, as (key, value)."""
     settings = {label: group[0].settings for label, group in rows.items() if group[0].settings}
     keys = differing(list(settings.values()))
     cells = [
-        [WebCell(label, label), *(_setting(one[key]) if key in one else WebCell("", None) for key in keys)]
+        [_text_cell(label), *(_setting(one[key]) if key in one else Cell("") for key in keys)]
         for label, one in settings.items()
     ]
     shared = {key: value for one in settings.values() for key, value in one.items() if key not in keys}
     common = [(key, value_text(value)) for key, value in shared.items()]
-    return WebTable(name, "Settings that are not alike in all methods", ["method", *keys], cells), common
+    return Table("Settings that are not alike in all methods", ["method", *keys], cells, id=name), common
 
 
-def _setting(value: Any) -> WebCell:
+def _setting(value: Any) -> Cell:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return WebCell(value_text(value), value if number else value_text(value))
+    return Cell(value_text(value), value=value if number else value_text(value))
 
 
-def runs_table(rows: Mapping[str, Sequence[FinishedRun]], split: str, page: Path, name: str) -> WebTable:
+def runs_table(rows: Mapping[str, Sequence[FinishedRun]], split: str, page: Path, name: str) -> Table:
     """Return a table of every run, with what its own selection gives and a link to its files."""
     head = ["run", "method", "unseen", "trial", "seed", "selection", "step", "target", "source", "gap", "file"]
-    cells = [_run(label, entry, split, page) for label, group in rows.items() for entry in group]
-    return WebTable(name, "Every run, with the checkpoint that it ships", head, cells)
+    cells = [_run(label, run, split, page) for label, group in rows.items() for run in group]
+    return Table("Every run, with the checkpoint in its model file", head, cells, id=name)
 
 
-def _run(label: str, entry: FinishedRun, split: str, page: Path) -> list[WebCell]:
-    selection = entry.selection or "source"
-    found = apply_selection(entry, selection)
-    target, source = (None, None) if found is None else (found.on(split), found.source)
+def _run(label: str, run: FinishedRun, split: str, page: Path) -> list[Cell]:
+    selection = run.selection or "source"
+    selected = run.saved or apply_selection(run, selection)
+    target, source = (None, None) if selected is None else (selected.on(split), selected.source)
     gap = None if target is None or source is None else source - target
-    file = entry.path if entry.kind == "domainbed" else entry.path / "result.json"
-    step = None if found is None else found.step
-    size = entry.cost.size.get("bytes")
-    numbers = [WebCell(percent(value), value) for value in (target, source, gap)]
+    file = run.path if run.kind == "domainbed" else run.path / "result.json"
+    step = None if selected is None else selected.step
+    size = run.cost.size.get("bytes")
     return [
-        WebCell(entry.path.name, entry.path.name, href=link(file, page)),
-        WebCell(label, label),
-        WebCell(entry.target, entry.target),
-        WebCell(str(entry.trial), entry.trial),
-        WebCell(str(entry.seed), entry.seed),
-        WebCell(selection, selection),
-        WebCell(MISSING if step is None else f"{step:,}", step),
-        *numbers,
-        WebCell(MISSING if size is None else f"{size / 1e6:.3g} MB", size),
+        Cell(run.path.name, value=run.path.name, href=link(file, page)),
+        *map(_text_cell, (label, run.target)),
+        _several([member.trial for member in run.replicate.members]),
+        _several([member.seed for member in run.replicate.members]),
+        _text_cell(selection),
+        Cell(MISSING if step is None else f"{step:,}", value=step),
+        *(Cell(percent(value), value=value) for value in (target, source, gap)),
+        Cell(MISSING if size is None else f"{size / 1e6:.3g} MB", value=size),
     ]
 
 
-def numbers_table(numbers: Sequence[Mapping[str, Any]], caption: str, name: str) -> WebTable:
+def _text_cell(text: str) -> Cell:
+    return Cell(text, value=text)
+
+
+def _several(numbers: Sequence[int]) -> Cell:
+    """Return a cell with the trials or seeds of a run or of an ensemble's members, sorted by the first."""
+    return Cell(", ".join(map(str, sorted(set(numbers)))), value=min(numbers))
+
+
+def numbers_table(numbers: Sequence[Mapping[str, Any]], caption: str, name: str) -> Table:
     """Return the numbers of an analysis, the first 200 rows of them."""
     keys = list(dict.fromkeys(key for row in numbers for key in row))
     rows = [[_number(row.get(key)) for key in keys] for row in numbers[:MAX_NUMBERS]]
-    return WebTable(name, caption, keys, rows)
+    return Table(caption, keys, rows, id=name)
 
 
-def _number(value: Any) -> WebCell:
+def _number(value: Any) -> Cell:
     if value is None:
-        return WebCell(MISSING, None)
+        return Cell(MISSING)
     if isinstance(value, float):
-        return WebCell(f"{value:.4g}", value)
+        return Cell(f"{value:.4g}", value=value)
     number = isinstance(value, int) and not isinstance(value, bool)
-    return WebCell(value_text(value), value if number else value_text(value))
+    return Cell(value_text(value), value=value if number else value_text(value))
 
 
 MAX_FIGURE_BYTES = 3_000_000  # of all figures together; in base64 they take a third more, and the page stays below 5 MB
@@ -204,7 +162,7 @@ class PageOptions:
         out: where it will lie: links are relative to it.
         title: of the page.
         split: `whole` or `80`.
-        pooled: one row per method, as in `block.make_block`.
+        pooled: one row per method, as in `runs.aggregate.aggregate`.
         analyses: to show.
         bench: latencies, or None.
     """
@@ -217,18 +175,19 @@ class PageOptions:
     bench: BenchFile | None = None
 
 
-def build_page(found: Found, options: PageOptions) -> str:
+def build_page(run_set: RunSet, options: PageOptions) -> str:
     """Return the HTML of a report.
 
     Args:
-        found: what to report.
+        run_set: what to report.
         options: how.
 
     Example:
-        >>> from qtdog.runs.find import find
-        >>> page = build_page(find([Path("runs/pacs")]), PageOptions(Path("report.html")))  # doctest: +SKIP
+        >>> from qtdog.runs.find import find_runs
+        >>> page = build_page(find_runs([Path("runs/pacs")]), PageOptions(Path("report.html")))  # doctest: +SKIP
     """
-    groups = [_group(number, found.of(name), options) for number, name in enumerate(found.datasets)]
+    groups = [_group(number, run_set.of(name), options) for number, name in enumerate(run_set.datasets)]
+    measured = {one.selection for group in groups for one, _ in group["tables"]}
     style, script = asset("style.css"), "".join(map(asset, ("tables.js", "panel.js", "charts.js")))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(asset("report.html")).render(
@@ -237,9 +196,10 @@ def build_page(found: Found, options: PageOptions) -> str:
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         groups=groups,
         split=SPLITS[options.split],
-        selections=SELECTIONS,
-        n_entries=len(found.entries),
-        unfinished=[(path.name, link(path, options.out)) for path in found.unfinished],
+        selections={name: text for name, text in SELECTIONS.items() if name in measured},
+        left_out=[f"{n} {reason}" for reason, n in run_set.left_out.items()],
+        n_entries=len(run_set.runs),
+        unfinished=[(path.name, link(path, options.out)) for path in run_set.unfinished],
         analyses=_analyses(options),
         charts=json_for_html({chart["id"]: chart for group in groups for chart in group["charts"]}),
         style=Markup(style),
@@ -249,28 +209,28 @@ def build_page(found: Found, options: PageOptions) -> str:
     )
 
 
-def _group(number: int, entries: Sequence[FinishedRun], options: PageOptions) -> dict[str, Any]:
+def _group(number: int, runs: Sequence[FinishedRun], options: PageOptions) -> dict[str, Any]:
     """Return what the template needs of one data set."""
     name = f"g{number}"
-    made = [make_block(entries, one, split=options.split, pooled=options.pooled) for one in SELECTIONS]
-    blocks = [block for block in made if block.rows]
-    rows = label_rows([entry for entry in entries if entry.target != NO_TARGET], pooled=options.pooled)
+    made = [aggregate(runs, one, split=options.split, pooled=options.pooled) for one in SELECTIONS]
+    tables = [one for one in made if one.rows]
+    rows = label_rows([run for run in runs if run.target != NO_TARGET], pooled=options.pooled)
     settings, common = settings_table(rows, f"{name}-settings")
     return {
         "id": name,
-        "dataset": entries[0].dataset,
-        "blocks": [(block, block_table(block, f"{name}-{block.selection}")) for block in blocks],
-        "tiles": _tiles(entries, rows, blocks),
-        "charts": [one for one in _charts(rows, blocks, options, name) if _filled(one)],
+        "dataset": runs[0].dataset,
+        "tables": [(one, summary_table(one, f"{name}-{one.selection}")) for one in tables],
+        "tiles": _tiles(runs, rows, tables),
+        "charts": [one for one in _charts(rows, tables, options, name) if _filled(one)],
         "settings": settings,
         "common": common,
-        "runs": runs_table(label_rows(entries, pooled=options.pooled), options.split, options.out, f"{name}-runs"),
-        "environments": _environments(entries),
+        "runs": runs_table(label_rows(runs, pooled=options.pooled), options.split, options.out, f"{name}-runs"),
+        "environments": _environments(runs),
     }
 
 
 def _charts(
-    rows: Mapping[str, Sequence[FinishedRun]], blocks: Sequence[Block], options: PageOptions, name: str
+    rows: Mapping[str, Sequence[FinishedRun]], tables: Sequence[Aggregate], options: PageOptions, name: str
 ) -> list[dict[str, Any]]:
     measured = latencies(rows, options.bench) if options.bench else {}
     runtimes = ", ".join(sorted({one.runtime for one in measured.values()}))
@@ -285,9 +245,9 @@ def _charts(
         "curves": ("Accuracy over steps", "A panel per unseen domain. Solid: the unseen domain. Dashed: the sources."),
     }
     made = {
-        "dots": dots_chart(blocks),
-        "size": size_chart(blocks),
-        "latency": latency_chart(blocks, measured),
+        "dots": dots_chart(tables),
+        "size": size_chart(tables),
+        "latency": latency_chart(tables, measured),
         "curves": curves_chart(rows),
     }
     names = list(rows)
@@ -302,21 +262,21 @@ def _filled(chart: Mapping[str, Any]) -> bool:
 
 
 def _tiles(
-    entries: Sequence[FinishedRun], rows: Mapping[str, Sequence[FinishedRun]], blocks: Sequence[Block]
+    runs: Sequence[FinishedRun], rows: Mapping[str, Sequence[FinishedRun]], tables: Sequence[Aggregate]
 ) -> list[tuple[str, str, str]]:
     """Return (number, what it is, of what) for the head of a section."""
-    targets = sorted({entry.target for entry in entries if entry.target != NO_TARGET})
+    targets = sorted({run.target for run in runs if run.target != NO_TARGET})
     tiles = [
-        (f"{len(entries):,}", "finished runs", count(len(rows), "method")),
+        (f"{len(runs):,}", "finished runs", count(len(rows), "method")),
         (str(len(targets)), "unseen domains", ", ".join(targets)),
     ]
-    source = next((block for block in blocks if block.selection == "source"), None)
+    source = next((one for one in tables if one.selection == "source"), None)
     cells = [] if source is None else [(main_cell(source, row.cells), row.method) for row in source.rows]
     known = [(cell, method) for cell, method in cells if cell.mean is not None]
     if known:
         cell, method = max(known, key=lambda one: one[0].mean or 0.0)
         tiles.append((estimate_text(cell), "highest accuracy (%), selection 'source'", method))
-    sizes = [(entry.cost.size["bytes"], label) for label, group in rows.items() for entry in group if entry.cost.size]
+    sizes = [(run.cost.size["bytes"], label) for label, group in rows.items() for run in group if run.cost.size]
     if sizes:
         n_bytes, label = min(sizes)
         tiles.append((f"{n_bytes / 1e6:.3g} MB", "smallest file", label))
@@ -333,11 +293,11 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def _environments(entries: Sequence[FinishedRun]) -> list[str]:
+def _environments(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the machines that the runs were made on, each in one line."""
     lines = []
-    for entry in entries:
-        where = entry.result.get("environment")
+    for run in runs:
+        where = run.result.get("environment")
         if isinstance(where, Mapping):
             parts = [
                 where.get("gpu") or where.get("cpu"),

@@ -66,16 +66,16 @@ def _read(file: Path) -> Analysis:
     if file.stat().st_size > MAX_ANALYSIS_BYTES:
         raise RunError(f"{file} has {file.stat().st_size:,} bytes: no analysis writes that much. Leave it out")
     try:
-        told = json.loads(file.read_text())
-        beside = [_beside(file.parent, str(name)) for name in [*told["figures"], *told["data"]]]
+        content = json.loads(file.read_text())
+        beside = [_beside(file.parent, str(name)) for name in [*content["figures"], *content["data"]]]
         there = [path for path in beside if path.is_file()]
         return Analysis(
             path=file.parent,
-            kind=str(told["kind"]),
-            title=str(told["title"]),
-            runs=[str(run["label"]) for run in told["runs"]],
-            numbers=[dict(row) for row in told["numbers"]],
-            notes=[str(note) for note in told["notes"]],
+            kind=str(content["kind"]),
+            title=str(content["title"]),
+            runs=[str(run["label"]) for run in content["runs"]],
+            numbers=[dict(row) for row in content["numbers"]],
+            notes=[str(note) for note in content["notes"]],
             figures=[path for path in there if path.suffix == ".png"],
             files=there,
         )
@@ -132,9 +132,9 @@ def read_bench(file: Path) -> BenchFile:
     if file.stat().st_size > MAX_LATENCY_BYTES:
         raise RunError(f"{file} has {file.stat().st_size:,} bytes, and is no file of 'qtdog bench'")
     try:
-        told = json.loads(file.read_text())
-        timed = tuple(_timed(row["path"], row["timing"]["p50_s"], row["runtime"]) for row in told["rows"])
-        setting = f"batch {int(told['batch'])}, {int(told['threads'])} thread(s), {told['machine']['cpu']}"
+        content = json.loads(file.read_text())
+        timed = tuple(_timed(row["path"], row["timing"]["p50_s"], row["runtime"]) for row in content["rows"])
+        setting = f"batch {int(content['batch'])}, {int(content['threads'])} thread(s), {content['machine']['cpu']}"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{file} is no file of 'qtdog bench' ({error!r})") from error
     return BenchFile(timed, setting)
@@ -152,14 +152,14 @@ def latencies(rows: Mapping[str, Sequence[FinishedRun]], bench: BenchFile) -> di
     A file belongs to the run in whose folder it lies, or below.
 
     Args:
-        rows: entries by name of a row.
+        rows: runs by name of a row.
         bench: what was measured.
     """
-    places = [({one.path.resolve(), *one.path.resolve().parents}, one) for one in bench.timed]
-    found: dict[str, Timed] = {}
+    timed = [({one.path.resolve(), *one.path.resolve().parents}, one) for one in bench.timed]
+    fastest: dict[str, Timed] = {}
     for label, group in rows.items():
-        folders = {entry.path.resolve() for entry in group}
-        mine = [one for place, one in places if folders & place]
+        folders = {run.path.resolve() for run in group}
+        mine = [one for parents, one in timed if folders & parents]
         if mine:
-            found[label] = min(mine, key=lambda one: one.p50_ms)
-    return found
+            fastest[label] = min(mine, key=lambda one: one.p50_ms)
+    return fastest

@@ -10,8 +10,8 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from qtdog.report.compare import Comparison
 from qtdog.runs.record import Record
+from qtdog.runs.statistics import Comparison
 
 mpl.use("Agg")
 
@@ -102,12 +102,14 @@ def plot_differences(panels: Mapping[str, Mapping[str, Comparison]], reference: 
 def _forest_panel(axis: Axes, methods: list[str], rows: Mapping[str, Comparison]) -> None:
     axis.axvline(0, color="grey", linewidth=1)
     axis.grid(axis="x", alpha=0.3)
-    for place, method in enumerate(methods):
-        found = rows.get(method)
-        if found is None:
+    for y, method in enumerate(methods):
+        comparison = rows.get(method)
+        if comparison is None:
             continue
-        axis.scatter([100 * one for one in found.differences], [place] * found.n, s=8, color="tab:grey", alpha=0.4)
-        known = found.low is not None and found.high is not None
+        axis.scatter(
+            [100 * one for one in comparison.differences], [y] * comparison.n, s=8, color="tab:grey", alpha=0.4
+        )
+        known = comparison.low is not None and comparison.high is not None
         if known:
-            axis.plot([100 * (found.low or 0.0), 100 * (found.high or 0.0)], [place, place], color="tab:blue")
-        axis.plot(100 * found.mean, place, "o", color="tab:blue", fillstyle="full" if known else "none", markersize=6)
+            axis.plot([100 * (comparison.low or 0.0), 100 * (comparison.high or 0.0)], [y, y], color="tab:blue")
+        axis.plot(100 * comparison.mean, y, "o", color="tab:blue", fillstyle="full" if known else "none", markersize=6)

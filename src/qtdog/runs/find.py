@@ -1,17 +1,30 @@
-"""Find finished runs, ensembles and DomainBed's files below given paths, and read each into an `FinishedRun`."""
+"""Find finished runs, ensembles and DomainBed's files below given paths, and read each into a `FinishedRun`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.runs.domainbed import plain, read_domainbed
-from qtdog.runs.finished import KINDS, Cost, FinishedRun, Selected, method_name, settings_of, unseen
+from qtdog.runs.finished import (
+    AVERAGED_AT_END,
+    KINDS,
+    Cost,
+    FinishedRun,
+    Selected,
+    method_name,
+    settings_of,
+    unseen,
+)
 from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import Record
+from qtdog.runs.statistics import replicate
+from qtdog.runs.study_names import read_labels, state_folder, study_files, study_method
 
 MAX_RUN_BYTES = 64 * 1024**2  # of a result or the metrics of one run: longer is no run's
 
@@ -29,10 +42,14 @@ def read_run(path: Path) -> FinishedRun | None:
     result = folder.read_result()
     if result is None:
         return None
+    if not isinstance(result, dict):
+        raise RunError(
+            f"{folder.result_file} does not hold what a finished run writes (it is a list or a number). Leave it out"
+        )
     try:
         config = _config(folder)
         return _ensemble(path, result) if config is None else _run(folder, config, result)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise RunError(f"{path} does not hold what a finished run writes ({error!r}). Leave it out") from error
 
 
@@ -47,25 +64,41 @@ def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> Finish
     tree = config.model_dump(mode="json")
     # of a network quantized after training, the records tell what it was before
     after_training = config.quantizer.name in AFTER_TRAINING
-    default_start = int(START_FRAC * config.train.steps)
+    start = int(START_FRAC * config.train.steps) if config.start_step is None else config.start_step
+    records = () if after_training else tuple(folder.read_metrics())
+    target_20 = {record.seen.step: accuracy for record in records if (accuracy := _on_20(record)) is not None}
     return FinishedRun(
         kind="run",
         path=folder.path,
         dataset=_dataset(result),
         content=config.data.content,
         target=unseen(result),
-        trial=config.data.trial,
-        seed=config.train.seed,
+        replicate=replicate([(config.data.trial, config.train.seed)]),
         method=method_name(tree),
         settings=settings_of(tree),
         selection=result["selection"],
-        shipped=_shipped(result),
-        records=() if after_training else tuple(folder.read_metrics()),
+        saved=_saved(result, target_20),
+        records=records,
+        records_match=config.averager.name not in AVERAGED_AT_END,
         start_step=config.start_step,
-        mean_from=default_start if config.start_step is None else config.start_step,
-        cost=Cost(result["size"], 1, config.train.steps, 1),
+        select_from=start,
+        mean_from=start,
+        cost=Cost(_size(result), 1, config.train.steps, 1),
+        config=config,
         result=result,
+        target_20=target_20,
     )
+
+
+def _on_20(record: Record) -> float | None:
+    """Return the accuracy on what the whole target has beside its 80 % split; None if that is nothing."""
+    parts = []
+    for domain, whole in record.test.items():
+        inner = record.test_in.get(domain)
+        if inner is None or inner.n >= whole.n:
+            return None
+        parts.append((whole.accuracy * whole.n - inner.accuracy * inner.n) / (whole.n - inner.n))
+    return sum(parts) / len(parts) if parts else None
 
 
 def _ensemble(path: Path, result: Mapping[str, Any]) -> FinishedRun:
@@ -82,16 +115,16 @@ def _ensemble(path: Path, result: Mapping[str, Any]) -> FinishedRun:
         dataset=_dataset(result),
         content="" if config is None else config.data.content,
         target=unseen(result),
-        trial=members[0]["trial"],
-        seed=members[0]["seed"],
+        replicate=replicate((member["trial"], member["seed"]) for member in members),
         method=f"{title}: {method_name(tree)}" if tree else title,
         settings=settings_of(tree),
         selection=result["selection"],
-        shipped=_shipped(result),
+        saved=_saved(result, {}),
         records=(),
         start_step=None,
+        select_from=0,
         mean_from=0,
-        cost=Cost(result["size"], len(members), result["training_steps"], result["inference_passes"]),
+        cost=Cost(_size(result), len(members), result["training_steps"], result["inference_passes"]),
         result=result,
     )
 
@@ -101,88 +134,152 @@ def _dataset(result: Mapping[str, Any]) -> str:
     return f"{name} (in-domain)" if result["test_mode"] == "in-domain" else name
 
 
-def _shipped(result: Mapping[str, Any]) -> Selected:
-    on_80 = list(result.get("test_accuracy_80", {}).values())
+def _size(result: Mapping[str, Any]) -> Mapping[str, float]:
+    size = _mapping(result["size"])
+    int(size["bytes"])
+    return size
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{value!r} is no mapping")
+    return value
+
+
+def _saved(result: Mapping[str, Any], target_20: Mapping[int, float]) -> Selected:
+    on_80 = list(_mapping(result.get("test_accuracy_80", {})).values())
     test_80 = sum(on_80) / len(on_80) if on_80 else None
-    return Selected(result.get("selected_step"), result["source_accuracy"], result["test_accuracy"], test_80)
+    source, target, step = result["source_accuracy"], result["test_accuracy"], result.get("selected_step")
+    score = (target if step is None else target_20.get(step, target)) if result["selection"] == "oracle" else source
+    return Selected(step, source, target, test_80, score)
 
 
-DEPTH = 2  # folders of folders of runs
+DEPTH = 4  # folders below a given one in which runs are looked for
 DOMAINBED_FILE = "results.jsonl"
-# folders with the float steps that several runs share, of a sweep and of a crew: no runs of their own
+# folders with the float steps that several runs share, of a sweep and of an ensemble: no runs of their own
 SHARED_STEPS = ("prefix-*", "*-beginning")
+SMALL_FILES = ("config.yaml", "metrics.jsonl", "result.json", "diagnosis.json")
 
 
 @dataclass
-class Found:
-    """What was found.
+class RunSet:
+    """What lies in some folders.
 
     Attributes:
-        entries: by name of the method, unseen domain, trial and seed: names of folders are hashes, and say nothing.
+        runs: by name of the method, unseen domain, trial and seed: names of folders are hashes, and say nothing.
         unfinished: folders of runs that have no result yet.
+        left_out: reason → number of lines or runs that were passed over.
     """
 
-    entries: list[FinishedRun] = field(default_factory=list)
+    runs: list[FinishedRun] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def datasets(self) -> list[str]:
-        """Names of the data sets; spellings of one (`PACS`, `pacs`) count once, as the first entry has it."""
+        """Names of the data sets; spellings of one (`PACS`, `pacs`) count once, as the first run has it."""
         names: dict[str, str] = {}
-        for entry in self.entries:
-            names.setdefault(plain(entry.dataset), entry.dataset)
+        for run in self.runs:
+            names.setdefault(plain(run.dataset), run.dataset)
         return list(names.values())
 
     def of(self, dataset: str) -> list[FinishedRun]:
-        """Return the entries of one data set."""
-        return [entry for entry in self.entries if plain(entry.dataset) == plain(dataset)]
+        """Return the runs of one data set."""
+        return [run for run in self.runs if plain(run.dataset) == plain(dataset)]
 
 
-def find(paths: Sequence[Path]) -> Found:
-    """Return everything finished in the paths: runs, folders of runs to any depth of two, `results.jsonl` files.
+def find_runs(paths: Sequence[Path]) -> RunSet:
+    """Return everything finished in or below the paths: runs, ensembles and `results.jsonl` files.
+
+    What a study calls a run (`.sweep/studies` beside it) is among its `names`.
 
     Raises:
         RunError: a path that does not exist, files that are not what they should be, or nothing finished at all.
     """
-    found = Found()
-    seen: set[Path] = set()
-    for given in paths:
-        if not given.exists():
-            raise RunError(f"{given} does not exist; give folders of runs, or DomainBed's {DOMAINBED_FILE}")
-        for path in _candidates(given, DEPTH):
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                _read(path, found)
-    if not found.entries:
-        waiting = f"; {len(found.unfinished)} runs there are not finished" if found.unfinished else ""
+    folders, files = _candidates(paths)
+    run_set = RunSet()
+    names = StudyNames()
+    for folder in folders:
+        run = read_run(folder)
+        if run is not None:
+            run_set.runs.append(replace(run, names=names.of(folder)))
+        elif not any(folder.match(pattern) for pattern in SHARED_STEPS):
+            run_set.unfinished.append(folder)
+    domainbed = read_domainbed(*files)
+    run_set.runs += domainbed.runs
+    run_set.left_out += domainbed.left_out
+    if not run_set.runs:
+        waiting = f"; {len(run_set.unfinished)} runs there are not finished" if run_set.unfinished else ""
         listed = ", ".join(str(path) for path in paths[:3])
         raise RunError(f"no finished run, ensemble or {DOMAINBED_FILE} in {listed}{waiting}")
-    found.entries.sort(key=lambda entry: (entry.method.lower(), entry.target, entry.trial, entry.seed))
-    return found
+    run_set.runs.sort(key=lambda run: (run.method.lower(), run.target, run.replicate.members))
+    return run_set
 
 
-def _candidates(path: Path, depth: int) -> Iterator[Path]:
-    """Yield run folders and DomainBed's files at or below `path`."""
-    if path.is_file() or _is_run(path):
-        yield path
-    else:
-        if (path / DOMAINBED_FILE).is_file():
-            yield path / DOMAINBED_FILE
-        below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-        for child in below if depth else ():
-            yield from _candidates(child, depth - 1)
+def _candidates(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return run folders and DomainBed's files in or below the paths, each once."""
+    folders: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise RunError(f"{path} does not exist; give folders of runs, or DomainBed's {DOMAINBED_FILE}")
+        for one in [path] if path.is_file() else walk(path, links=True):
+            file = one if one.is_file() else one / DOMAINBED_FILE
+            if one.is_dir() and is_run(one):
+                folders.setdefault(one.resolve(), one)
+            elif file.is_file():
+                files.setdefault(file.resolve(), file)
+    return list(folders.values()), list(files.values())
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() or (path / "result.json").is_file()
+class StudyNames:
+    """What studies call the runs of a folder, read once per folder."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, dict[str, tuple[str, ...]]] = {}
+
+    def of(self, folder: Path) -> tuple[str, ...]:
+        """Return the names of a run's method in the first study, by name, that has the run; empty if none has."""
+        parent = folder.resolve().parent
+        if parent not in self._known:
+            self._known[parent] = self._read(parent)
+        return self._known[parent].get(folder.resolve().name, ())
+
+    @staticmethod
+    def _read(parent: Path) -> dict[str, tuple[str, ...]]:
+        names: dict[str, tuple[str, ...]] = {}
+        for file in study_files(parent):
+            for name, several in read_labels(file).items():
+                names.setdefault(name, tuple(dict.fromkeys(study_method(labels) for labels in several)))
+        return names
 
 
-def _read(path: Path, found: Found) -> None:
-    if path.is_file():
-        found.entries += read_domainbed(path)
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run or an ensemble, finished or not."""
+    return any((folder / name).is_file() for name in SMALL_FILES)
+
+
+def walk(root: Path, *, links: bool = False, depth: int = DEPTH) -> Iterator[Path]:
+    """Yield `root` and the folders below it, sorted; what lies in the folder of a run, or is hidden, is not looked at.
+
+    Args:
+        root: where to begin.
+        links: follow links to folders.
+        depth: of the folders below it.
+    """
+    yield root
+    if depth == 0 or not root.is_dir() or is_run(root):
         return
-    entry = read_run(path)
-    if entry is not None:
-        found.entries.append(entry)
-    elif not any(path.match(pattern) for pattern in SHARED_STEPS):
-        found.unfinished.append(path)
+    for child in sorted(root.iterdir()):
+        if child.is_dir() and not child.name.startswith(".") and (links or not child.is_symlink()):
+            yield from walk(child, links=links, depth=depth - 1)
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Return the folders below `root` that hold a run or an ensemble, finished or not, sorted."""
+    return sorted(folder for folder in walk(root) if is_run(folder))
+
+
+def sweep_folders(root: Path) -> list[Path]:
+    """Return the folders at or below `root` that are those of a sweep, sorted."""
+    return sorted(folder for folder in walk(root) if state_folder(folder).is_dir())

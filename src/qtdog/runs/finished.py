@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtdog.core.config import Config
 from qtdog.core.registry import Registry
 from qtdog.runs.record import Record
+from qtdog.runs.statistics import Replicate
 
-# What names a problem or a repetition of it, and not a method: entries that differ in nothing else share a row.
+# What names a problem or a repetition of it, and not a method: runs that differ in nothing else share a row.
 NOT_SETTINGS = (
     "data.source",
     "data.content",
@@ -22,22 +24,28 @@ NOT_SETTINGS = (
     "train.seed",
 )
 
+# Averagers whose average is made at the end: until then evaluations are of the raw weights.
+AVERAGED_AT_END = ("swa", "swad", "bma")
+
 
 @dataclass(frozen=True)
 class Selected:
-    """What one way to choose a checkpoint gives; accuracies as fractions, None where nothing was measured.
+    """What one way to select a checkpoint gives; accuracies as fractions, None where nothing was measured.
 
     Attributes:
         step: of the checkpoint; None for a mean over several, or an ensemble.
-        source: mean accuracy on the held-out part of the sources.
+        source: mean accuracy on the validation split of the source domains.
         target: accuracy on the whole unseen domain.
         target_80: accuracy on its 80 % split, which DomainBed's tables report.
+        score: what a search over settings compares: for `oracle` the accuracy on the 20 % split of the unseen domain,
+            for `leave-one-out` that on the source domains left out in turn, else `source`.
     """
 
     step: int | None
     source: float | None
     target: float | None
     target_80: float | None
+    score: float | None = None
 
     def on(self, split: str) -> float | None:
         """Return the accuracy on the `whole` unseen domain or on its `80` % split."""
@@ -71,17 +79,24 @@ class FinishedRun:
         dataset: the data set, with its test mode if that is not the usual one.
         content: hash of the data set's content; empty if unknown.
         target: the unseen domain.
-        trial: which random 20 % of each domain was held out.
-        seed: of training.
+        replicate: trials (which random 20 % of each domain are held out) and seeds of training; an ensemble has those
+            of its members.
         method: short name of the method, without what several settings of it differ in.
         settings: the configuration by `section.key`, without `NOT_SETTINGS`; empty if unknown.
-        selection: how the checkpoint that ships was chosen.
-        shipped: what that one measured; None if nothing was shipped.
-        records: all evaluations; empty if the other ways to choose cannot be recomputed.
+        selection: how the checkpoint in the model file was selected.
+        saved: what the model file measured; None if there is none.
+        records: all evaluations; empty if there are none of this model.
+        records_match: whether an evaluation is of what a run that ends there would save. It is not where an average is
+            made at the end alone: until then evaluations are of the raw weights.
         start_step: the first quantized step; None in float.
+        select_from: checkpoints after this step may be selected; the same for float and quantized runs.
         mean_from: the mean over evaluations takes those after this step.
         cost: size, models, steps and passes.
+        config: of a run; None for an ensemble or DomainBed.
         result: the whole `result.json`; empty for DomainBed.
+        target_20: by step, the accuracy on the 20 % split of the unseen domain; empty if unknown.
+        left_out: by step, the mean accuracy of the source domains when each is left out in turn; empty if unknown.
+        names: what a study calls the method; empty where none does.
     """
 
     kind: str
@@ -89,17 +104,22 @@ class FinishedRun:
     dataset: str
     content: str
     target: str
-    trial: int
-    seed: int
+    replicate: Replicate
     method: str
     settings: Mapping[str, Any] = field(repr=False)
     selection: str
-    shipped: Selected | None
+    saved: Selected | None
     records: tuple[Record, ...] = field(repr=False)
     start_step: int | None
+    select_from: int
     mean_from: int
     cost: Cost
+    records_match: bool = True
+    config: Config | None = field(default=None, repr=False)
     result: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    target_20: Mapping[int, float] = field(default_factory=dict, repr=False)
+    left_out: Mapping[int, float] = field(default_factory=dict, repr=False)
+    names: tuple[str, ...] = ()
 
 
 def settings_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,9 +152,9 @@ def method_name(config: Mapping[str, Any]) -> str:
     """
     names = [config["objective"]["name"]]
     names += ["teacher"] if config["objective"].get("teacher") else []
-    chosen = [config.get("model", {}).get("feature_layer", "none")]
-    chosen += [config.get(axis, {}).get("name", "none") for axis in ("step_rule", "averager")]
-    return " + ".join([*names, *(name for name in chosen if name not in ("none", "plain")), _grid(config["quantizer"])])
+    axes = [config.get("model", {}).get("feature_layer", "none")]
+    axes += [config.get(axis, {}).get("name", "none") for axis in ("step_rule", "averager")]
+    return " + ".join([*names, *(name for name in axes if name not in ("none", "plain")), _grid(config["quantizer"])])
 
 
 def _grid(quantizer: Mapping[str, Any]) -> str:

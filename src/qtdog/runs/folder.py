@@ -154,3 +154,18 @@ def _lock(handle: int) -> None:
             fcntl.flock(handle, fcntl.LOCK_UN)
         time.sleep(0.01)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def last_line(file: Path) -> dict[str, Any]:
+    """Return the last whole line of a metrics file; {} if there is none."""
+    if not file.is_file():
+        return {}
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 20_000))
+        lines = stream.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}

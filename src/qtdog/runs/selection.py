@@ -1,4 +1,4 @@
-"""Model selection: which checkpoint is kept, and what each way to select gives, from the records of a run.
+"""Model selection: which checkpoint is saved, and what each way to select gives, from the records of a run.
 
 `source` and `last` get records from which the target is absent, so that they cannot look at it; only `oracle` gets
 whole records (DomainBed's test-domain validation: an upper bound, never an honest result).
@@ -6,6 +6,7 @@ whole records (DomainBed's test-domain validation: an upper bound, never an hone
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from qtdog.core.errors import ConfigError, unknown
@@ -35,7 +36,7 @@ def select_oracle(records: Sequence[Record]) -> int | None:
 
 
 def select(method: str, records: Sequence[Record]) -> int | None:
-    """Return the step that `method` (`source`, `last` or `oracle`) chooses among `records`.
+    """Return the step that `method` (`source`, `last` or `oracle`) selects among `records`.
 
     Raises:
         ConfigError: `oracle` without a target domain.
@@ -49,13 +50,20 @@ def select(method: str, records: Sequence[Record]) -> int | None:
 
 
 SELECTIONS = {
-    "source": "the evaluation with the best mean accuracy on the held-out part of the sources (training-domain "
+    "source": "the evaluation with the best mean accuracy on the validation splits of the sources (training-domain "
     "validation); the target plays no part",
     "mean": "the mean over all evaluations after the start step (in float: after 40 % of the steps), because a single "
-    "checkpoint swings; no model is chosen",
-    "last": "the last evaluation; nothing is chosen",
-    "oracle": "the evaluation that is best on the unseen domain itself: an upper bound, never an honest result",
+    "checkpoint swings; no model is selected",
+    "last": "the last evaluation; nothing is selected",
+    "oracle": "the evaluation that is best on the 20 % split of the unseen domain itself (of DomainBed's runs the last "
+    "one, as its tools have it): an upper bound, never an honest result",
+    "leave-one-out": "the evaluation that is best when each source domain is left out in turn (leave-one-domain-out "
+    "validation); only DomainBed's runs with two unseen domains allow it",
 }
+WINDOW = (
+    "Only evaluations after the start step are selected from, in float those after 40 % of the steps; DomainBed's runs "
+    "select from all, as its tools do."
+)
 
 
 def check_selections(names: Sequence[str]) -> list[str]:
@@ -70,47 +78,89 @@ def check_selections(names: Sequence[str]) -> list[str]:
     return [name for name in SELECTIONS if name in names or not names]
 
 
-def apply_selection(entry: FinishedRun, selection: str) -> Selected | None:
-    """Return what `selection` gives for an entry; None if that was not measured.
+def apply_selection(run: FinishedRun, selection: str) -> Selected | None:
+    """Return what `selection` gives for a run; None if that was not measured.
 
-    The way in which the run chose what it ships gives what was shipped: with some averagers, and after quantization
-    after training, that is no network of any evaluation.
+    The selection that the run itself was made with gives what its model file measured: with some averagers, and after
+    post-training quantization, that is no network of any evaluation. Only where a float run saved a checkpoint from
+    before the window that quantized runs select from, it is selected anew in that window.
 
     Args:
-        entry: a finished run.
+        run: a finished run.
         selection: a name of `SELECTIONS`.
     """
-    if selection == entry.selection:
-        return entry.shipped
-    if not entry.records:
+    if selection == run.selection and not saved_too_early(run):
+        return run.saved
+    if not run.records or not run.records_match:
         return None
+    window = [record for record in run.records if record.seen.step > run.select_from]
     if selection == "mean":
-        return _mean([record for record in entry.records if _counts(record, entry.mean_from)])
-    if selection == "oracle" and entry.records[0].test_accuracy is None:
-        return None
-    step = select(selection, entry.records)
-    chosen = [record for record in entry.records if record.seen.step == step]
-    return _of(chosen[0]) if chosen else None
+        return _mean([record for record in run.records if record.seen.step > run.mean_from])
+    if selection == "oracle":
+        return _oracle(run, window)
+    if selection == "leave-one-out":
+        step = max(run.left_out, key=lambda one: (run.left_out[one], -one), default=None)
+    else:
+        step = select(selection, window)
+    return next((_of(run, record, selection) for record in window if record.seen.step == step), None)
 
 
-def _counts(record: Record, start: int) -> bool:
-    return record.seen.selectable and record.seen.step > start
-
-
-def _of(record: Record) -> Selected:
-    test_80 = [score.accuracy for score in record.test_in.values()]
-    return Selected(
-        record.seen.step,
-        record.seen.source_accuracy,
-        record.test_accuracy,
-        sum(test_80) / len(test_80) if test_80 else None,
+def saved_too_early(run: FinishedRun) -> bool:
+    """Return whether the model file is a checkpoint from before the window that tables select from."""
+    return (
+        run.records_match
+        and run.saved is not None
+        and run.saved.step is not None
+        and bool(run.records)
+        and (run.saved.step <= run.select_from)
     )
 
 
-def _mean(records: Sequence[Record]) -> Selected | None:
-    if not records:
+def why_unmeasured(run: FinishedRun, selection: str) -> str:
+    """Return why `apply_selection` gives nothing for a run."""
+    if run.kind == "ensemble":
+        return "ensembles, measured with the checkpoints of their members alone"
+    if selection == "leave-one-out":
+        return "without runs in which each source domain is left out too"
+    if not run.records_match or not run.records:
+        return "whose evaluations are not of what they save (averaged or quantized after training)"
+    return "without such an evaluation"
+
+
+def _oracle(run: FinishedRun, window: Sequence[Record]) -> Selected | None:
+    if not window or window[0].test_accuracy is None:
         return None
-    all_of = [_of(record) for record in records]
-    values = ([getattr(one, name) for one in all_of] for name in ("source", "target", "target_80"))
-    source, target, target_80 = (None if None in part else sum(part) / len(part) for part in values)
-    return Selected(None, source, target, target_80)
+    if run.kind == "domainbed":
+        return _of(run, max(window, key=lambda record: record.seen.step), "oracle")
+    usable = [record for record in window if record.seen.selectable]
+    scores = {record.seen.step: run.target_20.get(record.seen.step, record.test_accuracy) or 0.0 for record in usable}
+    best = max(usable, key=lambda record: (scores[record.seen.step], -record.seen.step), default=None)
+    return None if best is None else _of(run, best, "oracle")
+
+
+def _of(run: FinishedRun, record: Record, selection: str) -> Selected:
+    test_80 = [score.accuracy for score in record.test_in.values()]
+    source, step = record.seen.source_accuracy, record.seen.step
+    scores = {"oracle": run.target_20.get(step, record.test_accuracy), "leave-one-out": run.left_out.get(step)}
+    mean_80 = sum(test_80) / len(test_80) if test_80 else None
+    return Selected(step, source, record.test_accuracy, mean_80, scores.get(selection, source))
+
+
+def _mean(records: Sequence[Record]) -> Selected | None:
+    """Return the mean over evaluations; None if there is none, or one of them could not be saved (INQ)."""
+    if not records or not all(record.seen.selectable for record in records):
+        return None
+    sources = [record.seen.source_accuracy for record in records]
+    targets = [record.test_accuracy for record in records]
+    on_80 = [
+        sum(part.accuracy for part in record.test_in.values()) / len(record.test_in)
+        for record in records
+        if record.test_in
+    ]
+    source, target, target_80 = (_mean_of(part, len(records)) for part in (sources, targets, on_80))
+    return Selected(None, source, target, target_80, source)
+
+
+def _mean_of(values: Sequence[float | None], n: int) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / n if len(known) == n else None

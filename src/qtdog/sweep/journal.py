@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtdog.core.files import clear_disk_errors, write_atomic
-from qtdog.sweep.study import Labels
+from qtdog.runs.study_names import Labels, read_labels, state_folder
 
 Status = Literal["done", "failed", "busy", "stopped", "disk", "lost"]
 
@@ -34,26 +34,6 @@ class Outcome:
     error: str = ""
     seconds: float = 0.0
     trained_s: float = 0.0
-
-
-def last_line(file: Path) -> dict[str, Any]:
-    """Return the last whole line of a metrics file; {} if there is none."""
-    if not file.is_file():
-        return {}
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 20_000))
-        lines = stream.read().splitlines()
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
-    return {}
-
-
-def state_folder(out: Path) -> Path:
-    """Return where a sweep keeps what is no run: failures, logs, plans, the index."""
-    return out / ".sweep"
 
 
 def save_failure(outcome: Outcome, out: Path) -> None:
@@ -113,11 +93,3 @@ def save_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) ->
     text = json.dumps(known, indent=0)
     if not file.is_file() or file.read_text() != text:
         write_atomic(file, text)
-
-
-def read_labels(file: Path) -> dict[str, list[Labels]]:
-    """Return what `save_labels` wrote; nothing if the file is not there or damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from qtdog.core.errors import FolderInUseError, RunError
 from qtdog.core.files import replacing_folder
+from qtdog.runs.find import run_folders
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.index import run_folders
 from qtdog.sweep.journal import read_labels, save_labels, state_folder
 from qtdog.training.checkpoint import checkpoint_folders
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, unknown
-from qtdog.sweep.index import COLUMNS, Row, read_row
+from qtdog.runs.find import read_run
+from qtdog.runs.index import COLUMNS, IndexRow, finished_row
+from qtdog.runs.selection import apply_selection
+from qtdog.runs.statistics import Comparison, Condition, compare_pairs, pair_up, replicate
+from qtdog.runs.study_names import study_method
 from qtdog.sweep.plan import Plan, Task
 from qtdog.sweep.runner import is_done
 
@@ -32,7 +36,7 @@ KEPT = (
 TYPES = {"TEXT": str, "TEXT PRIMARY KEY": str, "INTEGER": int, "REAL": (int, float)}
 
 
-def read_earlier(files: Sequence[Path]) -> dict[str, Row]:
+def read_earlier(files: Sequence[Path]) -> dict[str, IndexRow]:
     """Return what earlier tables say of runs, by the name of the run's folder: its configuration's hash.
 
     Since the name is the hash, a row counts for no other configuration than the one that was measured. Of a run that is
@@ -44,14 +48,14 @@ def read_earlier(files: Sequence[Path]) -> dict[str, Row]:
     Raises:
         ConfigError: a file that is not there or no such table.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, IndexRow] = {}
     for file in files:
         for row in _read(file):
             rows.setdefault(Path(str(row["folder"])).name, row)
     return rows
 
 
-def _read(file: Path) -> list[Row]:
+def _read(file: Path) -> list[IndexRow]:
     try:
         return [_checked(row) for row in json.loads(file.read_text())["runs"]]
     except FileNotFoundError as error:
@@ -61,12 +65,12 @@ def _read(file: Path) -> list[Row]:
         raise ConfigError(f"{text}; qtdog sweep table STUDY --format json makes one") from error
 
 
-def _checked(row: Any) -> Row:
-    found = {name: row.get(name) for name in KEPT} if isinstance(row, dict) else {}
-    wrong = [name for name, value in found.items() if not _fits(name, value)]
-    if wrong or not found.get("folder"):
+def _checked(row: Any) -> IndexRow:
+    kept = {name: row.get(name) for name in KEPT} if isinstance(row, dict) else {}
+    wrong = [name for name, value in kept.items() if not _fits(name, value)]
+    if wrong or not kept.get("folder"):
         raise ValueError(f"a run with a wrong {wrong[0] if wrong else 'folder'}")
-    return found
+    return kept
 
 
 def _fits(name: str, value: Any) -> bool:
@@ -77,9 +81,9 @@ def _fits(name: str, value: Any) -> bool:
 MEASURES = {
     "test_accuracy": "unseen, selected checkpoint",
     "mean_after_start": "unseen, mean over the evaluations after the start step",
-    "source_accuracy": "held-out images of the sources, selected checkpoint",
+    "source_accuracy": "validation images of the sources, selected checkpoint",
 }
-REPLICATES = ("seed", "trial", "draw")
+Values = dict[str, dict[Condition, float]]  # method → unseen domain and replicate → accuracy
 
 
 @dataclass(frozen=True)
@@ -88,87 +92,93 @@ class Result:
 
     Attributes:
         method: the study's name for it, with the values of axes that only this method varies.
-        target: the unseen domain.
-        replicate: the values by which runs of one method and target differ; pairs agree in it.
-        row: all that the index knows of it.
+        condition: the unseen domain and the replicate (trial and seed, of an ensemble those of its members); pairs
+            agree in both.
+        row: what tables know of it.
     """
 
     method: str
-    target: str
-    replicate: tuple[object, ...]
-    row: Row
+    condition: Condition
+    row: IndexRow
 
 
-def results(plan: Plan, out: Path, earlier: Mapping[str, Row] | None = None) -> list[Result]:
+def results(plan: Plan, out: Path, earlier: Mapping[str, IndexRow] | None = None) -> list[Result]:
     """Return every finished run and ensemble of a study, in the study's order; one for each name that it has.
 
     Args:
         plan: of the study.
         out: its folder.
-        earlier: rows of runs that count where the folder has not finished them (`sweep.results.read_earlier`).
+        earlier: rows of runs that count where the folder has not finished them (`read_earlier`).
+
+    Raises:
+        RunError: a folder that does not hold what a finished run writes.
     """
-    found = []
+    configs = {task.name: task.config for task in plan.tasks}
+    finished = []
     for task in plan.tasks:
         row = None if task.kind == "fork_point" else _row(task, out, earlier or {})
         if row is None:
             continue
+        members = [config for name in (task.needs if task.join else (task.name,)) if (config := configs[name])]
+        pairs = [(config.data.trial, config.train.seed) for config in members]
         for labels in task.labels:
-            replicate = tuple(value for name, value in labels.items() if set(_names(name)) & set(REPLICATES))
-            found.append(Result(_method(labels), str(labels.get("target", row["target"])), replicate, row))
-    return found
+            draw = labels.get("draw")
+            condition = Condition(
+                str(labels.get("target", row["target"])), replicate(pairs, draw if isinstance(draw, int) else None)
+            )
+            finished.append(Result(study_method(labels), condition, row))
+    return finished
 
 
-def _row(task: Task, out: Path, earlier: Mapping[str, Row]) -> Row | None:
-    own = read_row(task.folder(out)) if is_done(task, out) else None
-    return own or earlier.get(task.name)
+def _row(task: Task, out: Path, earlier: Mapping[str, IndexRow]) -> IndexRow | None:
+    run = read_run(task.folder(out)) if is_done(task, out) else None
+    if run is None:
+        return earlier.get(task.name)
+    selected = apply_selection(run, run.selection)
+    row = finished_row(run)
+    if selected is None:
+        return row
+    # as in `qtdog table`: of a float run, the checkpoint from the window that quantized runs select from
+    return row | {
+        "selected_step": row["selected_step"] if selected is run.saved else selected.step,
+        "source_accuracy": selected.source,
+        "test_accuracy": selected.target,
+    }
 
 
-def _names(axis: str) -> list[str]:
-    return [name.strip() for name in axis.split(",")]
-
-
-def _method(labels: Mapping[str, object]) -> str:
-    own = [f"{name.rpartition('.')[2]}={value}" for name, value in labels.items() if not _is_common(name)]
-    return " ".join([str(labels["method"]), *own])
-
-
-def _is_common(axis: str) -> bool:
-    return axis == "method" or bool(set(_names(axis)) & {"target", *REPLICATES})
-
-
-def values(found: Sequence[Result], measure: str) -> dict[str, dict[str, dict[tuple[object, ...], float]]]:
-    """Return method → target → replicate → value, in the order of `found`; what was not measured is left out.
+def values(finished: Sequence[Result], measure: str) -> Values:
+    """Return the values by method and condition, in the order of `finished`; what was not measured is left out.
 
     Args:
-        found: from `results`.
+        finished: from `results`.
         measure: a name of `MEASURES`.
     """
-    table: dict[str, dict[str, dict[tuple[object, ...], float]]] = {}
-    for one in found:
+    table: Values = {}
+    for one in finished:
         value = one.row.get(measure)
         if isinstance(value, (int, float)):
-            table.setdefault(one.method, {}).setdefault(one.target, {})[one.replicate] = float(value)
+            table.setdefault(one.method, {})[one.condition] = float(value)
     return table
 
 
-def pairs(
-    table: Mapping[str, Mapping[str, Mapping[tuple[object, ...], float]]], reference: str
-) -> Iterator[tuple[str, list[float], list[float]]]:
-    """Yield (method, values of the reference, values of the method) over the targets and replicates that both have.
+def targets_of(table: Values) -> list[str]:
+    """Return the unseen domains of a table, sorted."""
+    return sorted({condition.target for values in table.values() for condition in values})
+
+
+def comparisons(table: Values, reference: str) -> dict[str, Comparison]:
+    """Return by method its comparison with the reference, over the conditions that both have.
+
+    An ensemble is compared with the mean of the reference's runs with the trials and seeds of its members.
 
     Raises:
         ConfigError: no such reference, with the nearest one.
     """
     if reference not in table:
         raise ConfigError(unknown("method", reference, table))
-    base = table[reference]
-    for method, targets in table.items():
-        shared = [
-            (base[target][replicate], value)
-            for target, runs in targets.items()
-            for replicate, value in runs.items()
-            if replicate in base.get(target, {})
-        ]
-        if method != reference and shared:
-            first, second = zip(*shared, strict=True)
-            yield method, list(first), list(second)
+    made = {
+        method: compare_pairs(pair_up(table[reference], values))
+        for method, values in table.items()
+        if method != reference
+    }
+    return {method: one for method, one in made.items() if one is not None}

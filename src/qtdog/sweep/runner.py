@@ -17,8 +17,8 @@ from qtdog.core.errors import ConfigError, DataError, FolderInUseError, Interrup
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.teacher import load_teacher
-from qtdog.runs.folder import RunFolder
-from qtdog.sweep.journal import Outcome, append_journal, last_line, read_failures, remove_failure, save_failure
+from qtdog.runs.folder import RunFolder, last_line
+from qtdog.sweep.journal import Outcome, append_journal, read_failures, remove_failure, save_failure
 from qtdog.sweep.plan import Task, keep_sharing
 from qtdog.sweep.study import raise_all
 from qtdog.training.build import build_components, make_accelerator

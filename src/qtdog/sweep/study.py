@@ -22,11 +22,10 @@ from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.core.registry import HyperParameter
 from qtdog.data.dataset import DomainDataset
+from qtdog.runs.study_names import Labels, Scalar
 from qtdog.training.build import OBJECTIVES, STEP_RULES
 from qtdog.training.protocol import dataset_layer, resolve
 
-Scalar = bool | int | float | str
-Labels = dict[str, Scalar]  # what a study calls one of its runs: method, target, seed and its other axes
 # Short names of what nearly every study varies.
 SHORT = {"target": "data.target", "trial": "data.trial", "seed": "train.seed"}
 SPAN = re.compile(r"(\d+)\.\.(\d+)")

@@ -1,0 +1,175 @@
+"""`qtdog sweep table`: what a study says so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtdog.cli.options import DataFolder, OutFolder, StudyFile
+
+if TYPE_CHECKING:
+    from qtdog.report.render import Table
+    from qtdog.runs.index import IndexRow
+    from qtdog.runs.statistics import Comparison, Estimate
+    from qtdog.sweep.plan import Plan
+    from qtdog.sweep.results import Result, Values
+
+PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."
+REFERENCE = "Method that the others are compared with, over the pairs of target, trial and seed that both have."
+ALSO = "Count runs of an earlier table (--format json) that the folder lacks; may be given several times."
+
+
+class TableFormat(StrEnum):
+    """How the tables are written."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+    CSV = "csv"
+    JSON = "json"
+
+
+def table(
+    study: StudyFile,
+    *,
+    out: OutFolder = None,
+    data: DataFolder = None,
+    reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
+    format_: Annotated[TableFormat, typer.Option("--format", help="How the tables are written.")] = TableFormat.TEXT,
+    plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
+    also: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=ALSO)] = None,
+) -> None:
+    """Show what a study says so far: mean ± standard error per method and target, and paired differences.
+
+    Twice: of the selected checkpoint, and of the mean over the evaluations after the start step, since one checkpoint
+    swings by several points.
+
+    Examples:
+      qtdog sweep table studies/digits.yaml --reference float
+
+      qtdog sweep table studies/digits.yaml --plot differences.png
+
+      qtdog sweep table studies/digits.yaml --also laptop.json --format json
+    """
+    from qtdog.cli.console import print_json, terminal_width
+    from qtdog.cli.sweep import open_plan
+    from qtdog.core.errors import RunError
+    from qtdog.report.render import render
+    from qtdog.sweep.results import MEASURES, results, values
+
+    plan, folder = open_plan(study, data, out)
+    finished = results(plan, folder, _earlier(also or [], plan))
+    if not finished:
+        raise RunError(f"no run of the study is finished in {folder}: qtdog sweep {study}")
+    name = reference or next(iter(plan.study.methods))
+    tables = {measure: values(finished, measure) for measure in MEASURES}
+    if plot:
+        _plot(tables, name, plot)
+    if format_ is TableFormat.JSON:
+        print_json({measure: _numbers(cells, name) for measure, cells in tables.items()} | {"runs": _runs(finished)})
+        return
+    shown = [study_table(tables[measure], name, title) for measure, title in MEASURES.items() if tables[measure]]
+    typer.echo(render(shown, format_.value, terminal_width()), nl=False)
+
+
+def _earlier(files: Sequence[Path], plan: Plan) -> dict[str, IndexRow]:
+    from qtdog.cli.console import warn
+    from qtdog.sweep.results import read_earlier
+
+    rows = read_earlier(files)
+    foreign = len(rows.keys() - {task.name for task in plan.tasks})
+    if foreign:
+        warn(
+            f"{foreign} of the {len(rows)} runs in {', '.join(map(str, files))} are not of this study and do not count"
+        )
+    return rows
+
+
+def _runs(finished: list[Result]) -> list[dict[str, Any]]:
+    from qtdog.sweep.results import KEPT
+
+    return [{"method": one.method} | {name: one.row.get(name) for name in KEPT} for one in finished]
+
+
+def _plot(tables: Mapping[str, Values], reference: str, path: Path) -> None:
+    """Draw what is known of the unseen domains.
+
+    Raises:
+        ConfigError: no picture can be written there, or no two methods can be compared.
+    """
+    from qtdog.core.errors import ConfigError
+    from qtdog.report.plots import plot_differences
+    from qtdog.sweep.results import MEASURES
+
+    panels = {
+        title: compared
+        for measure, title in MEASURES.items()
+        if measure != "source_accuracy" and (compared := _compared(tables[measure], reference))
+    }
+    if not panels:
+        raise ConfigError(f"no finished run can be compared with one of {reference!r} yet: nothing to draw")
+    try:
+        plot_differences(panels, reference, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: {error}") from error
+
+
+def _compared(cells: Values, reference: str) -> dict[str, Comparison]:
+    from qtdog.sweep.results import comparisons
+
+    return comparisons(cells, reference) if reference in cells else {}
+
+
+def _numbers(cells: Values, reference: str) -> dict[str, Any]:
+    from qtdog.runs.statistics import average, by_target
+    from qtdog.sweep.results import targets_of
+
+    def numbers(one: Estimate) -> dict[str, Any]:
+        return {"mean": one.mean, "standard_error": one.error, "n": one.n}
+
+    targets = targets_of(cells)
+    methods = {
+        method: {target: numbers(one) for target, one in by_target(values, targets).items() if one.n}
+        for method, values in cells.items()
+    }
+    compared = {
+        method: {"mean": one.mean, "low": one.low, "high": one.high, "p_value": one.p_value, "n": one.n}
+        for method, one in _compared(cells, reference).items()
+    }
+    averages = {method: numbers(average(values, targets)) for method, values in cells.items()}
+    return {"methods": methods, "averages": averages, "reference": reference, "differences": compared}
+
+
+def study_table(cells: Values, reference: str, title: str) -> Table:
+    """Return the table of one measure: a method each, its mean ± standard error per target, their average, differences.
+
+    Args:
+        cells: method → target and replicate → accuracy as a fraction.
+        reference: the method that differences are to.
+        title: what was measured.
+    """
+    from qtdog.report.render import Cell, Table
+    from qtdog.report.tables import estimate_text, interval_text, points_text
+    from qtdog.runs.statistics import average, by_target
+    from qtdog.sweep.results import targets_of
+
+    targets = targets_of(cells)
+    compared = _compared(cells, reference)
+    headers = ["method", *targets, "average", "runs", f"− {reference}", "95 % interval"]
+    rows = []
+    for method, values in cells.items():
+        estimates = [*by_target(values, targets).values(), average(values, targets)]
+        one = compared.get(method)
+        difference = ["", ""] if one is None else [f"{points_text(one.mean)} (n={one.n})", interval_text(one)]
+        texts = [method, *map(estimate_text, estimates), str(len(values)), *difference]
+        rows.append([Cell(text) for text in texts])
+    notes = [
+        "± is the standard error (population standard deviation / √n); average: mean of the targets' means.",
+        f"− {reference}: mean difference over pairs of target, trial and seed, an ensemble with the mean of the runs "
+        "with its members' seeds; with the 95 % t interval of paired differences.",
+    ]
+    return Table(f"accuracy (%), {title}", headers, rows, notes)
