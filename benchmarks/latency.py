@@ -34,12 +34,12 @@ from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
 from qtdog.ensemble.evaluation import EvaluationSet, open_evaluation_set
 from qtdog.ensemble.members import read_member
-from qtdog.export.benchmark import Bench, Measured, Plan, bench
+from qtdog.export.benchmark import Bench, BenchmarkPlan, Measured, bench
 from qtdog.export.benchmark_statistics import spread
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
-from qtdog.export.source import Subject, read_subject
+from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
@@ -92,7 +92,7 @@ def make_files(backbone: str, options: argparse.Namespace, folder: Path) -> list
         save_ensemble(files["all"], members, about)
     pixels = np.random.default_rng(0).integers(0, 256, (N_IMAGES, options.size, options.size, 3), dtype=np.uint8)
     images = LabelledImages(pixels, np.zeros(N_IMAGES, dtype=np.int64), ("noise",))
-    whole, one = read_subject(files["all"]), read_subject(files["one"])
+    whole, one = read_packed_source(files["all"]), read_packed_source(files["one"])
     subjects = [
         (one, "one-float", "onnx"),
         (one, "one-int8", "onnx-int8"),
@@ -104,15 +104,15 @@ def make_files(backbone: str, options: argparse.Namespace, folder: Path) -> list
 
 
 def exported(
-    subjects: list[tuple[Subject, str, str]], folder: Path, images: LabelledImages, n_calibration: int
+    subjects: list[tuple[PackedSource, str, str]], folder: Path, images: LabelledImages, n_calibration: int
 ) -> list[Path]:
     """Return the exports of subjects, each with the name of its file and its format, made where they are not there."""
     made = []
-    for subject, name, kind in subjects:
+    for source, name, kind in subjects:
         out = folder / f"{name}{FORMATS[kind].suffix}"
         if not out.is_file():
             print(f"making {out}", flush=True)
-            export(subject, out, kind, images, n_calibration=n_calibration)
+            export(source, out, kind, images, n_calibration=n_calibration)
         made.append(out)
     return made
 
@@ -139,10 +139,10 @@ def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:
     alone = folder / "one.safetensors"
     save_packed(alone, first.quantized, first.rest, first.metadata)
     subjects = [
-        (read_subject(alone), "one-float", "onnx"),
-        (read_subject(alone), "one-int8", "onnx-int8"),
-        (read_subject(file), "all-int8", "onnx-int8"),
-        (read_subject(file, cascade=True), "cascade-int8", "onnx-int8"),
+        (read_packed_source(alone), "one-float", "onnx"),
+        (read_packed_source(alone), "one-int8", "onnx-int8"),
+        (read_packed_source(file), "all-int8", "onnx-int8"),
+        (read_packed_source(file, cascade=True), "cascade-int8", "onnx-int8"),
     ]
     return [alone, *exported(subjects, folder, images, 256)]
 
@@ -161,7 +161,7 @@ def measure_real(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     results = {}
     for name, indices in timed.items():
         images = pictures(evaluation_set, indices, sources)
-        plan = Plan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES)
+        plan = BenchmarkPlan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES)
         found = bench(files, plan, images=lambda _, images=images: images)
         show_real(name, found)
         results[name] = found.to_json()
@@ -232,7 +232,7 @@ def main() -> None:
             results = measure_real(options, work)
         for backbone in () if options.ensemble else options.backbones:
             files = make_files(backbone, options, work / backbone)
-            found = bench(files, Plan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES))
+            found = bench(files, BenchmarkPlan(threads=options.threads, n_rounds=options.rounds, runtimes=RUNTIMES))
             show(backbone, found, options.members)
             results[backbone] = found.to_json()
     if options.json:

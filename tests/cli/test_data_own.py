@@ -48,9 +48,12 @@ def test_a_broken_image_is_named_and_left_out_on_demand(qtdog, scans, tmp_path):
     assert skipped["image"] == "hill/malignant/2.webp"
     assert "cannot be read as an image" in skipped["reason"]
     assert json.loads((run / "result.json").read_text())["n_skipped"] == 1
-    assert qtdog("eval", run / "model.safetensors", scans).code == 1
-    outcome = qtdog("eval", run / "model.safetensors", scans, "--skip-unreadable", "--json")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((run / "model.safetensors").read_bytes())
+    assert qtdog("eval", alone, scans).code == 1
+    outcome = qtdog("eval", alone, scans, "--skip-unreadable", "--json")
     assert outcome.code == 0
+    assert "1 unreadable images are left out" in outcome.err
     assert {name: score["n"] for name, score in json.loads(outcome.out)["domains"].items()} == {
         "harbour": 12,
         "hill": 11,
@@ -107,3 +110,26 @@ def test_rare_classes_may_weigh_more(qtdog, scans, tmp_path):
     outcome = qtdog("train", "--data", scans, *NET, "--set", "data.class_weights=balance")
     assert outcome.code == 2
     assert "did you mean 'balanced'" in outcome.err
+
+
+def test_every_later_command_leaves_out_what_the_run_left_out(qtdog, scans, tmp_path):
+    broken = scans / "hill" / "malignant" / "2.webp"
+    broken.write_bytes(broken.read_bytes()[:60])
+    train = ("train", "--data", scans, "--target", "valley", *NET, "--skip-unreadable")
+    runs = [tmp_path / "0", tmp_path / "1"]
+    for seed, run in enumerate(runs):
+        assert qtdog(*train, "--seed", seed, "--out", run).code == 0
+    five = tmp_path / "made" / "five"
+    onnx = tmp_path / "m.onnx"
+    commands = [
+        ("export", runs[0], "-o", onnx),
+        ("bench", runs[0], onnx, "--rounds", 1, "--data", scans, "--domain", "hill"),
+        ("eval", runs[0] / "model.safetensors", scans),
+        ("ensemble", *runs, "--out", five),
+        ("export", five, "-o", tmp_path / "five.onnx"),
+        ("eval", five / "model.safetensors", scans),
+        ("analyse", "surface", runs[0], "--points", 3, "--images", 2, "--out", tmp_path / "a"),
+    ]
+    for command in commands:
+        outcome = qtdog(*command)
+        assert outcome.code == 0, (command, outcome.err)

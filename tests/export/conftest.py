@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import save
 from qtdog.export.images import LabelledImages
-from qtdog.export.source import Subject, read_subject
+from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import save_ensemble
@@ -85,9 +85,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def subject(packed: Callable[..., Path]) -> Callable[..., Subject]:
+def source(packed: Callable[..., Path]) -> Callable[..., PackedSource]:
     """Return a function that makes a packed model and reads it."""
-    return lambda backbone, **options: read_subject(packed(backbone, **options))
+    return lambda backbone, **options: read_packed_source(packed(backbone, **options))
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,15 +14,14 @@ import pytest
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, FormatError, RunError
-from qtdog.export import benchmark as bench_module
-from qtdog.export.benchmark import Plan, bench, choose_runtimes, file_bytes, model_file, plot_bench
+from qtdog.export.benchmark import BenchmarkPlan, bench, choose_runtimes, file_bytes, model_file, plot_bench
 from qtdog.export.benchmark_machine import count_operators, cpu_features
 from qtdog.export.benchmark_statistics import Turn, pareto, summarise
-from qtdog.export.benchmark_worker import Job, Opened, serve
+from qtdog.export.benchmark_worker import WORKER, Job, ModelFacts, Worker, serve
 from qtdog.export.export import export
 from qtdog.export.images import LabelledImages
+from qtdog.export.packed_source import read_packed_source
 from qtdog.export.runtimes import open_runtime
-from qtdog.export.source import read_subject
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.packed_file import PackedModel, save_packed
@@ -59,7 +55,7 @@ def files(tmp_path_factory):
     save_packed(folder / "run" / "model.safetensors", one.quantized, one.rest, one.metadata)
     about = {"kind": "eoq", "accuracy": {}, "training_steps": 1, "training_runs": 1.0}
     save_ensemble(folder / "three.safetensors", [packed(seed) for seed in range(3)], about)
-    export(read_subject(folder / "run" / "model.safetensors"), folder / "one.onnx", "onnx", random_images())
+    export(read_packed_source(folder / "run" / "model.safetensors"), folder / "one.onnx", "onnx", random_images())
     return folder
 
 
@@ -106,19 +102,16 @@ def ask(job, *requests):
     answers = []
 
     def client():
-        answers.append(here.recv())
-        for request in requests:
+        for request in (job, *requests):
             here.send(request)
             answers.append(here.recv())
         here.close()
 
     thread = threading.Thread(target=client)
     thread.start()
-    old = signal.getsignal(signal.SIGINT)
     try:
-        serve(there, job)
+        serve(there)
     finally:
-        signal.signal(signal.SIGINT, old)
         thread.join()
     return answers
 
@@ -128,9 +121,9 @@ def test_a_worker_tells_times_and_answers_as_the_model_does(files, name, runtime
     images = random_images().pixels
     opened, turn, (logits, asked) = ask(Job(files / name, runtime, 1, 2, None), "time", images)
     assert asked is None
-    assert isinstance(opened, Opened)
+    assert isinstance(opened, ModelFacts)
     assert (opened.image_size, opened.info.n_members) == (SIZE, 1)
-    assert opened.peak_bytes > opened.model_bytes >= 0
+    assert opened.peak_bytes > opened.model_bytes >= 0  # 0 where a small model fits into memory that was free
     assert sum(turn.seconds) >= 0.15
     assert 0 < turn.cpu_s < 2 * sum(turn.seconds) + 0.1
     expected = open_runtime(files / "run" / "model.safetensors")(images)["logits"]
@@ -144,6 +137,15 @@ def test_a_worker_sends_what_a_user_can_mend(files, tmp_path):
     assert isinstance(error, ConfigError)
     assert "1 images of 16 pixels" in str(error)
     assert "made for 12 pixels" in str(error)
+
+
+def test_memory_of_a_model_is_counted_behind_the_libraries(files):
+    with Worker(Job(files / "one.onnx", "onnxruntime", 1, 1, None)) as worker:
+        one = worker.opened
+    with Worker(Job(files / "one.onnx", "onnxruntime", 1, 1024, None)) as worker:
+        many = worker.opened
+    assert 0 <= one.model_bytes < 50e6 < one.peak_bytes
+    assert many.model_bytes > one.model_bytes + 20e6  # 1,024 images: 38 MB at the first convolution alone
 
 
 def test_operators_of_the_file_and_of_the_runtime(files):
@@ -169,11 +171,10 @@ def test_models_beside_one_another_until_an_interrupt(files, tmp_path):
             raise KeyboardInterrupt
 
     given = [files / "run", files / "three.safetensors"]
-    plan = Plan(threads=1, n_rounds=100)
+    plan = BenchmarkPlan(threads=1, n_rounds=100)
     found = bench(given, plan, images=lambda opened: random_images(), progress=progress)
     assert found.interrupted
     assert seen == [(1, 100), (2, 100), (3, 100)]
-    assert not multiprocessing.active_children()
     one, three = found.rows
     assert [row.label for row in found.rows] == ["run", "three.safetensors"]
     assert (one.n_members, three.n_members) == (1, 3)
@@ -187,12 +188,37 @@ def test_models_beside_one_another_until_an_interrupt(files, tmp_path):
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_death_of_a_model_is_told(files, monkeypatch):
-    monkeypatch.setattr(bench_module, "serve", os.abort)  # takes no arguments, so that the process ends at once
-    monkeypatch.setattr(bench_module, "Job", lambda path, name, *rest: SimpleNamespace(path=path, runtime=name))
-    with pytest.raises(RunError, match=r"three.safetensors in torch ended with exit code"):
-        bench([files / "three.safetensors"], Plan(threads=1, n_rounds=1))
-    assert not multiprocessing.active_children()
+def failing(code):
+    """Return the command of a worker that runs some code before it serves."""
+    return (*WORKER[:-1], f"import os, signal, sys; {code}; {WORKER[-1]}")
+
+
+DIES = "from qtdog.export.benchmark_worker import ModelUnderTest; ModelUnderTest.turn = lambda self: {}"
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("print('no luck', file=sys.stderr); sys.exit(3)", "exit code 3.* Its last lines:\n  no luck"),
+        ("os.abort()", "SIGABRT. It wrote nothing"),
+        (DIES.format("os.kill(os.getpid(), signal.SIGKILL)"), r"SIGKILL \(out of memory\?\)"),
+        (DIES.format("1 / 0"), "exit code 1.*ZeroDivisionError"),
+        ("signal.signal(signal.SIGPIPE, signal.SIG_IGN); os.close(int(sys.argv[1])); sys.exit(4)", "exit code 4"),
+    ],
+)
+def test_the_death_of_a_process_is_told_with_its_last_lines(files, code, how):
+    text = rf"(?s)the process that ran .*three.safetensors in torch .*{how}"
+    with pytest.raises(RunError, match=text):
+        bench([files / "three.safetensors"], BenchmarkPlan(threads=1, n_rounds=1), command=failing(code))
+
+
+def test_nothing_is_imported_from_the_current_folder(files, tmp_path, monkeypatch):
+    trap = "open('CODE_WAS_RUN', 'a').close(); raise ImportError('x')"
+    for name in ("timm", "multiprocessing", "safetensors", "onnxruntime", "subprocess"):
+        (tmp_path / f"{name}.py").write_text(trap)
+    monkeypatch.chdir(tmp_path)
+    assert bench([files / "run", files / "one.onnx"], BenchmarkPlan(threads=1, n_rounds=1)).rows[1].timing.n_rounds == 1
+    assert not (tmp_path / "CODE_WAS_RUN").exists()
 
 
 def test_paths_and_runtimes(files, tmp_path):

@@ -10,15 +10,15 @@ from qtdog.ensemble.model import load_ensemble_model
 from qtdog.ensemble.prediction import predict_from_logits
 from qtdog.export.export import export
 from qtdog.export.inference_module import ASKED, OUTPUTS
-from qtdog.export.runtimes import open_runtime, open_subject
-from qtdog.export.source import Subject, read_subject
+from qtdog.export.packed_source import PackedSource, read_packed_source
+from qtdog.export.runtimes import open_packed_source, open_runtime
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 
 
 @pytest.fixture(scope="module")
-def cascade(ensemble_file, photos) -> Subject:
+def cascade(ensemble_file, photos) -> PackedSource:
     """Three members with a threshold that settles some of the images after each of them."""
-    whole = read_subject(ensemble_file)
+    whole = read_packed_source(ensemble_file)
     model = load_ensemble_model(ensemble_file)
     with torch.no_grad():
         first = model.members[0](model.prepare(torch.from_numpy(photos.pixels)))
@@ -28,7 +28,7 @@ def cascade(ensemble_file, photos) -> Subject:
 
 def test_the_module_answers_as_predict_does_with_a_cascade(cascade, photos):
     model = load_ensemble_model(cascade.path)
-    found = open_subject(cascade, 1)(photos.pixels)
+    found = open_packed_source(cascade, 1)(photos.pixels)
     inputs = model.prepare(torch.from_numpy(photos.pixels))
     with torch.no_grad():
         groups = run_cascade(
@@ -71,10 +71,10 @@ def test_the_graph_stops_for_each_image_alone(cascade, photos, tmp_path):
 
 def test_an_ensemble_without_a_threshold_has_no_cascade(ensemble_file, packed, tmp_path):
     with pytest.raises(ConfigError, match="has no threshold for a cascade"):
-        read_subject(ensemble_file, cascade=True)
+        read_packed_source(ensemble_file, cascade=True)
     with pytest.raises(ConfigError, match="holds one model"):
-        read_subject(packed("test_resnet"), cascade=True)
+        read_packed_source(packed("test_resnet"), cascade=True)
     whole = load_ensemble(ensemble_file)
     save_ensemble(tmp_path / "m.safetensors", whole.members, whole.about | {"cascade_threshold": 0.75})
-    assert read_subject(tmp_path / "m.safetensors", cascade=True).threshold == 0.75
-    assert read_subject(tmp_path / "m.safetensors").threshold is None
+    assert read_packed_source(tmp_path / "m.safetensors", cascade=True).threshold == 0.75
+    assert read_packed_source(tmp_path / "m.safetensors").threshold is None

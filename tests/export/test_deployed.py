@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtdog.ensemble.prediction import predict_from_logits
-from qtdog.export.inference_module import OUTPUTS, Deployed
+from qtdog.export.inference_module import OUTPUTS, InferenceModule
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
 from qtdog.training.load import Preprocessing, load_model
@@ -24,7 +24,7 @@ def members(n: int, sharpness: float) -> list[Network]:
 def test_the_graph_says_of_an_ensemble_what_predict_says(sharpness, temperature):
     images = torch.randint(0, 256, (20, 4, 4, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     networks = members(3, sharpness)
-    outputs = dict(zip(OUTPUTS[True], Deployed(networks, HOW, temperature)(images), strict=True))
+    outputs = dict(zip(OUTPUTS[True], InferenceModule(networks, HOW, temperature)(images), strict=True))
     inputs = ((images / 255 - torch.tensor(HOW.mean)) / torch.tensor(HOW.std)).permute(0, 3, 1, 2)
     logits = torch.stack([network(inputs) for network in networks])
     expected = predict_from_logits(logits, temperature)

@@ -15,11 +15,11 @@ from qtdog.ensemble.prediction import predict_images
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
-from qtdog.export.inference_module import OUTPUTS, Deployed
+from qtdog.export.inference_module import OUTPUTS, InferenceModule
 from qtdog.export.info import KEY
 from qtdog.export.integer_weight import SAFE
+from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.export.runtimes import open_runtime
-from qtdog.export.source import Subject, read_subject
 from qtdog.models.network import Network
 from qtdog.training.load import load_model
 
@@ -41,8 +41,8 @@ def optimised(path, folder) -> list[str]:
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_vit", "digits_cnn"])
-def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbone, subject, photos, tmp_path):
-    packed = subject(backbone)
+def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbone, source, photos, tmp_path):
+    packed = source(backbone)
     made = export(packed, tmp_path / "m.onnx", "onnx", photos)
     assert made.parity.agreement_frac == 1
     assert made.parity.max_difference["logits"] <= 1e-4 * max(1, made.parity.largest_logit)
@@ -56,14 +56,14 @@ def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbo
 
 
 @pytest.mark.parametrize("options", [{"quantizer": "dorefa"}, {"granularity": "layer"}])
-def test_other_grids_stay_integers_too(options, subject, photos, tmp_path):
-    made = export(subject("test_resnet", **options), tmp_path / "m.onnx", "onnx", photos)
+def test_other_grids_stay_integers_too(options, source, photos, tmp_path):
+    made = export(source("test_resnet", **options), tmp_path / "m.onnx", "onnx", photos)
     assert made.parity.agreement_frac == 1
     assert any(array.dtype in (np.int8, np.uint8) and array.size > 500 for array in initialisers(made.path).values())
 
 
-def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(subject, photos, tmp_path):
-    made = export(subject("test_resnet"), tmp_path / "m.onnx", "onnx", photos)
+def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(source, photos, tmp_path):
+    made = export(source("test_resnet"), tmp_path / "m.onnx", "onnx", photos)
     session = onnxruntime.InferenceSession(str(made.path))
     told = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
     assert told["classes"] == ["bird", "cat", "dog"]
@@ -77,8 +77,8 @@ def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(subject, 
     assert json.loads((tmp_path / "m.onnx.json").read_text())["parity"] == told["parity"]
 
 
-def test_image_files_get_the_class_that_predict_gives_them(subject, photos, image_tree, tmp_path):
-    packed = subject("test_resnet")
+def test_image_files_get_the_class_that_predict_gives_them(source, photos, image_tree, tmp_path):
+    packed = source("test_resnet")
     files = sorted(image_tree.rglob("*.png"))[:9]
     expected = [row["class"] for row in predict_images(load_model(packed.path), files)]
     made = export(packed, tmp_path / "m.onnx", "onnx", photos)
@@ -93,8 +93,8 @@ def test_image_files_get_the_class_that_predict_gives_them(subject, photos, imag
 
 
 @pytest.mark.parametrize("name", ["openvino", "torch"])
-def test_the_other_float_formats_answer_alike(name, subject, photos, tmp_path):
-    made = export(subject("test_resnet"), tmp_path / f"m{SUFFIX[name]}", name, photos)
+def test_the_other_float_formats_answer_alike(name, source, photos, tmp_path):
+    made = export(source("test_resnet"), tmp_path / f"m{SUFFIX[name]}", name, photos)
     assert made.parity.agreement_frac == 1
     again = open_runtime(made.path)
     assert again.info.classes == ("bird", "cat", "dog")
@@ -102,8 +102,8 @@ def test_the_other_float_formats_answer_alike(name, subject, photos, tmp_path):
     assert again(photos.pixels[:3])["logits"].shape == (3, 3)
 
 
-def test_the_integer_graph_is_merged_whole_and_never_saturates(subject, photos, tmp_path):
-    made = export(subject("test_resnet"), tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=16)
+def test_the_integer_graph_is_merged_whole_and_never_saturates(source, photos, tmp_path):
+    made = export(source("test_resnet"), tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=16)
     assert made.info.calibration == {
         "domains": ["indoor", "night"],
         "n_images": 16,
@@ -122,22 +122,22 @@ def test_the_integer_graph_is_merged_whole_and_never_saturates(subject, photos, 
     assert made.parity.agreement_frac > 0.85
 
 
-def test_openvino_runs_the_integer_graph(subject, photos, tmp_path):
-    made = export(subject("test_resnet"), tmp_path / "m.xml", "openvino-int8", photos, n_calibration=16)
+def test_openvino_runs_the_integer_graph(source, photos, tmp_path):
+    made = export(source("test_resnet"), tmp_path / "m.xml", "openvino-int8", photos, n_calibration=16)
     assert made.parity.agreement_frac > 0.85
     executed = open_runtime(made.path).native.get_runtime_model()
     types = [op.get_rt_info()["runtimePrecision"].astype(str) for op in executed.get_ops()]
     assert types.count("u8") > 5
 
 
-def test_eight_bit_weights_are_rounded_again_with_a_word(subject, photos, tmp_path):
+def test_eight_bit_weights_are_rounded_again_with_a_word(source, photos, tmp_path):
     # LSQ's start uses few of the 256 codes, all of them safe; this one uses all
-    made = export(subject("test_resnet", bits=8, init="minmax"), tmp_path / "m.onnx", "onnx-int8", photos)
+    made = export(source("test_resnet", bits=8, init="minmax"), tmp_path / "m.onnx", "onnx-int8", photos)
     assert "rounded again to 7 bits" in made.info.notes[0]
 
 
 def test_an_ensemble_is_one_graph_that_knows_its_doubt(ensemble_file, photos, tmp_path):
-    made = export(read_subject(ensemble_file), tmp_path / "m.onnx", "onnx", photos)
+    made = export(read_packed_source(ensemble_file), tmp_path / "m.onnx", "onnx", photos)
     assert made.info.n_members == 3
     assert set(made.parity.max_difference) == set(OUTPUTS[True])
     assert max(made.parity.max_difference.values()) < 1e-3
@@ -146,47 +146,47 @@ def test_an_ensemble_is_one_graph_that_knows_its_doubt(ensemble_file, photos, tm
     assert [one.name for one in graph.output] == list(OUTPUTS[True])
 
 
-class _Broken(Subject):
-    """A subject whose module has an operator that ONNX lacks."""
+class _Broken(PackedSource):
+    """A source whose module has an operator that ONNX lacks."""
 
-    def module(self) -> Deployed:
+    def module(self) -> InferenceModule:
         class Odd(nn.Module):
             def forward(self, x):
                 return torch.special.bessel_j0(x.mean((2, 3)))
 
         network = Network(Odd(), nn.Linear(3, 3), freeze_bn=True)
-        return Deployed([network], self.infos[0].preprocessing)
+        return InferenceModule([network], self.infos[0].preprocessing)
 
 
-def test_an_operator_that_onnx_lacks_is_named_and_no_file_is_left(subject, photos, tmp_path):
-    whole = subject("test_resnet")
+def test_an_operator_that_onnx_lacks_is_named_and_no_file_is_left(source, photos, tmp_path):
+    whole = source("test_resnet")
     broken = _Broken(whole.path, whole.members, whole.infos)
     with pytest.raises(ModelError, match="bessel_j0"):
         export(broken, tmp_path / "m.onnx", "onnx", photos)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_answers_otherwise_is_refused_and_the_old_one_kept(subject, photos, tmp_path, monkeypatch):
-    other = subject("test_resnet", seed=1)
+def test_a_file_that_answers_otherwise_is_refused_and_the_old_one_kept(source, photos, tmp_path, monkeypatch):
+    other = source("test_resnet", seed=1)
     right = FORMATS["torch"]
-    wrong = dataclasses.replace(right, save=lambda subject, *rest: right.save(other, *rest))
+    wrong = dataclasses.replace(right, save=lambda source, *rest: right.save(other, *rest))
     monkeypatch.setitem(FORMATS._members, "torch", wrong)
     (tmp_path / "m.pt2").write_text("before")
     with pytest.raises(RunError, match="does not answer like the packed model on 48 images: the same class on"):
-        export(subject("test_resnet"), tmp_path / "m.pt2", "torch", photos)
+        export(source("test_resnet"), tmp_path / "m.pt2", "torch", photos)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
     assert (tmp_path / "m.pt2").read_text() == "before"
 
 
-def test_a_float_model_has_nothing_to_compute_with_in_integers(subject, photos, tmp_path):
-    whole = subject("test_resnet")
+def test_a_float_model_has_nothing_to_compute_with_in_integers(source, photos, tmp_path):
+    whole = source("test_resnet")
     state = whole.members[0]
-    bare = Subject(whole.path, (dataclasses.replace(state, quantized={}),), whole.infos)
+    bare = PackedSource(whole.path, (dataclasses.replace(state, quantized={}),), whole.infos)
     with pytest.raises(ModelError, match="is a float model"):
         export(bare, tmp_path / "m.onnx", "onnx-int8", photos)
 
 
-def test_too_few_images_are_refused(subject, photos, tmp_path):
+def test_too_few_images_are_refused(source, photos, tmp_path):
     one = LabelledImages(photos.pixels[:1], photos.labels[:1], photos.domains)
     with pytest.raises(DataError, match="at least 2"):
-        export(subject("test_resnet"), tmp_path / "m.onnx", "onnx", one)
+        export(source("test_resnet"), tmp_path / "m.onnx", "onnx", one)

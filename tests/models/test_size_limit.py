@@ -13,7 +13,7 @@ from torch import nn
 from qtdog.conversion.save import save
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.ensemble.model import load
-from qtdog.export.source import read_subject
+from qtdog.export.packed_source import read_packed_source
 from qtdog.models.backbones import create_network
 from qtdog.models.network import place_
 from qtdog.packing.ensemble_file import save_ensemble
@@ -44,7 +44,7 @@ def hostile(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("use", [load, lambda path: read_subject(path).module()])
+@pytest.mark.parametrize("use", [load, lambda path: read_packed_source(path).module()])
 def test_a_file_that_names_a_huge_network_is_refused_before_memory_is_taken(hostile, use):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError, match="does not fit: it holds"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +82,25 @@ def local_flatness(
     with Displaced(network) as moved:
         base = loss()
         increases = torch.zeros(n_directions, len(gammas), dtype=torch.float64)
+        move_ = _mover(moved, seed, antithetic=antithetic)
         for n in range(n_directions):
-            number, sign = numbered(n, antithetic=antithetic)
-            direction = moved.direction(seed, number, radius)
             for g, gamma in enumerate(gammas):
-                moved.to_((sign * gamma, direction))
+                move_(radius, n, gamma)
                 increases[n, g] = loss() - base
             if progress is not None:
                 progress(n + 1, n_directions)
     return summarise(gammas, increases, antithetic=antithetic)
+
+
+def _mover(moved: Displaced, seed: int, *, antithetic: bool) -> Callable[[Radius, int, float], None]:
+    """Return a function that moves the network by a radius along the direction that comes as the n-th."""
+    direction = lru_cache(maxsize=1)(moved.direction)  # the radii and the opposite of one follow each other
+
+    def move_(radius: Radius, n: int, gamma: float) -> None:
+        number, sign = numbered(n, antithetic=antithetic)
+        moved.to_((sign * gamma, direction(seed, number, radius)))
+
+    return move_
 
 
 def check_directions(n_directions: int, *, antithetic: bool) -> None:
@@ -252,13 +262,12 @@ def _measure(
         return
     images = all_images(subject, plan.n_images, plan.seed)
     with Displaced(subject.model.network) as moved:
-        direction = lru_cache(maxsize=1)(moved.direction)  # the radii and the opposite of one follow each other
+        move_ = _mover(moved, plan.seed, antithetic=True)
         for i, (kind, n, gamma) in missing:
-            steps = []
-            if n != BASE[1]:
-                number, sign = numbered(int(n), antithetic=True)
-                steps = [(sign * gamma, direction(plan.seed, number, kind))]
-            moved.to_(*steps)
+            if (kind, n, gamma) == BASE:
+                moved.to_()
+            else:
+                move_(cast(Radius, kind), int(n), gamma)
             _add(points, subject, (kind, n, gamma), losses_by_domain(subject.model, images, check=check))
             if progress is not None:
                 progress(i + 1, len(places))

@@ -114,11 +114,27 @@ def vector_products(
     """
     products = torch.zeros(len(numbers), len(leaves), dtype=torch.float64)
     for loss, weight in losses:
-        gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        multiply = _multiply(loss, leaves)
         for row, n in enumerate(numbers):
-            products[row] += weight * _products(gradients, leaves, seed, n)
-        del loss, gradients
+            vectors = rademacher(leaves, seed, n)
+            sums = [(v.double() * image.double()).sum() for v, image in zip(vectors, multiply(vectors), strict=True)]
+            products[row] += weight * torch.stack(sums).cpu()
+        del loss, multiply
     return products
+
+
+def _multiply(loss: Tensor, leaves: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """Return the function v → H v of one loss, both in the shapes of the leaves, by a double backward pass."""
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
+
+    def multiply(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not curved:  # a loss without curvature
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        outputs, weights = [gradients[k] for k in curved], [vectors[k] for k in curved]
+        return torch.autograd.grad(outputs, leaves, weights, retain_graph=True, materialize_grads=True)
+
+    return multiply
 
 
 def rademacher(leaves: Sequence[Tensor], seed: int, n: int) -> list[Tensor]:
@@ -133,18 +149,6 @@ def rademacher(leaves: Sequence[Tensor], seed: int, n: int) -> list[Tensor]:
     generator = torch_stream(seed, "rademacher", n)
     drawn = [torch.randint(2, leaf.shape, generator=generator, dtype=torch.int8) * 2 - 1 for leaf in leaves]
     return [part.to(leaf) for part, leaf in zip(drawn, leaves, strict=True)]
-
-
-def _products(gradients: Sequence[Tensor], leaves: Sequence[Tensor], seed: int, n: int) -> Tensor:
-    """Return v_lᵀ (H v)_l for each block l, with vector number n."""
-    vectors = rademacher(leaves, seed, n)
-    if not any(gradient.requires_grad for gradient in gradients):  # a loss without curvature
-        return torch.zeros(len(leaves), dtype=torch.float64)
-    curved = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]
-    outputs, weights = zip(*curved, strict=True)
-    images = torch.autograd.grad(outputs, leaves, weights, retain_graph=True, materialize_grads=True)
-    sums = [(v.double() * image.double()).sum() for v, image in zip(vectors, images, strict=True)]
-    return torch.stack(sums).cpu()
 
 
 def mean_losses(
@@ -279,11 +283,7 @@ class HessianProduct:
         shaped = [part.reshape(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
         total = torch.zeros_like(vector)
         for loss, weight in self._losses():
-            gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, materialize_grads=True)
-            slope = sum((g * v).sum() for g, v in zip(gradients, shaped, strict=True) if g.requires_grad)
-            if isinstance(slope, Tensor):  # else a loss without curvature
-                images = torch.autograd.grad(slope, self._parameters, materialize_grads=True)
-                total += weight * torch.cat([image.flatten() for image in images])
+            total += weight * torch.cat([image.flatten() for image in _multiply(loss, self._parameters)(shaped)])
         return total
 
 
@@ -568,7 +568,7 @@ def _measure(
     for n in range(plan.n_probes):
         if (*key, "probe", n) not in points:
             probe = lanczos(curvature.product, plan.n_steps, plan.seed, n)
-            points.add_((*key, "probe", n), (_joined(probe.values), _joined(probe.weights)))
+            points.add_((*key, "probe", n), (_text(probe.values), _text(probe.weights)))
         told(plan.max_vectors + 2 + n)
 
 
@@ -595,9 +595,9 @@ def _add_eigenvalues(points: Points, key: tuple[str, str], curvature: Curvature,
     squares = overlaps(vectors, curvature.parameters, missing, seed=plan.seed).tolist()
     rows: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
     if (*key, "eigenvalues", k) not in points:
-        found = (_joined([pair.value for pair in top]), _joined([pair.residual for pair in top]))
+        found = (_text([pair.value for pair in top]), _text([pair.residual for pair in top]))
         rows.append(((*key, "eigenvalues", k), found))
-    rows += [((*key, f"overlaps {k}", n), (_joined(row), None)) for n, row in zip(missing, squares, strict=True)]
+    rows += [((*key, f"overlaps {k}", n), (_text(row), None)) for n, row in zip(missing, squares, strict=True)]
     points.add_all_(rows)
 
 
@@ -611,7 +611,7 @@ def _add_vectors(points: Points, key: tuple[str, str], curvature: Curvature, wan
     rows = []
     for row, n in enumerate(wanted):
         parts = [domain[row].tolist() for domain in shares]
-        rows.append(((*key, "vector", n), (sum(map(sum, parts)), "; ".join(map(_joined, parts)))))
+        rows.append(((*key, "vector", n), (sum(map(sum, parts)), "; ".join(map(_text, parts)))))
     points.add_all_(rows)
 
 
@@ -677,7 +677,7 @@ def _ritz(row: Row) -> Ritz:
     return Ritz(tuple(_split(row["values"])), tuple(_split(row["details"])))
 
 
-def _joined(values: Sequence[float]) -> str:
+def _text(values: Sequence[float]) -> str:
     return " ".join(map(repr, values))
 
 

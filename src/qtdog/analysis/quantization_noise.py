@@ -15,13 +15,15 @@ from torch import Tensor
 
 from qtdog.analysis.figures import legend, panels, plain, save, style
 from qtdog.analysis.results import Outcome, Points, write_outcome
-from qtdog.analysis.subject import about_run, latent_weights, model_id, read_run
+from qtdog.analysis.subject import about_run, model_id, read_run
 from qtdog.core.config import Config
 from qtdog.core.errors import ModelError, RunError
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
+from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
+from qtdog.training.fork import latent_weights
 
 N_BINS = 100
 UNIFORM_LEVELS = ("uniform", "symmetric", "half")
@@ -196,7 +198,7 @@ def _measure(
     quantized = load_packed(run.model_file).quantized
     if not quantized:
         raise RunError(f"{run.path} ships float weights: there is no rounding to look at")
-    latent = latent_weights(run, config)
+    latent = latent_weights(_last_checkpoint(run), config)
     pooled: list[npt.NDArray[np.float64]] = []
     outside = np.zeros(3)  # weights, clipped, moved
     for done, (name, value) in enumerate(quantized.items()):
@@ -209,6 +211,14 @@ def _measure(
         if progress is not None:
             progress(done + 1, len(quantized))
     _add(points, (identity, ALL), np.concatenate(pooled), outside[1] / outside[0], outside[2] / outside[0])
+
+
+def _last_checkpoint(run: RunFolder) -> Checkpoint:
+    kept = checkpoint_folders(run.checkpoints)
+    if not kept:
+        text = f"{run.path} has no checkpoint, and only there are the weights before rounding"
+        raise RunError(f"{text}. Copy the run with its checkpoint/ folder, or train it again.")
+    return read_checkpoint(kept[-1])
 
 
 def _add(points: Points, key: tuple[str, str], noise: npt.NDArray[np.float64], clipped: float, moved: float) -> None:

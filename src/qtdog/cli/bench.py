@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from qtdog.export.benchmark import Bench, Measured
     from qtdog.export.benchmark_statistics import Spread
-    from qtdog.export.benchmark_worker import Opened
+    from qtdog.export.benchmark_worker import ModelFacts
     from qtdog.export.images import LabelledImages
     from qtdog.training.load import ModelInfo
 
@@ -54,15 +54,15 @@ def bench(
     """
     from qtdog.cli.console import CountingBar, print_json
     from qtdog.core.errors import ConfigError
-    from qtdog.export.benchmark import Plan
+    from qtdog.export.benchmark import BenchmarkPlan
     from qtdog.export.benchmark import bench as measure
 
     if domain is not None and data is None:
         raise ConfigError("--domain says where to measure accuracy: give --data too")
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file; give a folder")
-    plan = Plan(threads, batch, image_size, rounds, tuple(runtime or ()))
-    source = None if data is None else _images(data, domain, images)
+    plan = BenchmarkPlan(threads, batch, image_size, rounds, tuple(runtime or ()))
+    source = None if data is None else _images(files, data, domain, images)
     found = measure(files, plan, images=source, progress=CountingBar("measuring"))
     if out is not None:
         _keep(found, out)
@@ -74,17 +74,20 @@ def bench(
         raise typer.Exit(INTERRUPTED)
 
 
-def _images(data: str, domain: str | None, n_images: int) -> Callable[[Opened], LabelledImages]:
+def _images(files: list[Path], data: str, domain: str | None, n_images: int) -> Callable[[ModelFacts], LabelledImages]:
     """Return a function that gives an opened model images of one domain, the same ones to every model of one kind."""
     from qtdog.cli.console import CountingBar
+    from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
-    from qtdog.data.open import open_dataset
+    from qtdog.export.benchmark import model_file
     from qtdog.export.images import Draw, draw_images
+    from qtdog.training.load import open_training_data
 
-    dataset = open_dataset(data, min_domains=1)
+    dataset = open_training_data([model_file(file) for file in files], data, progress=CountingBar("reading images"))
+    warn_skipped(dataset)
     made: dict[tuple[object, ...], LabelledImages] = {}
 
-    def draw(opened: Opened) -> LabelledImages:
+    def draw(opened: ModelFacts) -> LabelledImages:
         where = domain or opened.info.target_domain
         if where is None:
             raise ConfigError("a model was trained on every domain, so say on which to measure accuracy: --domain")

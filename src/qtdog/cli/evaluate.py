@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+SKIP = "Leave out images that cannot be read, and say how many. Default: as the run did that the model comes from."
 CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
 
 
@@ -18,9 +19,7 @@ def evaluate(
     unknown: Annotated[
         Path | None, typer.Option(help="Folder of images of unknown kinds: does the uncertainty separate them?")
     ] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and say how many.")
-    ] = False,
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP)] = False,
     cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -41,18 +40,20 @@ def evaluate(
     """
     from qtdog.cli.console import CountingBar, out, print_json, print_table
     from qtdog.cli.ensemble import ensemble_cost, show_cost
-    from qtdog.data.open import open_any, without_unreadable
+    from qtdog.cli.train import warn_skipped
+    from qtdog.data.open import open_readable
     from qtdog.ensemble.evaluation import score_domains, unknown_auroc_of
     from qtdog.ensemble.model import load
     from qtdog.ensemble.prediction import as_cascade, find_images
     from qtdog.ensemble.uncertainty import Uncertainty
     from qtdog.report.tables import percent
+    from qtdog.training.load import training_configs
 
     loaded = load(model)
     threshold = as_cascade(loaded).threshold if cascade else None
-    dataset = open_any(data, min_domains=1)
-    if skip_unreadable:
-        dataset = without_unreadable(dataset, CountingBar("reading images"))
+    skip = skip_unreadable or any(config.data.skip_unreadable for config in training_configs(model))
+    dataset = open_readable(data, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
+    warn_skipped(dataset)
     known: list[Uncertainty] = []
     scores = score_domains(loaded, dataset, known, threshold, progress=CountingBar("decoding images"))
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)

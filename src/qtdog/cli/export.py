@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.data.dataset import DomainDataset
     from qtdog.export.export import Exported
-    from qtdog.export.source import Subject
 
 MODEL = "A .safetensors file of 'qtdog train' or 'ensemble', or the folder that it is in."
 FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
@@ -49,47 +47,31 @@ def export(
       qtdog export runs/five/c-eoq -o five.onnx --format onnx-int8 --data photos/ --cascade
     """
     from qtdog.cli.console import CountingBar, print_json, tidy_end
+    from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
     from qtdog.export.export import export as write
     from qtdog.export.formats import FORMATS, format_for
     from qtdog.export.images import Draw, draw_images
-    from qtdog.export.source import read_subject
+    from qtdog.export.packed_source import read_packed_source
+    from qtdog.training.load import open_training_data
 
     name = format_for(name, out)
     if out.is_dir() or not _is_place(out.parent):
         raise ConfigError(f"--out {out}: cannot be written; give the path of a file")
     if cascade and not FORMATS[name].graph:
         raise ConfigError(f"--cascade: a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
-    subject = read_subject(model / "model.safetensors" if model.is_dir() else model, cascade=cascade)
+    source = read_packed_source(model / "model.safetensors" if model.is_dir() else model, cascade=cascade)
     n_images = check + (calibrate if FORMATS[name].integer else 0)
     draw = Draw(n_images, seed, tuple(domain or ()), force_target)
-    images = draw_images(find_data(subject, data), subject.infos[0], draw, CountingBar("reading images"))
+    dataset = open_training_data([source.path], data, progress=CountingBar("reading images"))
+    warn_skipped(dataset)
+    images = draw_images(dataset, source.infos[0], draw, CountingBar("reading images"))
     with tidy_end():
-        made = write(subject, out, name, images, n_calibration=calibrate, watch=CountingBar)
+        made = write(source, out, name, images, n_calibration=calibrate, watch=CountingBar)
     if as_json:
         print_json(made.to_json())
     else:
         _show(made)
-
-
-def find_data(subject: Subject, data: str | None) -> DomainDataset:
-    """Return the data set that is given, else the one that the run beside the model file was trained on.
-
-    Raises:
-        ConfigError: none is given, and no run lies beside the file.
-        DataError: the data set cannot be used.
-    """
-    from qtdog.core.errors import ConfigError
-    from qtdog.data.open import open_dataset
-    from qtdog.runs.folder import RunFolder
-
-    if data is None:
-        config = RunFolder(subject.path.parent).read_config()
-        if config is None:
-            domains = ", ".join(subject.infos[0].source_domains)
-            raise ConfigError(f"give images to compare on, of the domains {domains}: --data")
-        data = config.data.source
-    return open_dataset(data, min_domains=1)
 
 
 def _is_place(folder: Path) -> bool:

@@ -36,11 +36,15 @@ def confidence(logits: Tensor, temperature: float) -> Tensor:
         >>> [confidence(torch.tensor(logits), 1.0)[:, 0] for logits in (agree, differ)]
         [tensor([0.8808, 0.8808]), tensor([0.8808, 0.0000])]
     """
-    counts = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype).reshape(-1, 1, 1)
-    probabilities = (logits.cumsum(0) / counts / temperature).softmax(-1)
-    choices = logits.argmax(-1)
-    agree = (choices == choices[:1]).cummin(0).values
-    return probabilities.amax(-1) * agree
+    return torch.stack([_confidence(logits[: j + 1], temperature) for j in range(len(logits))])
+
+
+def _confidence(logits: Tensor, temperature: float) -> Tensor:
+    """Return the confidence (n,) of all members together, in operators that exporters know."""
+    # of a cumulative sum the last row is the same, bit for bit, whether more rows follow or not
+    mean = logits.cumsum(0)[-1] / logits.shape[0]
+    choices = logits.argmax(2)
+    return (mean / temperature).softmax(1).amax(1) * (choices == choices[:1]).all(0)
 
 
 def is_settled(logits: Tensor, temperature: float, threshold: float) -> Tensor:
@@ -61,7 +65,7 @@ def is_settled(logits: Tensor, temperature: float, threshold: float) -> Tensor:
         >>> is_settled(torch.tensor([[[9.0, 0.0], [0.1, 0.0]]]), 1.0, 0.9)
         tensor([ True, False])
     """
-    return confidence(logits, temperature)[-1] >= threshold
+    return _confidence(logits, temperature) >= threshold
 
 
 def members_needed(logits: Tensor, threshold: float, temperature: float) -> Tensor:

@@ -20,12 +20,12 @@ from qtdog.ensemble.members import Member, check_one_start
 from qtdog.models.network import Network, place_
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
-from qtdog.training.averagers import AVERAGERS, snapshot
+from qtdog.training.averagers import snapshot
 from qtdog.training.build import build_components, make_accelerator, make_quantizer
-from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
+from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.components import RunState
 from qtdog.training.finalize import final_network_
-from qtdog.training.fork import load_plain_
+from qtdog.training.fork import latent_weights, load_plain_
 from qtdog.training.load import empty_network
 from qtdog.training.loop import Doors, Track, train
 
@@ -57,25 +57,11 @@ def read_latent(member: Member, warn: Callable[[str], None]) -> Latent:
     if checkpoint is None:
         raise RunError(f"{member.path} has no checkpoint left, and only that holds the weights before quantization")
     network = empty_network(member.info)
-    quantizer = make_quantizer(member.config.quantizer, network)
     try:
-        network.load_state_dict(_shipped(member, checkpoint))
-        if quantizer is not None:
-            quantizer.set_enabled(False)
+        network.load_state_dict(latent_weights(checkpoint, member.config))
     except (RuntimeError, KeyError) as error:
         raise RunError(f"the checkpoint in {member.path} does not fit its configuration: {error}") from error
-    buffers = frozenset(name for name, _ in network.named_buffers() if ".parametrizations." not in name)
-    return Latent(bake(network).rest, buffers)
-
-
-def _shipped(member: Member, checkpoint: Checkpoint) -> State:
-    config = member.config
-    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
-    averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
-    averaged = averager.final()
-    if averaged is None:
-        return checkpoint.tensors["selected"]
-    return checkpoint.tensors["network"] | averaged  # what is not averaged is that of the last update
+    return Latent(bake(network).rest, frozenset(name for name, _ in network.named_buffers()))
 
 
 def average(states: Sequence[Mapping[str, Tensor]], buffers: AbstractSet[str] = frozenset()) -> State:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from qtdog.core.errors import ConfigError, FormatError, RunError
+from qtdog.core.errors import ConfigError, FormatError
 from qtdog.core.machine import n_cores
 from qtdog.export.benchmark_machine import cpu_features
 from qtdog.export.benchmark_statistics import Timing, Turn, pareto, summarise
-from qtdog.export.benchmark_worker import Job, Opened, serve
+from qtdog.export.benchmark_worker import WORKER, Job, ModelFacts, Worker
 from qtdog.export.images import LabelledImages
 from qtdog.export.runtimes import RUNTIMES, runtimes_for
 from qtdog.training.finalize import environment
-
-GIVE_UP_S = 3  # what an ending process is waited for
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """How to measure.
 
     Attributes:
@@ -109,10 +106,11 @@ class Plan:
 
 def bench(
     files: Sequence[Path],
-    plan: Plan,
+    plan: BenchmarkPlan,
     *,
-    images: Callable[[Opened], LabelledImages] | None = None,
+    images: Callable[[ModelFacts], LabelledImages] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    command: Sequence[str] = WORKER,
 ) -> Bench:
     """Measure model files in turns and return what each costs.
 
@@ -124,13 +122,14 @@ def bench(
         plan: how.
         images: gives labelled images for an opened model: its accuracy on them is measured too, and its latency, which
             for a cascade depends on them. Without, latency is that of random pixels.
-        progress: told (done, total) rounds.
+        progress: called with (done, total) rounds.
+        command: starts the process of one model.
 
     Raises:
         ConfigError: a runtime is unknown or can open none of the files, or a model cannot take such images.
         FormatError: a file is missing, damaged, or not made by qtdog.
         ModelError: a runtime is not installed.
-        RunError: the process of a model died.
+        RunError: the process of a model died; the text names the signal or exit code and ends with its last lines.
     """
     threads = plan.threads or n_cores()
     jobs = [
@@ -139,7 +138,7 @@ def bench(
         for name in choose_runtimes(path, plan.runtimes)
     ]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(job)) for job in jobs]
+        workers = [stack.enter_context(Worker(job, command)) for job in jobs]
         answers = [(None, None) if images is None else _answers(worker, images(worker.opened)) for worker in workers]
         rounds, interrupted = _rounds(workers, plan.n_rounds, progress)
     rows = tuple(
@@ -185,56 +184,8 @@ def file_bytes(path: Path) -> int:
     return sum(part.stat().st_size for part in [path, *beside] if part.is_file())
 
 
-class _Worker:
-    """The process of one model, seen from outside."""
-
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.job = job
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=serve, args=(there, job), daemon=True)
-        self.process.start()
-        there.close()
-        try:
-            self.opened: Opened = self._answer()
-        except BaseException:
-            self.end()
-            raise
-
-    def ask(self, request: Any) -> Any:
-        self.pipe.send(request)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self.pipe.recv()
-        except EOFError:
-            self.process.join(GIVE_UP_S)
-            code = self.process.exitcode
-            text = f"the process that ran {self.job.path} in {self.job.runtime} ended with exit code {code}"
-            raise RunError(f"{text}: out of memory, or a fault of the runtime") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def end(self) -> None:
-        self.pipe.close()
-        self.process.join(GIVE_UP_S)
-        self.process.kill()  # nothing to those that have ended
-        self.process.join()
-
-
-@contextlib.contextmanager
-def _worker(job: Job) -> Iterator[_Worker]:
-    worker = _Worker(job)
-    try:
-        yield worker
-    finally:
-        worker.end()
-
-
 def _rounds(
-    workers: Sequence[_Worker], n_rounds: int, progress: Callable[[int, int], None]
+    workers: Sequence[Worker], n_rounds: int, progress: Callable[[int, int], None]
 ) -> tuple[list[list[Turn]], bool]:
     """Return for each worker its turn of each round, and whether an interrupt ended it early."""
     done: list[list[Turn]] = [[] for _ in workers]
@@ -257,12 +208,12 @@ Answer = tuple[float | None, float | None]
 """Accuracy, and members asked on average."""
 
 
-def _answers(worker: _Worker, images: LabelledImages) -> Answer:
+def _answers(worker: Worker, images: LabelledImages) -> Answer:
     logits, members = worker.ask(images.pixels)
     return float((logits.argmax(1) == images.labels).mean()), members
 
 
-def _measured(worker: _Worker, timing: Timing, answer: Answer) -> Measured:
+def _measured(worker: Worker, timing: Timing, answer: Answer) -> Measured:
     opened = worker.opened
     return Measured(
         path=str(worker.job.path),

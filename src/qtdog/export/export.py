@@ -16,15 +16,15 @@ from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
 from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
-from qtdog.export.inference_module import Deployed
+from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import ExportInfo
-from qtdog.export.int8 import make_plan, measure_ranges, quantize_
+from qtdog.export.int8 import calibrate_activations, plan_int8, quantize_
 from qtdog.export.integer_weight import IntegerWeight
 from qtdog.export.onnx_ensemble import join
 from qtdog.export.onnx_graph import find_codes, member_graphs, store_integers_
+from qtdog.export.packed_source import PackedSource
 from qtdog.export.parity import Parity, compare
-from qtdog.export.runtimes import open_points, open_runtime, open_subject
-from qtdog.export.source import Subject
+from qtdog.export.runtimes import open_packed_source, open_points, open_runtime
 
 Told = Callable[[int, int], None] | None
 Watch = Callable[[str], Told]
@@ -56,7 +56,7 @@ class Exported:
 
 
 def export(
-    subject: Subject,
+    source: PackedSource,
     out: Path,
     name: str,
     images: LabelledImages,
@@ -69,7 +69,7 @@ def export(
     A description of the file (`OUT.json`) goes beside it.
 
     Args:
-        subject: the packed model.
+        source: the packed model.
         out: the file to write; an existing one is replaced when the new one has passed.
         name: of the format, in `FORMATS`.
         images: source images: the first `n_calibration` (at most half) set the ranges of integer activations, the
@@ -83,68 +83,72 @@ def export(
         RunError: the file does not answer like the packed model (nothing is left), or cannot be written.
     """
     kind = FORMATS[name]
-    _check(subject, kind, images)
+    _check(source, kind, images)
     n_first = min(n_calibration, len(images.pixels) // 2)
     calibration, check = images.split(n_first) if kind.integer else (None, images)
-    info = subject.info(name)
+    info = source.info(name)
     with clear_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         try:
-            graph, info = _graph(subject, info, calibration, watch) if kind.graph else (None, info)
+            graph, info = _graph(source, info, calibration, watch) if kind.graph else (None, info)
             draft = folder / out.name
-            kind.save(subject, graph, draft, info)
-            parity = _measure(subject, draft, check, watch)
+            kind.save(source, graph, draft, info)
+            parity = _measure(source, draft, check, watch)
             _refuse(out, parity, kind)
             info = info.model_copy(update={"parity": asdict(parity)})
-            kind.save(subject, graph, draft, info)
+            kind.save(source, graph, draft, info)
             n_bytes = sum(file.stat().st_size for file in folder.iterdir())
             _move(folder, draft, out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    made = Exported(out, info, parity, n_bytes, subject.path.stat().st_size)
+    made = Exported(out, info, parity, n_bytes, source.path.stat().st_size)
     write_atomic(out.with_name(f"{out.name}.json"), json.dumps(made.to_json(), indent=1))
     return made
 
 
-def _check(subject: Subject, kind: Format, images: LabelledImages) -> None:
+def _check(source: PackedSource, kind: Format, images: LabelledImages) -> None:
     if len(images.pixels) < 2:
         raise DataError(f"an export is checked on images, at least 2; there are {len(images.pixels)}")
-    if kind.integer and not subject.codes():
-        text = f"{subject.path} is a float model: it has no integer codes to compute with"
+    if kind.integer and not source.codes():
+        text = f"{source.path} is a float model: it has no integer codes to compute with"
         raise ModelError(f"{text}. Train with --quantizer, or export it to a float format")
 
 
 def _graph(
-    subject: Subject, info: ExportInfo, calibration: LabelledImages | None, watch: Watch
+    source: PackedSource, info: ExportInfo, calibration: LabelledImages | None, watch: Watch
 ) -> tuple[Any, ExportInfo]:
-    module = subject.module()
-    graphs = list(member_graphs(subject, module, watch("translating")))
-    codes = [find_codes(graph, member.quantized) for graph, member in zip(graphs, subject.members, strict=True)]
+    module = source.module()
+    graphs = list(member_graphs(source, module, watch("translating")))
+    codes = [find_codes(graph, member.quantized) for graph, member in zip(graphs, source.members, strict=True)]
     if calibration is not None:
         rounded = _quantize_(graphs, codes, module, calibration, watch("calibrating"))
         info = info.model_copy(update={"calibration": _told(calibration), "notes": _notes(rounded)})
     for graph, found in zip(graphs, codes, strict=True):
         left = {name: weight for name, weight in found.items() if name in graph.graph.initializers}
         store_integers_(graph, left)
-    return join(subject, module, graphs), info
+    return join(source, module, graphs), info
 
 
 def _quantize_(
-    graphs: list[Any], codes: list[dict[str, IntegerWeight]], module: Deployed, images: LabelledImages, progress: Told
+    graphs: list[Any],
+    codes: list[dict[str, IntegerWeight]],
+    module: InferenceModule,
+    images: LabelledImages,
+    progress: Told,
 ) -> list[str]:
     """Make each member compute in integers, in place, and return the weights that had to be rounded again."""
     rounded: list[str] = []
     for index, (graph, found) in enumerate(zip(graphs, codes, strict=True)):
-        plan = make_plan(graph, found)
+        plan = plan_int8(graph, found)
         names = list(plan.points)
         read = _reader(module, open_points(graph, names))
-        ranges = measure_ranges(names, read, images.pixels, progress=_part(progress, index, len(graphs)))
+        ranges = calibrate_activations(names, read, images.pixels, progress=_part(progress, index, len(graphs)))
         rounded += [f"members.{index}.{name}" for name in quantize_(graph, plan, found, ranges)]
     return rounded
 
 
-def _reader(module: Deployed, read: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+def _reader(module: InferenceModule, read: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
     @torch.inference_mode()
     def prepared(images: Any) -> list[Any]:
         return read(module.prepare(torch.from_numpy(images)).numpy())
@@ -171,9 +175,9 @@ def _notes(rounded: list[str]) -> tuple[str, ...]:
     return (f"{text}: {', '.join(rounded[:3])}{', …' if len(rounded) > 3 else ''}",)
 
 
-def _measure(subject: Subject, draft: Path, images: LabelledImages, watch: Watch) -> Parity:
+def _measure(source: PackedSource, draft: Path, images: LabelledImages, watch: Watch) -> Parity:
     threads = torch.get_num_threads()
-    packed = open_subject(subject, threads)
+    packed = open_packed_source(source, threads)
     return compare(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
 
 

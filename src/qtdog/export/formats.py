@@ -12,11 +12,11 @@ from qtdog.core.registry import Registry
 from qtdog.export.info import ExportInfo
 from qtdog.export.onnx_graph import save_onnx
 from qtdog.export.openvino import save_openvino
+from qtdog.export.packed_source import PackedSource
 from qtdog.export.parity import FLOAT, INTEGER, Limits
-from qtdog.export.source import Subject
 from qtdog.export.torch_export import save_executorch, save_program
 
-Save = Callable[[Subject, Any, Path, ExportInfo], None]
+Save = Callable[[PackedSource, Any, Path, ExportInfo], None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Format:
         title: for people.
         about: one line for people.
         suffix: of the file.
-        save: writes a subject (or its ONNX graph) with its description to a path.
+        save: writes a source (or its ONNX graph) with its description to a path.
         graph: whether it is made from the ONNX graph; else from the module.
         integer: whether activations are integers too, so that it needs calibration.
     """

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from qtdog.ensemble.cascade import is_settled, run_cascade
 from qtdog.models.network import Network
 from qtdog.training.load import Preprocessing
 
 
-class Answer(nn.Module):
+class AnswerHead(nn.Module):
     """The outputs of a model: of one network logits and probabilities, of several also their doubt.
 
     Logits z = mean_m z_m; probabilities p = softmax(z / T). Several members also say the entropy of p in nats, the
@@ -28,8 +29,8 @@ class Answer(nn.Module):
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
-        >>> together = Answer()(logits)
-        >>> alone = Answer()(logits, torch.tensor([1]))
+        >>> together = AnswerHead()(logits)
+        >>> alone = AnswerHead()(logits, torch.tensor([1]))
         >>> [output.tolist() for output in (together[0], alone[0], together[4], alone[4])]
         [[[1.0, 1.0]], [[2.0, 0.0]], [0.5], [1.0]]
     """
@@ -70,23 +71,28 @@ class _Mean:
         return (values if self.mask is None else values * self.mask).sum(1) / self.counts
 
 
-def settled(each: Tensor, temperature: float, threshold: float) -> Tensor:
-    """Return which images need no further member, (n,): all so far have one first choice, and are sure of it.
-
-    The rule of `ensemble.cascade`: the probability of the choice, softmax(mean logits / T), reaches the threshold.
+class Settled(nn.Module):
+    """Whether images need no further member of a cascade: `ensemble.cascade.is_settled` as a module.
 
     Args:
-        each: logits of the members asked so far, (n, members, n_classes).
         temperature: T.
         threshold: a probability.
 
+    Shapes:
+        logits of the members asked so far (n, members, n_classes) → bool (n,)
+
     Example:
-        >>> settled(torch.tensor([[[9.0, 0.0]], [[0.1, 0.0]]]), 1.0, 0.9)
+        >>> Settled(1.0, 0.9)(torch.tensor([[[9.0, 0.0]], [[0.1, 0.0]]]))
         tensor([ True, False])
     """
-    choices = each.argmax(2)
-    sure = (each.mean(1) / temperature).softmax(1).amax(1) >= threshold
-    return sure & (choices == choices[:, :1]).all(1)
+
+    def __init__(self, temperature: float, threshold: float) -> None:
+        super().__init__()
+        self.temperature, self.threshold = temperature, threshold
+
+    def forward(self, each: Tensor) -> Tensor:
+        """Return which images are settled."""
+        return is_settled(each.transpose(0, 1), self.temperature, self.threshold)
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -125,11 +131,11 @@ class Prepare(nn.Module):
         return inputs.permute(0, 3, 1, 2)
 
 
-class Deployed(nn.Module):
-    """Members with preprocessing before and `Answer` behind them.
+class InferenceModule(nn.Module):
+    """Members with preprocessing before and `AnswerHead` behind them.
 
     With a threshold it is a cascade: members are asked one after another, each only about the images that the ones
-    before have not settled (`answer.settled`), and the number of members that were asked is one more output.
+    before have not settled (`ensemble.cascade`), and the number of members that were asked is one more output.
 
     Args:
         networks: the members, dequantized.
@@ -143,7 +149,7 @@ class Deployed(nn.Module):
     Example:
         >>> head = nn.Linear(12, 3)
         >>> how = Preprocessing(image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-        >>> model = Deployed([Network(nn.Flatten(), head, freeze_bn=True)], how)
+        >>> model = InferenceModule([Network(nn.Flatten(), head, freeze_bn=True)], how)
         >>> [tuple(output.shape) for output in model(torch.zeros(4, 2, 2, 3, dtype=torch.uint8))]
         [(4, 3), (4, 3)]
     """
@@ -158,7 +164,7 @@ class Deployed(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(networks)
         self.prepare = Prepare(how)
-        self.answer = Answer(temperature)
+        self.answer = AnswerHead(temperature)
         self.threshold = threshold
         self.eval()
 
@@ -172,17 +178,19 @@ class Deployed(nn.Module):
 
     def _ask(self, inputs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         """Return logits (n, members, n_classes), zero where a member was not asked, and how many were, (n,)."""
-        n, n_members = len(inputs), len(self.members)
-        logits = torch.zeros(n, 0, 0, device=inputs.device)
-        asked = torch.zeros(n, dtype=torch.int64, device=inputs.device)
-        left = torch.arange(n, device=inputs.device)
-        for index, member in enumerate(self.members):
-            one = member(inputs[left])
-            if not index:
-                logits = one.new_zeros(n, n_members, one.shape[1])
-            logits[left, index] = one
-            asked[left] = index + 1
-            left = left[~settled(logits[left, : index + 1], self.answer.temperature, threshold)]
-            if not len(left):
-                break
+        n_members, temperature = len(self.members), self.answer.temperature
+        groups = run_cascade(
+            lambda index, part: self.members[index](part),
+            n_members,
+            inputs,
+            threshold=threshold,
+            temperature=temperature,
+        )
+        n_classes = groups[0].logits.shape[2] if groups else 0
+        logits = torch.zeros(len(inputs), n_members, n_classes, device=inputs.device)
+        asked = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+        for group in groups:
+            n_asked = len(group.logits)
+            logits[group.indices, :n_asked] = group.logits.transpose(0, 1)
+            asked[group.indices] = n_asked
         return logits, asked

@@ -21,7 +21,7 @@ LINEAR = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass
-class Plan:
+class Int8Plan:
     """What is computed in integers.
 
     Attributes:
@@ -39,7 +39,7 @@ class Plan:
         self.points.setdefault(value.name, value)
 
 
-def make_plan(model: Any, weights: Collection[str]) -> Plan:
+def plan_int8(model: Any, weights: Collection[str]) -> Int8Plan:
     """Return which nodes and activations of a float graph become integers.
 
     Rounded are the input of every product with an integer weight, and behind every convolution what its activation
@@ -49,9 +49,9 @@ def make_plan(model: Any, weights: Collection[str]) -> Plan:
 
     Args:
         model: the float graph (`onnx_ir.Model`).
-        weights: names of the initialisers with integer codes.
+        weights: names of the initializers with integer codes.
     """
-    plan, ends = Plan(), set[str]()
+    plan, ends = Int8Plan(), set[str]()
     for node in model.graph:
         if node.op_type in LINEAR and node.inputs[1].name in weights:
             plan.nodes.append(node)
@@ -76,7 +76,7 @@ def activation_function(value: Any) -> Any | None:
     return users[0].node if alone and users[0].node.op_type in CLIPS else None
 
 
-def _end(node: Any, plan: Plan) -> Any:
+def _end(node: Any, plan: Int8Plan) -> Any:
     """Round what a node's activation function leaves, and return it."""
     clip = activation_function(node.outputs[0])
     value = node.outputs[0] if clip is None else clip.outputs[0]
@@ -85,8 +85,8 @@ def _end(node: Any, plan: Plan) -> Any:
 
 
 def _joins(node: Any, ends: Collection[str]) -> bool:
-    constant = any(value.const_value is not None for value in node.inputs)
-    return not constant and any(value.name in ends for value in node.inputs)
+    with_constant = any(value.const_value is not None for value in node.inputs)
+    return not with_constant and any(value.name in ends for value in node.inputs)
 
 
 Reader = Callable[[npt.NDArray[np.uint8]], Sequence[npt.NDArray[Any]]]
@@ -99,7 +99,7 @@ MEMORY_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Range:
+class ActivationRange:
     """What one activation may be: low ≤ 0 ≤ high, so that 0 has a code of its own (padding is exact)."""
 
     low: float
@@ -116,9 +116,9 @@ class Range:
         return round(-self.low / self.scale)
 
 
-def measure_ranges(
+def calibrate_activations(
     names: Sequence[str], read: Reader, images: npt.NDArray[np.uint8], *, progress: Progress = None
-) -> dict[str, Range]:
+) -> dict[str, ActivationRange]:
     """Return the range of each point that rounds its values with the least squared error.
 
     Two passes: extremes first, then a histogram of 2,048 bins between them; of the ranges that are 1 % … 100 % of the
@@ -145,26 +145,26 @@ def measure_ranges(
         if progress is not None:
             progress(turn + 1, 2 * len(parts))
     bounds = zip(names, lows.tolist(), highs.tolist(), histograms, strict=True)
-    return {name: best_range(histogram, low, high) for name, low, high, histogram in bounds}
+    return {name: best_activation_range(histogram, low, high) for name, low, high, histogram in bounds}
 
 
-def best_range(histogram: Tensor, low: float, high: float) -> Range:
+def best_activation_range(histogram: Tensor, low: float, high: float) -> ActivationRange:
     """Return the part of [low, high] that rounds a histogram with the least squared error.
 
     Example:
         >>> counts = torch.zeros(N_BINS)
         >>> counts[:1024], counts[-1] = 1000.0, 1.0  # one value far from all others
-        >>> best_range(counts, 0.0, 1.0).high < 0.6
+        >>> best_activation_range(counts, 0.0, 1.0).high < 0.6
         True
     """
     if not low < high:
-        return Range(low, max(high, 0.0))
+        return ActivationRange(low, max(high, 0.0))
     centres = torch.linspace(low, high, N_BINS + 1, dtype=torch.float64)
     centres = (centres[1:] + centres[:-1]) / 2
     weights = histogram.double()
     found = [(_error(centres, weights, low * k / N_TRIES, high * k / N_TRIES), k) for k in range(1, N_TRIES + 1)]
     part = min(found)[1] / N_TRIES
-    return Range(low * part, high * part)
+    return ActivationRange(low * part, high * part)
 
 
 def _error(centres: Tensor, weights: Tensor, low: float, high: float) -> float:
@@ -181,7 +181,9 @@ def _batch(bytes_per_image: int) -> int:
 MAX_BIAS = 2**30  # leaves room in the 32-bit sum for the products
 
 
-def quantize_(model: Any, plan: Plan, weights: Mapping[str, IntegerWeight], ranges: Mapping[str, Range]) -> list[str]:
+def quantize_(
+    model: Any, plan: Int8Plan, weights: Mapping[str, IntegerWeight], ranges: Mapping[str, ActivationRange]
+) -> list[str]:
     """Turn a float graph into an integer one, in place, and return the weights that had to be rounded again.
 
     Every rounded activation a becomes clip(round(a / s) + z, 0, 255) (uint8); weights are int8 with one scale per
@@ -191,7 +193,7 @@ def quantize_(model: Any, plan: Plan, weights: Mapping[str, IntegerWeight], rang
     Args:
         model: the float graph.
         plan: what becomes integer.
-        weights: the integers by initialiser.
+        weights: the integers by initializer.
         ranges: by activation.
     """
     ranges = {name: ranges[plan.shared.get(name, name)] for name in plan.points}
@@ -212,7 +214,7 @@ def quantize_(model: Any, plan: Plan, weights: Mapping[str, IntegerWeight], rang
     return sorted(rounded)
 
 
-def _weigh_(model: Any, node: Any, ready: Mapping[str, tuple[Any, Any]], axis: int, inputs: Range) -> None:
+def _weigh_(model: Any, node: Any, ready: Mapping[str, tuple[Any, Any]], axis: int, inputs: ActivationRange) -> None:
     """Give a node integer weights and, if it is one that takes it, an integer bias."""
     ir = library("onnx_ir")
     name = node.inputs[1].name
@@ -242,19 +244,19 @@ def _widened(codes: Any, scale: Any, axis: int, least: Any) -> tuple[Any, Any]:
 def _dequantize(model: Any, name: str, parts: tuple[Any, Any, Any], axis: int | None) -> Any:
     ir = library("onnx_ir")
     inputs = [
-        constant(model, f"{name}.{part}", array)
+        constant(model.graph, f"{name}.{part}", array)
         for part, array in zip(("codes", "scale", "zero"), parts, strict=True)
         if array is not None
     ]
     return ir.node("DequantizeLinear", inputs, {} if axis is None else {"axis": axis}).outputs[0]
 
 
-def _round_(model: Any, name: str, value: Any, found: Range) -> None:
+def _round_(model: Any, name: str, value: Any, found: ActivationRange) -> None:
     """Put a value through 8 bits on its way to everything that takes it."""
     ir = library("onnx_ir")
     users = [(use.node, use.idx) for use in value.uses()]
-    scale = constant(model, f"{name}.scale", np.array(found.scale, dtype=np.float32))
-    zero = constant(model, f"{name}.zero", np.array(found.zero_point, dtype=np.uint8))
+    scale = constant(model.graph, f"{name}.scale", np.array(found.scale, dtype=np.float32))
+    zero = constant(model.graph, f"{name}.zero", np.array(found.zero_point, dtype=np.uint8))
     source = _implied(value, found)
     to_codes = ir.node("QuantizeLinear", [source, scale, zero])
     back = ir.node("DequantizeLinear", [to_codes.outputs[0], scale, zero])
@@ -267,7 +269,7 @@ def _round_(model: Any, name: str, value: Any, found: Range) -> None:
         model.graph.remove(anchor, safe=True)
 
 
-def _implied(value: Any, found: Range) -> Any:
+def _implied(value: Any, found: ActivationRange) -> Any:
     """Return what to round: the input of a Relu or Clip whose bounds the rounding keeps by itself."""
     node = value.producer()
     if node is None or node.op_type not in CLIPS or value.is_graph_output():

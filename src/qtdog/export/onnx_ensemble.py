@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from qtdog.export.inference_module import INPUT, Deployed
+from qtdog.export.inference_module import INPUT, InferenceModule, Settled
 from qtdog.export.info import library
-from qtdog.export.onnx_graph import OPSET, array, inline, node, quiet, translate
-from qtdog.export.source import Subject
+from qtdog.export.onnx_graph import OPSET, constant, inline, node, quiet, translate
+from qtdog.export.packed_source import PackedSource
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """What `Deployed` does with a threshold, in ONNX operators.
+    """What `InferenceModule` does with a threshold, in ONNX operators.
 
     Behind each member but the last is an `If`: where every image is settled nothing further is run; otherwise the
     others are gathered, given to the next member, and their logits are put beside those of the settled ones. So an
@@ -25,13 +25,11 @@ class Cascade:
 
     Attributes:
         members: their graphs (`onnx_ir.Model`); they are used up.
-        temperature: T.
-        threshold: of `answer.settled`.
+        settled: the graph of `Settled`, for any number of members and images.
     """
 
     members: Sequence[Any]
-    temperature: float
-    threshold: float
+    settled: Any
 
     def level(self, index: int, graph: Any, inputs: Any, before: Any) -> tuple[Any, Any]:
         """Ask member `index` and those behind it.
@@ -52,7 +50,7 @@ class Cascade:
             each = part.node("Concat", [before, each], axis=1)
         if index == len(self.members) - 1:
             return each, self._asked(part, each, index)
-        settled = self._settled(part, each)
+        (settled,) = inline(self.settled.clone(), graph, [each], f"settled.{index}")
         whole = part.node("ReduceMin", [part.cast(settled, "INT32")], keepdims=0)
         stop, go = self._stop(index, each), self._go(index, (inputs, each, settled))
         branch = library("onnx_ir").node(
@@ -66,18 +64,6 @@ class Cascade:
             value.name = f"level.{index}.{name}"
         graph.append(branch)
         return branch.outputs[0], branch.outputs[1]
-
-    def _settled(self, part: _Part, each: Any) -> Any:
-        """Say which images need no further member, (n,)."""
-        mean = part.node("ReduceMean", [each, part.array([1])], keepdims=0)
-        scaled = part.node("Div", [mean, part.array(np.float32(self.temperature))])
-        top = part.node("ReduceMax", [part.node("Softmax", [scaled], axis=1), part.array([1])], keepdims=0)
-        sure = part.node("GreaterOrEqual", [top, part.array(np.float32(self.threshold))])
-        # if all choose alike, then so does their mean
-        choices = part.node("ArgMax", [each], axis=2, keepdims=0)
-        same = part.node("Equal", [choices, part.node("ArgMax", [mean], axis=1, keepdims=1)])
-        alike = part.node("ReduceMin", [part.cast(same, "INT32"), part.array([1])], keepdims=0)
-        return part.node("And", [sure, part.cast(alike, "BOOL")])
 
     def _stop(self, index: int, each: Any) -> Any:
         """Make the branch in which every image is settled."""
@@ -126,7 +112,7 @@ class _Part:
         return self.node("Cast", [value], to=library("onnx_ir").DataType[dtype])
 
     def array(self, content: Any) -> Any:
-        return array(self.graph, self.name(), np.asarray(content))
+        return constant(self.graph, self.name(), np.asarray(content))
 
 
 def _branch(name: str) -> Any:
@@ -141,46 +127,48 @@ def _ending(graph: Any, outputs: Sequence[Any]) -> Any:
 IR_VERSION = 10
 
 
-def join(subject: Subject, module: Deployed, members: Sequence[Any]) -> Any:
-    """Return one graph (`onnx_ir.Model`) from uint8 images (n, H, W, C) to the outputs of `Subject.outputs`.
+def join(source: PackedSource, module: InferenceModule, members: Sequence[Any]) -> Any:
+    """Return one graph (`onnx_ir.Model`) from uint8 images (n, H, W, C) to the outputs of `PackedSource.outputs`.
 
     Args:
-        subject: the packed model.
-        module: what `subject.module()` gave.
+        source: the packed model.
+        module: what `source.module()` gave.
         members: their graphs, from normalised images to logits; they are used up.
 
     Raises:
         ModelError: the onnx extra is not installed.
     """
     ir = library("onnx_ir")
-    how = subject.infos[0].preprocessing
+    how = source.infos[0].preprocessing
     size = (how.image_size, how.image_size, how.channels)
     images = ir.Value(name=INPUT, shape=ir.Shape(["n", *size]), type=ir.TensorType(ir.DataType.UINT8))
     top = ir.Graph([images], [], nodes=[], opset_imports={"": OPSET}, name="qtdog")
     pixels = torch.zeros(2, *size, dtype=torch.uint8)
-    (inputs,) = inline(_optimised(module.prepare, (pixels,), 1, subject), top, [images], "prepare")
+    (inputs,) = inline(_optimized(module.prepare, (pixels,), 1, source), top, [images], "prepare")
     asked: list[Any] = []
-    if subject.threshold is None:
+    if source.threshold is None:
         logits = _all(members, top, inputs)
     else:
-        cascade = Cascade(members, subject.temperature, subject.threshold)
-        logits, *asked = cascade.level(0, top, inputs, None)
+        rule, n_classes = Settled(source.temperature, source.threshold), len(source.infos[0].classes)
+        free = {0: "n", 1: "members"}
+        settled = _optimized(rule, (torch.zeros(2, 2, n_classes),), 1, source, free=free)
+        logits, *asked = Cascade(members, settled).level(0, top, inputs, None)
         for count in asked:
             count.type = ir.TensorType(ir.DataType.INT64)
-    example = [torch.zeros(2, len(members), len(subject.infos[0].classes))]
+    example = [torch.zeros(2, len(members), len(source.infos[0].classes))]
     example += [torch.ones(2, dtype=torch.int64)] * len(asked)
-    n_answers = len(subject.outputs) - len(asked)
-    found = inline(_optimised(module.answer, tuple(example), n_answers, subject), top, [logits, *asked], "answer")
-    for name, value in zip(subject.outputs, [*found, *asked], strict=True):
+    n_answers = len(source.outputs) - len(asked)
+    found = inline(_optimized(module.answer, tuple(example), n_answers, source), top, [logits, *asked], "answer")
+    for name, value in zip(source.outputs, [*found, *asked], strict=True):
         value.name = name
-        value.shape = ir.Shape(["n", len(subject.infos[0].classes)] if name in ("logits", "probabilities") else ["n"])
+        value.shape = ir.Shape(["n", len(source.infos[0].classes)] if name in ("logits", "probabilities") else ["n"])
         top.outputs.append(value)
     return ir.Model(top, ir_version=IR_VERSION)
 
 
 def _all(members: Sequence[Any], top: Any, inputs: Any) -> Any:
     """Ask every member, and return logits (n, members, n_classes)."""
-    axis = array(top, "axis", np.array([1]))
+    axis = constant(top, "axis", np.array([1]))
     each = []
     for index, member in enumerate(members):
         (logits,) = inline(member, top, [inputs], f"members.{index}")
@@ -188,8 +176,15 @@ def _all(members: Sequence[Any], top: Any, inputs: Any) -> Any:
     return each[0] if len(each) == 1 else node(top, "Concat", each, {"axis": 1}, name="each")
 
 
-def _optimised(module: torch.nn.Module, example: tuple[torch.Tensor, ...], n_outputs: int, subject: Subject) -> Any:
-    program = translate(module, example, [f"output_{index}" for index in range(n_outputs)], subject)
+def _optimized(
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    n_outputs: int,
+    source: PackedSource,
+    *,
+    free: Mapping[int, str] | None = None,
+) -> Any:
+    program = translate(module, example, [f"output_{index}" for index in range(n_outputs)], source, free=free)
     with quiet():
         program.optimize()
     return program.model

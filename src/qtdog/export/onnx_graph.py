@@ -18,10 +18,10 @@ from torch import nn
 from qtdog.core.errors import ModelError
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.inference_module import Deployed
+from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import KEY, ExportInfo, library
 from qtdog.export.integer_weight import IntegerWeight, fit
-from qtdog.export.source import Subject
+from qtdog.export.packed_source import PackedSource
 
 
 def node(
@@ -42,8 +42,8 @@ def node(
     return made.outputs[0]
 
 
-def array(graph: Any, name: str, content: npt.NDArray[Any]) -> Any:
-    """Add an initialiser to a graph, and return its value.
+def constant(graph: Any, name: str, content: npt.ArrayLike) -> Any:
+    """Add an initializer to a graph and return its value.
 
     Args:
         graph: an `onnx_ir.Graph`.
@@ -91,25 +91,25 @@ def inline(part: Any, into: Any, given: Sequence[Any], prefix: str) -> list[Any]
 OPSET = 18
 
 
-def member_graphs(subject: Subject, module: Deployed, progress: Progress = None) -> Iterator[Any]:
+def member_graphs(source: PackedSource, module: InferenceModule, progress: Progress = None) -> Iterator[Any]:
     """Yield the float graph (`onnx_ir.Model`) of each member, batch norm folded into the convolutions.
 
-    From normalised images (n, C, H, W), n being free, to logits. Members have one architecture: it is translated once,
+    From normalized images (n, C, H, W), n being free, to logits. Members have one architecture: it is translated once,
     and filled with the weights of each.
 
     Args:
-        subject: the packed model.
-        module: what `subject.module()` gave.
+        source: the packed model.
+        module: what `source.module()` gave.
         progress: called with members done and to do.
 
     Raises:
         ModelError: the onnx extra is not installed, or ONNX has no form of an operator; the text names it.
     """
     library("onnxscript")
-    how = subject.infos[0].preprocessing
+    how = source.infos[0].preprocessing
     example = torch.zeros(2, how.channels, how.image_size, how.image_size)
     networks = list(module.members)
-    program = translate(networks[0], (example,), ["logits"], subject)
+    program = translate(networks[0], (example,), ["logits"], source)
     empty = program.model
     for index, network in enumerate(networks):
         program.model = empty.clone()
@@ -121,14 +121,22 @@ def member_graphs(subject: Subject, module: Deployed, progress: Progress = None)
             progress(index + 1, len(networks))
 
 
-def translate(module: nn.Module, example: tuple[torch.Tensor, ...], outputs: list[str], subject: Subject) -> Any:
-    """Return a module as an ONNX program that is not optimised, for any number of images.
+def translate(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    outputs: list[str],
+    source: PackedSource,
+    *,
+    free: Mapping[int, str] | None = None,
+) -> Any:
+    """Return a module as an ONNX program that is not optimized.
 
     Args:
         module: in evaluation mode.
         example: its inputs, for 2 images.
         outputs: their names.
-        subject: what it is a part of, for errors.
+        source: what it is a part of, for errors.
+        free: names of the dimensions of each input that may have another size; default: the first, images.
 
     Raises:
         ModelError: ONNX has no form of an operator; the text names it.
@@ -139,14 +147,14 @@ def translate(module: nn.Module, example: tuple[torch.Tensor, ...], outputs: lis
                 module,
                 example,
                 dynamo=True,
-                dynamic_shapes=tuple({0: "n"} for _ in example),
+                dynamic_shapes=tuple(dict(free or {0: "n"}) for _ in example),
                 output_names=outputs,
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
             )
     except (RuntimeError, ValueError, TypeError) as error:  # the exporter's own errors are RuntimeErrors
-        raise ModelError(f"{subject.path} cannot be exported to ONNX: {unsupported(error)}") from error
+        raise ModelError(f"{source.path} cannot be exported to ONNX: {unsupported(error)}") from error
     assert program is not None
     return program
 
@@ -197,7 +205,7 @@ def quiet() -> Iterator[None]:
 
 
 def find_codes(model: Any, codes: dict[str, QuantizedTensor]) -> dict[str, IntegerWeight]:
-    """Return the integers behind the graph's weights, by initialiser.
+    """Return the integers behind the graph's weights, by initializer.
 
     A convolution's weight keeps its name; a matrix may have been transposed and renamed, and is found by its values.
 
@@ -215,8 +223,8 @@ def find_codes(model: Any, codes: dict[str, QuantizedTensor]) -> dict[str, Integ
         candidates = [codes[name]] if name in codes else by_size.get(tensor.size, [])
         if not candidates or tensor.dtype.name != "FLOAT":
             continue
-        array = tensor.numpy()
-        fits = (fit(array, value) for value in candidates)
+        content = tensor.numpy()
+        fits = (fit(content, value) for value in candidates)
         match = next((one for one in fits if one is not None), None)
         if match is not None:
             found[name] = match
@@ -224,7 +232,7 @@ def find_codes(model: Any, codes: dict[str, QuantizedTensor]) -> dict[str, Integ
 
 
 def store_integers_(model: Any, found: dict[str, IntegerWeight]) -> None:
-    """Replace float weights by integer initialisers, multiplied by their scale when the file is loaded, in place.
+    """Replace float weights by integer initializers, multiplied by their scale when the file is loaded, in place.
 
     Written as Cast (or a table for grids that are not uniform) and Mul rather than as DequantizeLinear: runtimes fold
     these constants at load by default, while onnxruntime keeps DequantizeLinear and computes it for every image.
@@ -246,13 +254,16 @@ def replace_(model: Any, value: Any, nodes: list[Any], result: Any) -> None:
 
 def _float_nodes(model: Any, name: str, weight: IntegerWeight) -> tuple[list[Any], Any]:
     ir = library("onnx_ir")
-    scale = constant(model, f"{name}.scale", weight.spread_scale)
+    scale = constant(model.graph, f"{name}.scale", weight.spread_scale)
     if weight.points is None:
-        codes = constant(model, f"{name}.codes", weight.codes)
+        codes = constant(model.graph, f"{name}.codes", weight.codes)
         unit = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT})
     else:
         places = (weight.codes.astype(np.int16) - weight.qmin).astype(np.uint8)
-        codes, points = constant(model, f"{name}.codes", places), constant(model, f"{name}.points", weight.points)
+        codes, points = (
+            constant(model.graph, f"{name}.codes", places),
+            constant(model.graph, f"{name}.points", weight.points),
+        )
         index = ir.node("Cast", [codes], {"to": ir.DataType.INT32})
         unit = ir.node("Gather", [points, index.outputs[0]], {"axis": 0})
         product = ir.node("Mul", [unit.outputs[0], scale])
@@ -261,28 +272,19 @@ def _float_nodes(model: Any, name: str, weight: IntegerWeight) -> tuple[list[Any
     return [unit, product], product.outputs[0]
 
 
-def constant(model: Any, name: str, array: np.ndarray) -> Any:
-    """Add an initialiser to a graph and return its value."""
-    ir = library("onnx_ir")
-    value = ir.Value(name=name, const_value=ir.tensor(np.array(array, order="C"), name=name))
-    value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
-    model.graph.register_initializer(value)
-    return value
-
-
 MAX_BYTES = 2**31 - 1
 
 
-def save_onnx(subject: Subject, graph: Any, path: Path, info: ExportInfo) -> None:
+def save_onnx(source: PackedSource, graph: Any, path: Path, info: ExportInfo) -> None:
     """Write a graph as one .onnx file with its description in the metadata.
 
     Raises:
         ModelError: it would be larger than 2 GiB, which the format cannot hold in one file.
     """
-    path.write_bytes(to_bytes(subject, graph, info))
+    path.write_bytes(to_bytes(source, graph, info))
 
 
-def to_bytes(subject: Subject, graph: Any, info: ExportInfo) -> bytes:
+def to_bytes(source: PackedSource, graph: Any, info: ExportInfo) -> bytes:
     """Return the content of the .onnx file.
 
     Raises:
@@ -294,5 +296,5 @@ def to_bytes(subject: Subject, graph: Any, info: ExportInfo) -> bytes:
     with quiet():
         proto = ir.to_proto(graph)
     if proto.ByteSize() > MAX_BYTES:
-        raise ModelError(f"{subject.path}: as ONNX it would take {proto.ByteSize()} bytes; one file holds {MAX_BYTES}")
+        raise ModelError(f"{source.path}: as ONNX it would take {proto.ByteSize()} bytes; one file holds {MAX_BYTES}")
     return proto.SerializeToString()

@@ -10,7 +10,7 @@ from typing import Any
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.onnx_graph import to_bytes
-from qtdog.export.source import Subject
+from qtdog.export.packed_source import PackedSource
 
 # where the processor has bfloat16, OpenVINO computes in it unless told otherwise, and logits move by 0.2
 PRECISION = "f32"
@@ -58,7 +58,7 @@ def read_text(model: Any, path: Path) -> str | None:
     return model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
 
 
-def save_openvino(subject: Subject, graph: Any, path: Path, info: ExportInfo) -> None:
+def save_openvino(source: PackedSource, graph: Any, path: Path, info: ExportInfo) -> None:
     """Write an ONNX graph as OpenVINO IR with its description in the runtime information.
 
     Raises:
@@ -66,13 +66,13 @@ def save_openvino(subject: Subject, graph: Any, path: Path, info: ExportInfo) ->
     """
     openvino = library("openvino")
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "graph.onnx"
-        source.write_bytes(to_bytes(subject, graph, info))
+        file = Path(folder) / "graph.onnx"
+        file.write_bytes(to_bytes(source, graph, info))
         try:
-            model = openvino.convert_model(source)
+            model = openvino.convert_model(file)
         except Exception as error:  # OpenVINO's own classes share no base but this
             said = " ".join(str(error).split())[:400]
-            raise ModelError(f"OpenVINO cannot convert {subject.path}: {said}") from error
+            raise ModelError(f"OpenVINO cannot convert {source.path}: {said}") from error
         model.set_rt_info(info.model_dump_json(), KEY)
         # float16 would move the logits, and the weights are integers already
         openvino.save_model(model, path, compress_to_fp16=False)

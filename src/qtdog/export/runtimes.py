@@ -17,7 +17,7 @@ from qtdog.core.errors import ConfigError, FormatError, ModelError, unknown
 from qtdog.export.executorch import open_executorch
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.openvino import open_openvino
-from qtdog.export.source import Subject, read_subject
+from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.models.network import place_
 
 QUIET = 3  # onnxruntime's level "error"
@@ -94,19 +94,19 @@ def open_packed(path: Path, threads: int) -> Opened:
         FormatError: no sound packed file.
         ModelError: its backbone is not known here, or does not fit.
     """
-    return open_module(read_subject(path), threads)
+    return open_module(read_packed_source(path), threads)
 
 
-def open_module(subject: Subject, threads: int) -> Opened:
+def open_module(source: PackedSource, threads: int) -> Opened:
     """Return description, function and module of a packed file's content.
 
     Raises:
         ModelError: its backbone is not known here, or does not fit.
     """
-    module = subject.module()
+    module = source.module()
     for network in module.members:
         place_(network, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
-    return _opened(subject.info("packed"), module, threads)
+    return _opened(source.info("packed"), module, threads)
 
 
 def open_program(path: Path, threads: int) -> Opened:
@@ -215,18 +215,18 @@ def runtimes_for(path: Path) -> tuple[str, ...]:
     return SUFFIXES[path.suffix]
 
 
-def open_subject(subject: Subject, threads: int) -> OpenModel:
+def open_packed_source(source: PackedSource, threads: int) -> OpenModel:
     """Return the content of a packed file opened in eager PyTorch.
 
     Args:
-        subject: the content; with a threshold it answers as a cascade.
+        source: the content; with a threshold it answers as a cascade.
         threads: that it may use, a setting of the whole process.
 
     Raises:
         ModelError: the backbone is not known here, or does not fit.
     """
-    info, run, native = open_module(subject, threads)
-    return OpenModel(subject.path, "torch", info, native, run)
+    info, run, native = open_module(source, threads)
+    return OpenModel(source.path, "torch", info, native, run)
 
 
 def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int = 1) -> OpenModel:

@@ -11,14 +11,14 @@ from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.inference_module import Deployed
+from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import KEY, ExportInfo, library
 from qtdog.export.onnx_graph import quiet, unsupported
+from qtdog.export.packed_source import PackedSource
 from qtdog.export.runtimes import EXTRA_FILE
-from qtdog.export.source import Subject
 
 
-def save_program(subject: Subject, _: Any, path: Path, info: ExportInfo) -> None:
+def save_program(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> None:
     """Write a packed model as a .pt2 program with its description as an extra file.
 
     The weights are the integer codes, made float whenever the program runs.
@@ -26,15 +26,15 @@ def save_program(subject: Subject, _: Any, path: Path, info: ExportInfo) -> None
     Raises:
         ModelError: the backbone does not fit, or `torch.export` cannot follow it; the text names the operator.
     """
-    module = subject.module()
-    for name, value in subject.codes().items():
+    module = source.module()
+    for name, value in source.codes().items():
         use_codes_(module, name, value)
-    program = _program(module, subject, free_batch=True)
+    program = _program(module, source, free_batch=True)
     with quiet():
         torch.export.save(program, path, extra_files={EXTRA_FILE: info.model_dump_json()})
 
 
-def save_executorch(subject: Subject, _: Any, path: Path, info: ExportInfo) -> None:
+def save_executorch(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> None:
     """Write a packed model as a .pte program for one image, its description as a method called `qtdog`.
 
     Raises:
@@ -42,7 +42,7 @@ def save_executorch(subject: Subject, _: Any, path: Path, info: ExportInfo) -> N
     """
     exir = library("executorch.exir")
     xnnpack = library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-    program = _program(subject.module(), subject, free_batch=False)
+    program = _program(source.module(), source, free_batch=False)
     with quiet():
         try:
             lowered = exir.to_edge_transform_and_lower(
@@ -52,12 +52,12 @@ def save_executorch(subject: Subject, _: Any, path: Path, info: ExportInfo) -> N
             )
             content = lowered.to_executorch().buffer
         except Exception as error:  # executorch's own classes share no base but this
-            raise ModelError(f"{subject.path} cannot be exported to ExecuTorch: {unsupported(error)}") from error
+            raise ModelError(f"{source.path} cannot be exported to ExecuTorch: {unsupported(error)}") from error
     path.write_bytes(content)
 
 
-def _program(module: Deployed, subject: Subject, *, free_batch: bool) -> Any:
-    how = subject.infos[0].preprocessing
+def _program(module: InferenceModule, source: PackedSource, *, free_batch: bool) -> Any:
+    how = source.infos[0].preprocessing
     n = 2 if free_batch else 1
     example = torch.zeros(n, how.image_size, how.image_size, how.channels, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim.AUTO},) if free_batch else None
@@ -65,7 +65,7 @@ def _program(module: Deployed, subject: Subject, *, free_batch: bool) -> Any:
         with quiet(), torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=shapes)
     except (RuntimeError, ValueError, TypeError) as error:  # the exporter's own errors are RuntimeErrors
-        raise ModelError(f"{subject.path} cannot be exported by torch.export: {unsupported(error)}") from error
+        raise ModelError(f"{source.path} cannot be exported by torch.export: {unsupported(error)}") from error
 
 
 class _FromCodes(nn.Module):

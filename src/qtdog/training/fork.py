@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.config_io import differences
 from qtdog.core.errors import RunError
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.training.averagers import Averager, snapshot
+from qtdog.training.averagers import AVERAGERS, Averager, snapshot
 from qtdog.training.checkpoint import Checkpoint, plain_names, restore_moments_
 from qtdog.training.components import Components, RunState
 from qtdog.training.step_rules import lr_factor
+
+import_module("qtdog.training.swad")  # enters its name among the averagers
 
 # What may differ between a run and the float run that it begins from, since nothing of it acts before the fork: where
 # the data lies, the quantizer and its step sizes, the averager (it must begin later or be the same), what is kept and
@@ -237,3 +240,39 @@ def _restore_average_(parts: Components, checkpoint: Checkpoint) -> None:
         which, bar, name = key.rpartition("|")  # an averager may keep several averages
         tensors[f"{which}{bar}{own[name]}"] = tensor
     parts.averager.restore(tensors, checkpoint.state["averager"])
+
+
+def latent_weights(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:
+    """Return the weights before quantization behind a run's model file, by the names of the plain network.
+
+    Those of the selected step, or the run's average; what is not averaged is that of the last update.
+
+    Args:
+        checkpoint: the last one of the run.
+        config: of the run.
+
+    Raises:
+        RunError: the checkpoint holds no selected weights.
+    """
+    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
+    averaged = averager.final()
+    if averaged is None and "selected" not in checkpoint.tensors:
+        raise RunError(f"the checkpoint at step {checkpoint.step} has no selected weights: the run is not finished")
+    state = checkpoint.tensors["selected"] if averaged is None else checkpoint.tensors["network"] | averaged
+    return {plain: value for name, value in state.items() if (plain := latent_name(name)) is not None}
+
+
+def latent_name(name: str) -> str | None:
+    """Return the name in the plain network of an entry of a network with quantizers; None for a quantizer's own state.
+
+    Example:
+        >>> latent_name("featurizer.conv.parametrizations.weight.original")
+        'featurizer.conv.weight'
+        >>> latent_name("conv.parametrizations.weight.0.log_scale"), latent_name("conv.bias")
+        (None, 'conv.bias')
+    """
+    head, found, tail = name.rpartition("parametrizations.")
+    if not found:
+        return name
+    return head + tail.removesuffix(".original") if tail.endswith(".original") else None

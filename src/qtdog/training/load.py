@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor, nn
 
 from qtdog.conversion.load import check_fits
-from qtdog.core.errors import ConfigError, FormatError, ModelError
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError
+from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.data.augment import normalise
+from qtdog.data.dataset import DomainDataset
+from qtdog.data.open import open_readable
 from qtdog.models.backbones import create_network
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network, place_
 from qtdog.models.text import TEXT_BACKBONES, check_words
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
+from qtdog.runs.folder import RunFolder
 
 
 class _Untrusted(BaseModel):
@@ -282,3 +289,48 @@ def _check_text(path: Path, info: ModelInfo) -> None:
     n_words = 0 if text is None or text.hub_name is None else text.n_words
     if len(how.vocabulary) > n_words:
         raise FormatError(f"{path}: {info.backbone} takes {n_words} words, the vocabulary has {len(how.vocabulary)}")
+
+
+def training_configs(model_file: Path) -> list[Config]:
+    """Return the configurations of the runs that a model file was made by, as far as their folders are there.
+
+    Of one model that is the run in whose folder the file lies; of an ensemble the runs of its members.
+    """
+    folders = [model_file.parent]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        members = json.loads((model_file.parent / "result.json").read_text())["members"]
+        folders += [model_file.parent / str(member["folder"]) for member in members]
+    configs = []
+    for folder in folders:
+        # a config.yaml that is not of a run has nothing to say here
+        with contextlib.suppress(QtdogError, OSError):
+            configs.append(RunFolder(folder).read_config())
+    return [config for config in configs if config is not None]
+
+
+def open_training_data(
+    model_files: Sequence[Path], source: str | None = None, *, min_domains: int = 1, progress: Progress = None
+) -> DomainDataset:
+    """Return a data set opened as the runs behind some model files opened theirs.
+
+    If one of the runs left out images that cannot be read (`data.skip_unreadable`), they are left out here too.
+
+    Args:
+        model_files: finished models or ensembles.
+        source: name, folder or manifest; None for the data set of the first run.
+        min_domains: refuse fewer domains.
+        progress: of reading images.
+
+    Raises:
+        ConfigError: no `source` is given, and no run lies beside the files.
+        DataError: the data set cannot be used.
+    """
+    configs = [config for file in model_files for config in training_configs(file)]
+    if source is None and not configs:
+        raise ConfigError(f"no run lies beside {model_files[0]}, so its data set is not known: give it with --data")
+    return open_readable(
+        configs[0].data.source if source is None else source,
+        skip_unreadable=any(config.data.skip_unreadable for config in configs),
+        min_domains=min_domains,
+        progress=progress,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.inference_module import ASKED, OUTPUTS, Deployed
+from qtdog.export.inference_module import ASKED, OUTPUTS, InferenceModule
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
@@ -17,7 +17,7 @@ from qtdog.training.load import STRUCTURE, ModelInfo, build_networks, read_info
 
 
 @dataclass(frozen=True)
-class Subject:
+class PackedSource:
     """The frozen content of a packed file.
 
     Attributes:
@@ -55,14 +55,14 @@ class Subject:
             outputs=self.outputs,
         )
 
-    def module(self) -> Deployed:
+    def module(self) -> InferenceModule:
         """Return the model as a module from uint8 images to the outputs, weights dequantized, in evaluation mode.
 
         Raises:
             ModelError: the backbone is not known here, or does not fit.
         """
         networks = build_networks(self.path, self.members, self.infos[0])
-        return Deployed(networks, self.infos[0].preprocessing, self.temperature, self.threshold)
+        return InferenceModule(networks, self.infos[0].preprocessing, self.temperature, self.threshold)
 
     def codes(self) -> dict[str, QuantizedTensor]:
         """Return the integer codes by the names that the weights have in `module()`."""
@@ -73,7 +73,7 @@ class Subject:
         }
 
 
-def read_subject(path: Path, *, cascade: bool = False) -> Subject:
+def read_packed_source(path: Path, *, cascade: bool = False) -> PackedSource:
     """Return the content of a packed file, one model or an ensemble.
 
     Args:
@@ -89,14 +89,14 @@ def read_subject(path: Path, *, cascade: bool = False) -> Subject:
         if cascade:
             raise ConfigError(f"a cascade is made of an ensemble; {path} holds one model")
         packed = load_packed(path)
-        return Subject(path, (packed,), (_image_info(path, packed),))
+        return PackedSource(path, (packed,), (_image_info(path, packed),))
     whole = load_ensemble(path)
     infos = tuple(_image_info(path, member) for member in whole.members)
     for name in STRUCTURE:
         if any(getattr(info, name) != getattr(infos[0], name) for info in infos):
             raise FormatError(f"{path}: the members of an ensemble have one {name}, found several")
     temperature = _number(path, "temperature", whole.about.get("temperature", 1.0))
-    return Subject(path, whole.members, infos, temperature, _threshold(path, whole.about) if cascade else None)
+    return PackedSource(path, whole.members, infos, temperature, _threshold(path, whole.about) if cascade else None)
 
 
 def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
