@@ -26,7 +26,8 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(FileDataset, "read_resized", refuse)
+    for name in ("read_resized", "read_hashed"):
+        monkeypatch.setattr(FileDataset, name, refuse)
 
 
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +189,31 @@ def test_closing_gives_the_file_handle_back(image_tree: Path, folder: Path) -> N
     cache = None
     assert len(os.listdir("/proc/self/fd")) == n_open - 1
     assert cache is None
+
+
+def test_what_is_decoded_is_what_was_hashed(image_tree, folder, monkeypatch):
+    dataset = open_folder(image_tree)
+    path, inner = dataset.path(4), FileDataset.read_hashed
+
+    def replaced_meanwhile(self, i, size):
+        if i == 4:
+            Image.new("RGB", (20, 24), (9, 8, 7)).save(path)
+        return inner(self, i, size)
+
+    monkeypatch.setattr(FileDataset, "read_hashed", replaced_meanwhile)
+    with pytest.raises(DataError, match=r"the image indoor/.*/4\.png changed while the data set was read"):
+        open_cache(dataset, 10, folder=folder)
+    monkeypatch.undo()
+    images = open_cache(open_folder(image_tree), 10, folder=folder).gather([4])
+    assert images.reshape(-1, 3).unique(dim=0).tolist() == [[9, 8, 7]]
+
+
+def test_a_file_replaced_within_its_times_is_seen(image_tree, folder):
+    first = content_sha256(open_folder(image_tree), folder=folder)
+    path = open_folder(image_tree).path(4)
+    stat, content = path.stat(), path.read_bytes()
+    other = path.with_name("other")
+    other.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+    assert content_sha256(open_folder(image_tree), folder=folder) != first

@@ -28,13 +28,13 @@ def folder(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that the keys of decoded images are added to."""
     keys: list[str] = []
-    read = FileDataset.read_resized
+    read = FileDataset.read_hashed
 
     def spy(self: FileDataset, i: int, size: int) -> np.ndarray:
         keys.append(self.keys[i])
         return read(self, i, size)
 
-    monkeypatch.setattr(FileDataset, "read_resized", spy)
+    monkeypatch.setattr(FileDataset, "read_hashed", spy)
     return keys
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -66,3 +67,19 @@ def test_the_skipped_of_a_part_are_still_told(image_tree, tmp_path):
     os.truncate(image_tree / "night" / "cat" / "3.png", 70)
     kept = without_unreadable(open_folder(image_tree), folder=tmp_path / "c")
     assert DomainSubset(kept, ["indoor"]).skipped == kept.skipped
+
+
+def test_a_failure_of_the_machine_is_no_unreadable_image(image_tree, tmp_path, monkeypatch):
+    inner, failing = os.open, str(image_tree / "night" / "cat" / "3.png")
+
+    def fail(path, *args, **options):
+        if str(path) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return inner(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(DataError, match="Input/output error"):
+            without_unreadable(open_folder(image_tree), folder=tmp_path / "c", settled_ns=-(10**18))
+    whole = open_folder(image_tree)
+    assert without_unreadable(whole, folder=tmp_path / "c", settled_ns=-(10**18)) is whole

@@ -25,23 +25,23 @@ def test_images_come_in_the_order_of_domains_and_classes():
 @pytest.mark.parametrize(
     "given",
     [
-        Image.new("RGBA", (6, 4), (7, 7, 7, 0)),
-        Image.new("L", (6, 4), 7),
-        Image.fromarray(np.full((4, 6), 7 * 256, dtype=np.uint16)),
-        np.full((4, 6), 7, dtype=np.uint8),
-        np.full((4, 6, 1), 7, dtype=np.uint8),
-        torch.full((4, 6, 3), 7, dtype=torch.uint8),
+        Image.new("RGBA", (6, 4), (70, 70, 70, 0)),
+        Image.new("L", (6, 4), 70),
+        Image.fromarray(np.full((4, 6), 70 * 256, dtype=np.uint16)),
+        np.full((4, 6), 70, dtype=np.uint8),
+        np.full((4, 6, 1), 70, dtype=np.uint8),
+        torch.full((4, 6, 3), 70, dtype=torch.uint8),
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_kinds_of_images(given, channels):
     pixels = SequenceDataset("s", lambda _: given, ["a"], ["x"], channels=channels).read(0)
     assert pixels.shape == (4, 6, channels)
-    assert (pixels == 7).all()
+    assert (pixels == 70).all()
 
 
 def test_an_image_is_put_upright():
-    image = Image.new("L", (6, 4), 7)
+    image = Image.new("L", (6, 4), 70)
     image.getexif()[0x0112] = 6
     assert SequenceDataset("s", lambda _: image, ["a"], ["x"]).read(0).shape == (6, 4, 3)
 

@@ -3,11 +3,17 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import pytest
 from PIL import Image
 
+from qtdog.core.config_io import build_config
+from qtdog.core.errors import DataError
 from qtdog.data.cards import PACS
 from qtdog.data.image_folder import open_folder
+from qtdog.data.splits import make_splits
 from qtdog.data.verify import verify
+from qtdog.training.protocol import check_trainable
 
 
 def test_a_sound_data_set(image_tree: Path) -> None:
@@ -37,13 +43,49 @@ def test_classes_that_are_empty_or_missing_are_told_apart(image_tree: Path) -> N
     assert "dog in outdoor" in report.text()
 
 
-def test_duplicates_across_domains_only(image_tree: Path) -> None:
+def test_copies_are_listed_by_what_they_harm(image_tree: Path) -> None:
     source = image_tree / "night" / "cat" / "2.png"
-    shutil.copy(source, image_tree / "night" / "cat" / "again.png")  # within the domain: no leak
-    assert verify(open_folder(image_tree)).ok
+    shutil.copy(source, image_tree / "night" / "cat" / "again.png")  # one may be trained on, the other held out
+    report = verify(open_folder(image_tree))
+    assert report.copies == [["night/cat/2.png", "night/cat/again.png"]]
+    assert not report.ok
+    assert (report.duplicates, report.conflicting_labels) == ([], [])
+    shutil.copy(source, image_tree / "night" / "dog" / "other.png")
+    report = verify(open_folder(image_tree))
+    assert report.conflicting_labels == [["night/cat/2.png", "night/cat/again.png", "night/dog/other.png"]]
+    assert (report.duplicates, report.copies) == ([], [])
     shutil.copy(source, image_tree / "indoor" / "dog" / "copy.png")
     report = verify(open_folder(image_tree))
-    assert report.duplicates == [["indoor/dog/copy.png", "night/cat/2.png", "night/cat/again.png"]]
+    assert report.duplicates == report.conflicting_labels == [
+        ["indoor/dog/copy.png", "night/cat/2.png", "night/cat/again.png", "night/dog/other.png"]
+    ]  # fmt: skip
+
+
+def test_images_that_look_the_same_are_listed_if_asked(image_tree: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    smooth = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+    smooth.save(image_tree / "night" / "cat" / "x.png")
+    smooth.save(image_tree / "indoor" / "cat" / "y.jpg", quality=97)
+    assert verify(open_folder(image_tree)).ok
+    report = verify(open_folder(image_tree), near=True)
+    assert ["indoor/cat/y.jpg", "night/cat/x.png"] in report.near_duplicates
+
+
+def test_verify_and_training_have_one_verdict(image_tree: Path) -> None:
+    for name in ("bird", "dog"):
+        for domain in ("indoor", "night", "outdoor"):
+            shutil.rmtree(image_tree / domain / name)
+    report = verify(open_folder(image_tree))
+    assert report.obstacles == ["all images have the class 'cat': there is nothing to tell apart"]
+    config = build_config([{"data": {"source": str(image_tree), "target": "night"}}])
+    with pytest.raises(DataError, match="all images have the class 'cat'"):
+        check_trainable(open_folder(image_tree), config.data)
+    for i in range(2, 6):
+        (image_tree / "night" / "cat" / f"{i}.png").unlink()
+    (small,) = verify(open_folder(image_tree)).obstacles[1:]
+    with pytest.raises(DataError) as caught:
+        make_splits(open_folder(image_tree))
+    assert str(caught.value) == small
 
 
 def test_counts_are_compared_with_the_card(tmp_path: Path) -> None:

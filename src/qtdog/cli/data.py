@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -126,30 +126,38 @@ def _bars() -> Iterator:
 def import_folder(
     folder: Annotated[Path, typer.Argument(help="The copy that you have.", metavar="DIR")],
     *,
-    name: Annotated[str, typer.Option("--as", help="Which data set it is: a name of 'qtdog data list'.")],
+    name: Annotated[
+        str, typer.Option("--as", help="Which data set it is: a name of 'qtdog data list'. Default: one of your own.")
+    ] = "",
     to: Annotated[Path | None, typer.Option(help=TO)] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files; default: links, which take no space.")] = False,
 ) -> None:
     """Adopt a copy of a benchmark that you have, however it is laid out: DomainBed's way, Dassl's, or TLlib's lists.
 
-    Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the card.
+    Without --as, a folder of your own that is laid out as DOMAIN/SPLIT/CLASS/image (Dassl) becomes DOMAIN/CLASS/image;
+    --to is then needed. Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the card.
 
     Examples:
       qtdog data import old/PACS/kfold --as pacs
 
       qtdog data import dassl/office_home_dg --as office-home --copy
+
+      qtdog data import mine/ --to mine-for-qtdog
     """
     import datetime
 
     from qtdog.cli.console import CountingBar, err, warn
-    from qtdog.data.cards import CARDS, check_counts, data_root
+    from qtdog.core.errors import ConfigError
+    from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
     from qtdog.data.image_folder import require_path
     from qtdog.data.import_layouts import adopt
     from qtdog.data.open import is_text, open_dataset, open_texts
 
-    card = CARDS[name]
     require_path(folder, "the folder")
+    if not name and to is None:
+        raise ConfigError("say where the data set shall lie (--to FOLDER), or which benchmark it is (--as NAME)")
     target = to or data_root() / name
+    card = CARDS[name] if name else DatasetCard(target.name, f"Images in the folder {target.name}")
     origin = {"dataset": name, "date": datetime.date.today().isoformat(), "imported_from": folder.resolve().name}
     bar = CountingBar("laying out and hashing")
     layout = adopt(folder, target, card, "copy" if copy else "link", origin, progress=bar)
@@ -236,10 +244,20 @@ def show_card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] =
         return
     card = dataset.card
     _print_card(card)
-    rows = [[d, *map(str, row.tolist()), f"{row.sum():,}"] for d, row in zip(dataset.domains, counts, strict=True)]
-    print_table(["domain", *dataset.classes, "all"], rows)
+    print_table(*_count_table(dataset.domains, dataset.classes, counts.tolist()))
     if card.expected_counts:
         out.print("counts agree with the dataset card" if not differences else "\n".join(differences), markup=False)
+
+
+def _count_table(
+    domains: Sequence[str], classes: Sequence[str], counts: Sequence[Sequence[int]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a column per class, or per domain where there are more classes than domains and than ten."""
+    rows = [[*map(str, row), f"{sum(row):,}"] for row in counts]
+    if len(classes) <= max(len(domains), 10):
+        return ["domain", *classes, "all"], [[name, *row] for name, row in zip(domains, rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    return ["class", *domains], [[name, *row] for name, row in zip([*classes, "all"], columns, strict=True)]
 
 
 def _print_card(card: DatasetCard) -> None:
@@ -260,11 +278,20 @@ def _print_card(card: DatasetCard) -> None:
 
 
 @data_app.command()
-def verify(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = False) -> None:
+def verify(
+    data: Annotated[str, DATA],
+    *,
+    near: Annotated[
+        bool, typer.Option("--near", help="List images that look the same as well, not only exact copies.")
+    ] = False,
+    as_json: Annotated[bool, AS_JSON] = False,
+) -> None:
     """Read every image and list what is wrong; the exit code is 1 if anything is.
 
-    Listed: unreadable images, empty classes, classes missing from a domain, exact duplicates across domains,
-    differences from the card, and files that are not as they were when the data set was fetched or imported.
+    Listed: unreadable images, empty classes, classes missing from a domain, the same image with two labels, exact
+    copies across and within domains, what keeps the data set from being trained on, names that differ in their form
+    alone, files that were probably meant to be images, differences from the dataset card, and files that are not as
+    they were when the data set was fetched or imported.
 
     Examples:
       qtdog data verify photos/
@@ -273,7 +300,7 @@ def verify(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fa
     """
     from qtdog.cli.console import out, print_json
 
-    report = _verified(data)
+    report = _verified(data, near=near)
     if as_json:
         print_json(asdict(report))
     else:
@@ -282,7 +309,7 @@ def verify(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = Fa
         raise typer.Exit(1)
 
 
-def _verified(data: str) -> Report | TextReport:
+def _verified(data: str, *, near: bool) -> Report | TextReport:
     from qtdog.cli.console import CountingBar
     from qtdog.data.open import is_text, locate, open_dataset, open_texts
     from qtdog.data.verify import verify as check
@@ -291,4 +318,4 @@ def _verified(data: str) -> Report | TextReport:
     if is_text(data):
         root = locate(data) if data == "amazon-reviews" else Path(data)
         return verify_texts(open_texts(data), root)
-    return check(open_dataset(data, min_domains=1), progress=CountingBar("reading images"))
+    return check(open_dataset(data, min_domains=1), progress=CountingBar("reading images"), near=near)

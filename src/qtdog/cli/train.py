@@ -129,8 +129,11 @@ def announce(dataset: Any) -> None:
     what = "texts" if dataset.card.kind == "reviews" else "images"
     text = f"{dataset.card.title} — {len(dataset):,} {what}, {n_domains} domains, {n_classes} classes"
     err.print(escape(text), highlight=False, soft_wrap=True)
-    for difference in check_counts(dataset):
-        warn(difference)
+    passed = dataset.passed_over
+    if passed and passed.summary():
+        err.print(escape(passed.summary()), highlight=False, soft_wrap=True)
+    for warning in [*check_counts(dataset), *dataset.notes, *(passed.problems() if passed else ())]:
+        warn(warning)
     warn_skipped(dataset)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
 from qtdog.data.cards import DatasetCard
 from qtdog.data.decode import to_square
+from qtdog.data.scan import PassedOver
 
 SPLIT_NAMES = ("train", "id_val", "id_test", "val", "test")
 """Trained on; held out of the training domains for selection and for a report; unseen domains, for either."""
@@ -44,6 +47,8 @@ class DomainDataset(ABC):
         official_split: int8 (n,), positions in `data.dataset.SPLIT_NAMES` if the data set
             comes with an official division, else None.
         skipped: (key, reason) of images that were left out because they cannot be read.
+        passed_over: the files of its folder that are no images of it; None if it has no folder of its own.
+        notes: sentences on what looks wrong without being an error, such as names that differ in case alone.
     """
 
     card: DatasetCard
@@ -54,6 +59,8 @@ class DomainDataset(ABC):
     class_index: npt.NDArray[np.int16]
     official_split: npt.NDArray[np.int8] | None = None
     skipped: Sequence[tuple[str, str]] = ()
+    passed_over: PassedOver | None = None
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         """Return the number of images n."""
@@ -82,6 +89,14 @@ class DomainDataset(ABC):
     def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
         """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
         return to_square(self.read(i), size)
+
+    def read_hashed(self, i: int, size: int) -> tuple[npt.NDArray[np.uint8], str]:
+        """Return image i as `read_resized` does, and `sample_sha256` of the very content that it was made from.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        return self.read_resized(i, size), self.sample_sha256(i)
 
     def indices(self, domain: str) -> npt.NDArray[np.int64]:
         """Return the positions of a domain's images, ascending (DataError if there is no such domain)."""
@@ -162,6 +177,87 @@ def _block(function: Callable[[int], T], first: int, end: int) -> list[T]:
     return [function(i) for i in range(first, min(end, first + BLOCK))]
 
 
+MAX_NAMES = 32_767
+RESERVED_DOMAINS = ("none", "all")
+"""What `data.target` means something else by."""
+
+
+def check_domain_names(dataset: str, domains: Sequence[str]) -> None:
+    """Refuse a domain whose name has another meaning where a target is chosen.
+
+    Raises:
+        DataError: a domain is called 'none' or 'all'.
+
+    Example:
+        >>> check_domain_names("photos", ["north", "None"])
+    """
+    for name in RESERVED_DOMAINS:
+        if name in domains:
+            meaning = "no domain" if name == "none" else "every domain in turn"
+            text = f"a domain of {dataset} is called '{name}', but as a target this word means {meaning}"
+            raise DataError(f"{text}: rename it, such as '{name}_'")
+
+
+MISSING = frozenset(
+    [
+        "nan",
+        "none",
+        "null",
+        "<na>",
+        "nat",
+        "#n/a",
+        "n/a",
+        "undefined",
+    ]  # as pandas, R, SQL, spreadsheets and JavaScript write it
+)
+
+
+def is_missing(text: str) -> bool:
+    """Return whether a label or domain in a list is how programs write that there is none.
+
+    Example:
+        >>> [is_missing(text) for text in ("NaN", "", "-1", "-1.0", "nano", "1")]
+        [True, True, True, True, False, False]
+    """
+    return not text or text.lower() in MISSING or text in ("-1", "-1.0", "NA")
+
+
+def composed(name: str) -> str:
+    r"""Return a name in Unicode's composed form (NFC), in which equal letters are equal.
+
+    Example:
+        >>> composed("cafe\u0301") == "caf\u00e9"
+        True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def look_alikes(what: str, names: Sequence[str]) -> list[str]:
+    """Return a sentence for each group of names that differ in case, blanks, width or the form of a number alone.
+
+    Example:
+        >>> look_alikes("classes", ["0", "0.0", "cat"])
+        ["the classes '0' and '0.0' differ in their form alone: are they one?"]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_plain_form(name), []).append(name)
+    return [
+        f"the {what} {' and '.join(map(ascii, group))} differ in their form alone: are they one?"
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def _plain_form(name: str) -> str:
+    text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(number) if math.isfinite(number) and "_" not in text else text
+
+
 def sample_arrays(
     domains: tuple[str, ...], classes: tuple[str, ...], labels: list[tuple[str, str]]
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
@@ -171,6 +267,10 @@ def sample_arrays(
         >>> sample_arrays(("a", "b"), ("x",), [("b", "x")])
         (array([1], dtype=int16), array([0], dtype=int16))
     """
+    for what, names in (("domains", domains), ("classes", classes)):
+        if len(names) > MAX_NAMES:
+            text = f"there are {len(names):,} {what}, more than {MAX_NAMES:,}"
+            raise DataError(f"{text}; such as '{names[0]}'. Is this the right column?")
     places = [dict(zip(names, range(len(names)), strict=True)) for names in (domains, classes)]
     pairs = [[place[name] for name in column] for place, column in zip(places, zip(*labels, strict=True), strict=True)]
     return np.array(pairs[0], dtype=np.int16), np.array(pairs[1], dtype=np.int16)
@@ -200,6 +300,8 @@ class ImageSubset(DomainDataset):
         self.class_index = dataset.class_index[indices]
         self.official_split = None if dataset.official_split is None else dataset.official_split[indices]
         self.skipped = dataset.skipped
+        self.passed_over = dataset.passed_over
+        self.notes = dataset.notes
         self._dataset = dataset
         self._indices = indices.tolist()
 
@@ -210,6 +312,10 @@ class ImageSubset(DomainDataset):
     def read_resized(self, i: int, size: int) -> npt.NDArray[np.uint8]:
         """Return chosen image i as uint8 (size, size, C) (DataError if it cannot be read)."""
         return self._dataset.read_resized(self._indices[i], size)
+
+    def read_hashed(self, i: int, size: int) -> tuple[npt.NDArray[np.uint8], str]:
+        """Return chosen image i as `read_resized` does, and the sha256 of the content that it was made from."""
+        return self._dataset.read_hashed(self._indices[i], size)
 
     def files(self) -> tuple[str, list[str]] | None:
         """Return the whole data set's folder and the files of the chosen images, or None if images are no files."""

@@ -273,7 +273,7 @@ def open_cache(
             if hashes is not None:
                 missing = copy_cached_rows(stream.fileno(), rows, hashes, place.parent)
                 write_row_hashes(temporary, rows, hashes)
-            _decode(dataset, rows, missing, stream.fileno(), progress)
+            _decode(dataset, rows, missing, hashes, stream.fileno(), progress)
             if mark:
                 (temporary / mark).touch()
         remove_old_versions(place, mark)
@@ -290,14 +290,16 @@ def _require_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def _decode(dataset: DomainDataset, rows: Rows, missing: Positions, handle: int, progress: Progress) -> None:
-    """Decode the images at `missing` into an open file."""
+def _decode(
+    dataset: DomainDataset, rows: Rows, missing: Positions, hashes: Hashes | None, handle: int, progress: Progress
+) -> None:
+    """Decode the images at `missing` into an open file; what is decoded must be what was hashed, if it was."""
     errors: list[str] = []
     lock = threading.Lock()
 
     def write(i: int) -> None:
         try:
-            pixels = np.ascontiguousarray(dataset.read_resized(i, rows.size))
+            pixels = np.ascontiguousarray(_read(dataset, i, rows.size, None if hashes is None else hashes[i]))
         except DataError as error:
             with lock:
                 errors.append(str(error))
@@ -315,6 +317,15 @@ def _decode(dataset: DomainDataset, rows: Rows, missing: Positions, handle: int,
                 progress(n_reused + start + len(part), rows.n)
     if errors:
         _refuse(errors)
+
+
+def _read(dataset: DomainDataset, i: int, size: int, expected: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8]:
+    if expected is None:
+        return dataset.read_resized(i, size)
+    pixels, found = dataset.read_hashed(i, size)
+    if bytes.fromhex(found) != expected.tobytes():
+        raise DataError(f"the image {dataset.keys[i]} changed while the data set was read; start again")
+    return pixels
 
 
 def _refuse(errors: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Hashes of many files, remembered by size and times, and the list of hashes that lies beside a data set."""
+"""Hashes of many files, remembered by size, times and inode, and the list of hashes that lies beside a data set."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from qtdog.data.decode import HINT
 SETTLED_NS = 2_000_000_000
 """A file changed within the last 2 s may change again without its times showing it: its hash is not remembered yet."""
 UNKNOWN = -1
+N_STATS = 5
 MAX_INDEX_BYTES = 1 << 33
 
 Stats = npt.NDArray[np.int64]
@@ -33,7 +34,7 @@ Hashes = npt.NDArray[np.uint8]
 
 
 class Index(NamedTuple):
-    """What is remembered: paths, their size, mtime and ctime (ns), int64 (n, 3), and sha256, uint8 (n, 32)."""
+    """What is remembered: paths, what `file_stats` says of them, int64 (n, 5), and sha256, uint8 (n, 32)."""
 
     paths: list[str]
     stats: Stats
@@ -41,14 +42,19 @@ class Index(NamedTuple):
 
 
 def file_stats(paths: Sequence[str]) -> Stats:
-    """Return size, modification and change time (ns) of each file, int64 (n, 3) (DataError if one is gone)."""
-    rows = np.empty((len(paths), 3), dtype=np.int64)
+    """Return size, modification and change time (ns), inode and device of each file, int64 (n, 5).
+
+    Raises:
+        DataError: a file is gone.
+    """
+    rows = np.empty((len(paths), N_STATS), dtype=np.int64)
     for i, path in enumerate(paths):
         try:
             stat = os.stat(path)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}. {HINT}") from error
-        rows[i] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        identity = (stat.st_ino, stat.st_dev)  # 64 bits without a sign
+        rows[i] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *(value - (value >> 63 << 64) for value in identity)
     return rows
 
 
@@ -81,7 +87,7 @@ def file_hashes(
 
 def load_index(place: Path) -> Index:
     """Return a saved index; an empty one if there is none, or a damaged one."""
-    empty = Index([], np.empty((0, 3), dtype=np.int64), np.empty((0, 32), dtype=np.uint8))
+    empty = Index([], np.empty((0, N_STATS), dtype=np.int64), np.empty((0, 32), dtype=np.uint8))
     try:
         if place.stat().st_size > MAX_INDEX_BYTES:
             return empty
@@ -91,7 +97,7 @@ def load_index(place: Path) -> Index:
             index = Index(names.split("\0") if names else [], saved["stats"], saved["hashes"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
         return empty
-    fits = index.stats.shape == (len(index.paths), 3) and index.hashes.shape == (len(index.paths), 32)
+    fits = index.stats.shape == (len(index.paths), N_STATS) and index.hashes.shape == (len(index.paths), 32)
     return index if fits and index.stats.dtype == np.int64 and index.hashes.dtype == np.uint8 else empty
 
 
@@ -160,9 +166,17 @@ def read_hashes(root: Path) -> dict[str, str] | None:
 
 
 def files_below(root: Path) -> list[str]:
-    """Return the relative paths of all files below a folder, sorted; hidden ones do not count."""
+    """Return the relative paths of all files below a folder, sorted; hidden ones do not count.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
     found = []
-    for top, folders, names in os.walk(root, followlinks=True):
+    for top, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         base = os.path.relpath(top, root).replace(os.sep, "/")
         found += [name if base == "." else f"{base}/{name}" for name in names if not name.startswith(".")]

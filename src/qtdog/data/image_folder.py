@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,17 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError, nearest
 from qtdog.data.cards import DatasetCard, match_card
-from qtdog.data.dataset import DomainDataset, sample_arrays
-from qtdog.data.decode import HINT, decode, decode_resized
+from qtdog.data.dataset import DomainDataset, check_domain_names, composed, look_alikes, sample_arrays
+from qtdog.data.decode import HINT, FileGoneError, decode, decode_bytes, decode_resized, read_file, to_square
+from qtdog.data.scan import (
+    IMAGE_SUFFIXES,
+    PassedOver,
+    is_image,
+    is_image_name,
+    list_folder,
+    names_below,
+    subfolders,
+)
 
 CHUNK_BYTES = 1 << 16
 
@@ -45,6 +54,8 @@ class FileDataset(DomainDataset):
         self._resolved = root.resolve()
         self.domains = tuple(sorted({record.domain for record in records}))
         self.classes = classes or tuple(sorted({record.label for record in records}))
+        check_domain_names(card.name, self.domains)
+        self.notes = [*look_alikes("domains", self.domains), *look_alikes("classes", self.classes)]
         self.keys = [record.key for record in records]
         labels = [(record.domain, record.label) for record in records]
         self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, labels)
@@ -65,10 +76,17 @@ class FileDataset(DomainDataset):
         """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
         return decode_resized(self.path(i), size, self.card.channels)
 
+    def read_hashed(self, i: int, size: int) -> tuple[npt.NDArray[np.uint8], str]:
+        """Return image i as `read_resized` does, and the hex sha256 of the bytes that it was decoded from."""
+        content = read_file(self.path(i))
+        pixels = decode_bytes(content, str(self.path(i)), self.card.channels, size)
+        return to_square(pixels, size), hashlib.sha256(content).hexdigest()
+
     def sample_signature(self, i: int) -> str:
-        """Return the folder of the data set, and size and times of file i, which is not read."""
+        """Return the folder of the data set, and size, times, inode and device of file i, which is not read."""
         stat = self._stat(i)
-        return f"{self._resolved}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+        identity = f"{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}\0{stat.st_dev}"
+        return f"{self._resolved}\0{identity}"
 
     def sample_change_ns(self, i: int) -> int:
         """Return the change time (ctime) of file i, ns since 1970."""
@@ -79,22 +97,32 @@ class FileDataset(DomainDataset):
         try:
             return _sha256(f"{self._resolved}/{self.keys[i]}")
         except OSError as error:
-            raise DataError(f"{self.path(i)} cannot be read: {error.strerror}. {HINT}") from error
+            raise _unreadable(self.path(i), error) from error
 
     def _stat(self, i: int) -> os.stat_result:
         try:
             return os.stat(self.path(i))
         except OSError as error:
-            raise DataError(f"{self.path(i)} cannot be read: {error.strerror}. {HINT}") from error
+            raise _unreadable(self.path(i), error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    kind = FileGoneError if isinstance(error, FileNotFoundError) else DataError
+    return kind(f"{path} cannot be read: {error.strerror}. {HINT}")
 
 
 def _sha256(path: str) -> str:
     """Hash one file; a small one, as images are, in a fifth of the time that `hashlib.file_digest` takes."""
-    with open(path, "rb", buffering=0) as stream:
+    with open(path, "rb", buffering=0, opener=_open_regular) as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that nobody writes to gives no bytes, and is refused when it is decoded."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def require_domains(dataset: DomainDataset, min_domains: int, where: Path) -> None:
@@ -122,100 +150,114 @@ def require_path(path: Path, what: str) -> None:
     raise DataError(f"{what} {path} does not exist{hint}")
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 LAYOUT = "ROOT/DOMAIN/CLASS/image"
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "crossval", "test", "testing", "full", "all")
+"""Names of folders that hold the parts of a split in other programs; in lower case."""
 
 
 def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     """Return the data set in a folder laid out as ROOT/DOMAIN/CLASS/image.
 
-    Hidden files and files without an image suffix are ignored, folders below a class are searched, links are followed
-    unless they lead back to a folder that they lie in.
-    No image is opened. A folder with exactly the domains and classes of a known benchmark carries its card.
+    Folders below a class are searched, links are followed unless they lead back to a folder that they lie in. Hidden
+    files are ignored, other files that are no images are counted in `passed_over`, and what looks wrong is said in
+    `notes`. No image is opened, but the first bytes of a file without a suffix are read. Names that are equal in
+    Unicode's composed form (NFC) are one. A folder with exactly the domains and classes of a known benchmark carries
+    its card.
 
     Raises:
-        DataError: the folder is missing, not a folder, not laid out like that, has a name that is not UTF-8, or has
-            fewer domains than `min_domains`.
+        DataError: the folder is missing, not a folder, unreadable, not laid out like that, has a name that is not
+            UTF-8, a domain or class is a link to nowhere, or there are fewer domains than `min_domains`.
     """
     require_path(root, "data folder")
     if not root.is_dir():
         raise DataError(f"{root} is a file; give a folder laid out as {LAYOUT}, or a .csv or .jsonl manifest")
-    classes, records = _scan(root)
+    passed = PassedOver()
+    classes, records = _scan(root, passed)
     if not records:
         raise DataError(_explain_nothing_found(root))
     _require_images_everywhere(root, classes, records)
     _require_utf8([record.key for record in records], root)
+    _refuse_split_folders(root, records)
     names = tuple(sorted({label for labels in classes.values() for label in labels}))
     own = DatasetCard(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
     dataset = FileDataset(match_card(classes, names) or own, root, records, names)
+    dataset.passed_over = passed
+    dataset.notes = [*dataset.notes, *_level_notes(root, classes, records)]
     require_domains(dataset, min_domains, root)
     return dataset
 
 
-def is_image_name(name: str) -> bool:
-    """Return whether a file name has an image suffix and is not hidden.
-
-    Example:
-        >>> is_image_name("a.JPG"), is_image_name("._a.jpg"), is_image_name("notes.txt")
-        (True, False, False)
-    """
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Return all images below a folder, in torchvision's `ImageFolder` order: by folder, then by file name."""
-    return [folder / name for name in names_below(folder)]
-
-
-def names_below(folder: Path) -> list[str]:
-    """Return the paths of all images below a folder, relative to it, with forward slashes, in the order of that.
-
-    Strings, because half a million `Path` objects would take longer than everything else at the start.
-    """
-    found: list[str] = []
-    base = len(str(folder)) + 1
-    for top, names in sorted(_walk(folder)):
-        prefix = f"{top[base:].replace(os.sep, '/')}/" if top[base:] else ""
-        found += [prefix + name for name in sorted(names) if is_image_name(name)]
-    return found
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder that is not hidden, and the names of its files; a link back up is not followed."""
-    for top, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(top, name)]
-        yield top, names
-
-
-def _leads_back(top: str, name: str) -> bool:
-    path = os.path.join(top, name)
-    return os.path.islink(path) and Path(top).resolve().is_relative_to(os.path.realpath(path))
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder that are not hidden, nor what a Mac's archive leaves behind, sorted by name."""
-    found = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(entry for entry in found if entry.name != "__MACOSX")
-
-
-def _scan(root: Path) -> tuple[dict[str, list[str]], list[Record]]:
+def _scan(root: Path, passed: PassedOver) -> tuple[dict[str, list[str]], list[Record]]:
     classes: dict[str, list[str]] = {}
     records: list[Record] = []
-    for domain in subfolders(root):
-        labels = subfolders(domain)
+    for domain in _folders(str(root), passed):
+        labels = _folders(f"{root}/{domain}", passed)
+        name = composed(domain)
         if labels:  # a folder without any is no domain: notes, lists of files
-            classes[domain.name] = [label.name for label in labels]
+            classes.setdefault(name, []).extend(map(composed, labels))
         for label in labels:
-            place = f"{domain.name}/{label.name}/"
-            records += [Record(domain.name, label.name, place + name) for name in names_below(label)]
+            place, class_name = f"{domain}/{label}/", composed(label)
+            below = names_below(f"{root}/{domain}/{label}", passed)
+            records += [Record(name, class_name, place + image) for image in below]
+    if not all(map(str.isascii, {label for labels in classes.values() for label in labels} | set(classes))):
+        records.sort(key=lambda record: record[:2])  # names of different Unicode forms come together
     return classes, records
+
+
+def _folders(folder: str, passed: PassedOver) -> list[str]:
+    """The folders at the level of domains or of classes, where no file belongs and no link may be broken."""
+    here = PassedOver()
+    listing = list_folder(folder, here)
+    if here.links:
+        raise DataError(_explain_link(here.links[0]))
+    passed.junk += here.junk
+    passed.special += here.special
+    for name in listing.files:
+        path = f"{folder}/{name}"
+        passed.misplaced.append(path) if is_image(folder, name) else passed.add_file(path)
+    return listing.folders
+
+
+def _explain_link(path: str) -> str:
+    text = f"{path} is a link to {os.readlink(path)}, which does not exist"
+    return f"{text}: a whole domain or class would be missing. Mount the disk, or remove the link."
+
+
+def _refuse_split_folders(root: Path, records: list[Record]) -> None:
+    """DOMAIN/SPLIT/CLASS/image (Dassl, JiGen): the parts of a split would become classes."""
+    if not all(record.label.lower() in SPLIT_FOLDERS and record.key.count("/") > 2 for record in records):
+        return
+    found = ", ".join(sorted({record.label for record in records}))
+    raise DataError(
+        f"{root} is laid out as DOMAIN/SPLIT/CLASS/image (the folders {found} are no classes), but the layout must be "
+        f"{LAYOUT}. 'qtdog data import {root} --to NEW' joins the parts in a new folder of links; "
+        "for a known benchmark, add --as NAME."
+    )
+
+
+def _level_notes(root: Path, classes: Iterable[str], records: list[Record]) -> list[str]:
+    """Say what suggests that the folder is a level too high, or that its domains are the parts of a split."""
+    notes = []
+    if {domain.lower() for domain in classes} <= set(SPLIT_FOLDERS):
+        names = ", ".join(sorted(classes))
+        notes.append(f"the domains {names} look like the parts of a split, not like domains: the layout is {LAYOUT}")
+    if all(record.key.count("/") > 2 for record in records):
+        below: dict[str, set[tuple[str, str]]] = {}
+        for record in records:
+            below.setdefault(record.key.split("/")[2], set()).add((record.domain, record.label))
+        repeated = sorted(name for name, places in below.items() if len(places) > 1)
+        if repeated and len(repeated) == len(below):
+            first = root / records[0].key.split("/")[0]
+            text = f"no image lies directly in a class folder, and the folders {', '.join(repeated[:5])} repeat in them"
+            notes.append(f"{text}: if these are the classes, give the folder below, such as {first}")
+    return notes
 
 
 def _explain_nothing_found(root: Path) -> str:
     layout = f"the layout must be {LAYOUT}"
-    images_here = any(is_image_name(entry.name) for entry in root.iterdir())
+    names = list_folder(str(root)).files
     images_in = [folder.name for folder in subfolders(root) if any(map(is_image_name, os.listdir(folder)))]
-    if images_here:
+    if any(map(is_image_name, names)):
         return f"{root} has images but no domains: {layout}. Put them into folders, one per domain and class."
     if images_in:
         first = root / images_in[0]

@@ -13,11 +13,12 @@ from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder
 from qtdog.core.progress import Progress
 from qtdog.data.cards import DatasetCard
+from qtdog.data.dataset import composed
 from qtdog.data.digits import find_mnist
 from qtdog.data.file_index import files_below, write_hashes
-from qtdog.data.image_folder import images_below, subfolders
+from qtdog.data.image_folder import SPLIT_FOLDERS
+from qtdog.data.scan import images_below, subfolders
 
-SPLIT_FOLDERS = ("train", "val", "crossval", "test", "full", "all")
 MAX_DEPTH = 3
 MAX_LIST_BYTES = 2 << 30
 
@@ -56,6 +57,19 @@ def find_layout(folder: Path, card: DatasetCard) -> Layout:
     return Layout(name, _ordered(found))
 
 
+NO_CARD = DatasetCard("own", "a folder of which nothing is known")
+
+
+def _own_layout(folder: Path) -> Layout:
+    """The images of a folder DOMAIN/SPLIT/CLASS/image of which nothing else is known, or DOMAIN/CLASS/image."""
+    found = []
+    for domain in subfolders(folder):
+        found += _domain(domain, composed(domain.name), NO_CARD, exact=True)
+    if not found:
+        raise DataError(f"{folder} has no images in folders DOMAIN/SPLIT/CLASS or DOMAIN/CLASS")
+    return Layout("DOMAIN/SPLIT/CLASS/image", _ordered(found))
+
+
 def _ordered(images: list[ImagePlace]) -> list[ImagePlace]:
     return sorted(images, key=lambda image: image.key)
 
@@ -90,14 +104,18 @@ def _levels(folder: Path) -> Iterator[Path]:
         level = [below for path in level for below in subfolders(path)[:100]]
 
 
-def _domain(path: Path, domain: str, card: DatasetCard) -> Iterator[ImagePlace]:
-    """Yield the images of one domain; parts of a division are joined, and equal names in them kept apart."""
+def _holders(path: Path) -> list[Path]:
+    """The folders in which the classes of one domain lie: the parts of a split if there are any."""
     parts = {part.name.lower(): part for part in subfolders(path) if part.name.lower() in SPLIT_FOLDERS}
     whole = parts.get("full") or parts.get("all")
-    holders = [whole] if whole else list(parts.values()) or [path]
+    return [whole] if whole else list(parts.values()) or [path]
+
+
+def _domain(path: Path, domain: str, card: DatasetCard, *, exact: bool = False) -> Iterator[ImagePlace]:
+    """Yield the images of one domain; parts of a division are joined, and equal names in them kept apart."""
     taken: set[str] = set()
-    for holder in holders:
-        for image in _classes(holder, domain, card):
+    for holder in _holders(path):
+        for image in _classes(holder, domain, card, exact=exact):
             key = image.key
             if key in taken:
                 folder, _, name = key.rpartition("/")
@@ -106,14 +124,16 @@ def _domain(path: Path, domain: str, card: DatasetCard) -> Iterator[ImagePlace]:
             yield ImagePlace(image.path, key)
 
 
-def _classes(holder: Path, domain: str, card: DatasetCard) -> Iterator[ImagePlace]:
-    known = _names(card.classes, card.class_aliases)
+def _classes(holder: Path, domain: str, card: DatasetCard, *, exact: bool) -> Iterator[ImagePlace]:
+    """Yield the images of one part; classes have the names of the card, or (`exact`) those of the folders."""
+    known = {} if exact else _names(card.classes, card.class_aliases)
     for folder in subfolders(holder):
-        if _fold(folder.name) not in known:
+        label = composed(folder.name) if exact else known.get(_fold(folder.name))
+        if label is None:
             raise DataError(f"{folder} is no class of {card.name}; they are {', '.join((card.classes or ())[:20])}")
         for path in images_below(folder):
             name = path.relative_to(folder).as_posix().replace("/", "_")
-            yield ImagePlace(path, f"{domain}/{known[_fold(folder.name)]}/{name}")
+            yield ImagePlace(path, f"{domain}/{label}/{name}")
 
 
 def _image_lists(folder: Path) -> list[Path]:
@@ -234,7 +254,7 @@ def _layout(source: Path, card: DatasetCard) -> Layout:
     if card.kind in MARKERS:
         root = _find_marked(source, card, MARKERS[card.kind])
         return Layout("WILDS", [ImagePlace(root / key, key) for key in files_below(root)])
-    return find_layout(source, card)
+    return _own_layout(source) if card.domains is None else find_layout(source, card)
 
 
 def _find_marked(source: Path, card: DatasetCard, markers: Iterable[str]) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qtdog.core.errors import DataError, nearest
 from qtdog.data.cards import DatasetCard, match_card
+from qtdog.data.dataset import composed, is_missing
 from qtdog.data.image_folder import FileDataset, Record, require_domains, require_path
 
 DOMAIN = "domain"
@@ -40,8 +41,10 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
     require_path(path, "manifest")
     root = path.parent
     records: dict[str, Record] = {}
+    both = False
     for line, row in _rows(path, domain_column.strip().lower()):
         record = _record(row, f"{path}, line {line}")
+        both = both or ("class" in row and "label" in row)
         if record.key in records:
             raise DataError(f"{path}, line {line}: {_twice(records[record.key], record)}")
         if not (root / record.key).is_file():
@@ -53,6 +56,8 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
     ordered = sorted(records.values())
     dataset = FileDataset(DatasetCard(name=path.stem, title=f"Images listed in {path.name}"), root, ordered)
     dataset.card = match_card(dataset.domains, dataset.classes) or dataset.card
+    if both:
+        dataset.notes = [*dataset.notes, "there are the columns 'class' and 'label': the classes are those of 'class'"]
     require_domains(dataset, min_domains, path)
     return dataset
 
@@ -150,8 +155,11 @@ def _record(row: dict[str, Any], where: str) -> Record:
             raise DataError(f"{where}: '{column}' is a list; give one text")
         if value is None or not str(value).strip():
             raise DataError(f"{where}: '{column}' is empty")
+        if column != "path" and is_missing(str(value).strip()):
+            hint = "if it is a name, call it otherwise" if isinstance(value, str) else "leave the image out"
+            raise DataError(f"{where}: '{column}' is {value}, which means that there is none; {hint}")
     key = str(row["path"]).strip()
     if Path(key).is_absolute() or PureWindowsPath(key).drive or ".." in Path(key).parts:
         text = f"path '{key}' is absolute or leaves the manifest's folder"
         raise DataError(f"{where}: {text}; give paths relative to it, without '..'")
-    return Record(str(values[DOMAIN]).strip(), str(label).strip(), Path(key).as_posix())
+    return Record(composed(str(values[DOMAIN]).strip()), composed(str(label).strip()), Path(key).as_posix())

@@ -16,7 +16,7 @@ from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
 from qtdog.data.dataset import DomainDataset, ImageSubset, map_samples
-from qtdog.data.decode import HINT
+from qtdog.data.decode import HINT, DecodeError, FileGoneError, decoder
 from qtdog.data.digits import MnistDataset, RotatedDigits
 from qtdog.data.file_index import NOTES, SETTLED_NS
 from qtdog.data.image_folder import FileDataset, open_folder, require_domains, require_path
@@ -85,7 +85,7 @@ def is_text(source: str) -> bool:
         (True, False)
     """
     path = Path(source).expanduser()
-    return source == "amazon-reviews" or (path / "reviews.csv").is_file()
+    return source == "amazon-reviews" or ((path / "reviews.csv").is_file() and (path / "splits").is_dir())
 
 
 def locate(name: str) -> Path:
@@ -191,8 +191,8 @@ def without_unreadable(
 ) -> DomainDataset:
     """Return the data set without the images that cannot be decoded; `skipped` of the result names them and why.
 
-    Every image is decoded once; what was found is remembered by the data set's signature. A data set without any
-    broken image is returned as it is, and so is one of texts.
+    Every image is decoded once; what was found is remembered by the data set's signature and the decoder's
+    version. A data set without any broken image is returned as it is, and so is one of texts.
 
     Args:
         dataset: the whole.
@@ -201,7 +201,7 @@ def without_unreadable(
         settled_ns: nothing is remembered of files changed within so many ns, which may change again unseen.
 
     Raises:
-        DataError: no image can be read, or one is gone.
+        DataError: no image can be read, or the machine failed to read one.
         RunError: the cache folder cannot be written.
     """
     if isinstance(dataset, TextDomains):
@@ -220,21 +220,27 @@ def without_unreadable(
 
 def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path, settled_ns: int) -> list[tuple[str, str]]:
     try:
-        note = folder / "unreadable" / f"{dataset.signature()}.json"
-    except DataError:  # a link to nowhere has no signature: then all are looked at each time
+        note = folder / "unreadable" / f"{dataset.signature()}-{decoder()}.json"
+    except FileGoneError:  # a link to nowhere has no signature: then all are looked at each time
         note = None
     if note is not None and note.is_file():
         return [(str(key), str(reason)) for key, reason in json.loads(note.read_text())]
-    reasons = map_samples(lambda i: _why_unreadable(dataset, i), len(dataset), progress)
+    reasons = map_samples(lambda i: why_unreadable(dataset, i), len(dataset), progress)
     found = [(key, reason) for key, reason in zip(dataset.keys, reasons, strict=True) if reason]
     if note is not None and time.time_ns() - dataset.newest_change_ns() > settled_ns:
         write_atomic(note, json.dumps(found))
     return found
 
 
-def _why_unreadable(dataset: DomainDataset, i: int) -> str:
+def why_unreadable(dataset: DomainDataset, i: int) -> str:
+    """Return why the content of image i cannot be decoded, or that it is gone; "" if it can be decoded.
+
+    Raises:
+        DataError: the machine failed to read it (a disk error, too many open files, no memory), which says nothing of
+            the image.
+    """
     try:
         dataset.read(i)
-    except DataError as error:
+    except (DecodeError, FileGoneError) as error:
         return str(error).removesuffix(HINT).rstrip()
     return ""

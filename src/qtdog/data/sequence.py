@@ -12,8 +12,15 @@ from PIL import Image
 
 from qtdog.core.errors import DataError
 from qtdog.data.cards import DatasetCard
-from qtdog.data.dataset import DomainDataset, sample_arrays
-from qtdog.data.decode import to_pixels
+from qtdog.data.dataset import (
+    DomainDataset,
+    check_domain_names,
+    composed,
+    is_missing,
+    look_alikes,
+    sample_arrays,
+)
+from qtdog.data.decode import DecodeError, to_pixels
 
 MULTI_LABEL = "each image needs one label and one domain; several labels for one image (multi-label) are not supported"
 
@@ -31,7 +38,8 @@ class SequenceDataset(DomainDataset):
         channels: 3 (RGB) or 1 (grey).
 
     Raises:
-        DataError: lengths differ, there is no image, or an image has several labels.
+        DataError: lengths differ, there is no image, or an image has several labels, none (None, NaN, -1), or one that
+            is out of range.
 
     Example:
         >>> images = [np.full((8, 8, 3), i, dtype=np.uint8) for i in range(4)]
@@ -50,11 +58,16 @@ class SequenceDataset(DomainDataset):
         classes: Sequence[str] | None = None,
         channels: int = 3,
     ) -> None:
-        groups, named = [_name(domain) for domain in domains], [_name(label, classes) for label in labels]
+        groups, named = (
+            [_name(d, i) for i, d in enumerate(domains)],
+            [_name(c, i, classes) for i, c in enumerate(labels)],
+        )
         if len(groups) != len(named) or not named:
             raise DataError(f"{name} has {len(named)} labels and {len(groups)} domains; {MULTI_LABEL}")
         self.card = DatasetCard(name=name, title=f"Images of {name}", channels=channels)
         self.domains, self.classes = tuple(sorted(set(groups))), tuple(sorted(set(named)))
+        check_domain_names(name, self.domains)
+        self.notes = [*look_alikes("domains", self.domains), *look_alikes("classes", self.classes)]
         self._order = sorted(range(len(named)), key=lambda i: (groups[i], named[i], i))
         pairs = [(groups[i], named[i]) for i in self._order]
         self.keys = [f"{d}/{c}/{i:07d}" for (d, c), i in zip(pairs, self._order, strict=True)]
@@ -68,7 +81,9 @@ class SequenceDataset(DomainDataset):
             image = given if isinstance(given, Image.Image) else Image.fromarray(_flat(np.asarray(given)))
             return to_pixels(image, self.card.channels)
         except Exception as error:  # a stranger's function raises what it likes
-            raise DataError(f"image {self._order[i]} of {self.card.name} cannot be had: {error}") from error
+            of_machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+            kind = DataError if of_machine else DecodeError
+            raise kind(f"image {self._order[i]} of {self.card.name} cannot be had: {error}") from error
 
     def sample_signature(self, i: int) -> str:
         """Return the sha256 of the pixels of image i: nothing cheaper is known of it."""
@@ -84,11 +99,18 @@ class SequenceDataset(DomainDataset):
         return hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def _name(value: Any, names: Sequence[str] | None = None) -> str:
+def _name(value: Any, position: int, names: Sequence[str] | None = None) -> str:
     if isinstance(value, (list, tuple, set, dict)) or getattr(value, "ndim", 0):
         raise DataError(MULTI_LABEL)
     value = value.item() if hasattr(value, "item") else value  # a number of NumPy or torch
-    return names[value] if names is not None and isinstance(value, int) else str(value)
+    if names is not None and isinstance(value, int):
+        if not 0 <= value < len(names):
+            raise DataError(f"the label of image {position} is {value}; there are {len(names)} classes, from 0")
+        value = names[value]
+    text = composed(str(value).strip())
+    if is_missing(text) or value is None:
+        raise DataError(f"image {position} has the label or domain {value!r}, which means that there is none")
+    return text
 
 
 def _flat(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -68,10 +68,7 @@ def make_splits(
             splits[domain] = _official(dataset, domain, members)
             continue
         if int(len(members) * frac) == 0:
-            raise DataError(
-                f"domain '{domain}' has {len(members)} images: too few to hold out {frac:.0%} for selection; "
-                f"it needs at least {int(np.ceil(1 / frac))}. Add images, or leave the domain out."
-            )
+            raise DataError(_too_few(domain, len(members), frac))
         if test_mode == "in-domain":
             train, heldout, test = three_way(len(members), frac, trial=trial, domain_index=d)
         else:
@@ -79,6 +76,29 @@ def make_splits(
             test = np.empty(0, dtype=np.int64)
         splits[domain] = Split(members[train], members[heldout], members[test])
     return DomainSplits(splits)
+
+
+def training_obstacles(dataset: DomainDataset, *, frac: float = 0.2) -> list[str]:
+    """Return one sentence for each reason why a data set cannot be trained on, whatever the configuration.
+
+    Example:
+        >>> from qtdog.data.digits import RotatedDigits
+        >>> training_obstacles(RotatedDigits())
+        []
+    """
+    found = []
+    if len(dataset.classes) < 2:
+        found.append(f"all images have the class '{dataset.classes[0]}': there is nothing to tell apart")
+    for domain, n in zip(dataset.domains, dataset.counts().sum(axis=1).tolist(), strict=True):
+        if dataset.official_split is None and int(n * frac) == 0:
+            found.append(_too_few(domain, n, frac))
+    return found
+
+
+def _too_few(domain: str, n: int, frac: float) -> str:
+    needed = int(np.ceil(1 / frac))
+    text = f"domain '{domain}' has {n} images: too few to hold out {frac:.0%} for selection; it needs at least {needed}"
+    return f"{text}. Add images, or leave the domain out."
 
 
 def _official(dataset: DomainDataset, domain: str, members: Indices) -> Split:

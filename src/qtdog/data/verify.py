@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
@@ -15,6 +18,7 @@ from qtdog.data.dataset import ID_TEST, ID_VAL, SPLIT_NAMES, TEST, TRAIN, VAL, D
 from qtdog.data.decode import HINT
 from qtdog.data.file_index import Changes, compare, files_below, hash_of, read_hashes
 from qtdog.data.image_folder import FileDataset
+from qtdog.data.splits import training_obstacles
 from qtdog.data.text import TextDataset
 
 MAX_LISTED = 20
@@ -29,18 +33,30 @@ class Report:
         unreadable: (key, reason) of images that cannot be read.
         empty_classes: classes without any image.
         missing_classes: (domain, class) without an image, of classes that have some elsewhere.
+        conflicting_labels: groups of keys with exactly the same content, in at least two classes.
         duplicates: groups of keys with exactly the same content, in at least two domains.
-        differences: sentences on where the data set differs from its card.
+        copies: groups of keys with exactly the same content, all in one domain and one class.
+        near_duplicates: groups of keys that look the same (`difference_hash`); empty unless they were asked for.
+        obstacles: sentences on why the data set cannot be trained on.
+        notes: sentences on what looks wrong: names that differ in case alone, files that were left out.
+        differences: sentences on where the data set differs from its dataset card.
         changes: how its files differ from the list that was made when it was fetched or imported; None without a list.
+        passed_over: which files are no images of the data set; "" if all are.
     """
 
     n_images: int
     unreadable: list[tuple[str, str]]
     empty_classes: list[str]
     missing_classes: list[tuple[str, str]]
+    conflicting_labels: list[list[str]]
     duplicates: list[list[str]]
+    copies: list[list[str]]
+    near_duplicates: list[list[str]]
+    obstacles: list[str]
+    notes: list[str]
     differences: list[str]
     changes: Changes | None = None
+    passed_over: str = ""
 
     @property
     def ok(self) -> bool:
@@ -51,15 +67,21 @@ class Report:
         """Return the findings for people, at most 20 lines of a kind."""
         listed = "" if self.changes is None else "; files compared with the list of the fetch or import"
         head = f"{self.n_images:,} images: " + ("nothing wrong" if self.ok else "problems found") + listed
-        return "\n".join([head, *(_section(title, lines) for title, lines in self._sections() if lines)])
+        sections = [_section(title, lines) for title, lines in self._sections() if lines]
+        return "\n".join([head, *sections, *([self.passed_over] if self.passed_over else [])])
 
     def _sections(self) -> list[tuple[str, list[str]]]:
         changes = self.changes or Changes([], [], [])
         return [
             ("unreadable images (--skip-unreadable trains without them)", [reason for _, reason in self.unreadable]),
+            ("what keeps it from being trained on", self.obstacles),
             ("classes without any image", self.empty_classes),
             ("classes missing from a domain", [f"{name} in {domain}" for domain, name in self.missing_classes]),
-            ("exact duplicates across domains", [" = ".join(group) for group in self.duplicates]),
+            ("the same image with two labels", _joined(self.conflicting_labels)),
+            ("exact duplicates across domains", _joined(self.duplicates)),
+            ("copies within a domain, of which one may be trained on and one held out", _joined(self.copies)),
+            ("images that look the same", _joined(self.near_duplicates)),
+            ("what looks wrong", self.notes),
             ("differences from the dataset card", self.differences),
             ("files of the list that are missing", changes.missing),
             ("files that differ from the list", changes.changed),
@@ -67,30 +89,124 @@ class Report:
         ]
 
 
+def _joined(groups: list[list[str]]) -> list[str]:
+    return [" = ".join(group) for group in groups]
+
+
 def _section(title: str, lines: list[str]) -> str:
     more = [f"… and {len(lines) - MAX_LISTED:,} more"] if len(lines) > MAX_LISTED else []
     return "\n  ".join([f"{title}: {len(lines):,}", *lines[:MAX_LISTED], *more])
 
 
-def verify(dataset: DomainDataset, progress: Progress = None) -> Report:
+def verify(dataset: DomainDataset, progress: Progress = None, *, near: bool = False) -> Report:
     """Return what is wrong with a data set, after reading every image once.
+
+    Args:
+        dataset: the images.
+        progress: of reading them.
+        near: list images that look the same as well, which the content alone does not show.
 
     Example:
         >>> from qtdog.data.digits import RotatedDigits
         >>> verify(RotatedDigits()).ok
         True
     """
-    found = map_samples(lambda i: _examine(dataset, i), len(dataset), progress)
+    found = map_samples(lambda i: _examine(dataset, i, near), len(dataset), progress)
+    contents = [image.content for image in found]
     empty = {dataset.classes[c] for c in np.flatnonzero(dataset.counts().sum(axis=0) == 0)}
+    passed, same = dataset.passed_over, _groups(contents)
+    domains, classes = dataset.domain_index, dataset.class_index
+    conflicting = [group for group in same if len(set(classes[group])) > 1]
+    across = [group for group in same if len(set(domains[group])) > 1]
+    alike = _similar([image.look for image in found]) if near else []
     return Report(
         n_images=len(dataset),
-        unreadable=[(dataset.keys[i], reason) for i, (_, reason) in enumerate(found) if reason],
+        unreadable=[(dataset.keys[i], image.reason) for i, image in enumerate(found) if image.reason],
         empty_classes=sorted(empty),
         missing_classes=[(domain, name) for domain, name in dataset.missing_classes() if name not in empty],
-        duplicates=_across_domains(dataset, [content for content, _ in found]),
+        conflicting_labels=_keys(dataset, conflicting),
+        duplicates=_keys(dataset, across),
+        copies=_keys(dataset, [group for group in same if group not in conflicting and group not in across]),
+        near_duplicates=_keys(dataset, [group for group in alike if len({contents[i] for i in group}) > 1]),
+        obstacles=training_obstacles(dataset),
+        notes=[*dataset.notes, *(passed.problems() if passed else ())],
         differences=check_counts(dataset),
-        changes=_changes(dataset, [content for content, _ in found]),
+        changes=_changes(dataset, contents),
+        passed_over=passed.summary() if passed else "",
     )
+
+
+class _Examined(NamedTuple):
+    """Content hash ("" if there is none), why the image cannot be read ("" if it can), and how it looks (if asked)."""
+
+    content: str
+    reason: str
+    look: str
+
+
+def _examine(dataset: DomainDataset, i: int, near: bool) -> _Examined:
+    content = ""
+    try:
+        content = dataset.sample_sha256(i)
+        pixels = dataset.read(i)
+    except DataError as error:
+        return _Examined(content, str(error).removesuffix(HINT).rstrip(), "")
+    return _Examined(content, "", difference_hash(pixels) if near else "")
+
+
+def difference_hash(pixels: npt.NDArray[np.uint8], size: int = 16) -> str:
+    """Return a hash of how an image looks: whether each of size x size grey patches is brighter than its neighbor.
+
+    Images that differ in size, format or compression alone have hashes that differ in few bits, if in any. An image of
+    one color has no look: "".
+
+    Args:
+        pixels: uint8 (H, W, C).
+        size: patches in each direction.
+
+    Example:
+        >>> ramp = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+        >>> difference_hash(ramp) == difference_hash(ramp + 50), difference_hash(ramp) == difference_hash(ramp[:, ::-1])
+        (True, False)
+    """
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("L")
+    patches = np.asarray(image.resize((size + 1, size), Image.Resampling.BILINEAR)).astype(np.int16)
+    brighter = patches[:, 1:] > patches[:, :-1]
+    return np.packbits(brighter).tobytes().hex() if brighter.any() else ""
+
+
+def _groups(values: list[str]) -> list[list[int]]:
+    """The positions of equal values that are not "", where there are at least two."""
+    same: dict[str, list[int]] = defaultdict(list)
+    for i, value in enumerate(values):
+        if value:
+            same[value].append(i)
+    return [group for group in same.values() if len(group) > 1]
+
+
+MAX_BITS = 10
+BAND_BITS = 23
+
+
+def _similar(looks: list[str]) -> list[list[int]]:
+    """The positions of hashes that differ in at most 10 of 256 bits: at least one of 11 bands of bits is then equal."""
+    numbers = {i: int(look, 16) for i, look in enumerate(looks) if look}
+    group = {i: i for i in numbers}  # the smallest position of its group
+    for start in range(0, 256, BAND_BITS):
+        bands: dict[int, list[int]] = defaultdict(list)
+        for i, number in numbers.items():
+            bands[number >> start & ((1 << BAND_BITS) - 1)].append(i)
+        for members in bands.values():
+            first = members[0]
+            for i in members[1:]:
+                if group[i] != group[first] and (numbers[i] ^ numbers[first]).bit_count() <= MAX_BITS:
+                    old, new = sorted((group[i], group[first]), reverse=True)
+                    group.update({j: new for j, root in group.items() if root == old})
+    return _groups([str(group.get(i, "")) for i in range(len(looks))])
+
+
+def _keys(dataset: DomainDataset, groups: list[list[int]]) -> list[list[str]]:
+    return [[dataset.keys[i] for i in group] for group in groups]
 
 
 def _changes(dataset: DomainDataset, contents: list[str]) -> Changes | None:
@@ -101,26 +217,6 @@ def _changes(dataset: DomainDataset, contents: list[str]) -> Changes | None:
         return None
     known = dict(zip(dataset.keys, contents, strict=True)) if isinstance(dataset, FileDataset) else {}
     return compare(listed, ((key, known[key] if key in known else hash_of(root / key)) for key in files_below(root)))
-
-
-def _examine(dataset: DomainDataset, i: int) -> tuple[str, str]:
-    """Content hash ("" if there is none) and the reason why the image cannot be read ("" if it can)."""
-    content = ""
-    try:
-        content = dataset.sample_sha256(i)
-        dataset.read(i)
-    except DataError as error:
-        return content, str(error).removesuffix(HINT).rstrip()
-    return content, ""
-
-
-def _across_domains(dataset: DomainDataset, contents: list[str]) -> list[list[str]]:
-    same: dict[str, list[int]] = defaultdict(list)
-    for i, content in enumerate(contents):
-        if content:
-            same[content].append(i)
-    groups = [group for group in same.values() if len({int(dataset.domain_index[i]) for i in group}) > 1]
-    return [[dataset.keys[i] for i in group] for group in groups]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qtdog.core.errors import ConfigError, DataError, QtdogError
 from qtdog.data.decode import decode_resized
-from qtdog.data.image_folder import images_below, require_path
+from qtdog.data.image_folder import require_path
+    from qtdog.data.scan import images_below
 from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import EnsembleModel

@@ -16,7 +16,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256, open_cache
 from qtdog.data.input_cache import InputCache
-from qtdog.data.splits import DomainSplits, make_splits
+from qtdog.data.splits import DomainSplits, make_splits, training_obstacles
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.models.text import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
 
@@ -105,6 +105,8 @@ def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
     """
     if len(dataset.domains) < 2 and data.target != "none":
         raise DataError(f"{data.source} has one domain ({', '.join(dataset.domains)}): nothing is left to train on.")
+    if len(dataset.classes) < 2:
+        raise DataError(f"{data.source}: {training_obstacles(dataset)[0]}.")
     missing = [f"'{name}' in domain '{domain}'" for domain, name in dataset.missing_classes()]
     if missing and not data.allow_missing_classes:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
