@@ -14,7 +14,7 @@ from torch import Tensor
 from qtdog.core.errors import ConfigError, DataError, QtdogError
 from qtdog.data.decode import decode_resized
 from qtdog.data.image_folder import require_path
-    from qtdog.data.scan import images_below
+from qtdog.data.scan import images_below
 from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import EnsembleModel
