@@ -41,7 +41,7 @@ docs: setup ## build the documentation into site/
 	@echo "Open site/index.html"
 
 # long studies are commands of their own: see their first lines
-LONG := contract latency sweep_engines many_images backbones
+LONG := latency sweep_engines many_images backbones
 BENCHMARKS := $(filter-out $(LONG:%=benchmarks/%.py) benchmarks/rescore.py,$(wildcard benchmarks/*.py))
 
 bench: setup ## run every benchmark

@@ -25,9 +25,9 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.loop import begin_step, update
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.protocol import resolve
 
 LATE = 10**6  # of the step: no penalty waits any longer
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -51,7 +51,7 @@ def make_config(name: str, arguments: argparse.Namespace) -> Config:
 def make_step(name: str, arguments: argparse.Namespace, dataset: RotatedDigits) -> Step:
     """Return a function that makes one update."""
     config = resolve(make_config(name, arguments), dataset)
-    parts = build_components(config, dataset, make_protocol(config, dataset), make_accelerator(config))
+    parts = build_components(config, dataset)
     batch = parts.batches.batch(0)
     parts.network.train()
 

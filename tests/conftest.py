@@ -19,6 +19,8 @@ from PIL import Image
 
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
+from qtdog.data.dataset import DomainSubset
+from qtdog.data.digits import RotatedDigits
 
 # a first backward pass, or a busy machine, may take longer than hypothesis allows one example
 settings.register_profile("qtdog", deadline=None)
@@ -37,6 +39,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QTDOG_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def digits() -> RotatedDigits:
+    """The embedded digits, six domains."""
+    return RotatedDigits()
+
+
+@pytest.fixture(scope="session")
+def three_digits(digits: RotatedDigits) -> DomainSubset:
+    """Three domains of the digits: two sources and the target 75."""
+    return DomainSubset(digits, ["0", "15", "75"])
 
 
 @pytest.fixture

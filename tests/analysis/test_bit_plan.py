@@ -6,12 +6,6 @@ from qtdog.analysis.bit_plan import BitPlan, parse_candidates, place, without_ta
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return RotatedDigits()
 
 
 def plan(digits, *, candidates=(7, 4), changes=(), **more) -> BitPlan:

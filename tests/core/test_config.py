@@ -133,3 +133,11 @@ def test_a_mapping_without_the_space_says_what_to_write():
     with pytest.raises(ConfigError, match=r"as in \{weight: 1\}"):
         parse_assignment("objective.params={weight:1}")
     assert parse_assignment("objective.params={weight: 1}") == {"objective": {"params": {"weight": 1}}}
+
+
+def test_oracle_without_a_target_is_refused_before_anything_runs():
+    tree = {"train": {"selection": "oracle"}}
+    with pytest.raises(ConfigError, match="oracle chooses by the accuracy on the target"):
+        build_config([tree])
+    for data in ({"target": "sketch"}, {"target": "all"}, {"test_mode": "in-domain"}):
+        assert build_config([tree, {"data": data}]).train.selection == "oracle"

@@ -1,11 +1,12 @@
 import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
 from qtdog.core.errors import RunError
-from qtdog.core.files import atomic_folder, sha256_file, write_atomic
+from qtdog.core.files import atomic_folder, replacing_folder, sha256_file, write_atomic
 
 
 def test_write_replaces_whole_and_leaves_nothing_beside(tmp_path):
@@ -77,3 +78,37 @@ def test_other_errors_pass_through(tmp_path):
 def test_sha256_of_known_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "file", "x")
+        with atomic_folder(tmp_path / "folder") as temporary:
+            handle = os.open(temporary / "a", os.O_CREAT | os.O_WRONLY, 0o600)  # as safetensors does
+            os.close(handle)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder", "folder/a")]
+    assert modes == [0o666 & ~mask, 0o777 & ~mask, 0o666 & ~mask]
+
+
+def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "step"
+
+    def write(content, error=None):
+        with replacing_folder(path) as temporary:
+            temporary.mkdir()
+            (temporary / "a").write_text(content)
+            assert not path.exists() or (path / "a").read_text() == "old"
+            if error:
+                raise error
+
+    write("old")
+    with pytest.raises(RunError, match="the disk is full"):
+        write("half", OSError(errno.ENOSPC, "No space left on device"))
+    assert (path / "a").read_text() == "old"
+    write("new")
+    assert (path / "a").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step"]

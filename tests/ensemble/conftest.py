@@ -24,11 +24,6 @@ SHORT = {
 
 
 @pytest.fixture(scope="session")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
-
-
-@pytest.fixture(scope="session")
 def train_member(digits: RotatedDigits, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Member]:
     """Return a function that trains a run of six small steps, with sections changed, and reads it as a member."""
 

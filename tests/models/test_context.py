@@ -86,7 +86,7 @@ def test_its_layers_are_quantized_too():
     [
         ("contxt", {}, "unknown feature layer 'contxt'; did you mean 'context'"),
         ("context", {"width": 100_000}, "width of feature layer 'context' must lie in 1 … 512"),
-        ("none", {"p": 0.5}, "unknown hyper-parameter of feature layer 'none'"),
+        ("none", {"p": 0.5}, "feature layer 'none' has no hyper-parameter"),
     ],
 )
 def test_a_wrong_name_or_value_is_refused(layer: str, params: dict[str, float], message: str):

@@ -7,9 +7,9 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.objectives.arm import ARM
 from qtdog.objectives.base import DomainBatch, ModelView, Setting
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.components import Trainable
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.protocol import resolve
 
 SIZES = (4, 6, 2)
 
@@ -64,4 +64,4 @@ def test_names_that_do_not_go_together_are_refused(short_config, objective, laye
     digits = RotatedDigits()
     config = resolve(short_config(objective={"name": objective}, model={"feature_layer": layer}), digits)
     with pytest.raises(ConfigError, match=message):
-        build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+        build_components(config, digits)

@@ -5,20 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import flatten_optimizer, plain_names, save_state
 from qtdog.training.components import Components, RunState
 from qtdog.training.loop import begin_step, update
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.run import initial_state
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return RotatedDigits()
 
 
 def steps(parts: Components, first: int, last: int) -> list[float]:
@@ -44,10 +38,9 @@ def test_it_trains_quantized_and_resumes_bit_by_bit(tmp_path, short_config, digi
     model = {"feature_layer": "context", "feature_params": {"width": 8}} if name == "arm" else {}
     changes = {"objective": {"name": name, "params": params}, "quantizer": quantizer, "model": model}
     config = resolve(short_config(**changes), digits)
-    protocol = make_protocol(config, digits)
 
     def parts() -> Components:
-        return build_components(config, digits, protocol, make_accelerator(config))
+        return build_components(config, digits)
 
     whole = parts()
     start = {key: value.clone() for key, value in everything(whole).items()}

@@ -10,8 +10,8 @@ from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import Setting
 from qtdog.objectives.miro import MIRO, miro_penalty
-from qtdog.training.build import build_components, make_accelerator
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.build import build_components
+from qtdog.training.protocol import resolve
 
 SHAPES = [(4, 3, 5, 5), (4, 6, 2, 2), (4, 7, 8)]
 
@@ -87,9 +87,7 @@ def test_the_copy_is_in_no_list_and_stays_as_it_was(staged):
 def test_in_a_run_the_encoders_learn_ten_times_as_fast_and_the_copy_comes_again(short_config):
     digits = RotatedDigits()
     config = resolve(short_config(objective={"name": "miro"}), digits)
-    one, other = (
-        build_components(config, digits, make_protocol(config, digits), make_accelerator(config)) for _ in range(2)
-    )
+    one, other = (build_components(config, digits) for _ in range(2))
     lr = config.optimizer.lr
     assert one.base_lrs == pytest.approx((lr, lr, 10 * lr))
     assert isinstance(one.objective, MIRO)

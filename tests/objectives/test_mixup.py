@@ -11,8 +11,8 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.functional import random_ring
 from qtdog.objectives.mixup import draw_shares, mixed_loss
-from qtdog.training.build import build_components, make_accelerator
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.build import build_components
+from qtdog.training.protocol import resolve
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 10.0])
@@ -71,4 +71,4 @@ def test_domains_of_unequal_shares_are_refused_before_anything_starts(short_conf
     data = {"target": "75", "batch_size": 8, "image_size": 12, "focus": "15"}
     config = resolve(short_config(objective={"name": "mixup"}, data=data), digits)
     with pytest.raises(ConfigError, match=r"'mixup' takes as many images of every domain.*Leave data\.focus out"):
-        build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+        build_components(config, digits)

@@ -77,10 +77,10 @@ def test_several_processes_are_refused(setting, name):
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("irm", {"wieght": 1.0}, "unknown hyper-parameter of objective 'irm' 'wieght'; did you mean 'weight'"),
+        ("irm", {"wieght": 1.0}, "objective 'irm' has no hyper-parameter 'wieght'; did you mean 'weight'"),
         ("vrex", {"anneal": 3}, "did you mean 'anneal_steps'"),
         ("fish", {"metalr": 0.1}, "did you mean 'meta_lr'"),
-        ("erm", {"weight": 1.0}, "unknown hyper-parameter of objective 'erm' 'weight'. Known: none"),
+        ("erm", {"weight": 1.0}, "objective 'erm' has no hyper-parameter 'weight'. It has: none"),
         ("coral", {"weight": "much"}, "weight of objective 'coral' must be float, not 'much'"),
         ("irm", {"anneal_steps": 2.5}, "anneal_steps of objective 'irm' must be int, not 2.5"),
         ("mixup", {"alpha": 0.0}, "alpha of objective 'mixup' must lie in 0.001 … inf, not 0"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 
 import numpy as np
@@ -13,11 +12,10 @@ import torch
 
 from qtdog.core.errors import Interrupted
 from qtdog.core.files import sha256_file
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.progress import StopAfter
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
-from qtdog.training import finalize as final_module
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.finalize import calibration_indices, quantize_after_training_
 from qtdog.training.load import load_model
@@ -26,11 +24,6 @@ from qtdog.training.run import RunCallbacks, run
 
 METHODS = ("rtn", "gptq", "obc")
 PLAN = {"steps": 6, "eval_every": 3}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return RotatedDigits()
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def test_a_run_ships_codes_and_reports_what_the_file_measures(tmp_path, config_o
     assert [record.seen.selectable for record in folder.read_metrics()] == [True, True]
     assert counted[-1][0] == counted[-1][1]
 
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     shipped = load_model(folder.model_file)
     assert isinstance(parts.evaluate, Evaluator)
     measured = dataclasses.replace(parts.evaluate, network=shipped.network)(0, True, None, lambda: None)
@@ -109,7 +102,7 @@ def test_an_average_is_quantized_too(tmp_path, config_of, digits):
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])
-def test_stopped_while_quantizing_and_resumed_gives_the_same_file(tmp_path, config_of, digits, stop_at, monkeypatch):
+def test_stopped_while_quantizing_and_resumed_gives_the_same_file(tmp_path, config_of, digits, stop_at):
     config = config_of("obc")
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config, digits, whole)
@@ -122,19 +115,16 @@ def test_stopped_while_quantizing_and_resumed_gives_the_same_file(tmp_path, conf
         run(config, digits, broken, callbacks=RunCallbacks(quantizing=stopping))
     assert not broken.model_file.exists()
     assert not broken.result_file.exists()
-    monkeypatch.setattr("qtdog.training.loop.update", None)  # nothing is left to train
-    run(config, digits, broken, resume=True)
+    run(config, digits, broken, resume=True, callbacks=RunCallbacks(StopAfter(1)))  # nothing is left to train
     assert sha256_file(whole.model_file) == sha256_file(broken.model_file)
 
 
-def test_a_signal_while_quantizing_stops_the_run(tmp_path, config_of, digits, monkeypatch):
-    def signalled(parts, check, progress):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return quantize_after_training_(parts, check, progress)
+def test_a_signal_while_quantizing_stops_the_run(tmp_path, config_of, digits):
+    def signalled(done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(final_module, "quantize_after_training_", signalled)
     with pytest.raises(Interrupted, match="--resume") as stopped:
-        run(config_of("obc"), digits, RunFolder(tmp_path))
+        run(config_of("obc"), digits, RunFolder(tmp_path), callbacks=RunCallbacks(quantizing=signalled))
     assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
@@ -145,7 +135,7 @@ def test_neither_target_nor_held_out_images_are_looked_at(config_of, digits):
     held_out = [*protocol.selection_sets().values(), digits.indices("75")]
     found = []
     for poison in (None, np.concatenate(held_out)):
-        parts = build_components(config, digits, protocol, make_accelerator(config))
+        parts = build_components(config, digits)
         cache = parts.batches.cache
         if poison is not None:
             real = cache.gather

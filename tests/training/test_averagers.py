@@ -173,8 +173,8 @@ def test_step_sizes_are_averaged_geometrically():
 @pytest.mark.parametrize(
     ("make", "params", "message"),
     [
-        (SWA, {"every": 0}, "every of averager 'SWA' must lie in 1"),
-        (SMA, {"begin": 3}, "unknown hyper-parameter of averager 'SMA' 'begin'"),
+        (SWA, {"every": 0}, "every of averager 'swa' must lie in 1"),
+        (SMA, {"begin": 3}, "averager 'sma' has no hyper-parameter 'begin'"),
         (SMA, {"start": 2.5}, "must be int"),
     ],
 )

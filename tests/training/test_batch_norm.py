@@ -11,23 +11,17 @@ from torch import Tensor, nn
 
 from qtdog.core.config import Config
 from qtdog.core.errors import Interrupted
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.progress import StopAfter
 from qtdog.runs.folder import RunFolder
 from qtdog.training import batch_norm as module
-from qtdog.training import loop as loop_module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load import load_model
-from qtdog.training.protocol import make_protocol, resolve
-from qtdog.training.run import run
+from qtdog.training.protocol import resolve
+from qtdog.training.run import RunCallbacks, run
 
 N_BATCHES = 3
-
-
-@pytest.fixture(scope="module")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +82,7 @@ def test_statistics_are_those_of_a_manual_pass():
 
 
 def test_what_was_there_before_does_not_count(config, digits):
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     results = []
     for start in (0.0, 5.0):
         for name, buffer in parts.network.named_buffers():
@@ -103,7 +97,7 @@ def test_what_was_there_before_does_not_count(config, digits):
 
 def test_frozen_statistics_stay(config, digits):
     frozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze_bn": True})})
-    parts = build_components(frozen, digits, make_protocol(frozen, digits), make_accelerator(frozen))
+    parts = build_components(frozen, digits)
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts)
     assert all(torch.equal(buffer, before[name]) for name, buffer in parts.network.named_buffers())
@@ -115,7 +109,7 @@ def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits
     model = config.model.model_copy(update=layer)
     objective = config.objective.model_copy(update={"name": "arm"})
     arm = config.model_copy(update={"model": model, "objective": objective})
-    parts = build_components(arm, digits, make_protocol(arm, digits), make_accelerator(arm))
+    parts = build_components(arm, digits)
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts)
     fitted = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
@@ -138,7 +132,7 @@ def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digit
     assert result["kept"] == f"average of updates 2 to {result['selected_step']}"
     network = load_model(folder.model_file).network
     shipped = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     for name, value in by_hand(network, [parts.batches.batch(step).images for step in range(N_BATCHES)]).items():
         torch.testing.assert_close(shipped[name].double(), value, rtol=1e-4, atol=1e-5)
 
@@ -146,18 +140,8 @@ def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digit
 def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, digits, tmp_path, monkeypatch):
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config, digits, whole)
-    real, calls = loop_module.update, []
-
-    def stopping(*args):
-        if len(calls) == 3:
-            raise Interrupted("stopped by SIGTERM")
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", stopping)
-        with pytest.raises(Interrupted):
-            run(config, digits, broken)
+    with pytest.raises(Interrupted):
+        run(config, digits, broken, callbacks=RunCallbacks(StopAfter(3)))
     run(config, digits, broken, resume=True)
     assert whole.model_file.read_bytes() == broken.model_file.read_bytes()
 

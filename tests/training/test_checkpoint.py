@@ -39,6 +39,16 @@ def test_same_step_again_replaces(tmp_path):
     assert found.state == {"other": True}
 
 
+def test_same_step_again_keeps_the_old_one_if_it_cannot_be_written(tmp_path):
+    write_checkpoint(tmp_path, sample(1))
+    broken = Checkpoint(1, {"network": {"w": "no tensor"}}, {})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(AttributeError):
+        write_checkpoint(tmp_path, broken)
+    found = latest_checkpoint(tmp_path, print)
+    assert found is not None
+    assert found.state == sample(1).state
+
+
 @pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_broken_one_is_named_and_the_one_before_is_used(tmp_path, name, damage):

@@ -1,6 +1,6 @@
 """The axes crossed: every pair of members meets in a run that trains, resumes bit for bit, and ships what it measured.
 
-The cells, and what is checked in each, are those of `benchmarks/contract.py`, which runs the whole cross product.
+The cells, and what is checked in each, are those of `tests/stress/contract.py`, which runs the whole cross product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import timm
 
 from qtdog.training.collapse import HealthWatch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "contract.py"
+SCRIPT = Path(__file__).parents[2] / "tests" / "stress" / "contract.py"
 
 
 def load_script() -> ModuleType:
@@ -34,11 +34,6 @@ contract = load_script()
 CELLS = contract.pairwise_cells(contract.AXES)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return contract.open_digits()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
     """Hundreds of runs: leave out what makes one safe from a power cut, and what timm does anew each time."""
@@ -49,9 +44,15 @@ def _quick() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def opened():
+    """The data set, and the name of its content."""
+    return contract.open_digits()
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=contract.name_of)
-def test_a_combination_trains_resumes_and_ships(cell, digits, tmp_path):
-    contract.check(cell, *digits, tmp_path / "run")
+def test_a_combination_trains_resumes_and_ships(cell, opened, tmp_path):
+    contract.check_cell(cell, *opened, tmp_path / "run")
 
 
 def test_every_member_of_every_axis_is_among_them():
@@ -72,15 +73,14 @@ def test_few_cells_let_all_pairs_meet(sizes):
     assert cells == contract.pairwise_cells(axes)
 
 
-def test_a_difference_after_resuming_is_noticed(digits, tmp_path, monkeypatch):
+def test_a_difference_after_resuming_is_noticed(opened, tmp_path):
     cell = dict.fromkeys(contract.AXES, "none") | {"objective": "erm", "step_rule": "plain"}
     ends = itertools.count()
-    monkeypatch.setattr(contract, "_end", lambda folder: next(ends))
     with pytest.raises(AssertionError, match="ends in another state"):
-        contract.check(cell, *digits, tmp_path / "run")
+        contract.check_cell(cell, *opened, tmp_path / "run", end_of=lambda folder: next(ends))
 
 
-def test_what_passed_is_not_run_again_by_the_same_version(tmp_path, monkeypatch):
+def test_what_passed_is_not_run_again_by_the_same_version(tmp_path):
     made: list[str] = []
 
     def check(cell, dataset, content, path):
@@ -88,11 +88,9 @@ def test_what_passed_is_not_run_again_by_the_same_version(tmp_path, monkeypatch)
         if cell["averager"] == "sma":
             raise ValueError("broken")
 
-    monkeypatch.setattr(contract, "check", check)
     cells = [{"quantizer": "none", "objective": "erm", "step_rule": "plain", "averager": a} for a in ("none", "sma")]
-    assert contract.run_cells(cells, tmp_path / "log") == {"none+erm+plain+sma": "ValueError: broken"}
-    contract.run_cells(cells, tmp_path / "log")
+    assert contract.run_cells(cells, tmp_path / "log", check=check) == {"none+erm+plain+sma": "ValueError: broken"}
+    contract.run_cells(cells, tmp_path / "log", check=check)
     assert made == ["none+erm+plain+none", "none+erm+plain+sma", "none+erm+plain+sma"]
-    monkeypatch.setattr(contract, "version", lambda: "another")
-    contract.run_cells(cells, tmp_path / "log")
+    contract.run_cells(cells, tmp_path / "log", check=check, now="another")
     assert len(made) == 5

@@ -33,11 +33,6 @@ N_LAYERS = 4  # that digits_cnn has besides its classifier
 
 
 @pytest.fixture(scope="module")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
     """The undisturbed runs so far, by control."""
     return {}

@@ -13,16 +13,15 @@ import torch
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.progress import StopAfter
 from qtdog.runs.folder import RunFolder
 from qtdog.training import dart as dart_module
-from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.dart import dart, merged_state
 from qtdog.training.load import load_model
 from qtdog.training.protocol import resolve
-from qtdog.training.run import run
+from qtdog.training.run import RunCallbacks, run
 
 STEPS, EVERY = 6, 2
 TINY = {
@@ -31,11 +30,6 @@ TINY = {
     "train": {"steps": STEPS, "eval_every": 3, "checkpoint_every": 1},
     "quantizer": {"name": "lsq", "start_step": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
 
 
 @pytest.fixture(autouse=True)
@@ -71,26 +65,26 @@ def test_one_branch_alone_is_a_plain_run(branch, digits, tmp_path):
 def test_a_merge_is_the_mean_and_every_branch_goes_on_from_it(branches, digits, tmp_path, monkeypatch):
     seen: dict[int, list[dict[str, torch.Tensor]]] = {}
     after: list[bool] = []
-    real = dart_module._merge
+    real = dart_module.merge_branches
 
     def noting(opened, before, step):
-        seen[step] = [{k: v.clone() for k, v in one.parts.network.state_dict().items()} for one in opened]
+        seen[step] = [{k: v.clone() for k, v in one.components.network.state_dict().items()} for one in opened]
         merged = real(opened, before, step)
         mean = torch.stack([state["classifier.weight"].double() for state in seen[step]]).mean(0)
         torch.testing.assert_close(merged.tensors["network"]["classifier.weight"].double(), mean, rtol=0, atol=1e-6)
         return merged
 
-    monkeypatch.setattr(dart_module, "_merge", noting)
-    real_drive = dart_module.drive
+    monkeypatch.setattr(dart_module, "merge_branches", noting)
+    real_train = dart_module.train_in_folder
 
     def watching(parts, state, *args, **options):
         merged = latest_checkpoint(tmp_path / "merged", print)
         if merged is not None:
             own = parts.network.state_dict()
             after.append(all(torch.equal(own[name], value) for name, value in merged.tensors["network"].items()))
-        real_drive(parts, state, *args, **options)
+        real_train(parts, state, *args, **options)
 
-    monkeypatch.setattr(dart_module, "drive", watching)
+    monkeypatch.setattr(dart_module, "train_in_folder", watching)
     result = dart(branches, digits, tmp_path, merge_every=EVERY)
     assert sorted(seen) == [2, 4, 6]
     assert after == [True] * 6  # three branches, two rounds behind a merge
@@ -110,18 +104,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stop_at", [1, 6, 8, 16])
 def test_stopped_anywhere_it_ends_with_the_same_file(branches, digits, whole, tmp_path, monkeypatch, stop_at):
     dart(branches, digits, whole, merge_every=EVERY)
-    broken, real, calls = tmp_path / "broken", loop_module.update, []
-
-    def stopping(*args):
-        if len(calls) == stop_at:
-            raise Interrupted("stopped by SIGTERM")
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", stopping)
-        with pytest.raises(Interrupted):
-            dart(branches, digits, broken, merge_every=EVERY)
+    broken = tmp_path / "broken"
+    with pytest.raises(Interrupted):
+        dart(branches, digits, broken, merge_every=EVERY, callbacks=RunCallbacks(StopAfter(stop_at)))
     dart(branches, digits, broken, merge_every=EVERY, resume=True)
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
     ends = [read_checkpoint(path / "merged" / "step-00000006") for path in (whole, broken)]

@@ -11,15 +11,15 @@ import torch
 
 from qtdog.core.config import Config
 from qtdog.core.errors import FormatError, Interrupted
+from qtdog.core.progress import StopAfter
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
-from qtdog.training import loop as loop_module
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
 from qtdog.training.load import load_model, read_info
 from qtdog.training.protocol import resolve
-from qtdog.training.run import run
+from qtdog.training.run import RunCallbacks, run
 
 CONTEXT = {"feature_layer": "context", "feature_params": {"width": 8}}
 CASES: dict[str, dict[str, Any]] = {
@@ -29,11 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "arm": {"model": CONTEXT, "objective": {"name": "arm"}},
 }
 TINY = {"train": {"steps": 4, "eval_every": 4}, "optimizer": {"lr": 1e-4}}
-
-
-@pytest.fixture(scope="module")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
 
 
 @pytest.fixture
@@ -48,20 +43,11 @@ def newest(folder: RunFolder) -> Checkpoint:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_interrupted_between_quantized_steps_it_ends_the_same(tmp_path, config, digits, name, monkeypatch):
+def test_interrupted_between_quantized_steps_it_ends_the_same(tmp_path, config, digits, name):
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config(name), digits, whole)
-    with monkeypatch.context() as patch:
-        real = loop_module.update
-
-        def stopping(parts, batch, step):
-            if step == 3:
-                raise Interrupted("stopped by SIGTERM")
-            return real(parts, batch, step)
-
-        patch.setattr(loop_module, "update", stopping)
-        with pytest.raises(Interrupted):
-            run(config(name), digits, broken)
+    with pytest.raises(Interrupted):
+        run(config(name), digits, broken, callbacks=RunCallbacks(StopAfter(3)))
     run(config(name), digits, broken, resume=True)
     hashes = [hashlib.sha256(folder.model_file.read_bytes()).hexdigest() for folder in (whole, broken)]
     assert hashes[0] == hashes[1]

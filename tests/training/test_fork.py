@@ -10,11 +10,9 @@ import pytest
 
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
-from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.progress import StopAfter
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 from qtdog.runs.folder import RunFolder
-from qtdog.training import loop as loop_module
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
 from qtdog.training.fork import fork_differences, fork_obstacle, fork_point_config, reseeded
@@ -27,12 +25,7 @@ DURING = [name for name in QUANTIZERS if not works_after_training(name)]
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return DomainSubset(RotatedDigits(), ["0", "15", "75"])
-
-
-@pytest.fixture(scope="module")
-def make(digits):
+def make(three_digits):
     """Return a function that makes the resolved configuration of seven steps, quantized from the third."""
 
     def config(**changes):
@@ -41,14 +34,14 @@ def make(digits):
             "train": {"steps": 7, "eval_every": 2},
             "quantizer": {"name": "lsq", "start_step": START},
         }
-        return resolve(build_config([load_preset("digits"), base, changes]), digits)
+        return resolve(build_config([load_preset("digits"), base, changes]), three_digits)
 
     return config
 
 
 @pytest.fixture(scope="module")
-def prefix(make, digits, tmp_path_factory):
-    return train_fork_point(make(), digits, RunFolder(tmp_path_factory.mktemp("shared") / "prefix"))
+def prefix(make, three_digits, tmp_path_factory):
+    return train_fork_point(make(), three_digits, RunFolder(tmp_path_factory.mktemp("shared") / "prefix"))
 
 
 def lines(folder: RunFolder) -> list[dict]:
@@ -56,10 +49,10 @@ def lines(folder: RunFolder) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "trained_s"} for line in found]
 
 
-def assert_fork_is_the_run(config, digits, folder, checkpoint):
+def assert_fork_is_the_run(config, three_digits, folder, checkpoint):
     whole, fork = RunFolder(folder / "whole"), RunFolder(folder / "fork")
-    expected = run(config, digits, whole)
-    result = run(config, digits, fork, fork_from=checkpoint)
+    expected = run(config, three_digits, whole)
+    result = run(config, three_digits, fork, fork_from=checkpoint)
     assert result["model_sha256"] == expected["model_sha256"]
     assert result["selected_step"] == expected["selected_step"]
     assert lines(fork) == lines(whole)
@@ -67,27 +60,27 @@ def assert_fork_is_the_run(config, digits, folder, checkpoint):
 
 
 @pytest.mark.parametrize("name", DURING)
-def test_fork_of_each_quantizer_is_bit_identical(name, make, prefix, digits, tmp_path):
-    assert_fork_is_the_run(make(quantizer={"name": name}), digits, tmp_path, prefix)
+def test_fork_of_each_quantizer_is_bit_identical(name, make, prefix, three_digits, tmp_path):
+    assert_fork_is_the_run(make(quantizer={"name": name}), three_digits, tmp_path, prefix)
 
 
 @pytest.mark.parametrize("name", list(AVERAGERS))
-def test_fork_with_each_averager_is_bit_identical(name, make, prefix, digits, tmp_path):
-    assert_fork_is_the_run(make(averager={"name": name}), digits, tmp_path, prefix)
+def test_fork_with_each_averager_is_bit_identical(name, make, prefix, three_digits, tmp_path):
+    assert_fork_is_the_run(make(averager={"name": name}), three_digits, tmp_path, prefix)
 
 
 @pytest.mark.parametrize("name", [name for name in STEP_RULES if name != "plain"])
-def test_fork_with_each_step_rule_is_bit_identical(name, make, digits, tmp_path):
+def test_fork_with_each_step_rule_is_bit_identical(name, make, three_digits, tmp_path):
     config = make(step_rule={"name": name})
-    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"))
-    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    checkpoint = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"))
+    assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
 
 
 @pytest.mark.parametrize(("start", "eval_every"), [(2, 2), (3, 4)])
-def test_evaluation_due_at_the_fork_is_made_once_and_not_selectable(start, eval_every, make, digits, tmp_path):
+def test_evaluation_due_at_the_fork_is_made_once_and_not_selectable(start, eval_every, make, three_digits, tmp_path):
     config = make(quantizer={"start_step": start}, train={"eval_every": eval_every, "steps": 5})
-    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"))
-    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    checkpoint = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"))
+    assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
     found = lines(RunFolder(tmp_path / "fork"))
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
@@ -103,99 +96,84 @@ def test_evaluation_due_at_the_fork_is_made_once_and_not_selectable(start, eval_
         {"quantizer": {"layer_bits": {"featurizer.0": 4}, "bits": 3}},
     ],
 )
-def test_fork_of_other_settings_is_bit_identical(changes, make, digits, tmp_path):
+def test_fork_of_other_settings_is_bit_identical(changes, make, three_digits, tmp_path):
     config = make(**changes)
-    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"))
-    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    checkpoint = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"))
+    assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
 
 
-def test_float_fork_keeps_what_was_selected_before(make, digits, tmp_path):
+def test_float_fork_keeps_what_was_selected_before(make, three_digits, tmp_path):
     config = make(quantizer={"name": "none", "start_step": None})
-    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"), until=4)
-    result, _ = assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    checkpoint = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"), until=4)
+    result, _ = assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
     assert result["forked_from_step"] == 4
 
 
-def test_quantization_after_training_ships_what_was_chosen_before_the_fork(make, digits, tmp_path):
+def test_quantization_after_training_ships_what_was_chosen_before_the_fork(make, three_digits, tmp_path):
     config = make(quantizer={"name": "rtn", "start_step": None}, optimizer={"lr": 0.5})  # gets worse with each step
-    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"), until=6)
-    result, _ = assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    checkpoint = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"), until=6)
+    result, _ = assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
     assert result["selected_step"] < 6
 
 
 @pytest.mark.parametrize("name", list(AVERAGERS))
-def test_quantization_after_training_goes_on_with_the_average_of_the_same_float_run(name, make, digits, tmp_path):
+def test_quantization_after_training_goes_on_with_the_average_of_the_same_float_run(name, make, three_digits, tmp_path):
     averager = {"name": name, "params": {"start": 2} if name == "sma" else {}}
     train = {"steps": 7, "eval_every": 2, "checkpoint_every": 1}
     float_run = make(quantizer={"name": "none", "start_step": None}, averager=averager, train=train)
-    run(float_run, digits, RunFolder(tmp_path / "float"))
+    run(float_run, three_digits, RunFolder(tmp_path / "float"))
     checkpoint = read_checkpoint(tmp_path / "float" / "checkpoint" / "step-00000006")
     config = make(quantizer={"name": "rtn", "start_step": None}, averager=averager, train=train)
-    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
     if name != "none":
         other = make(quantizer={"name": "rtn", "start_step": None}, train=train)
         with pytest.raises(RunError, match=f"without an averager or with its own, not from one with '{name}'"):
-            run(other, digits, RunFolder(tmp_path / "other"), fork_from=checkpoint)
+            run(other, three_digits, RunFolder(tmp_path / "other"), fork_from=checkpoint)
 
 
-def test_time_of_the_prefix_is_not_counted_again(make, prefix, digits, tmp_path):
+def test_time_of_the_prefix_is_not_counted_again(make, prefix, three_digits, tmp_path):
     late = replace(prefix, state=prefix.state | {"trained_s": 1e6})
-    result, expected = assert_fork_is_the_run(make(), digits, tmp_path, late)
+    result, expected = assert_fork_is_the_run(make(), three_digits, tmp_path, late)
     assert result["trained_s"] < 1e3
     assert (expected["forked_from_step"], result["forked_from_step"]) == (0, START)
 
 
-def test_one_prefix_serves_configurations_that_differ_after_it(make, digits, tmp_path):
+def test_one_prefix_serves_configurations_that_differ_after_it(make, three_digits, tmp_path):
     folder, told = RunFolder(tmp_path), []
-    first = train_fork_point(make(), digits, folder)
-    again = train_fork_point(make(quantizer={"bits": 3}), digits, folder, callbacks=RunCallbacks(warn=told.append))
+    first = train_fork_point(make(), three_digits, folder)
+    again = train_fork_point(
+        make(quantizer={"bits": 3}), three_digits, folder, callbacks=RunCallbacks(warn=told.append)
+    )
     assert again.state == first.state
     assert len(checkpoint_folders(folder.checkpoints)) == 2
 
 
-class Stopped:
-    """Stand-in for an update that a signal interrupts after n of them."""
-
-    def __init__(self, n: int) -> None:
-        self.real, self.left = loop_module.update, n
-
-    def __call__(self, *args):
-        if not self.left:
-            raise Interrupted("stopped by SIGTERM")
-        self.left -= 1
-        return self.real(*args)
+def test_prefix_stopped_and_resumed_is_the_same(make, prefix, three_digits, tmp_path):
+    with pytest.raises(Interrupted):
+        train_fork_point(make(), three_digits, RunFolder(tmp_path / "broken"), callbacks=RunCallbacks(StopAfter(1)))
+    checkpoint = train_fork_point(make(), three_digits, RunFolder(tmp_path / "broken"))
+    assert_fork_is_the_run(make(), three_digits, tmp_path, checkpoint)
 
 
-def test_prefix_stopped_and_resumed_is_the_same(make, prefix, digits, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", Stopped(1))
-        with pytest.raises(Interrupted):
-            train_fork_point(make(), digits, RunFolder(tmp_path / "broken"))
-    checkpoint = train_fork_point(make(), digits, RunFolder(tmp_path / "broken"))
-    assert_fork_is_the_run(make(), digits, tmp_path, checkpoint)
-
-
-@pytest.mark.parametrize("stop_at", [0, 2])
-def test_fork_stopped_and_resumed_is_the_same(stop_at, make, prefix, digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_fork_stopped_and_resumed_is_the_same(stop_at, make, prefix, three_digits, tmp_path):
     whole, fork = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "fork")
-    expected = run(make(), digits, whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", Stopped(stop_at))
-        with pytest.raises(Interrupted):
-            run(make(), digits, fork, fork_from=prefix)
+    expected = run(make(), three_digits, whole)
+    with pytest.raises(Interrupted):
+        run(make(), three_digits, fork, fork_from=prefix, callbacks=RunCallbacks(StopAfter(stop_at)))
     assert read_checkpoint(checkpoint_folders(fork.checkpoints)[-1]).step == START + stop_at
-    result = run(make(), digits, fork, resume=True)  # from its own checkpoint
+    result = run(make(), three_digits, fork, resume=True)  # from its own checkpoint
     assert result["model_sha256"] == expected["model_sha256"]
     assert result["forked_from_step"] == START
     assert lines(fork) == lines(whole)
 
 
-def test_members_may_share_a_beginning_if_that_is_asked_for(make, prefix, digits, tmp_path):
+def test_members_may_share_a_beginning_if_that_is_asked_for(make, prefix, three_digits, tmp_path):
     config = make(train={"seed": 5})
     with pytest.raises(RunError, match=r"train\.seed: 0 → 5"):
-        run(config, digits, RunFolder(tmp_path / "refused"), fork_from=prefix)
-    result = run(config, digits, RunFolder(tmp_path / "member"), fork_from=reseeded(prefix, 5))
-    alone = run(config, digits, RunFolder(tmp_path / "alone"))
+        run(config, three_digits, RunFolder(tmp_path / "refused"), fork_from=prefix)
+    result = run(config, three_digits, RunFolder(tmp_path / "member"), fork_from=reseeded(prefix, 5))
+    alone = run(config, three_digits, RunFolder(tmp_path / "alone"))
     assert (result["forked_from_seed"], result["forked_from_step"]) == (0, START)
     assert result["model_sha256"] != alone["model_sha256"]
     assert lines(RunFolder(tmp_path / "member"))[0]["source"] == prefix.state["lines"][0]["source"]
@@ -225,19 +203,19 @@ def test_learning_rates_are_compared_by_value(make):
     assert "learning rates of the first 4 steps" in fork_differences(fork_point_config(one), later, 4)[0]
 
 
-def test_a_quantized_checkpoint_is_no_beginning(make, digits, tmp_path):
-    run(make(), digits, RunFolder(tmp_path / "run"))
+def test_a_quantized_checkpoint_is_no_beginning(make, three_digits, tmp_path):
+    run(make(), three_digits, RunFolder(tmp_path / "run"))
     checkpoint = read_checkpoint(checkpoint_folders(tmp_path / "run" / "checkpoint")[0])
     with pytest.raises(RunError, match="begins from a float run"):
-        run(make(), digits, RunFolder(tmp_path / "fork"), fork_from=checkpoint)
+        run(make(), three_digits, RunFolder(tmp_path / "fork"), fork_from=checkpoint)
 
 
-def test_a_fork_behind_the_start_and_an_averager_that_began_before_are_refused(make, prefix, digits, tmp_path):
+def test_a_fork_behind_the_start_and_an_averager_that_began_before_are_refused(make, prefix, three_digits, tmp_path):
     with pytest.raises(RunError, match="at step 1 to 2, not from step 3"):
-        run(make(quantizer={"start_step": 2}), digits, RunFolder(tmp_path / "a"), fork_from=prefix)
+        run(make(quantizer={"start_step": 2}), three_digits, RunFolder(tmp_path / "a"), fork_from=prefix)
     config = make(quantizer={"name": "none", "start_step": None}, averager={"name": "swad"})
     with pytest.raises(RunError, match="counts weights from update 1 on"):
-        run(config, digits, RunFolder(tmp_path / "b"), fork_from=prefix)
+        run(config, three_digits, RunFolder(tmp_path / "b"), fork_from=prefix)
 
 
 @pytest.mark.parametrize("layer", ["none", "context"])
@@ -253,17 +231,17 @@ def test_where_batch_norm_adapts_the_average_must_begin_behind_the_fork(layer, f
 @pytest.mark.parametrize("start", [START, START + 1])
 @pytest.mark.parametrize("name", ["sma", "swa", "swad"])
 @pytest.mark.parametrize("eval_every", [2, START])
-def test_float_fork_with_an_averager_that_begins_at_the_fork(name, start, eval_every, make, digits, tmp_path):
+def test_float_fork_with_an_averager_that_begins_at_the_fork(name, start, eval_every, make, three_digits, tmp_path):
     quantizer = {"name": "none", "start_step": None}
     params = {"start": start} | ({"n_converge": 1} if name == "swad" else {})
     config = make(quantizer=quantizer, averager={"name": name, "params": params}, train={"eval_every": eval_every})
-    checkpoint = train_fork_point(config, digits, RunFolder(tmp_path / "prefix"), until=START)
-    assert_fork_is_the_run(config, digits, tmp_path, checkpoint)
+    checkpoint = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"), until=START)
+    assert_fork_is_the_run(config, three_digits, tmp_path, checkpoint)
 
 
-def test_no_float_step_to_share(make, digits, tmp_path):
+def test_no_float_step_to_share(make, three_digits, tmp_path):
     with pytest.raises(ConfigError, match="has no start step"):
-        train_fork_point(make(quantizer={"name": "none", "start_step": None}), digits, RunFolder(tmp_path))
+        train_fork_point(make(quantizer={"name": "none", "start_step": None}), three_digits, RunFolder(tmp_path))
     for until in (0, START + 1):
         with pytest.raises(ConfigError, match="takes 1 to 3"):
-            train_fork_point(make(), digits, RunFolder(tmp_path), until=until)
+            train_fork_point(make(), three_digits, RunFolder(tmp_path), until=until)

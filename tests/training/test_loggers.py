@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.progress import CallbackList
 from qtdog.runs.folder import RunFolder
 from qtdog.training.loggers import LOGGERS, Logger, with_loggers
 from qtdog.training.protocol import resolve
@@ -33,22 +32,15 @@ class Kept(Logger):
         type(self).closed += 1
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return DomainSubset(RotatedDigits(), ["0", "15", "75"])
-
-
 @pytest.fixture
-def config(short_config, digits):
-    return resolve(short_config(train={"steps": 20, "eval_every": 10}), digits)
+def config(short_config, three_digits):
+    return resolve(short_config(train={"steps": 20, "eval_every": 10}), three_digits)
 
 
-def test_a_logger_gets_losses_and_evaluations_and_changes_nothing(config, digits, tmp_path, monkeypatch):
-    with_loggers([], tmp_path)  # the members have entered their names
-    monkeypatch.setitem(LOGGERS._members, "kept", Kept)
+def test_a_logger_gets_losses_and_evaluations_and_changes_nothing(config, three_digits, tmp_path):
     logged, plain = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
-    result = run(config, digits, logged, callbacks=RunCallbacks(with_loggers(["kept", "kept"], logged.path)))
-    assert result["model_sha256"] == run(config, digits, plain)["model_sha256"]
+    result = run(config, three_digits, logged, callbacks=RunCallbacks(CallbackList([Kept(logged.path)])))
+    assert result["model_sha256"] == run(config, three_digits, plain)["model_sha256"]
     assert Kept.closed == 1
     assert list(Kept.sent["train/loss"]) == [10, 20]
     for record in logged.read_metrics():
@@ -57,19 +49,19 @@ def test_a_logger_gets_losses_and_evaluations_and_changes_nothing(config, digits
         assert Kept.sent["accuracy/15"][record.seen.step] == record.seen.source["15"].accuracy
 
 
-def test_tensorboard_files_hold_the_numbers(config, digits, tmp_path):
+def test_tensorboard_files_hold_the_numbers(config, three_digits, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = RunFolder(tmp_path / "run")
-    run(config, digits, folder, callbacks=RunCallbacks(with_loggers(["tensorboard"], folder.path)))
+    run(config, three_digits, folder, callbacks=RunCallbacks(with_loggers(["tensorboard"], folder.path)))
     events = EventAccumulator(str(folder.path / "tensorboard"))
     events.Reload()
     found = {event.step: event.value for event in events.Scalars("unseen/accuracy")}
     assert found == pytest.approx({record.seen.step: record.test_accuracy for record in folder.read_metrics()})
 
 
-def test_mlflow_keeps_the_numbers_and_goes_on_with_a_resumed_run(config, digits, tmp_path, monkeypatch):
+def test_mlflow_keeps_the_numbers_and_goes_on_with_a_resumed_run(config, three_digits, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
@@ -101,7 +93,6 @@ def test_wandb_offline_keeps_a_folder(config, tmp_path, monkeypatch):
     ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
 )
 def test_without_its_library_a_logger_names_the_extra(name, module, config, tmp_path, monkeypatch):
-    with_loggers([], tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"pip install 'qtdog\[{name}\]'"):
         LOGGERS[name](tmp_path).on_start(config, 0)

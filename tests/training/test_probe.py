@@ -6,19 +6,14 @@ import pytest
 import torch
 
 from qtdog.core.errors import Interrupted
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.progress import StopAfter
 from qtdog.runs.folder import RunFolder
-from qtdog.training import loop as loop_module
-from qtdog.training.build import build_components, make_accelerator
-from qtdog.training.protocol import make_protocol, resolve
-from qtdog.training.run import run
+from qtdog.training.build import build_components
+from qtdog.training.loop import begin_step, update
+from qtdog.training.protocol import resolve
+from qtdog.training.run import RunCallbacks, run
 
 PROBE = 3
-
-
-@pytest.fixture(scope="module")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
 
 
 @pytest.fixture
@@ -35,14 +30,14 @@ def config(short_config, digits):
 def test_the_rest_neither_moves_nor_gathers_moments(config, digits, step_rule, optimizer):
     changes = {"step_rule": {"name": step_rule}, "optimizer": {"lr": 0.01} | optimizer}
     one = config(quantizer={"name": "lsq", "start_step": 1}, objective={"name": "miro"}, **changes)
-    parts = build_components(one, digits, make_protocol(one, digits), make_accelerator(one))
+    parts = build_components(one, digits)
     named = dict(parts.network.named_parameters()) | dict(parts.objective.named_parameters(prefix="objective"))
     trained = {name: value for name, value in named.items() if value.requires_grad}
     assert len(trained) > 8
     for step in range(PROBE + 1):
-        loop_module.begin_step(parts, step)
+        begin_step(parts, step)
         before = {name: value.detach().clone() for name, value in trained.items()}
-        loop_module.update(parts, parts.batches.batch(step), step)
+        update(parts, parts.batches.batch(step), step)
         moved = {name for name, value in trained.items() if not torch.equal(value, before[name])}
         with_state = {name for name, value in trained.items() if parts.optimizer.state.get(value)}
         expected = {name for name in trained if name.startswith("classifier.")} if step < PROBE else set(trained)
@@ -51,20 +46,10 @@ def test_the_rest_neither_moves_nor_gathers_moments(config, digits, step_rule, o
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])
-def test_a_run_stopped_around_the_end_of_the_probe_resumes_exactly(config, digits, tmp_path, monkeypatch, stop_at):
+def test_a_run_stopped_around_the_end_of_the_probe_resumes_exactly(config, digits, tmp_path, stop_at):
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config(), digits, whole)
-    real, calls = loop_module.update, []
-
-    def stopping(*args):
-        if len(calls) == stop_at:
-            raise Interrupted("stopped by SIGTERM")
-        calls.append(1)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", stopping)
-        with pytest.raises(Interrupted):
-            run(config(), digits, broken)
+    with pytest.raises(Interrupted):
+        run(config(), digits, broken, callbacks=RunCallbacks(StopAfter(stop_at)))
     run(config(), digits, broken, resume=True)
     assert whole.model_file.read_bytes() == broken.model_file.read_bytes()

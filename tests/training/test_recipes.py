@@ -12,9 +12,8 @@ import pytest
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
-from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import AVERAGERS, STEP_RULES, build_components, make_accelerator
+from qtdog.training.build import AVERAGERS, STEP_RULES, build_components
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.load import load_model
@@ -27,11 +26,6 @@ TINY = {
     "quantizer": {"start_step": 1},
 }
 RECIPES = [name for name in preset_names() if {"averager", "step_rule"} & set(load_preset(name))]
-
-
-@pytest.fixture(scope="module")
-def digits() -> RotatedDigits:
-    return RotatedDigits()
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +97,7 @@ def test_an_average_that_ships_is_measured_anew(recipe, digits, tmp_path):
     folder = RunFolder(tmp_path)
     result = run(config, digits, folder)
     network = load_model(folder.model_file).network
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     assert isinstance(parts.evaluate, Evaluator)
     scored = replace(parts.evaluate, network=network).score(digits.indices("75"))
     assert scored.accuracy == pytest.approx(result["test_accuracy"])
@@ -141,4 +135,4 @@ def test_swad_needs_held_out_images(recipe, digits):
     data, train = TINY["data"] | {"train_on_heldout": True}, TINY["train"] | {"selection": "last"}
     config = recipe("swad", "digits", data=data, train=train)
     with pytest.raises(ConfigError, match="averager 'swad' follows the held-out images' loss"):
-        build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+        build_components(config, digits)

@@ -9,23 +9,15 @@ import torch
 
 from qtdog.conversion.attach import attached
 from qtdog.core.config import config_hash
-from qtdog.core.errors import Interrupted, NonFiniteLossError, RunError
-from qtdog.core.progress import RunCallback
-from qtdog.data.digits import RotatedDigits
+from qtdog.core.errors import Interrupted, ModelError, NonFiniteLossError, RunError
+from qtdog.core.progress import StopAfter
 from qtdog.runs.folder import RunFolder
-from qtdog.training import loop as loop_module
-from qtdog.training import run as run_module
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.components import RunState
-from qtdog.training.loop import Doors, Track, train
-from qtdog.training.protocol import make_protocol, resolve
-from qtdog.training.run import RunCallbacks, run
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return RotatedDigits()
+from qtdog.training.loop import TrainingRun, train, update
+from qtdog.training.protocol import resolve
+from qtdog.training.run import RunCallbacks, run, train_in_folder
 
 
 def file_hash(folder: RunFolder) -> str:
@@ -74,23 +66,13 @@ def test_same_seed_gives_the_same_file_and_another_seed_does_not(tmp_path, short
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
 @pytest.mark.parametrize("quantizer", [{"name": "lsq", "start_step": 2}, {"name": "none"}])
-def test_interrupted_and_resumed_is_bit_identical(tmp_path, short_config, digits, stop_at, quantizer, monkeypatch):
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, short_config, digits, stop_at, quantizer):
     config = resolve(short_config(quantizer=quantizer), digits)
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config, digits, whole)
 
-    with monkeypatch.context() as patch:
-        real, calls = loop_module.update, []
-
-        def stopping(*args):
-            if len(calls) == stop_at:
-                raise Interrupted("stopped by SIGTERM")
-            calls.append(1)
-            return real(*args)
-
-        patch.setattr(loop_module, "update", stopping)
-        with pytest.raises(Interrupted):
-            run(config, digits, broken)
+    with pytest.raises(Interrupted):
+        run(config, digits, broken, callbacks=RunCallbacks(StopAfter(stop_at)))
     checkpoint = latest_checkpoint(broken.checkpoints, print)
     assert checkpoint is not None
     assert checkpoint.step == stop_at
@@ -124,12 +106,12 @@ def test_lost_newest_checkpoint_falls_back_and_ends_the_same(tmp_path, short_con
 def test_weights_and_step_sizes_move_and_optimizer_state_survives(short_config, digits):
     """The trap of the released research code: after the start its optimizer still held the old parameters."""
     config = resolve(short_config(), digits)
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     assert parts.quantizer is not None
     params = dict(parts.network.named_parameters())
     batches = {step: parts.batches.batch(step) for step in range(4)}
     for step in (0, 1):
-        loop_module.update(parts, batches[step], step)
+        update(parts, batches[step], step)
     moments = {name: parts.optimizer.state[p]["exp_avg"] for name, p in params.items() if "scale" not in name}
     values = {name: moment.clone() for name, moment in moments.items()}
     parts.quantizer.enable()
@@ -137,8 +119,8 @@ def test_weights_and_step_sizes_move_and_optimizer_state_survives(short_config, 
         assert parts.optimizer.state[params[name]]["exp_avg"] is moment, name
         assert torch.equal(moment, values[name]), name
     before = {name: p.detach().clone() for name, p in params.items()}
-    loop_module.update(parts, batches[2], 2)
-    loop_module.update(parts, batches[3], 3)
+    update(parts, batches[2], 2)
+    update(parts, batches[3], 3)
     for name, p in params.items():
         assert not torch.equal(p, before[name]), f"{name} did not move"
     step_sizes = [name for name in params if "scale" in name]
@@ -157,37 +139,31 @@ def test_float_and_quantized_run_are_the_same_until_the_start(tmp_path, short_co
     assert ours[2].seen.source != theirs[2].seen.source
 
 
-def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_config, digits, monkeypatch):
+def test_nan_stops_with_advice_and_keeps_the_last_good_state(tmp_path, short_config, digits):
     config = resolve(short_config(), digits)
     folder = RunFolder(tmp_path)
-    real = run_module.build_components
 
     def poison(module, inputs, loss):
         return torch.full_like(loss, float("nan")) if inputs[1].step == 3 else None
 
-    def poisoned(*args, **options):
-        parts = real(*args, **options)
-        parts.objective.register_forward_hook(poison)
-        return parts
-
-    monkeypatch.setattr(run_module, "build_components", poisoned)
+    components = build_components(config, digits)
+    components.objective.register_forward_hook(poison)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 4.*--lr 0\.0002"):
-        run(config, digits, folder)
+        train_in_folder(components, RunState(), folder, callbacks=RunCallbacks())
     checkpoint = latest_checkpoint(folder.checkpoints, print)
     assert checkpoint is not None
     assert checkpoint.step == 3
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.tensors["network"].values())
 
 
-def test_nan_weights_are_never_written(short_config, digits):
+def test_nan_weights_are_never_written(tmp_path, short_config, digits):
     config = resolve(short_config(), digits)
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     next(parts.network.parameters()).data.fill_(float("nan"))
-    saved: list[int] = []
-    doors = Doors(lambda state: saved.append(state.step), lambda line: None, lambda: None, RunCallback())
+    folder = RunFolder(tmp_path)
     with pytest.raises(NonFiniteLossError):
-        train(Track(parts, RunState(), doors))
-    assert saved == []
+        train(TrainingRun(parts, RunState(), folder))
+    assert latest_checkpoint(folder.checkpoints, print) is None
 
 
 def test_a_folder_in_use_is_refused(tmp_path, short_config, digits):
@@ -198,16 +174,35 @@ def test_a_folder_in_use_is_refused(tmp_path, short_config, digits):
 
 def test_another_configuration_in_the_folder_is_refused(tmp_path, short_config, digits):
     folder = RunFolder(tmp_path)
-    folder.claim(resolve(short_config(), digits), resume=False)
+    with pytest.raises(Interrupted):
+        run(resolve(short_config(), digits), digits, folder, callbacks=RunCallbacks(StopAfter(1)))
     with pytest.raises(RunError, match=r"quantizer\.bits: 7 → 5"):
         run(resolve(short_config(quantizer={"bits": 5, "start_step": 2}), digits), digits, folder, resume=True)
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "no_such_net"}, {"weights": "missing.safetensors"}])
+def test_a_start_that_fails_leaves_a_folder_that_takes_another_configuration(tmp_path, short_config, digits, wrong):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(ModelError):
+        run(resolve(short_config(model=wrong), digits), digits, folder)
+    assert folder.read_config() is None
+    config = resolve(short_config(), digits)
+    run(config, digits, folder)
+    assert folder.read_config() == config
+
+
+def test_a_folder_with_nothing_but_a_configuration_is_taken_over(tmp_path, short_config, digits):
+    folder, config = RunFolder(tmp_path), resolve(short_config(), digits)
+    folder.claim(resolve(short_config(quantizer={"bits": 5, "start_step": 2}), digits), resume=False)
+    assert run(config, digits, folder)["config_hash"] == config_hash(config)
+    assert folder.read_config() == config
 
 
 def test_an_unfinished_run_needs_resume_and_foreign_files_are_left_alone(tmp_path, short_config, digits):
     config = resolve(short_config(), digits)
     folder = RunFolder(tmp_path / "run")
-    folder.path.mkdir()
-    folder.claim(config, resume=False)
+    with pytest.raises(Interrupted):
+        run(config, digits, folder, callbacks=RunCallbacks(StopAfter(1)))
     with pytest.raises(RunError, match="--resume"):
         run(config, digits, folder)
     (tmp_path / "thesis").mkdir()

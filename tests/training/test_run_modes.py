@@ -7,18 +7,12 @@ import json
 import pytest
 
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load import load_model
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.run import run
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return RotatedDigits()
 
 
 def test_in_domain_mode_reports_the_third_part_of_the_sources(tmp_path, short_config, digits):
@@ -78,7 +72,7 @@ def test_resolve_refuses_what_does_not_fit_the_data(short_config, digits, change
 def test_unknown_names_on_an_axis(short_config, digits, section, message):
     config = resolve(short_config(**section), digits)
     with pytest.raises(ConfigError, match=message):
-        build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+        build_components(config, digits)
 
 
 def test_raw_step_sizes_train_with_sgd(tmp_path, short_config, digits):

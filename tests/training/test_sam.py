@@ -14,9 +14,9 @@ from qtdog.core.errors import NonFiniteLossError
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.erm import ERM
 from qtdog.quantizers.lsq import LSQ
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.loop import update
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.step_rules import SAGM, SAM, Plain, StepRule, Update
 
 RHO = 0.3
@@ -228,7 +228,7 @@ def test_both_passes_of_an_update_draw_the_same_noise(short_config, monkeypatch)
         return real(self, domains)
 
     monkeypatch.setattr(ERM, "loss", noisy)
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     update(parts, parts.batches.batch(0), 0)
     update(parts, parts.batches.batch(1), 1)
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]

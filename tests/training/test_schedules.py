@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.data.digits import RotatedDigits
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.loop import begin_step
-from qtdog.training.protocol import make_protocol, resolve
+from qtdog.training.protocol import resolve
 from qtdog.training.step_rules import lr_factor
 
 FALLING = ("linear", "cosine")
@@ -41,7 +41,7 @@ def test_every_group_keeps_its_share_of_the_rate(short_config):
     digits = RotatedDigits()
     optimizer = {"lr": 0.01, "step_size_lr": 0.5, "schedule": "linear", "decay_from": 2}
     config = resolve(short_config(optimizer=optimizer), digits)
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     rates = []
     for step in range(config.train.steps):
         begin_step(parts, step)

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.loop import begin_step, update
-from qtdog.training.protocol import make_protocol
 
 NAMES = ["erm", "irm", "vrex", "groupdro", "coral", "deep-coral", "mmd", "fishr", "rsc", "mms"]
 PARAMS = {"irm": {"anneal_steps": 0}, "vrex": {"anneal_steps": 0}, "fishr": {"anneal_steps": 0, "weight": 10.0}}
@@ -34,7 +33,7 @@ def make(name: str, out: Path) -> None:
         "quantizer": {"name": "none"},
     }
     config, digits = build_config([load_preset("digits"), changes]), RotatedDigits()
-    parts = build_components(config, digits, make_protocol(config, digits), make_accelerator(config))
+    parts = build_components(config, digits)
     parts.network.train()
     losses = []
     for step in range(N_STEPS):

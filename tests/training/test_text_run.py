@@ -14,6 +14,7 @@ import torch
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
+from qtdog.core.progress import StopAfter
 from qtdog.data.open import open_any, open_texts
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
@@ -23,10 +24,9 @@ from qtdog.ensemble.model import load
 from qtdog.ensemble.prediction import find_texts, predict_texts
 from qtdog.models.text import make_tokenizer
 from qtdog.runs.folder import RunFolder
-from qtdog.training import loop as loop_module
 from qtdog.training.load import load_model
 from qtdog.training.protocol import check_input, resolve
-from qtdog.training.run import run
+from qtdog.training.run import RunCallbacks, run
 
 FILLING = ["the", "product", "came", "in", "a", "box", "and", "i", "used", "it", "for", "my", "kitchen", "with", "that"]
 TELLING = {1: "awful", 2: "poor", 3: "okay", 4: "good", 5: "great"}
@@ -133,22 +133,12 @@ def test_only_texts_of_the_seen_side_are_trained_and_selected_on(dataset: TextDo
         assert len(rows) == {"train": 20 * 6, "id_val": 20}[name]
 
 
-def test_stopped_and_resumed_is_bit_identical(dataset: TextDomains, tmp_path: Path, short_config, monkeypatch):
+def test_stopped_and_resumed_is_bit_identical(dataset: TextDomains, tmp_path: Path, short_config):
     config = text_config(short_config, dataset, train={"steps": 6, "eval_every": 2}, quantizer={"start_step": 2})
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config, dataset, whole)
-    original, seen = loop_module.update, []
-
-    def stopping(*arguments: Any) -> float:
-        seen.append(1)
-        if len(seen) == 4:
-            raise Interrupted("stop")
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", stopping)
-        with pytest.raises(Interrupted):
-            run(config, dataset, broken)
+    with pytest.raises(Interrupted):
+        run(config, dataset, broken, callbacks=RunCallbacks(StopAfter(3)))
     run(config, dataset, broken, resume=True)
     assert whole.model_file.read_bytes() == broken.model_file.read_bytes()
 

@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from qtdog.api.experiment import Request, make_plan
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.load import load_model
-from qtdog.training.protocol import make_protocol
 from qtdog.training.run import run
 
 STEPS, START = 6, 3
@@ -69,7 +68,7 @@ def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(tmp_path):
     folder, digits = RunFolder(tmp_path / "run"), RotatedDigits()
     config = folder.read_config()
     assert config is not None
-    evaluate = build_components(config, digits, make_protocol(config, digits), make_accelerator(config)).evaluate
+    evaluate = build_components(config, digits).evaluate
     assert isinstance(evaluate, Evaluator)
     shipped = replace(evaluate, network=load_model(folder.model_file).network)
     told = folder.read_metrics()[-1].seen.source

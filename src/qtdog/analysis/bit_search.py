@@ -24,17 +24,16 @@ from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import open_cache
-from qtdog.data.loader import eval_batches
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.components import Components
-from qtdog.training.evaluation import Evaluator
+from qtdog.training.evaluation import EvaluationInputs, Evaluator
 from qtdog.training.fork import fork_point_config, load_plain_
 from qtdog.training.load import load_model
-from qtdog.training.protocol import DomainProtocol, make_protocol
+from qtdog.training.protocol import make_protocol
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.signals import StopRequest
 
@@ -124,28 +123,22 @@ def choose_layer_bits(
 
 def _sensitivities(plan: BitPlan, prefix: Checkpoint, n_vectors: int, progress: Progress) -> list[Sensitivity]:
     config = fork_point_config(plan.config)
-    protocol = make_protocol(config, plan.sources)
-    parts = build_components(config, plan.sources, protocol, make_accelerator(config))
+    parts = build_components(config, plan.sources)
     load_plain_(parts.network, prefix.tensors["network"])
     with StopRequest() as stop:
-        losses = _losses(parts, protocol, stop, progress)
+        losses = _losses(parts, stop, progress)
         how, seed = plan.config.quantizer, config.train.seed
         return sensitivities(parts.network, losses, how, plan.candidates, n_vectors=n_vectors, seed=seed)
 
 
-def _losses(
-    parts: Components, protocol: DomainProtocol, stop: StopRequest, progress: Progress
-) -> Iterator[tuple[Tensor, float]]:
+def _losses(parts: Components, stop: StopRequest, progress: Progress) -> Iterator[tuple[Tensor, float]]:
     """Yield the losses of every source domain's images; each domain weighs the same."""
-    drawn = [_drawn(parts.config.train.seed, domain, pool) for domain, pool in protocol.train_pools().items()]
+    drawn = [_drawn(parts.config.train.seed, domain, pool) for domain, pool in parts.protocol.train_pools().items()]
     total, done = sum(-(-len(indices) // BATCH) for indices in drawn), 0
     for indices in drawn:
-        images = parts.batches
-        batches = eval_batches(
-            images.cache, indices, images.class_index, batch_size=BATCH, mean=images.mean, std=images.std
-        )
+        batches = parts.inputs.batches(indices, BATCH)
         for loss, share in mean_losses(parts.network, batches, len(indices)):
-            stop.check()
+            stop.check_interrupt()
             yield loss, share / len(drawn)
             done += 1
             if progress is not None:
@@ -243,7 +236,7 @@ class BitTrials:
 
             def watched() -> float:
                 if accelerator.num_processes == 1:  # one of several would leave the others waiting
-                    stop.check()
+                    stop.check_interrupt()
                 return loss()
 
             n_directions, seed = self.plan.n_directions, config.train.seed
@@ -273,6 +266,8 @@ def source_loss(
     protocol = make_protocol(config, dataset)
     cache = open_cache(dataset, config.data.image_size)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
-    evaluator = Evaluator(network, accelerator, cache, dataset.class_index, protocol, "target", mean, std)
+    evaluator = Evaluator(
+        network, accelerator, EvaluationInputs(cache, dataset.class_index, mean, std), protocol, "target"
+    )
     images = np.concatenate(list(protocol.selection_sets().values()))
     return lambda: evaluator.score(images).loss

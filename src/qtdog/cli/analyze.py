@@ -88,7 +88,7 @@ def stoppable(folder: Path) -> Iterator[Callable[[], None]]:
 
     try:
         with StopRequest() as stop:
-            yield stop.check
+            yield stop.check_interrupt
     except Interrupted as error:
         again = Interrupted(f"stopped; what is measured is kept in {folder}, and the same command goes on from there")
         again.exit_code = error.exit_code

@@ -264,6 +264,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _oracle_has_a_target(self) -> Config:
+        if self.train.selection == "oracle" and self.data.target == "none" and self.data.test_mode == "target":
+            raise ValueError(
+                "train.selection=oracle chooses by the accuracy on the target, and data.target is 'none': name a "
+                "target, or take source or last"
+            )
+        return self
+
     @property
     def init_seed(self) -> int:
         """The seed of the random start (the classifier's, and the backbone's without pretraining)."""

@@ -66,7 +66,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~umask())
             temporary.replace(path)
             sync_folder(path.parent)
         finally:
@@ -75,7 +75,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends well.
+    """Yield a temporary folder beside `path` that becomes `path` when the block ends well; modes follow the umask.
 
     If `path` came into being meanwhile (another process was faster) that one is kept and ours is dropped.
 
@@ -87,10 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
-            for file in filter(Path.is_file, temporary.iterdir()):
-                sync_file(file)
-            sync_folder(temporary)
-            temporary.chmod(0o755)
+            _settle(temporary)
             with contextlib.suppress(FileExistsError):
                 _rename_unless_there(temporary, path)
             sync_folder(path.parent)
@@ -102,7 +99,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield the path of a folder to make, which takes the place of `path` when the block ends well.
 
-    If anything fails, what was at `path` before is still there.
+    If anything fails, what was at `path` before is still there. Modes follow the umask.
 
     Raises:
         RunError: the disk is full or not writable.
@@ -113,17 +110,38 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         try:
             new, old = temporary / "new", temporary / "old"
             yield new
+            _settle(new)
             if path.exists():
                 path.rename(old)
             try:
                 new.rename(path)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.rename(path)
                 raise
             sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Make a new folder and the files in it durable, with the modes that the umask gives."""
+    for file in filter(Path.is_file, folder.iterdir()):
+        file.chmod(0o666 & ~umask())
+        sync_file(file)
+    folder.chmod(0o777 & ~umask())
+    sync_folder(folder)
+
+
+def umask() -> int:
+    """Return the permissions that this process's new files lack; reading it without setting it takes /proc."""
+    try:
+        with open("/proc/self/status") as stream:
+            return next(int(line.split()[1], 8) for line in stream if line.startswith("Umask:"))
+    except (OSError, StopIteration):
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return mask
 
 
 def _rename_unless_there(temporary: Path, path: Path) -> None:

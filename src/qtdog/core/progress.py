@@ -30,6 +30,9 @@ class RunCallback:
     def on_record(self, record: Any) -> None:
         """An evaluation was made (`runs.record.Record`)."""
 
+    def on_save(self, step: int) -> None:
+        """A checkpoint of `step` is about to be written."""
+
     def on_end(self) -> None:
         """Training ended, also by an exception; called once for each `on_start` that returned."""
 
@@ -61,6 +64,11 @@ class CallbackList(RunCallback):
         for callback in self._callbacks:
             callback.on_record(record)
 
+    def on_save(self, step: int) -> None:
+        """Tell each."""
+        for callback in self._callbacks:
+            callback.on_save(step)
+
     def on_end(self) -> None:
         """End those that started."""
         while self._started:
@@ -68,14 +76,13 @@ class CallbackList(RunCallback):
 
 
 class StopAfter(RunCallback):
-    """Stop each run after some updates of this call, as a signal does: with a checkpoint, and `Interrupted`.
+    """Stop after some updates, of one run or of several, as a signal does: with a checkpoint, and `Interrupted`.
 
     Args:
         n: updates; at least 1.
 
     Example:
         >>> stop = StopAfter(2)
-        >>> stop.on_start(None, 5)
         >>> stop.on_step(6, 0.5, 32)
         >>> stop.on_step(7, 0.5, 32)
         Traceback (most recent call last):
@@ -83,14 +90,10 @@ class StopAfter(RunCallback):
     """
 
     def __init__(self, n: int) -> None:
-        self.n = n
-        self._first = 0
-
-    def on_start(self, config: Any, step: int) -> None:
-        """Count from here."""
-        self._first = step
+        self._left = self.n = n
 
     def on_step(self, step: int, loss: float, n_images: int) -> None:
-        """Stop after the last one."""
-        if step - self._first >= self.n:
+        """Count one update."""
+        self._left -= 1
+        if self._left <= 0:
             raise Interrupted(f"stopped after {self.n} updates, at step {step}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from qtdog.core.errors import ConfigError, unknown
+from qtdog.core.errors import ConfigError, nearest, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +53,10 @@ class Registry(Generic[T]):
         if name not in self._members:
             raise ConfigError(unknown(self.kind, name, self._members))
         return self._members[name]
+
+    def name_of(self, member: object) -> str:
+        """Return the name under which a class or function is registered; its own if it is not (a subclass, say)."""
+        return next((name for name, one in self._members.items() if one is member), getattr(member, "__name__", "?"))
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, sorted."""
@@ -124,7 +128,9 @@ def fill(kind: str, known: HyperParameters, given: Mapping[str, Value]) -> dict[
     """
     for name in given:
         if name not in known:
-            raise ConfigError(unknown(f"hyper-parameter of {kind}", name, known))
+            close = nearest(name, known)
+            hint = f"; did you mean '{close}'?" if close else "."
+            raise ConfigError(f"{kind} has no hyper-parameter '{name}'{hint} It has: {', '.join(known) or 'none'}")
     return {
         name: _checked(f"{name} of {kind}", how, given[name]) if name in given else how.default
         for name, how in known.items()

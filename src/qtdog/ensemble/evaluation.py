@@ -18,7 +18,6 @@ from qtdog.core.errors import ConfigError, DataError, QtdogError, nearest
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.input_cache import InputCache
-from qtdog.data.loader import eval_batches
 from qtdog.ensemble.calibration import LabeledLogits, brier_score, expected_calibration_error, fit_temperature
 from qtdog.ensemble.cascade import measure_cascade
 from qtdog.ensemble.prediction import (
@@ -34,7 +33,7 @@ from qtdog.ensemble.uncertainty import Uncertainty, risk_coverage, unknown_auroc
 from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores
 from qtdog.training.build import make_accelerator
-from qtdog.training.evaluation import EVAL_BATCH
+from qtdog.training.evaluation import EvaluationInputs
 from qtdog.training.protocol import DomainProtocol, check_reads, make_protocol, open_inputs, resolve
 
 KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
@@ -154,9 +153,8 @@ class EvaluationSet:
         self, logits_of: LogitsFunction, indices: np.ndarray, collected: list[LabeledLogits] | None
     ) -> list[Score]:
         mean, std = preprocessing(self.config.model.backbone, channels=self.dataset.card.channels)
-        labels = self.dataset.class_index
-        batches = eval_batches(self.cache, indices, labels, batch_size=EVAL_BATCH, mean=mean, std=std)
-        return score(logits_of, batches, self.device, collected)
+        inputs = EvaluationInputs(self.cache, self.dataset.class_index, mean, std)
+        return score(logits_of, inputs.batches(indices), self.device, collected)
 
 
 def open_evaluation_set(
@@ -292,7 +290,7 @@ def score_domains(
     model = model.to(device)
     scores = {}
     for domain in dataset.domains:
-        batches = eval_batches(cache, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
+        batches = EvaluationInputs(cache, labels, how.mean, how.std).batches(dataset.indices(domain))
         images = collect_logits(model, batches, device)
         predictions = predict_from_logits(images.logits, temperature_of(model))
         if uncertainties is not None:

@@ -14,20 +14,19 @@ from qtdog.conversion.save import bake
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.progress import RunCallback
 from qtdog.ensemble.evaluation import EvaluationSet, mean_accuracy
 from qtdog.ensemble.members import Member, check_one_start
 from qtdog.models.network import Network, place_
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import snapshot
-from qtdog.training.build import build_components, make_accelerator, make_quantizer
+from qtdog.training.build import build_components, make_quantizer
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.components import RunState
 from qtdog.training.finalize import final_network_
 from qtdog.training.fork import latent_weights, load_plain_
 from qtdog.training.load import empty_network
-from qtdog.training.loop import Doors, Track, train
+from qtdog.training.loop import TrainingRun, train
 
 State = dict[str, Tensor]
 
@@ -158,17 +157,16 @@ def tune(weights: State, config: Config, evaluation_set: EvaluationSet, steps: i
         NonFiniteLossError: the loss became NaN.
     """
     config = tune_config(config, steps)
-    parts = build_components(config, evaluation_set.dataset, evaluation_set.protocol, make_accelerator(config))
+    parts = build_components(config, evaluation_set.dataset)
     if parts.objective.state_dict():
         text = f"objective '{config.objective.name}' has weights of its own, which are not averaged"
         raise ConfigError(f"--tune: {text}; leave --tune out")
     load_plain_(parts.network, weights)
     enable_(parts.network, config)
     state = RunState()
-    state.add_line(parts.evaluate(0, True, None, lambda: None).to_json())
+    state.add_line(parts.evaluate(0, True, None).to_json())
     state.selected = snapshot(parts.network)
-    ignore = Doors(save=lambda state: None, keep_line=lambda line: None, check=lambda: None, callback=RunCallback())
-    train(Track(parts, state, ignore))
+    train(TrainingRun(parts, state))
     final_network_(parts, state)
     return parts.network
 

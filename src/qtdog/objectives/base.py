@@ -181,7 +181,7 @@ class Objective(nn.Module):
 
     def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
         super().__init__()
-        name = next((name for name in OBJECTIVES if OBJECTIVES[name] is type(self)), type(self).__name__)
+        name = OBJECTIVES.name_of(type(self))
         self.params = fill(f"objective '{name}'", self.HYPERPARAMETERS, params)
         self._seen_step: int | None = None
         if setting.n_domains < self.MIN_DOMAINS:

@@ -72,7 +72,17 @@ class RunFolder:
         return build_config([load_preset(str(self.config_file))])
 
     def claim(self, config: Config, *, resume: bool) -> None:
-        """Make the folder this configuration's, or check that it is.
+        """Make the folder this configuration's, unless it is already.
+
+        Raises:
+            RunError: as in `check_claim`.
+        """
+        self.check_claim(config, resume=resume)
+        if self.read_config() is None or not self._has_begun():
+            write_atomic(self.config_file, to_yaml(config))
+
+    def check_claim(self, config: Config, *, resume: bool) -> None:
+        """Check that a run of this configuration may be made here; a run that has saved nothing yet is passed over.
 
         Raises:
             RunError: it holds a run of another configuration (each difference is listed), an unfinished run and
@@ -81,13 +91,18 @@ class RunFolder:
         saved = self.read_config()
         if saved is None:
             self._refuse_foreign_files()
-            write_atomic(self.config_file, to_yaml(config))
+            return
+        if not self._has_begun():
             return
         if config_hash(saved) != config_hash(config):
             changes = "\n  ".join(differences(saved, config))
             raise RunError(f"{self.path} holds a run of another configuration:\n  {changes}\nChoose another --out.")
         if not resume and self.read_result() is None:
             raise RunError(f"{self.path} holds an unfinished run; add --resume to go on, or choose another --out")
+
+    def _has_begun(self) -> bool:
+        """Return whether something was saved that another configuration would destroy."""
+        return self.result_file.exists() or self.model_file.exists() or any(self.checkpoints.glob("step-*"))
 
     def _refuse_foreign_files(self) -> None:
         others = sorted(path.name for path in self.path.iterdir() if path.name != ".lock" and path.suffix != ".tmp")

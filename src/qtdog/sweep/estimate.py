@@ -18,10 +18,9 @@ from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, read_journal
 from qtdog.sweep.plan import Task
 from qtdog.sweep.runner import is_done, step_of
-from qtdog.training.build import build_components, make_accelerator
+from qtdog.training.build import build_components
 from qtdog.training.components import Components
 from qtdog.training.loop import begin_step, update
-from qtdog.training.protocol import make_protocol
 
 OVERHEAD = 1.2  # until something was measured
 
@@ -179,7 +178,7 @@ def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        parts = build_components(short, dataset, make_protocol(short, dataset), make_accelerator(short))
+        parts = build_components(short, dataset)
         parts.network.train()
         return statistics.median([_step_s(parts, step) for step in range(PROBE_STEPS + 1)][1:])  # one makes buffers
     finally:

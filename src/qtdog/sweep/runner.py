@@ -21,8 +21,7 @@ from qtdog.runs.folder import RunFolder, last_line
 from qtdog.sweep.journal import Outcome, append_journal, read_failures, remove_failure, save_failure
 from qtdog.sweep.plan import Task, keep_sharing
 from qtdog.sweep.study import raise_all
-from qtdog.training.build import build_components, make_accelerator
-from qtdog.training.protocol import make_protocol
+from qtdog.training.build import build_components
 from qtdog.training.signals import StopRequest
 
 # Values that differ between runs without deciding whether their components fit together.
@@ -85,9 +84,8 @@ def _composition(config: Config, *, drawn: bool) -> str:
 def build_error(config: Config, dataset: DomainDataset, progress: Progress) -> str | None:
     """Return why the components of a run cannot be built; None if they can."""
     try:
-        protocol = make_protocol(config, dataset)
         teacher = load_teacher(config, dataset)
-        build_components(config, dataset, protocol, make_accelerator(config), progress, teacher=teacher)
+        build_components(config, dataset, progress=progress, teacher=teacher)
     except (ConfigError, DataError, ModelError) as error:
         return str(error)
     return None

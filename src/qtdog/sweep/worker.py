@@ -110,7 +110,7 @@ def _run(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks)
         callbacks=callbacks,
         fork_from=start,
         teacher=teacher,
-        companions=companions,
+        shared_runs=companions,
     )
     return float(result["trained_s"])
 

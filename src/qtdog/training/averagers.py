@@ -37,7 +37,7 @@ class Averager(ABC):
     READS_HELDOUT: ClassVar[bool] = False
 
     def __init__(self, params: Mapping[str, Value], start: int) -> None:
-        self.params = fill(f"averager '{type(self).__name__}'", self.HYPERPARAMETERS, params)
+        self.params = fill(f"averager '{AVERAGERS.name_of(type(self))}'", self.HYPERPARAMETERS, params)
         self.start = start
         self.begin = start + 1
         self.n_steps = 0

@@ -17,7 +17,7 @@ from qtdog.training.components import Components
 N_BATCHES = 50
 
 
-def fit_batch_norm_(parts: Components) -> None:
+def fit_batch_norm_(components: Components) -> None:
     """Re-estimate the running statistics for the weights that the network now has, where they are not frozen.
 
     Statistics gathered while the weights moved do not fit their average (Izmailov et al., UAI 2018, section 3.2). They
@@ -25,11 +25,11 @@ def fit_batch_norm_(parts: Components) -> None:
     training, the domains apart where the network has a context), so that they depend on the weights alone. The
     processes share the batches and take the mean.
     """
-    layers = _learning(parts.network)
+    layers = _learning(components.network)
     if not layers:
         return
-    accelerator, network = parts.accelerator, parts.network
-    batches = (parts.batches.batch(step) for step in range(N_BATCHES))
+    accelerator, network = components.accelerator, components.network
+    batches = (components.batches.batch(step) for step in range(N_BATCHES))
     passes = (partial(network.features, batch.images.to(accelerator.device), batch.sizes) for batch in batches)
     _estimate_(network, layers, passes)
     if accelerator.num_processes > 1:
@@ -39,14 +39,14 @@ def fit_batch_norm_(parts: Components) -> None:
             buffer.copy_(shared)
 
 
-def take_batch_norm_of_the_first_process_(parts: Components) -> None:
+def take_batch_norm_of_the_first_process_(components: Components) -> None:
     """Give every process the running statistics of the first, which are those that ship.
 
     A training step begins with that (`DistributedDataParallel`), but its forward pass then moves each process's own: an
     evaluation right behind it would be of several networks.
     """
-    if parts.accelerator.num_processes > 1:
-        for buffer in _statistics(_learning(parts.network)):
+    if components.accelerator.num_processes > 1:
+        for buffer in _statistics(_learning(components.network)):
             first = broadcast(buffer)
             assert isinstance(first, Tensor)
             buffer.copy_(first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.core.registry import import_members
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.input_cache import InputCache
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
@@ -26,14 +24,14 @@ from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, Objective, Setting
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.quantizers.base import OPTION_NAMES
+from qtdog.training import swad  # noqa: F401  (registers its averager)
 from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.components import Components, Trainable
-from qtdog.training.evaluation import Evaluator
-from qtdog.training.protocol import DomainProtocol, check_input, open_inputs
+from qtdog.training.evaluation import EvaluationInputs, Evaluator
+from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs
 from qtdog.training.step_rules import STEP_RULES
 
-import_members("qtdog.objectives")
-import_module("qtdog.training.swad")  # enters its name among the averagers
+import_members("qtdog.objectives")  # each file registers its objective
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -51,13 +49,19 @@ def make_accelerator(config: Config) -> Accelerator:
 def build_components(
     config: Config,
     dataset: DomainDataset,
-    protocol: DomainProtocol,
-    accelerator: Accelerator,
+    accelerator: Accelerator | None = None,
     progress: Progress = None,
     *,
     teacher: Teacher | None = None,
 ) -> Components:
     """Return the objects that `config` names, on the device, ready for `training.loop.train`.
+
+    Args:
+        config: the effective configuration (`training.protocol.resolve`).
+        dataset: the data it names.
+        accelerator: device and processes; default `make_accelerator(config)`.
+        progress: of decoding images.
+        teacher: images → logits, if the configuration names one.
 
     Raises:
         ConfigError: an unknown name on one of the axes, with the nearest match, names that do not go together, or a
@@ -66,6 +70,8 @@ def build_components(
             not fit.
         DataError: an image cannot be decoded.
     """
+    accelerator = accelerator or make_accelerator(config)
+    protocol = make_protocol(config, dataset)
     make_objective, make_step_rule = OBJECTIVES[config.objective.name], STEP_RULES[config.step_rule.name]
     averager = make_averager(config)
     step_rule = make_step_rule(config.step_rule.params)
@@ -85,6 +91,7 @@ def build_components(
         )
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
+    inputs = EvaluationInputs(cache, dataset.class_index, mean, std)
     return Components(
         config=config,
         accelerator=accelerator,
@@ -92,14 +99,15 @@ def build_components(
         model=model,
         optimizer=prepared,
         quantizer=quantizer,
-        batches=_batches(config, dataset, protocol, cache, accelerator),
+        batches=_batches(config, protocol, inputs, accelerator),
         objective=objective,
         step_rule=step_rule,
         averager=averager,
         base_lrs=tuple(group["lr"] for group in optimizer.param_groups),
-        evaluate=Evaluator(
-            network, accelerator, cache, dataset.class_index, protocol, config.data.test_mode, mean, std
-        ),
+        dataset=dataset,
+        protocol=protocol,
+        inputs=inputs,
+        evaluate=Evaluator(network, accelerator, inputs, protocol, config.data.test_mode),
     )
 
 
@@ -211,18 +219,17 @@ def make_optimizer(
 
 
 def _batches(
-    config: Config, dataset: DomainDataset, protocol: DomainProtocol, cache: InputCache, accelerator: Accelerator
+    config: Config, protocol: DomainProtocol, inputs: EvaluationInputs, accelerator: Accelerator
 ) -> TrainBatches:
-    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     return TrainBatches(
-        cache,
-        dataset.class_index,
+        inputs.cache,
+        inputs.class_index,
         protocol.train_pools(),
         batch_size=config.data.batch_size,
         seed=config.train.seed,
         augment=config.data.augment,
-        mean=mean,
-        std=std,
+        mean=inputs.mean,
+        std=inputs.std,
         workers=config.data.workers,
         rank=accelerator.process_index,
         world=accelerator.num_processes,

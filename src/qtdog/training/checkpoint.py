@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from qtdog.conversion.attach import sites
 from qtdog.core.errors import FormatError, RunError
-from qtdog.core.files import atomic_folder, sha256_file
+from qtdog.core.files import replacing_folder, sha256_file
 from qtdog.runs.folder import RunFolder
 from qtdog.training.components import Components, RunState
 
@@ -114,9 +114,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         RunError: the disk is full; the older checkpoints are unchanged.
     """
     path = folder / f"step-{checkpoint.step:08d}"
-    if path.exists():  # the same step again, after an interruption right behind a checkpoint
-        shutil.rmtree(path)
-    with atomic_folder(path) as temporary:
+    # The same step is written again after an interruption right behind a checkpoint: the old one goes when the new one
+    # is whole.
+    with replacing_folder(path) as temporary:
+        temporary.mkdir()
         hashes = {}
         for name, tensors in checkpoint.tensors.items():
             file = temporary / f"{name}.safetensors"
@@ -187,50 +188,50 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def save_state(parts: Components, folder: RunFolder, state: RunState) -> None:
+def save_state(components: Components, folder: RunFolder, state: RunState) -> None:
     """Write a checkpoint of everything that the run needs to go on."""
     state.saved_step = state.step
-    if not parts.accelerator.is_main_process:
+    if not components.accelerator.is_main_process:
         return
-    moments, groups = flatten_optimizer(parts.optimizer, plain_names(parts.network, parts.objective))
-    averaged, averager = parts.averager.state()
-    tensors = {"network": parts.network.state_dict(), "optimizer": moments}
-    tensors |= {"objective": parts.objective.state_dict(), "averager": averaged}
+    moments, groups = flatten_optimizer(components.optimizer, plain_names(components.network, components.objective))
+    averaged, averager = components.averager.state()
+    tensors = {"network": components.network.state_dict(), "optimizer": moments}
+    tensors |= {"objective": components.objective.state_dict(), "averager": averaged}
     if state.selected is not None:
         tensors["selected"] = state.selected
-    enabled = parts.quantizer is not None and parts.quantizer.enabled
+    enabled = components.quantizer is not None and components.quantizer.enabled
     extra = {"optimizer_groups": groups, "quantizer_enabled": enabled, "averager": averager}
-    extra["config"] = parts.config.model_dump(mode="json")
+    extra["config"] = components.config.model_dump(mode="json")
     write_checkpoint(folder.checkpoints, Checkpoint(state.step, tensors, state.to_json() | extra))
 
 
-def restore(parts: Components, checkpoint: Checkpoint, folder: RunFolder) -> RunState:
-    """Put a checkpoint of the run in `folder` into the parts and return where it stood.
+def restore(components: Components, checkpoint: Checkpoint, folder: RunFolder) -> RunState:
+    """Put a checkpoint of the run in `folder` into the components and return where it stood.
 
     Raises:
         RunError: the checkpoint does not fit the network or the optimizer.
     """
     try:
-        parts.network.load_state_dict(checkpoint.tensors["network"])
-        parts.objective.load_state_dict(checkpoint.tensors["objective"])
-        names = plain_names(parts.network, parts.objective)
+        components.network.load_state_dict(checkpoint.tensors["network"])
+        components.objective.load_state_dict(checkpoint.tensors["objective"])
+        names = plain_names(components.network, components.objective)
         moments, groups = checkpoint.tensors["optimizer"], checkpoint.state["optimizer_groups"]
-        restore_optimizer_(parts.optimizer, names, moments, groups)
-        state = restore_averager_(parts, checkpoint)
+        restore_optimizer_(components.optimizer, names, moments, groups)
+        state = restore_averager_(components, checkpoint)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise RunError(f"the checkpoint in {folder.checkpoints} does not fit this run: {error}") from error
-    if parts.quantizer is not None:
-        parts.quantizer.set_enabled(checkpoint.state["quantizer_enabled"])
+    if components.quantizer is not None:
+        components.quantizer.set_enabled(checkpoint.state["quantizer_enabled"])
     return state
 
 
-def restore_averager_(parts: Components, checkpoint: Checkpoint) -> RunState:
+def restore_averager_(components: Components, checkpoint: Checkpoint) -> RunState:
     """Put what a checkpoint holds besides the training itself into the averager, and return where the run stood.
 
     Raises:
         KeyError: the checkpoint is of another averager.
     """
-    parts.averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
+    components.averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
     state = RunState.from_json(checkpoint.step, checkpoint.state)
     state.selected = checkpoint.tensors.get("selected")
     return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 
 from qtdog.conversion.attach import Attached
 from qtdog.core.config import Config
+from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.models.network import Network
 from qtdog.objectives.base import ModelView, Objective
 from qtdog.runs.record import Record
 from qtdog.training.averagers import Averager
+from qtdog.training.evaluation import EvaluationInputs, Evaluator
+from qtdog.training.protocol import DomainProtocol
 from qtdog.training.step_rules import StepRule
 
 
@@ -76,7 +79,10 @@ class Components:
         batches: batch of a step, a pure function of the step.
         objective, step_rule, averager: the axes.
         base_lrs: learning rate of each group of the optimizer, before any schedule.
-        evaluate: (step, selectable, train_loss, check) → record.
+        dataset: the data set.
+        protocol: the roles of its domains and images.
+        inputs: its images as evaluation takes them.
+        evaluate: (step, selectable, train_loss, check_interrupt) → record.
     """
 
     config: Config
@@ -90,7 +96,10 @@ class Components:
     step_rule: StepRule
     averager: Averager
     base_lrs: tuple[float, ...]
-    evaluate: Callable[[int, bool, float | None, Callable[[], None]], Record]
+    dataset: DomainDataset
+    protocol: DomainProtocol
+    inputs: EvaluationInputs
+    evaluate: Evaluator
 
     @property
     def selectable(self) -> bool:

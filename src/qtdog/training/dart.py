@@ -26,8 +26,7 @@ from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.components import Components, RunState
 from qtdog.training.finalize import Final, write_result
-from qtdog.training.protocol import DomainProtocol, make_protocol
-from qtdog.training.run import RunCallbacks, drive, initial_state
+from qtdog.training.run import RunCallbacks, initial_state, train_in_folder
 
 # What may differ between branches: all that leaves the network and the held-out images alike.
 FREE = ("data.augment", "data.focus", "objective.", "step_rule.", "optimizer.", "train.seed", "model.init_seed")
@@ -39,7 +38,7 @@ OWN = ("num_batches_tracked", "drawn_for")
 class Branch:
     """One of the runs, at the step where `state` stands."""
 
-    parts: Components
+    components: Components
     state: RunState
     folder: RunFolder
 
@@ -70,7 +69,7 @@ def dart(
             in memory at once.
         merge_every: steps between merges; the paper's code takes 1,000 of 10,000. The end is always a merge.
         resume: go on where the folders stand, bit for bit as if nothing had happened.
-        callbacks: how to speak to the user; the watcher sees one branch after the other.
+        callbacks: how to speak to the user; the callback sees one branch after the other.
 
     Raises:
         ConfigError: branches that differ where they may not, an averager or quantizer that cannot be merged, several
@@ -82,21 +81,21 @@ def dart(
     root, callbacks = RunFolder(path), callbacks or RunCallbacks()
     if (result := root.read_result()) is not None and root.model_file.is_file():
         return result
-    steps, protocol = configs[0].train.steps, make_protocol(configs[0], dataset)
+    steps = configs[0].train.steps
     with contextlib.ExitStack() as locks:
         branches = [
-            _open(locks, config, (dataset, protocol), RunFolder(path / f"branch-{number}"), (resume, callbacks))
+            _open(locks, config, dataset, RunFolder(path / f"branch-{number}"), resume=resume, callbacks=callbacks)
             for number, config in enumerate(configs)
         ]
         merged = latest_checkpoint(path / "merged", callbacks.warn) or Checkpoint(0, {}, {"lines": []})
         for until in [*range(merge_every, steps, merge_every), steps]:
             for branch in branches:
-                _train_until(branch, until, protocol, callbacks)
+                _train_until(branch, until, callbacks)
             if merged.step < until:
-                merged = _merge(branches, merged, until)
+                merged = merge_branches(branches, merged, until)
                 write_checkpoint(path / "merged", merged)
             _take(branches, merged)
-        return _ship(branches, merged, (protocol, dataset), root, merge_every)
+        return _write_merged(branches, merged, root, merge_every)
 
 
 def check_branches(configs: Sequence[Config], merge_every: int) -> None:
@@ -134,43 +133,45 @@ def _claim(path: Path, plan: dict[str, Any]) -> None:
 def _open(
     locks: contextlib.ExitStack,
     config: Config,
-    setting: tuple[DomainDataset, DomainProtocol],
+    dataset: DomainDataset,
     folder: RunFolder,
-    how: tuple[bool, RunCallbacks],
+    *,
+    resume: bool,
+    callbacks: RunCallbacks,
 ) -> Branch:
-    resume, callbacks = how
     accelerator = make_accelerator(config)
     if accelerator.num_processes > 1:
         raise ConfigError("branches train in one process; start without `accelerate launch`, or with --num_processes 1")
     locks.enter_context(folder.lock())
+    folder.check_claim(config, resume=resume)
+    components = build_components(config, dataset, accelerator, callbacks.progress)
     folder.claim(config, resume=resume)
-    parts = build_components(config, *setting, accelerator, callbacks.progress)
-    return Branch(parts, initial_state(parts, folder, callbacks.warn), folder)
+    return Branch(components, initial_state(components, folder, callbacks.warn), folder)
 
 
-def _train_until(branch: Branch, step: int, protocol: DomainProtocol, callbacks: RunCallbacks) -> None:
+def _train_until(branch: Branch, step: int, callbacks: RunCallbacks) -> None:
     if branch.state.step < step:
-        drive(branch.parts, branch.state, branch.folder, protocol, callbacks=callbacks, until=step)
+        train_in_folder(branch.components, branch.state, branch.folder, callbacks=callbacks, until=step)
 
 
 def _take(branches: Sequence[Branch], merged: Checkpoint) -> None:
     """Give the merged weights to every branch that stands where they were merged; others went on from them before."""
     for branch in branches:
         if branch.state.step == merged.step:
-            branch.parts.network.load_state_dict(merged.tensors["network"], strict=False)
+            branch.components.network.load_state_dict(merged.tensors["network"], strict=False)
 
 
-def _merge(branches: Sequence[Branch], before: Checkpoint, step: int) -> Checkpoint:
+def merge_branches(branches: Sequence[Branch], before: Checkpoint, step: int) -> Checkpoint:
     """Return the mean of the branches at `step`, measured, with the merged network that selection prefers so far."""
-    parts, at_end = branches[0].parts, step == branches[0].parts.config.train.steps
-    mean = merged_state([_weights(branch.parts, at_end) for branch in branches])
-    parts.network.load_state_dict(mean, strict=False)
-    fit_batch_norm_(parts)
+    components, at_end = branches[0].components, step == branches[0].components.config.train.steps
+    mean = merged_state([_weights(branch.components, at_end) for branch in branches])
+    components.network.load_state_dict(mean, strict=False)
+    fit_batch_norm_(components)
     state = RunState(step=step, lines=list(before.state["lines"]))
-    state.add_line(parts.evaluate(step, parts.selectable, None, lambda: None).to_json())
-    tensors = {"network": {name: parts.network.state_dict()[name].clone() for name in mean}}
-    if select(parts.config.train.selection, state.records) == step or _averaged(parts, at_end):
-        tensors["selected"] = snapshot(parts.network)
+    state.add_line(components.evaluate(step, components.selectable, None).to_json())
+    tensors = {"network": {name: components.network.state_dict()[name].clone() for name in mean}}
+    if select(components.config.train.selection, state.records) == step or _averaged(components, at_end):
+        tensors["selected"] = snapshot(components.network)
     elif "selected" in before.tensors:
         tensors["selected"] = before.tensors["selected"]
     return Checkpoint(step, tensors, {"lines": state.lines})
@@ -195,37 +196,36 @@ def merged_state(states: Sequence[State]) -> State:
     return average.mean
 
 
-def _weights(parts: Components, at_end: bool) -> dict[str, Tensor]:
-    averaged = parts.averager.final() if at_end else None
-    return parts.network.state_dict() | (averaged or {})
+def _weights(components: Components, at_end: bool) -> dict[str, Tensor]:
+    averaged = components.averager.final() if at_end else None
+    return components.network.state_dict() | (averaged or {})
 
 
-def _averaged(parts: Components, at_end: bool) -> bool:
-    return at_end and parts.averager.final() is not None
+def _averaged(components: Components, at_end: bool) -> bool:
+    return at_end and components.averager.final() is not None
 
 
-def _ship(
+def _write_merged(
     branches: Sequence[Branch],
     merged: Checkpoint,
-    setting: tuple[DomainProtocol, DomainDataset],
     root: RunFolder,
     merge_every: int,
 ) -> dict[str, Any]:
-    parts, n = branches[0].parts, len(branches)
+    components, n = branches[0].components, len(branches)
     trained_s = sum(branch.state.trained_s for branch in branches)
     state = RunState(step=merged.step, lines=merged.state["lines"], trained_s=trained_s)
-    chosen = select(parts.config.train.selection, state.records)
-    if _averaged(parts, at_end=True):
+    chosen = select(components.config.train.selection, state.records)
+    if _averaged(components, at_end=True):
         chosen = merged.step
-    parts.network.load_state_dict(merged.tensors["selected"])
-    parts.network.eval()
+    components.network.load_state_dict(merged.tensors["selected"])
+    components.network.eval()
     record = next(record for record in state.records if record.seen.step == chosen)
-    configs = [branch.parts.config for branch in branches]
+    configs = [branch.components.config for branch in branches]
     apart = [line for config in configs[1:] for line in differences(configs[0], config)]
     about = {"n_branches": n, "merge_every": merge_every, "differences": apart}
     # The speed of one branch, not of all together, would be misleading beside the time of all.
     extra = {"kept": f"mean of {n} branches after update {chosen}", "dart": about, "images_per_s": None}
-    write_result(parts, state, Final(record, extra), setting, root)
+    write_result(components, state, Final(record, extra), root)
     result = root.read_result()
     assert result is not None
     return result

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,14 @@ from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.data.input_cache import InputCache
-from qtdog.data.loader import eval_batches
+from qtdog.data.loader import Indices, eval_batches
 from qtdog.data.text import TextDomains
 from qtdog.models.network import Network
 from qtdog.runs.record import Record, Score, SourceRecord, merge_scores
-from qtdog.training.components import Components
 from qtdog.training.protocol import DomainProtocol
+
+if TYPE_CHECKING:  # components hold an `Evaluator`
+    from qtdog.training.components import Components
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     accelerator: Accelerator,
     *,
-    check: Callable[[], None] = lambda: None,
+    check_interrupt: Callable[[], None] = lambda: None,
 ) -> Score:
     """Return accuracy and mean cross-entropy over `batches`, in float32 and evaluation mode.
 
@@ -85,7 +87,7 @@ def evaluate(
         network: images (n, C, H, W) → logits (n, n_classes); its mode is put back afterwards.
         batches: images and labels (n,), on any device.
         accelerator: where to compute, and with whom to add up.
-        check: called before each batch; may raise to break off.
+        check_interrupt: called before each batch; may raise to break off.
     """
     was_training = network.training
     network.eval()
@@ -94,7 +96,7 @@ def evaluate(
         # Quantize each weight once per evaluation, not once per batch.
         with parametrize.cached():
             for images, labels in batches:
-                check()
+                check_interrupt()
                 totals += _batch_totals(network, images.to(accelerator.device), labels.to(accelerator.device))
     finally:
         network.train(was_training)
@@ -121,72 +123,90 @@ EVAL_BATCH = 128
 
 
 @dataclass(frozen=True)
+class EvaluationInputs:
+    """The images (or texts) of a data set as a network takes them in evaluation: not augmented.
+
+    Attributes:
+        cache: of the data set.
+        class_index: class of each image (n,).
+        mean, std: of the input, per channel.
+    """
+
+    cache: InputCache
+    class_index: npt.NDArray[np.integer]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def batches(self, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (b, C, H, W) and labels (b,) of the images at `indices`, in their order, on the CPU."""
+        how = {"batch_size": batch_size, "mean": self.mean, "std": self.std}
+        return eval_batches(self.cache, indices, self.class_index, **how)
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Measures a network on the images of a protocol.
 
     Attributes:
         network: evaluated in place.
         accelerator: device and processes.
-        cache, class_index: images and labels of the data set.
+        inputs: of the data set.
         protocol: the roles of the images.
         test_mode: `target` or `in-domain`.
-        mean, std: of the input, per channel.
     """
 
     network: Network
     accelerator: Accelerator
-    cache: InputCache
-    class_index: np.ndarray
+    inputs: EvaluationInputs
     protocol: DomainProtocol
     test_mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
-    def __call__(self, step: int, selectable: bool, train_loss: float | None, check: Callable[[], None]) -> Record:
+    def __call__(
+        self, step: int, selectable: bool, train_loss: float | None, check_interrupt: Callable[[], None] = lambda: None
+    ) -> Record:
         """Return the record of this moment."""
-        source = {domain: self.score(part, check) for domain, part in self.protocol.selection_sets().items()}
-        test, test_in = self._test_scores(check)
+        source = {domain: self.score(part, check_interrupt) for domain, part in self.protocol.selection_sets().items()}
+        test, test_in = self._test_scores(check_interrupt)
         return Record(SourceRecord(step, selectable, source), test, test_in, train_loss)
 
-    def _test_scores(self, check: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Score]]:
+    def _test_scores(self, check_interrupt: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Score]]:
         splits, target = self.protocol.splits, self.protocol.target
         if self.test_mode == "in-domain":
-            return {domain: self.score(splits[domain].test, check) for domain in self.protocol.sources}, {}
+            return {domain: self.score(splits[domain].test, check_interrupt) for domain in self.protocol.sources}, {}
         if target is None:
             return {}, {}
-        parts = [self.score(part, check) for part in (splits[target].train, splits[target].heldout)]
+        parts = [self.score(part, check_interrupt) for part in (splits[target].train, splits[target].heldout)]
         return {target: merge_scores(parts)}, {target: parts[0]}
 
-    def score(self, indices: np.ndarray, check: Callable[[], None] = lambda: None) -> Score:
+    def score(self, indices: np.ndarray, check_interrupt: Callable[[], None] = lambda: None) -> Score:
         """Return accuracy and loss over the images at `indices`, shared among the processes."""
         accelerator = self.accelerator
         if len(indices) < accelerator.num_processes:
             raise ConfigError(f"{len(indices)} images cannot be shared among {accelerator.num_processes} processes")
         mine = indices[accelerator.process_index :: accelerator.num_processes]
-        batches = eval_batches(self.cache, mine, self.class_index, batch_size=EVAL_BATCH, mean=self.mean, std=self.std)
-        # A signal reaches the processes at different batches; among several, only the loop asks, between two steps.
-        alone = accelerator.num_processes == 1
-        return evaluate(self.network, batches, accelerator, check=check if alone else lambda: None)
+        if accelerator.num_processes > 1:
+            # A signal reaches the processes at different batches; they are asked together, between two steps.
+            return evaluate(self.network, self.inputs.batches(mine), accelerator)
+        return evaluate(self.network, self.inputs.batches(mine), accelerator, check_interrupt=check_interrupt)
 
 
-def group_scores(parts: Components, protocol: DomainProtocol, dataset: object) -> dict[str, Any]:
+def group_scores(components: Components) -> dict[str, Any]:
     """Return `{"groups": {"in": …, "out": …}}`, each a `training.evaluation.GroupAccuracy`; {} without groups.
 
     "in" are texts of the sources that were neither trained nor selected on (the official id_test), "out" all of the
     unseen domain. Source: Koh et al., *WILDS* (ICML 2021), Amazon.
 
     Args:
-        parts: with the network that ships.
-        protocol: roles of domains and texts.
-        dataset: the data set.
+        components: with the network that ships.
     """
+    dataset, protocol = components.dataset, components.protocol
     if not isinstance(dataset, TextDomains):
         return {}
     sets = {"in": np.concatenate([protocol.splits[domain].test for domain in protocol.sources])}
     if protocol.target is not None:
         sets["out"] = protocol.splits[protocol.target].everything
     scores = {
-        name: asdict(group_accuracy(_correct(parts, indices), dataset.group_index[indices]))
+        name: asdict(group_accuracy(_correct(components, indices), dataset.group_index[indices]))
         for name, indices in sets.items()
         if len(indices)
     }
@@ -194,13 +214,11 @@ def group_scores(parts: Components, protocol: DomainProtocol, dataset: object) -
 
 
 @torch.no_grad()
-def _correct(parts: Components, indices: np.ndarray) -> np.ndarray:
+def _correct(components: Components, indices: np.ndarray) -> np.ndarray:
     """Return whether each text is answered right, bool (n,), in evaluation mode."""
-    how = parts.batches
-    batches = eval_batches(how.cache, indices, how.class_index, batch_size=EVAL_BATCH, mean=how.mean, std=how.std)
     right = []
     with parametrize.cached():
-        for tokens, labels in batches:
-            logits = parts.network(tokens.to(parts.accelerator.device))
+        for tokens, labels in components.inputs.batches(indices):
+            logits = components.network(tokens.to(components.accelerator.device))
             right.append((logits.argmax(1).cpu() == labels).numpy())
     return np.concatenate(right)

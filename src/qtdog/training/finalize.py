@@ -27,10 +27,8 @@ from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.core.random import numpy_stream
-from qtdog.data.dataset import DomainDataset
-from qtdog.data.loader import Indices, eval_batches
+from qtdog.data.loader import Indices
 from qtdog.data.text import TextDomains
-from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.text import vocabulary
 from qtdog.packing.sizes import file_sizes
@@ -43,20 +41,22 @@ from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.components import Components, RunState
 from qtdog.training.evaluation import group_scores
 from qtdog.training.load import load_model
-from qtdog.training.protocol import DomainProtocol
 
 CALIBRATION_BATCH = 32
 
 
-def quantize_after_training_(parts: Components, check: Callable[[], None], progress: Progress) -> dict[str, Any]:
+def quantize_after_training_(
+    components: Components, check_interrupt: Callable[[], None], progress: Progress
+) -> dict[str, Any]:
     """Give the network's quantizers their codes by the method that the configuration names; return the report.
 
     The images are training images of the sources, never held-out ones, never the target's. Every process does the same
     work and takes the codes of the first one in the end, so that none waits long and all have the same network.
 
     Args:
-        parts: of a run whose quantizer works after training, with the chosen float network in evaluation mode.
-        check: called often, equally often in every process; may raise to break off, the network still in float.
+        components: of a run whose quantizer works after training, with the chosen float network in evaluation mode.
+        check_interrupt: called often, equally often in every process; may raise to break off, the network still in
+            float.
         progress: told (done, total) of the work.
 
     Returns:
@@ -65,12 +65,16 @@ def quantize_after_training_(parts: Components, check: Callable[[], None], progr
     Raises:
         ConfigError, ModelError: as in `conversion.calibrate.calibrate_`.
     """
-    how, started = parts.config.quantizer, time.perf_counter()
+    how, started = components.config.quantizer, time.perf_counter()
     n_wanted = 0 if how.name == "rtn" else how.calibration_images
-    images = CalibrationImages(parts, calibration_indices(parts.batches.pools, n_wanted, parts.config.train.seed))
-    layers = calibrate_(parts.network, how.name, images, damping=how.damping, check=check, progress=progress)
-    if parts.accelerator.num_processes > 1:
-        _take_codes_of_the_first_process_(parts)
+    images = CalibrationImages(
+        components, calibration_indices(components.batches.pools, n_wanted, components.config.train.seed)
+    )
+    layers = calibrate_(
+        components.network, how.name, images, damping=how.damping, check=check_interrupt, progress=progress
+    )
+    if components.accelerator.num_processes > 1:
+        _take_codes_of_the_first_process_(components)
     return {
         "method": how.name,
         "init": how.init,
@@ -100,11 +104,11 @@ class CalibrationImages:
     """Batches of images as the network sees them in evaluation, not augmented; can be gone through again.
 
     Attributes:
-        parts: of the run.
+        components: of the run.
         indices: of the images, in their order.
     """
 
-    parts: Components
+    components: Components
     indices: Indices
 
     def __len__(self) -> int:
@@ -113,15 +117,13 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield float32 (b, C, H, W) on the device."""
-        source = self.parts.batches
-        how = {"batch_size": CALIBRATION_BATCH, "mean": source.mean, "std": source.std}
-        for images, _ in eval_batches(source.cache, self.indices, source.class_index, **how):
-            yield images.to(self.parts.accelerator.device)
+        for images, _ in self.components.inputs.batches(self.indices, CALIBRATION_BATCH):
+            yield images.to(self.components.accelerator.device)
 
 
-def _take_codes_of_the_first_process_(parts: Components) -> None:
-    assert parts.quantizer is not None
-    for quantizer in parts.quantizer.layers.values():
+def _take_codes_of_the_first_process_(components: Components) -> None:
+    assert components.quantizer is not None
+    for quantizer in components.quantizer.layers.values():
         assert isinstance(quantizer, Fixed)
         codes, scale = broadcast((quantizer.codes.contiguous(), quantizer.scale))
         quantizer.set_(QuantizedTensor(codes, scale, quantizer.spec))
@@ -141,7 +143,11 @@ class Final:
 
 
 def final_network_(
-    parts: Components, state: RunState, *, check: Callable[[], None] = lambda: None, progress: Progress = None
+    components: Components,
+    state: RunState,
+    *,
+    check_interrupt: Callable[[], None] = lambda: None,
+    progress: Progress = None,
 ) -> Final:
     """Give the network the weights that ship, and return what they measure.
 
@@ -149,38 +155,38 @@ def final_network_(
     training. Every process calls this.
 
     Args:
-        parts: of the run.
+        components: of the run.
         state: the end of training.
-        check: called often while it lasts; may raise to break off.
+        check_interrupt: called often while it lasts; may raise to break off.
         progress: told (done, total) of quantization after training.
 
     Raises:
         ConfigError, ModelError: as in `training.finalize.quantize_after_training_`.
     """
-    step = select(parts.config.train.selection, state.records)
+    step = select(components.config.train.selection, state.records)
     assert step is not None  # the last step is always evaluated, and selectable
-    averaged = parts.averager.final()
+    averaged = components.averager.final()
     if averaged is None:
         assert state.selected is not None
-        parts.network.load_state_dict(state.selected)
+        components.network.load_state_dict(state.selected)
         record = next(record for record in state.records if record.seen.step == step)
     else:
-        parts.network.load_state_dict(averaged, strict=False)  # what is not averaged stays that of the last update
-        fit_batch_norm_(parts)
-        record = parts.evaluate(state.step, True, None, check)
-    parts.network.eval()
-    kept = {"kept": parts.averager.kept(step), "trained_on_heldout": parts.config.data.train_on_heldout}
-    if not works_after_training(parts.config.quantizer.name):
+        components.network.load_state_dict(averaged, strict=False)  # what is not averaged stays that of the last update
+        fit_batch_norm_(components)
+        record = components.evaluate(state.step, True, None, check_interrupt)
+    components.network.eval()
+    kept = {"kept": components.averager.kept(step), "trained_on_heldout": components.config.data.train_on_heldout}
+    if not works_after_training(components.config.quantizer.name):
         return Final(record, kept)
-    report = quantize_after_training_(parts, check, progress)
-    after = parts.evaluate(record.seen.step, True, None, check)
-    return Final(after, kept | _of_quantized(parts, record, report, after))
+    report = quantize_after_training_(components, check_interrupt, progress)
+    after = components.evaluate(record.seen.step, True, None, check_interrupt)
+    return Final(after, kept | _of_quantized(components, record, report, after))
 
 
-def _of_quantized(parts: Components, before: Record, report: dict[str, Any], after: Record) -> dict[str, Any]:
+def _of_quantized(components: Components, before: Record, report: dict[str, Any], after: Record) -> dict[str, Any]:
     """Return what the result says of a network quantized after training: only the one that was chosen was."""
     float_network = _accuracies(before) | {"source": asdict(before.seen)["source"]}
-    chosen = {parts.config.train.selection: {"step": after.seen.step} | _accuracies(after)}
+    chosen = {components.config.train.selection: {"step": after.seen.step} | _accuracies(after)}
     return {"after_training": report | {"float": float_network}, "by_selection": chosen}
 
 
@@ -188,43 +194,44 @@ def _accuracies(record: Record) -> dict[str, float | None]:
     return {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
 
 
-def write_result(
-    parts: Components, state: RunState, final: Final, setting: tuple[DomainProtocol, DomainDataset], folder: RunFolder
-) -> dict[str, Any]:
+def write_result(components: Components, state: RunState, final: Final, folder: RunFolder) -> dict[str, Any]:
     """Write `model.safetensors` and `result.json` and return the result.
 
     Args:
-        parts: with the network that ships (`training.finalize.final_network_`).
+        components: with the network that ships (`training.finalize.final_network_`).
         state: the end of training.
         final: what the network measures.
-        setting: protocol and data set.
         folder: where to.
 
     Raises:
         RunError: the shipped file does not give the logits of the training-time model.
     """
-    protocol, dataset = setting
-    save(parts.network, folder.model_file, metadata=_metadata(parts, protocol, dataset, final.record))
-    verify_model_file(parts, protocol, folder)
-    result = _result(parts, state, protocol, final.record) | {
+    dataset = components.dataset
+    save(components.network, folder.model_file, metadata=_metadata(components, final.record))
+    verify_model_file(components, folder)
+    result = _result(components, state, final.record) | {
         "dataset": dataset.card.name,
         "n_skipped": len(dataset.skipped),
         "size": asdict(file_sizes(folder.model_file)),
         "model_sha256": sha256_file(folder.model_file),
-        "layers": [asdict(layer) for layer in layer_report(parts.network)] if parts.quantizer else [],
+        "layers": [asdict(layer) for layer in layer_report(components.network)] if components.quantizer else [],
         "environment": environment(),
     }
-    result |= group_scores(parts, protocol, dataset)
+    result |= group_scores(components)
     write_atomic(folder.result_file, json.dumps(result | final.extra, indent=1))
     return result | final.extra
 
 
-def _metadata(parts: Components, protocol: DomainProtocol, dataset: DomainDataset, chosen: Record) -> dict[str, Any]:
-    config = parts.config
+def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
+    config, dataset, protocol = components.config, components.dataset, components.protocol
     layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
-    mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     size, channels = config.data.image_size, dataset.card.channels
-    how: dict[str, Any] = {"image_size": size, "channels": channels, "mean": mean, "std": std}
+    how: dict[str, Any] = {
+        "image_size": size,
+        "channels": channels,
+        "mean": components.inputs.mean,
+        "std": components.inputs.std,
+    }
     if isinstance(dataset, TextDomains):
         how |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
     return {
@@ -238,21 +245,25 @@ def _metadata(parts: Components, protocol: DomainProtocol, dataset: DomainDatase
         "source_domains": list(protocol.sources),
         "target_domain": protocol.target,
         "accuracy": {"source": chosen.seen.source_accuracy, "test": chosen.test_accuracy},
-        "pretraining": parts.network.pretraining,
-        "bits": config.quantizer.bits if parts.quantizer and parts.quantizer.packs else None,
+        "pretraining": components.network.pretraining,
+        "bits": config.quantizer.bits if components.quantizer and components.quantizer.packs else None,
         "step": chosen.seen.step,
         "selection": config.train.selection,
         "config_hash": config_hash(config),
     }
 
 
-def verify_model_file(parts: Components, protocol: DomainProtocol, folder: RunFolder) -> None:
-    """Check that the file on disk gives the training-time logits on source images (never on the target)."""
-    device = parts.accelerator.device
-    images = parts.batches.batch(0).images.to(device)
+def verify_model_file(components: Components, folder: RunFolder) -> None:
+    """Check that the file on disk gives the training-time logits on source images (never on the target).
+
+    Raises:
+        RunError: it does not.
+    """
+    device = components.accelerator.device
+    images = components.batches.batch(0).images.to(device)
     shipped = load_model(folder.model_file, device=device)
     with torch.no_grad():
-        ours, theirs = parts.network(images), shipped(images)
+        ours, theirs = components.network(images), shipped(images)
     # Other devices may pick another convolution kernel from one call to the next.
     same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
     if not same:
@@ -260,8 +271,8 @@ def verify_model_file(parts: Components, protocol: DomainProtocol, folder: RunFo
         raise RunError(f"{folder.model_file} does not give the training-time logits (largest difference {worst:g})")
 
 
-def _result(parts: Components, state: RunState, protocol: DomainProtocol, chosen: Record) -> dict[str, Any]:
-    config = parts.config
+def _result(components: Components, state: RunState, chosen: Record) -> dict[str, Any]:
+    config, protocol = components.config, components.protocol
     forked_from = state.forked_from or {"step": 0, "seed": config.train.seed}
     n_images = (config.train.steps - forked_from["step"]) * config.data.batch_size * len(protocol.sources)
     return {
@@ -275,7 +286,7 @@ def _result(parts: Components, state: RunState, protocol: DomainProtocol, chosen
         "test_accuracy": chosen.test_accuracy,
         "test_accuracy_80": {domain: score.accuracy for domain, score in chosen.test_in.items()},
         "by_selection": _by_selection(state.records),
-        "pretraining": parts.network.pretraining,
+        "pretraining": components.network.pretraining,
         "forked_from_step": forked_from["step"],
         "forked_from_seed": forked_from["seed"],
         "trained_s": round(state.trained_s, 2),  # of this run's own steps
@@ -291,9 +302,7 @@ def _by_selection(records: list[Record]) -> dict[str, Any]:
     for method in methods:
         step = select(method, records)
         if step is not None:
-            record = by_step[step]
-            accuracies = {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
-            table[method] = {"step": step} | accuracies
+            table[method] = {"step": step} | _accuracies(by_step[step])
     return table
 
 

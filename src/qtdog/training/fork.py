@@ -45,12 +45,12 @@ def fork_point_config(config: Config) -> Config:
     """
     float_run = Config.model_validate({"quantizer": {"name": "none"}})
     optimizer = config.optimizer.model_copy(update={"decay_from": config.decay_from})
-    parts = {"quantizer": float_run.quantizer, "averager": float_run.averager, "optimizer": optimizer}
-    return config.model_copy(update=parts)
+    changes = {"quantizer": float_run.quantizer, "averager": float_run.averager, "optimizer": optimizer}
+    return config.model_copy(update=changes)
 
 
-def begin_fork_(parts: Components, checkpoint: Checkpoint) -> RunState:
-    """Put a float run's checkpoint into the parts of another run and return the state to go on from.
+def begin_fork_(components: Components, checkpoint: Checkpoint) -> RunState:
+    """Put a float run's checkpoint into the components of another run and return the state to go on from.
 
     Taken over are weights and buffers, the optimizer's moments, the objective's state, the evaluations so far and the
     sum of the losses since the last one; the average so far too, if both runs have the same averager. What follows is
@@ -61,23 +61,23 @@ def begin_fork_(parts: Components, checkpoint: Checkpoint) -> RunState:
             differs in something that acts before the fork; each difference is listed.
     """
     prefix = prefix_of(checkpoint)
-    check_fork(parts, prefix, checkpoint.step)
+    check_fork(components, prefix, checkpoint.step)
     try:
-        load_plain_(parts.network, checkpoint.tensors["network"])
-        parts.objective.load_state_dict(checkpoint.tensors["objective"])
-        names = plain_names(parts.network, parts.objective)
-        restore_moments_(parts.optimizer, names, checkpoint.tensors["optimizer"])
-        if _same_averager(prefix, parts.config):
-            _restore_average_(parts, checkpoint)
+        load_plain_(components.network, checkpoint.tensors["network"])
+        components.objective.load_state_dict(checkpoint.tensors["objective"])
+        names = plain_names(components.network, components.objective)
+        restore_moments_(components.optimizer, names, checkpoint.tensors["optimizer"])
+        if _same_averager(prefix, components.config):
+            _restore_average_(components, checkpoint)
         else:
-            _count_(parts, checkpoint)
+            _count_(components, checkpoint)
     except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(f"the checkpoint at step {checkpoint.step} does not fit this run: {error}") from error
-    selectable = parts.selectable
+    selectable = components.selectable
     state = RunState.from_json(checkpoint.step, checkpoint.state)
     state.lines = [line | {"selectable": selectable} for line in state.lines]
     selected = checkpoint.tensors.get("selected") if selectable else None
-    state.selected = None if selected is None else snapshot(parts.network) | _places(parts.network, selected)
+    state.selected = None if selected is None else snapshot(components.network) | _places(components.network, selected)
     state.trained_s = 0.0
     state.saved_step = 0  # in this run's folder nothing is saved yet
     state.forked_from = {"step": checkpoint.step, "seed": checkpoint.state.get("first_seed", prefix.train.seed)}
@@ -89,13 +89,13 @@ def _same_averager(prefix: Config, config: Config) -> bool:
     return prefix.averager == config.averager and config.start_step is None
 
 
-def _count_(parts: Components, checkpoint: Checkpoint) -> None:
+def _count_(components: Components, checkpoint: Checkpoint) -> None:
     """Let an averager that begins with the very update behind which the checkpoint was taken count its weights."""
-    if parts.averager.begin == checkpoint.step and parts.selectable:
-        parts.averager.after_step(checkpoint.step, parts.network)
+    if components.averager.begin == checkpoint.step and components.selectable:
+        components.averager.after_step(checkpoint.step, components.network)
         saved = RunState.from_json(checkpoint.step, checkpoint.state)
         if saved.evaluated_step == checkpoint.step:
-            parts.averager.after_evaluation(checkpoint.step, saved.records[-1].seen.source_loss)
+            components.averager.after_evaluation(checkpoint.step, saved.records[-1].seen.source_loss)
 
 
 def prefix_of(checkpoint: Checkpoint) -> Config:
@@ -126,13 +126,13 @@ def reseeded(checkpoint: Checkpoint, seed: int) -> Checkpoint:
     return replace(checkpoint, state=checkpoint.state | {"config": other.model_dump(mode="json"), "first_seed": first})
 
 
-def check_fork(parts: Components, prefix: Config, step: int) -> None:
-    """Check that the run of `parts` may begin from step `step` of the run of `prefix`.
+def check_fork(components: Components, prefix: Config, step: int) -> None:
+    """Check that the run of `components` may begin from step `step` of the run of `prefix`.
 
     Raises:
         RunError: as in `begin_fork_`.
     """
-    obstacle = fork_obstacle(prefix, parts.config, parts.averager, step)
+    obstacle = fork_obstacle(prefix, components.config, components.averager, step)
     if obstacle:
         raise RunError(obstacle)
 
@@ -232,14 +232,14 @@ def _plain_names(network: nn.Module) -> dict[str, str]:
     return {key: places.get(key, key) for key in network.state_dict() if key in places or not key.startswith(theirs)}
 
 
-def _restore_average_(parts: Components, checkpoint: Checkpoint) -> None:
+def _restore_average_(components: Components, checkpoint: Checkpoint) -> None:
     """Let the averager go on with the average of a plain network (KeyError or ValueError if it is of another kind)."""
-    own = {plain: name for name, plain in _plain_names(parts.network).items()}
+    own = {plain: name for name, plain in _plain_names(components.network).items()}
     tensors = {}
     for key, tensor in checkpoint.tensors["averager"].items():
         which, bar, name = key.rpartition("|")  # an averager may keep several averages
         tensors[f"{which}{bar}{own[name]}"] = tensor
-    parts.averager.restore(tensors, checkpoint.state["averager"])
+    components.averager.restore(tensors, checkpoint.state["averager"])
 
 
 def latent_weights(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:

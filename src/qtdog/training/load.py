@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -45,8 +45,8 @@ class Preprocessing(_Untrusted):
 
     image_size: int = Field(ge=8, le=1024)
     channels: Literal[1, 3]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     max_tokens: int = Field(default=0, ge=0, le=512)
     vocabulary: tuple[str, ...] = Field(default=(), repr=False)
 

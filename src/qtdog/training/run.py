@@ -1,4 +1,4 @@
-"""One run: from a configuration to a finished folder, started or resumed."""
+"""One run, from a configuration to a finished folder, started or resumed; and the float steps that several share."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import torch
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.progress import Progress, RunCallback
+from qtdog.core.progress import CallbackList, Progress, RunCallback
 from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components, make_accelerator
-from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_state
+from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, restore
 from qtdog.training.collapse import HealthWatch, chance_accuracy
 from qtdog.training.components import Components, RunState
 from qtdog.training.finalize import final_network_, write_result
 from qtdog.training.fork import begin_fork_, fork_point_config
-from qtdog.training.loop import Doors, Track, train
-from qtdog.training.protocol import DomainProtocol, make_protocol
-from qtdog.training.shared_updates import Seat, SharedRun, joined
+from qtdog.training.loop import TrainingRun, nothing, train
+from qtdog.training.shared_updates import SharedRun, SharedUpdates, open_shared_runs
 from qtdog.training.signals import StopRequest, interruption
 
 
@@ -35,7 +34,7 @@ class RunCallbacks:
         callback: is told of steps and evaluations; None for none.
         progress: of decoding images.
         warn: is told what went wrong without stopping the run.
-        quantizing: of quantization after training.
+        quantizing: progress of post-training quantization.
     """
 
     callback: RunCallback | None = None
@@ -53,9 +52,9 @@ def run(
     callbacks: RunCallbacks | None = None,
     fork_from: Checkpoint | None = None,
     teacher: Teacher | None = None,
-    companions: Sequence[SharedRun] = (),
+    shared_runs: Sequence[SharedRun] = (),
 ) -> dict[str, Any]:
-    """Train, select and ship as `config` says, in `folder`; return the result.
+    """Train, select and save a model as `config` says, in `folder`; return the result.
 
     A finished folder of the same configuration is left as it is and its result is returned.
 
@@ -65,11 +64,11 @@ def run(
         folder: where everything is written.
         resume: go on from the last whole checkpoint, if there is one.
         callbacks: progress, warnings, callback.
-        fork_from: begin from this checkpoint of a float run (`train_fork_point`) unless the folder has one of
-            its own; the outcome is the same, bit for bit, but for the time that its training took.
+        fork_from: begin from this checkpoint of a float run (`train_fork_point`) unless the folder has one of its own;
+            the outcome is the same, bit for bit, but for the time that its training took.
         teacher: images → logits, if the configuration names one (`ensemble.teacher.load_teacher`).
-        companions: unfinished runs that differ in their averager alone; those that stand where this one begins are
-            trained along and left at their last checkpoint, from which `run` finishes them.
+        shared_runs: unfinished runs that differ in their averager alone; those that stand where this one begins follow
+            its updates and are left at their last checkpoint, from which `run` finishes them.
 
     Raises:
         RunError: the folder is in use, or holds another or an unfinished run; the disk is full; or `fork_from` is none
@@ -77,72 +76,36 @@ def run(
         Interrupted: a signal asked to stop; the state was saved.
         NonFiniteLossError: the loss became NaN; the last good state was saved.
         CollapseError: a quantized network fell to chance; the state was saved, and `diagnosis.json` says more.
-        ConfigError, DataError, ModelError: as in `training.build.build_components`.
+        ConfigError, DataError, ModelError: as in `training.build.build_components`; nothing is left in the folder.
     """
     callbacks = callbacks or RunCallbacks()
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
     with folder.lock() if main else contextlib.nullcontext():
         if main:
-            folder.claim(config, resume=resume)
-            folder.keep_skipped(dataset.skipped)
+            folder.check_claim(config, resume=resume)
         accelerator.wait_for_everyone()
         if (result := folder.read_result()) is not None and folder.model_file.is_file():
             return result
-        protocol = make_protocol(config, dataset)
-        parts = build_components(config, dataset, protocol, accelerator, callbacks.progress, teacher=teacher)
-        state = initial_state(parts, folder, callbacks.warn, fork_from)
-        with joined(companions, parts, state.step, callbacks.warn, fork_from) as seats:
-            drive(parts, state, folder, protocol, callbacks=callbacks, seats=seats)
-        with StopRequest() as stop:
-            final = final_network_(parts, state, check=_stop_check(parts, stop), progress=callbacks.quantizing)
+        components = build_components(config, dataset, accelerator, callbacks.progress, teacher=teacher)
         if main:
-            write_result(parts, state, final, (protocol, dataset), folder)
+            folder.claim(config, resume=resume)
+            folder.keep_skipped(dataset.skipped)
+        state = initial_state(components, folder, callbacks.warn, fork_from)
+        train_in_folder(components, state, folder, callbacks=callbacks, shared_runs=shared_runs, fork_from=fork_from)
+        with StopRequest() as stop:
+            check_interrupt = interrupt_check(components, stop)
+            final = final_network_(components, state, check_interrupt=check_interrupt, progress=callbacks.quantizing)
+        if main:
+            write_result(components, state, final, folder)
         accelerator.wait_for_everyone()
     result = folder.read_result()
     assert result is not None
     return result
 
 
-def drive(
-    parts: Components,
-    state: RunState,
-    folder: RunFolder,
-    protocol: DomainProtocol,
-    *,
-    callbacks: RunCallbacks,
-    until: int | None = None,
-    seats: Sequence[Seat] = (),
-) -> None:
-    """Train from where `state` stands to the end, or to step `until`, with all that belongs to a run's folder.
-
-    Args:
-        parts: of the run.
-        state: where it stands.
-        folder: where it writes.
-        protocol: what it learns.
-        callbacks: progress, warnings, callback.
-        until: updates made at the end; None for all.
-        seats: runs that come along (`training.shared_updates.joined`).
-
-    Raises:
-        Interrupted, NonFiniteLossError, CollapseError: as in `training.loop.train`.
-    """
-    shown = parts.config
-    if until is not None:
-        shown = shown.model_copy(update={"train": shown.train.model_copy(update={"steps": until})})
-    callback = callbacks.callback or RunCallback()
-    with StopRequest() as stop, contextlib.ExitStack() as ending:
-        callback.on_start(shown, state.step)
-        ending.callback(callback.on_end)
-        main = _track(Seat(parts, state, folder), protocol, stop, callback, callbacks.warn)
-        companions = [_track(seat, protocol, stop, RunCallback(), _ignore) for seat in seats]
-        with folder.diagnosis():
-            train(main, until, companions)
-
-
 def initial_state(
-    parts: Components, folder: RunFolder, warn: Callable[[str], None], fork_from: Checkpoint | None = None
+    components: Components, folder: RunFolder, warn: Callable[[str], None], fork_from: Checkpoint | None = None
 ) -> RunState:
     """Return where to go on: at the folder's last whole checkpoint, else at `fork_from`, else at the start.
 
@@ -151,49 +114,79 @@ def initial_state(
     """
     checkpoint = latest_checkpoint(folder.checkpoints, warn)
     if checkpoint is not None:
-        return restore(parts, checkpoint, folder)
-    return RunState() if fork_from is None else begin_fork_(parts, fork_from)
+        return restore(components, checkpoint, folder)
+    return RunState() if fork_from is None else begin_fork_(components, fork_from)
 
 
-def _track(
-    seat: Seat, protocol: DomainProtocol, stop: StopRequest, callback: RunCallback, warn: Callable[[str], None]
-) -> Track:
-    parts, folder = seat.parts, seat.folder
-    main = parts.accelerator.is_main_process
-    if main:
-        folder.rewrite_metrics(seat.state.lines)
-    doors = Doors(
-        save=lambda state: save_state(parts, folder, state),
-        keep_line=folder.append_metrics if main else _ignore,
-        check=_stop_check(parts, stop),
-        callback=callback,
-        health=_health(parts, protocol, warn),
-    )
-    return Track(parts, seat.state, doors)
+def train_in_folder(
+    components: Components,
+    state: RunState,
+    folder: RunFolder,
+    *,
+    callbacks: RunCallbacks,
+    until: int | None = None,
+    shared_runs: Sequence[SharedRun] = (),
+    fork_from: Checkpoint | None = None,
+) -> None:
+    """Train from where `state` stands to the end, or to step `until`, with metrics, checkpoints and diagnosis.
+
+    Args:
+        components: of the run.
+        state: where it stands.
+        folder: where it writes.
+        callbacks: progress, warnings, callback.
+        until: updates made at the end; None for all.
+        shared_runs: as in `run`.
+        fork_from: the checkpoint that the run began from, for `shared_runs`.
+
+    Raises:
+        Interrupted, NonFiniteLossError, CollapseError: as in `training.loop.train`.
+    """
+    config, user = components.config, callbacks.callback or RunCallback()
+    if until is not None:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": until})})
+    with (
+        open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from) as followers,
+        StopRequest() as stop,
+        folder.diagnosis(),
+        contextlib.ExitStack() as ending,
+    ):
+        check_interrupt = interrupt_check(components, stop)
+        run = TrainingRun(components, state, folder, _health_check(components, callbacks.warn))
+        for one in followers:
+            one.check_health = _health_check(one.components, nothing)
+        if components.accelerator.is_main_process:
+            for one in [run, *followers]:
+                assert one.folder is not None
+                one.folder.rewrite_metrics(one.state.lines)
+        shared = SharedUpdates(run, followers, check_interrupt)
+        callback = CallbackList([shared, user])  # what the others have is settled before the user may stop the run
+        callback.on_start(config, state.step)
+        ending.callback(callback.on_end)
+        train(run, until=until, callback=callback, check_interrupt=check_interrupt)
 
 
-def _ignore(what: object) -> None:
-    """Tell nobody."""
+def _health_check(components: Components, warn: Callable[[str], None]) -> HealthWatch:
+    sets = list(components.protocol.selection_sets().values())
+    chance = chance_accuracy(components.inputs.class_index, sets, components.network.classifier.out_features)
+    return HealthWatch(components.config, chance, warn)
 
 
-def _health(parts: Components, protocol: DomainProtocol, warn: Callable[[str], None]) -> HealthWatch:
-    sets = list(protocol.selection_sets().values())
-    chance = chance_accuracy(parts.batches.class_index, sets, parts.network.classifier.out_features)
-    return HealthWatch(parts.config, chance, warn)
+def interrupt_check(components: Components, stop: StopRequest) -> Callable[[], None]:
+    """Return what raises Interrupted once a signal came: in all processes at once, whichever of them got it."""
+    accelerator = components.accelerator
+    if accelerator.num_processes == 1:
+        return stop.check_interrupt
 
+    def check_together() -> None:
+        mine = torch.tensor(float(stop.signal or 0), device=accelerator.device)
+        signals = accelerator.gather(mine.reshape(1))
+        assert isinstance(signals, torch.Tensor)
+        number = int(signals.max().item())
+        if number:
+            raise interruption(number)
 
-def _stop_check(parts: Components, stop: StopRequest) -> Callable[[], None]:
-    return stop.check if parts.accelerator.num_processes == 1 else lambda: _check_together(parts, stop)
-
-
-def _check_together(parts: Components, stop: StopRequest) -> None:
-    """Stop all processes behind the same step, whichever of them got the signal."""
-    mine = torch.tensor(float(stop.signal or 0), device=parts.accelerator.device)
-    signals = parts.accelerator.gather(mine.reshape(1))
-    assert isinstance(signals, torch.Tensor)
-    number = int(signals.max().item())
-    if number:
-        raise interruption(number)
+    return check_together
 
 
 def train_fork_point(
@@ -215,7 +208,7 @@ def train_fork_point(
         folder: where the float run is kept; another configuration with the same float part finds it there.
         until: updates to make; default: up to the start of quantization.
         resume: go on with what is in the folder.
-        callbacks: how to speak to the user.
+        callbacks: progress, warnings, callback.
 
     Raises:
         ConfigError: there is no step to train: no start step and no `until`, or one outside the run.
@@ -223,21 +216,21 @@ def train_fork_point(
         Interrupted, NonFiniteLossError, DataError, ModelError: as in `run`.
     """
     step = _checked_until(config, until)
-    plan = fork_point_config(config)
+    float_config = fork_point_config(config)
     callbacks = callbacks or RunCallbacks()
-    accelerator = make_accelerator(plan)
+    accelerator = make_accelerator(float_config)
     main = accelerator.is_main_process
     with folder.lock() if main else contextlib.nullcontext():
         if main:
-            folder.claim(plan, resume=resume)
+            folder.check_claim(float_config, resume=resume)
         accelerator.wait_for_everyone()
         checkpoint = latest_checkpoint(folder.checkpoints, callbacks.warn)
         if checkpoint is None or checkpoint.step < step:
-            protocol = make_protocol(plan, dataset)
-            parts = build_components(plan, dataset, protocol, accelerator, callbacks.progress)
-            drive(
-                parts, initial_state(parts, folder, callbacks.warn), folder, protocol, callbacks=callbacks, until=step
-            )
+            components = build_components(float_config, dataset, accelerator, callbacks.progress)
+            if main:
+                folder.claim(float_config, resume=resume)
+            state = initial_state(components, folder, callbacks.warn)
+            train_in_folder(components, state, folder, callbacks=callbacks, until=step)
             accelerator.wait_for_everyone()
             checkpoint = latest_checkpoint(folder.checkpoints, callbacks.warn)
     if checkpoint is None or checkpoint.step != step:

@@ -13,9 +13,11 @@ from qtdog.core.errors import Interrupted
 class StopRequest:
     """A context in which SIGINT and SIGTERM are remembered instead of killing the process.
 
+    A signal that nothing checked for ends the block with Interrupted: it is meant for the whole command.
+
     Example:
         >>> with StopRequest() as stop:
-        ...     stop.check()  # raises Interrupted once a signal came
+        ...     stop.check_interrupt()  # raises Interrupted once a signal came
     """
 
     def __init__(self) -> None:
@@ -33,9 +35,11 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the handlers back."""
+        """Put the handlers back; raise Interrupted if a signal came and the block ended well."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if error is None:
+            self.check_interrupt()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -43,7 +47,7 @@ class StopRequest:
         for again, handler in self._previous.items():
             signal.signal(again, handler)
 
-    def check(self) -> None:
+    def check_interrupt(self) -> None:
         """Raise Interrupted if a signal came."""
         if self.signal is not None:
             raise interruption(self.signal)

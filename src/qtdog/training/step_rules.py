@@ -109,7 +109,7 @@ class StepRule(ABC):
     N_PASSES: ClassVar[int] = 1
 
     def __init__(self, params: Mapping[str, Value]) -> None:
-        self.params = fill(f"step rule '{type(self).__name__}'", self.HYPERPARAMETERS, params)
+        self.params = fill(f"step rule '{STEP_RULES.name_of(type(self))}'", self.HYPERPARAMETERS, params)
 
     @abstractmethod
     def __call__(self, update: Update) -> Tensor:

@@ -1,6 +1,6 @@
 """Every quantizer × objective × step rule × averager: trains, resumes bit for bit, and ships a file that answers alike.
 
-    python benchmarks/contract.py [--out runs/contract] [--only TEXT …]
+    python tests/stress/contract.py [--out runs/contract] [--only TEXT …]
 
 Each cell is a run of three steps on the embedded digits, and the same run resumed behind the second. What passed is not
 run again by the same version of the program, so that the command can be stopped and started; failures are listed at the
@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -120,28 +120,35 @@ def open_digits() -> tuple[DomainSubset, str]:
     return dataset, resolve(build_config([load_preset("digits")]), dataset).data.content
 
 
-def check(cell: Cell, dataset: DomainSubset, content: str, path: Path) -> None:
-    """Run a cell in the folder `path`.
+def check_cell(
+    cell: Cell,
+    dataset: DomainSubset,
+    content: str,
+    path: Path,
+    end_of: Callable[[RunFolder], object] | None = None,
+) -> None:
+    """Run a cell in the folder `path`; what `end_of` says of its end must be the same when it is resumed.
 
     Raises:
         AssertionError: the resumed run differs.
         Exception: whatever a run raises; among it that the file does not give the network's logits.
     """
     config, folder = config_of(cell, content), RunFolder(path)
+    end_of = end_of or last_state
     silent = RunCallbacks(warn=lambda text: None)
     run(config, dataset, folder, callbacks=silent)
-    model, end = folder.model_file.read_bytes(), _end(folder)
+    model, end = folder.model_file.read_bytes(), end_of(folder)
     newest = checkpoint_folders(folder.checkpoints)[-1]
     assert newest.name.endswith(str(STEPS)), newest
     shutil.rmtree(newest)
     folder.result_file.unlink()
     folder.model_file.unlink()
     run(config, dataset, folder, resume=True, callbacks=silent)
-    assert _end(folder) == end, "the resumed run ends in another state"
+    assert end_of(folder) == end, "the resumed run ends in another state"
     assert folder.model_file.read_bytes() == model, "the resumed run ships another file"
 
 
-def _end(folder: RunFolder) -> dict[str, Any]:
+def last_state(folder: RunFolder) -> dict[str, Any]:
     """Return what the last checkpoint holds: a hash of every part, and the state but for the time that it took."""
     newest = checkpoint_folders(folder.checkpoints)[-1]
     state = read_checkpoint(newest).state
@@ -164,9 +171,11 @@ def passed_before(log: Path, now: str) -> set[str]:
     return {line["cell"] for line in lines if line["version"] == now and not line["error"]}
 
 
-def run_cells(cells: Sequence[Cell], log: Path) -> dict[str, str]:
-    """Run the cells, note each in `log`, and return the errors by cell."""
-    (dataset, content), now = open_digits(), version()
+def run_cells(
+    cells: Sequence[Cell], log: Path, *, check: Callable[..., None] = check_cell, now: str = ""
+) -> dict[str, str]:
+    """Run the cells that have not passed in version `now` of the program, log each, and return the errors by cell."""
+    (dataset, content), now = open_digits(), now or version()
     errors: dict[str, str] = {}
     done = passed_before(log, now)
     missing = [cell for cell in cells if name_of(cell) not in done]

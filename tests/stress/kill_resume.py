@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at random moments, resume it each time, and compare the final file with an undisturbed one.
 
-    python benchmarks/kill_resume.py --kills 20
+    python tests/stress/kill_resume.py --kills 20
 
 The run is a short one on the embedded digits with a checkpoint every 10 steps. Moments are uniform between shortly
 before the run folder is first written and a few seconds later; when a run ends before its kill, a new one begins. The

@@ -1,0 +1,87 @@
+"""Signals: a checkpoint on request, nothing lost by `kill -9`, and a stop that came late ends the whole command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qtdog.core.errors import Interrupted
+from qtdog.core.progress import RunCallback
+from qtdog.runs.folder import RunFolder
+from qtdog.training.protocol import resolve
+from qtdog.training.run import RunCallbacks, run
+from qtdog.training.signals import StopRequest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_killed_and_resumed_gives_the_same_file():
+    command = [sys.executable, ROOT / "tests" / "stress" / "kill_resume.py", "--kills", "3", "--steps", "120"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["kills"] == 3
+    assert report["identical"] == report["runs"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_leaves(tmp_path, number):
+    out = tmp_path / "run"
+    flags = ["--target", "75", "--batch-size", "4", "--image-size", "12", "--steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qtdog", "train", *flags, "--out", str(out), "--set", "train.eval_every=20"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.glob("checkpoint/step-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f"stopped by {number.name}" in errors
+    assert "--resume" in errors
+    newest = sorted(out.glob("checkpoint/step-*"))[-1]
+    assert (newest / "checkpoint.json").is_file()
+
+
+def test_a_signal_that_nothing_checked_for_ends_the_block():
+    def block():
+        with StopRequest():
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM") as stopped:
+        block()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_error_of_the_block_is_not_hidden_by_a_signal():
+    def block():
+        with StopRequest():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        block()
+
+
+class SignalAtTheEnd(RunCallback):
+    """Send SIGTERM when the last checkpoint is written: no check comes after it."""
+
+    def on_save(self, step: int) -> None:
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_behind_the_last_step_ends_the_command_and_the_run_is_finished_later(digits, short_config, tmp_path):
+    config, folder = resolve(short_config(), digits), RunFolder(tmp_path)
+    with pytest.raises(Interrupted):
+        run(config, digits, folder, callbacks=RunCallbacks(SignalAtTheEnd()))
+    assert folder.read_result() is None
+    assert run(config, digits, folder, resume=True)["selected_step"] in (4, 6)
