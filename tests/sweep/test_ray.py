@@ -68,7 +68,7 @@ class FakeRay:
     exceptions = SimpleNamespace(RayError=RuntimeError, TaskCancelledError=TimeoutError)
 
     def __init__(self):
-        self.sent = []
+        self.sent, self.work = [], []
 
     def init(self, **options):
         pass
@@ -84,14 +84,15 @@ class FakeRay:
 
     def _submit(self, tree, files, shared_folder, source, threads):
         self.sent.append(sorted(files) if files is not None else None)
-        return len(self.sent), tree, files, source, threads
+        self.work.append((tree, files, source, threads))
+        return len(self.work) - 1
 
     def wait(self, references, num_returns, timeout):
         assert references  # Ray refuses an empty list, and a loop around it would spin
         return references[:1], references[1:]
 
     def get(self, reference):
-        _, tree, files, source, threads = reference
+        tree, files, source, threads = self.work[reference]
         return (None, b"") if files is None else run_task_with_files(tree, files, source, threads)
 
 

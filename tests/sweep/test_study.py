@@ -51,14 +51,14 @@ def test_order_puts_the_informative_first_and_needs_before_them(make_tiny):
     order = [{"method": "lsq", "seed": 1}, {"seed": 1}]
     plan = make_tiny(order=order, share_prefix=True)
     kinds = [(task.kind, task.labels[0]["method"] if task.labels else None) for task in plan.tasks[:3]]
-    assert kinds == [("prefix", None), ("run", "lsq"), ("run", "float")]
+    assert kinds == [("fork_point", None), ("run", "lsq"), ("run", "float")]
     assert plan.tasks[1].labels[0]["seed"] == 1
 
 
 def test_only_takes_what_the_words_mean_and_what_it_needs(make_tiny):
     plan = make_tiny(share_prefix=True)
     found = select(plan.tasks, "lsq seed=1")
-    assert [task.kind for task in found] == ["prefix", "run"]
+    assert [task.kind for task in found] == ["fork_point", "run"]
     assert found[1].needs == (found[0].name,)
     with pytest.raises(ConfigError, match="means no run"):
         select(plan.tasks, "seed=9")

@@ -82,6 +82,7 @@ class RayEngine:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
         self._token = token
+        self._shared_folder = None if shared is False else (str(self._out), str(token))
         self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_ray_task)
         self._running: dict[Any, Task] = {}
 
@@ -90,8 +91,7 @@ class RayEngine:
         self._submit(task, task_files(task, self._out) if self._send_files else None)
 
     def _submit(self, task: Task, files: Mapping[str, bytes] | None) -> None:
-        shared_folder = None if self._send_files and files is None else (str(self._out), str(self._token))
-        reference = self._remote.remote(task.to_json(), files, shared_folder, self._source, self._threads)
+        reference = self._remote.remote(task.to_json(), files, self._shared_folder, self._source, self._threads)
         self._running[reference] = task
 
     def poll(self, timeout_s: float) -> list[Outcome]:
