@@ -57,7 +57,7 @@ def local() -> Callable[..., LocalEngine]:
 
 
 class Quiet:
-    """A display that keeps what it is told."""
+    """A display that keeps the outcomes."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[str, Outcome]] = []

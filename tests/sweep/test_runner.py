@@ -61,7 +61,7 @@ def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_pat
     expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
     found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
     assert found == expected
-    # float makes the four updates behind the beginning for sma, lsq for lsq+swad; swad begins at step 0
+    # float makes the four updates behind the fork point for sma, lsq for lsq+swad; swad begins at step 0
     assert sum(task.steps for task in separate.tasks) == 2 + 6 * 4 + 6 + 1 + 1
     assert sum(task.steps for task in shared.tasks) == 2 + 4 * 4 + 6 + 1 + 1
     made = {task.labels[0]["method"]: task.updates_from for task in shared.tasks if task.updates_from}
@@ -69,7 +69,7 @@ def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_pat
     assert made == {"sma": names["float"], "lsq+swad": names["lsq"]}
 
 
-def test_who_waits_for_the_updates_of_a_run_that_fails_makes_its_own(make_tiny, tmp_path, running):
+def test_a_run_makes_its_own_updates_if_the_run_that_shares_them_fails(make_tiny, tmp_path, running):
     plan = make_tiny(methods={name: METHODS[name] for name in ("float", "swad")}, share_averaged=True, grid={"seed": 0})
     first, second = plan.tasks
     assert (second.updates_from, first.updates_from, first.steps, second.steps) == (first.name, "", 6, 0)
@@ -100,15 +100,15 @@ def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path)
     assert again == first
 
 
-def test_a_beginning_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):
+def test_a_fork_point_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):
     plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
     first, *runs = plan.tasks
     run_task(first, tmp_path, plan.dataset, RunCallbacks())
     file = next(first.folder(tmp_path).glob("checkpoint/step-00000002/network.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
-    told = []
-    assert run_task(runs[0], tmp_path, plan.dataset, RunCallbacks(warn=told.append)).status == "done"
-    assert "training from step 0 instead" in told[0]
+    warnings = []
+    assert run_task(runs[0], tmp_path, plan.dataset, RunCallbacks(warn=warnings.append)).status == "done"
+    assert "training from step 0 instead" in warnings[0]
 
 
 class Scripted:
@@ -143,7 +143,7 @@ class Scripted:
 
 def test_a_run_that_fails_stops_no_other_but_what_needs_it(make_tiny, tmp_path, running):
     plan = make_tiny(share_prefix=True)
-    bad = plan.tasks[0].name  # the beginning of two of the four runs
+    bad = plan.tasks[0].name  # the fork point of two of the four runs
 
     def end(task):
         return Outcome(task.name, "failed", "no luck", "RunError") if task.name == bad else Outcome(task.name, "done")
@@ -253,7 +253,7 @@ def test_an_ensemble_is_made_of_finished_members(make_tiny, tmp_path, running):
     assert unfinished(plan.tasks, tmp_path) == []
 
 
-def test_a_disk_that_fills_up_is_told_apart_from_other_failures(make_tiny, tmp_path, monkeypatch):
+def test_a_full_disk_is_distinguished_from_other_failures(make_tiny, tmp_path, monkeypatch):
     plan = make_tiny()
 
     def full(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Study files: what they mean, and that every mistake is told before anything starts."""
+"""Study files: what they mean, and that every mistake is reported before anything starts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
-def test_mistakes_in_the_file_are_told_with_the_nearest_name(changes, message, tmp_path):
+def test_mistakes_in_the_file_are_reported_with_the_nearest_name(changes, message, tmp_path):
     tree = {"name": "a", "methods": {"lsq": {"presets": ["lsq"]}}, "grid": {"seed": "0..1"}} | changes
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -87,7 +87,7 @@ def test_mistakes_in_the_file_are_told_with_the_nearest_name(changes, message, t
         read_study(file)
 
 
-def test_an_axis_called_seeds_is_told_the_nearest_name(make_tiny):
+def test_an_axis_called_seeds_is_answered_with_the_nearest_name(make_tiny):
     with pytest.raises(ConfigError, match=r"'seeds' is no dotted key, like train\.steps; did you mean 'seed'"):
         make_tiny(grid={"seeds": "0..1", "target": "75"})
 
@@ -108,7 +108,7 @@ def test_names_of_domains_are_the_text_of_the_file(tmp_path, make_tiny):
         make_tiny(grid={"target": [False]})
 
 
-def test_all_mistakes_are_told_at_once(make_tiny):
+def test_all_mistakes_are_reported_at_once(make_tiny):
     methods = {
         "a": {"presets": ["lqs"]},
         "b": {"set": {"train.stepz": 3}},
@@ -161,7 +161,7 @@ def test_an_objective_that_compares_domains_is_refused_on_one_source(image_tree)
         check_tasks(plan.tasks, plan.dataset)
 
 
-def test_members_of_an_ensemble_that_no_run_is_are_told(make_tiny):
+def test_members_of_an_ensemble_without_a_run_are_reported(make_tiny):
     ensemble = {"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..3"}
     with pytest.raises(ConfigError, match=r"ensemble 'EoQ': no run target=75 seed=2, 3"):
         make_tiny(ensembles=[ensemble])

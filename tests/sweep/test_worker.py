@@ -1,4 +1,4 @@
-"""A sweep over a folder with a corrupt image: refused, or gone on with and told."""
+"""A sweep over a folder with a corrupt image: refused, or left out and recorded."""
 
 from __future__ import annotations
 

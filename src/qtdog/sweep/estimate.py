@@ -162,7 +162,9 @@ def simulate(tasks: Sequence[Task], slots: int, seconds: Callable[[Task], float]
     return Schedule(now, busy, len(tasks), max(chains.values(), default=0.0))
 
 
-def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
+def probe(
+    config: Config, dataset: DomainDataset, *, threads: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of one training step of a configuration on this machine: the median of five.
 
     Args:
@@ -170,6 +172,7 @@ def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
         dataset: its data.
         threads: of each run of the sweep. Two threads on two cores of which another process has one wait for each
             other at every operation, and would tell nothing of a run with one.
+        clock: returns a time in seconds.
 
     Raises:
         ConfigError, DataError, ModelError: as in `training.build.build_components`.
@@ -180,16 +183,18 @@ def probe(config: Config, dataset: DomainDataset, *, threads: int) -> float:
     try:
         parts = build_components(short, dataset)
         parts.network.train()
-        return statistics.median([_step_s(parts, step) for step in range(PROBE_STEPS + 1)][1:])  # one makes buffers
+        return statistics.median(
+            [_step_s(parts, step, clock) for step in range(PROBE_STEPS + 1)][1:]
+        )  # one makes buffers
     finally:
         torch.set_num_threads(before)
 
 
-def _step_s(parts: Components, step: int) -> float:
-    started = time.perf_counter()
+def _step_s(parts: Components, step: int, clock: Callable[[], float]) -> float:
+    started = clock()
     begin_step(parts, step)
     update(parts, parts.batches.batch(step), step)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def task_seconds(task: Task, step_s: Mapping[str, float], *, overhead: float) -> float:

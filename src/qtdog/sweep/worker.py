@@ -68,7 +68,7 @@ def failure(task: Task, error: Exception, seconds: float) -> Outcome:
 
 
 def quiet_callbacks(loggers: Sequence[str], folder: Path) -> RunCallbacks:
-    """Return how a run speaks where nobody watches: warnings to standard error, numbers to the loggers.
+    """Return callbacks that print warnings to standard error and send numbers to the loggers.
 
     Raises:
         ConfigError: an unknown logger.
