@@ -171,7 +171,7 @@ def test_mistakes_in_the_study_are_told_all_at_once(qtdog, study, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"averager.name": "swda"}, "did you mean 'swad'"),
+        ({"averager.name": "swda"}, "unknown averager 'swda'"),
         ({"quantizer.name": "lsqq"}, "did you mean 'lsq'"),
     ],
 )
