@@ -17,7 +17,7 @@ from qtdog.cli.sweep_progress import ProgressDisplay
 from qtdog.sweep.journal import Outcome, save_failure
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
-from qtdog.sweep.study import read_study
+from qtdog.sweep.study import Study, read_study
 from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
@@ -38,13 +38,20 @@ def study(tmp_path, monkeypatch):
     return file
 
 
-@pytest.fixture
-def half_done(study, tmp_path):
-    """Do the runs of seed 0, in the default folder."""
-    plan = make_plan(read_study(study))
+@pytest.fixture(scope="module")
+def runs_of_seed_0(tmp_path_factory):
+    """Return a folder with its runs of seed 0; not to be changed."""
+    plan, out = make_plan(Study.model_validate(STUDY)), tmp_path_factory.mktemp("made") / "tiny"
     for task in plan.tasks:
         if task.labels[0]["seed"] == 0:
-            assert run_task(task, tmp_path / "runs" / "tiny", plan.dataset, RunCallbacks()).status == "done"
+            assert run_task(task, out, plan.dataset, RunCallbacks()).status == "done"
+    return out
+
+
+@pytest.fixture
+def half_done(study, runs_of_seed_0, tmp_path):
+    """Return the study, with the runs of seed 0 in its default folder."""
+    shutil.copytree(runs_of_seed_0, tmp_path / "runs" / "tiny")
     return study
 
 
