@@ -26,13 +26,13 @@ from qtdog.conversion.layers import (
     matches,
     select_layers,
 )
-from qtdog.conversion.load import load_state_
+from qtdog.conversion.load import check_fits, load_state_, without_wrapper
 from qtdog.core.errors import ConfigError, ModelError, unknown
 from qtdog.core.quantized import MAX_BITS, MIN_BITS
 from qtdog.core.random import derive
 from qtdog.packing.layout import DTYPE_NAMES
 from qtdog.packing.packed_file import load_packed
-from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
+from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions, is_transformed
 from qtdog.quantizers.registry import QUANTIZERS, check_options, works_after_training
 
 GRANULARITIES = ("channel", "layer")
@@ -306,7 +306,8 @@ def attach(
 
 
 def _attach_like(model: nn.Module, like: Path | str, quantizer: str, options: dict[str, Any]) -> Attached:
-    packed = load_packed(like)
+    packed = without_wrapper(load_packed(like), model)
+    check_fits(packed, model, like)
     layers = {layer.plain_name: layer for layer in find_layers(model)}
     unknown_names = sorted(packed.quantized.keys() - layers.keys())
     if unknown_names or not packed.quantized:
@@ -502,11 +503,17 @@ def _guard_(module: nn.Module, tensor_name: str) -> None:
         value = computed.fget(self)
         if value is self.parametrizations[tensor_name].original or torch.compiler.is_compiling():
             return value
-        if torch._C._functorch.is_functorch_wrapped_tensor(value) or torch.jit.is_tracing():
+        if is_transformed(value) or torch.jit.is_tracing():
             return value
         return value.as_subclass(ComputedWeight)
 
+    assign = cls.__setattr__
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        assign(self, name, value.detach() if name == tensor_name and isinstance(value, nn.Parameter) else value)
+
     setattr(cls, tensor_name, property(get, computed.fset))
+    cls.__setattr__ = set_attribute  # torch would take a Parameter for a new one of that name
     if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, which would go on to be the float ones
         module.__dict__.pop("_flat_weights", None)
         cls._flat_weights = property(_flat_weights, lambda self, value: None)

@@ -56,7 +56,7 @@ def load_content(packed: PackedModel, model: Model, path: Path | str) -> Model:
 
 def load_state_(packed: PackedModel, model: nn.Module, path: Path | str) -> None:
     """Do as `load_content` does, leaving the mode of the model as it is."""
-    packed = _without_wrapper(packed, model)
+    packed = without_wrapper(packed, model)
     check_fits(packed, model, path)  # before anything is dequantized: one large weight may have a thousand names
     model.load_state_dict(plain_state_dict(packed))
 
@@ -96,7 +96,7 @@ def plain_state_dict(content: Content) -> dict[str, Tensor]:
     return {name: value.dequantize() for name, value in content.quantized.items()} | content.rest
 
 
-def _without_wrapper(packed: PackedModel, model: nn.Module) -> PackedModel:
+def without_wrapper(packed: PackedModel, model: nn.Module) -> PackedModel:
     """Drop the prefixes `module.` and `_orig_mod.` of wrappers, if the names are then those of the model."""
     expected = model.state_dict().keys()
     names = packed.quantized.keys() | packed.rest.keys()

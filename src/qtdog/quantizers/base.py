@@ -42,7 +42,14 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
         >>> result.tolist(), weight.grad.tolist()
         ([0.0, 2.0], [2.0, 2.0])
     """
+    if is_transformed(source):
+        return source + (value - source).detach()
     return _StraightThrough.apply(source, value)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether `torch.func` (vmap, grad, …) is transforming the function that has this tensor."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def ranged(spec: QuantSpec, range: str) -> QuantSpec:
@@ -161,7 +168,7 @@ class ScalarReader:
 
     def __call__(self, tensor: Tensor) -> float:
         """Return the value of `tensor`."""
-        if torch.compiler.is_compiling() or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch.compiler.is_compiling() or tensor.is_meta or is_transformed(tensor):
             return self._value
         if tensor.is_inference():
             return float(tensor)

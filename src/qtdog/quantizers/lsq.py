@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
-from qtdog.quantizers.base import Quantizer, QuantizerOptions, ScalarReader, encode, ranged
+from qtdog.quantizers.base import Quantizer, QuantizerOptions, ScalarReader, encode, is_transformed, ranged
 from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, initial_scale
 
 # On a CPU a weight is worked on in blocks of about this many values, so that every pass but the first finds them in the
@@ -61,7 +61,20 @@ def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int, draws: Ten
     """
     missing = weight.ndim - scale.ndim
     steps = scale.reshape((1,) * missing + scale.shape) if missing else scale
+    if is_transformed(weight) or is_transformed(scale):
+        return _quantize_transformed(weight, steps, qmin, qmax, draws)
     return _Quantize.apply(weight, steps, draws, (qmin, qmax))
+
+
+def _quantize_transformed(weight: Tensor, scale: Tensor, qmin: int, qmax: int, draws: Tensor | None) -> Tensor:
+    """Do as `lsq_quantize` with operations that `torch.func` can transform; the value may be off by a rounding."""
+    ratio = weight / scale
+    inside = (ratio > qmin) & (ratio < qmax)
+    ratio = torch.where(inside, ratio, ratio.detach().clamp(qmin, qmax))
+    below = ratio.detach().floor()
+    up = ratio.detach() - below
+    code = ratio.detach().round() if draws is None else below + (draws < up)
+    return (ratio + (code - ratio.detach())) * scale
 
 
 class _Quantize(Function):
@@ -190,7 +203,9 @@ class LSQ(Quantizer):
         elif self.step_mode == "raw":
             self.scale = nn.Parameter(start.clone())
         if self.step_mode != "frozen":
-            self.set_share = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
+            self.set_share = nn.Parameter(
+                torch.zeros(1, device=weight.device), requires_grad=False
+            )  # FSDP wants no scalar
 
     def step_sizes(self) -> Tensor:
         """Return the step sizes in use, float32, shape (n,), differentiable with respect to the parameter."""

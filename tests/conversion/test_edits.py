@@ -1,0 +1,205 @@
+"""What is saved is what was computed: edits of computed weights, things on top of a quantizer, and refusals at once."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qtdog.conversion.attach import attach, attached
+from qtdog.conversion.inspect import layer_report
+from qtdog.conversion.load import load_into
+from qtdog.conversion.save import save
+from qtdog.core.errors import ConfigError, ModelError
+from qtdog.quantizers.registry import QUANTIZERS
+
+EDITS = {
+    "copy_": lambda layer: layer.weight.copy_(torch.zeros(3, 6)),
+    "data.copy_": lambda layer: layer.weight.data.copy_(torch.zeros(3, 6)),
+    "data +=": lambda layer: layer.weight.data.__iadd__(1),
+    "data =": lambda layer: setattr(layer.weight, "data", torch.zeros(3, 6)),
+    "detach": lambda layer: layer.weight.detach().mul_(2),
+    "init": lambda layer: nn.init.zeros_(layer.weight),
+    "init normal": lambda layer: nn.init.kaiming_normal_(layer.weight),
+    "index": lambda layer: layer.weight.__setitem__(0, 1.0),
+    "+=": lambda layer: layer.weight.__iadd__(1),
+}
+ON_A_GRID = ["lsq", "ste", "dorefa", "inq", "released", "rtn"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ON_A_GRID)
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_in_place_of_a_computed_weight_raises(edit, name, grad):
+    layer = nn.Linear(6, 3)
+    attach(layer, quantizer=name, bits=4).enable()
+    with torch.set_grad_enabled(grad), pytest.raises(ModelError, match="would be lost"):
+        EDITS[edit](layer)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name not in ("gptq", "obc")])
+def test_an_edit_before_enable_takes_effect(name):
+    layer = nn.Linear(6, 3)
+    attach(layer, quantizer=name, bits=4)
+    nn.init.ones_(layer.weight)
+    assert torch.equal(layer.weight, torch.ones(3, 6))
+
+
+@pytest.mark.parametrize("name", ["lsq", "ste", "dorefa", "released"])
+def test_an_assignment_sets_the_weight_behind_the_quantizer(name):
+    layer = nn.Linear(6, 3)
+    handle = attach(layer, quantizer=name, bits=8)
+    handle.enable()
+    new = torch.randn(3, 6) / 4
+    layer.weight = nn.Parameter(new)
+    assert torch.equal(handle.weights_()["weight"], new)
+    assert (layer.weight - new).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["inq", "rtn"])
+def test_what_is_kept_as_codes_takes_no_new_weight(name):
+    layer = nn.Linear(6, 3)
+    handle = attach(layer, quantizer=name)
+    handle.enable()
+    with pytest.raises(ModelError, match="holds codes"):
+        layer.weight = torch.zeros(3, 6)
+    with pytest.raises(ModelError, match="kept as codes"):
+        handle.weights_()
+
+
+def test_lora_is_merged_through_the_weights_behind(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    handle = attach(model, bits=8)
+    handle.enable()
+    delta = torch.randn(8, 2) @ torch.randn(2, 6) / 20
+    before = model[0].weight.clone()
+    with torch.no_grad():
+        handle.weights_()["0"].add_(delta)
+    assert (model[0].weight - before - delta).abs().max() <= handle.layers["0"].step_sizes().max()
+    save(model, tmp_path / "m")
+    plain = load_into(tmp_path / "m", nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    x = torch.randn(4, 6)
+    assert torch.equal(plain(x), model.eval()(x))
+
+
+class Masked(nn.Module):
+    def forward(self, weight):
+        return weight * 0.5
+
+
+@pytest.mark.parametrize("when", ["before enable", "after enable"])
+def test_a_parametrization_on_top_is_refused(tmp_path, when):
+    model = nn.Sequential(nn.Linear(6, 3))
+    handle = attach(model)
+    if when == "after enable":
+        handle.enable()
+    parametrize.register_parametrization(model[0], "weight", Masked())
+    if when == "before enable":
+        with pytest.raises(ModelError, match="layer '0' has Masked on top"):
+            handle.enable()
+    with pytest.raises(ModelError, match="layer '0' has Masked on top"):
+        save(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_one_weight_that_is_not_finite_is_refused_before_anything_is_enabled(bad):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    handle = attach(model)
+    with torch.no_grad():
+        model[1].weight[0, 0] = bad
+    with pytest.raises(ModelError, match="layer '1' is not finite"):
+        handle.enable()
+    assert not any(quantizer.enabled for quantizer in handle.layers.values())
+
+
+class WithBuffer(nn.Linear):
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__(6, 3)
+        self.register_buffer("table", value)
+
+
+class WithExtra(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Embedding(5, 4, max_norm=1.0), "max_norm"),
+        (lambda: nn.EmbeddingBag(5, 4, sparse=True), "sparse"),
+        (lambda: WithBuffer(torch.zeros(2, dtype=torch.complex64)), "'table' is torch.complex64"),
+        (lambda: WithBuffer(torch.tensor([float("nan")])), "'table' holds NaN"),
+        (lambda: WithExtra(6, 3), "is no tensor but dict"),
+    ],
+)
+def test_what_no_file_could_hold_is_refused_at_attach(make, message):
+    with pytest.raises(ConfigError, match=message):
+        attach(make())
+
+
+def test_bits_may_be_any_whole_number():
+    layer = nn.Linear(6, 3)
+    handle = attach(layer, bits=np.int64(4), layer_bits={"weight": np.int32(3)})
+    assert handle.layers["weight"].spec.bits == 3
+    for bad in (True, 4.0, np.float32(4)):
+        with pytest.raises(ConfigError, match="whole number"):
+            attach(nn.Linear(6, 3), bits=bad)
+
+
+def trained(name, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    handle = attach(model, quantizer=name, layer_bits={"0": 3, "2": 5}, **options)
+    handle.enable()
+    optimizer = torch.optim.Adam(handle.param_groups(lr=1e-2))
+    for step in range(20):
+        handle.begin_step(step, step / 20)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(16, 6)), torch.randint(3, (16,))).backward()
+        optimizer.step()
+    return model
+
+
+LIKE = [("lsq", {}), ("lsq", {"step_mode": "raw"}), ("lsq", {"step_mode": "frozen"}), ("lsq", {"range": "symmetric"})]
+LIKE += [("inq", {}), ("rtn", {}), ("released", {}), ("noise-then-round", {})]
+
+
+@pytest.mark.parametrize(("name", "options"), LIKE)
+def test_tuning_goes_on_from_a_file(tmp_path, name, options):
+    model = trained(name, **options)
+    save(model, tmp_path / "m")
+    fresh = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).train()
+    ours = {key: value for key, value in options.items() if key == "step_mode"}
+    handle = attach(fresh, like=tmp_path / "m", quantizer=name, **ours)
+    assert fresh.training
+    assert handle.enabled
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=0, atol=1e-5)
+    for one, other in zip(layer_report(fresh), layer_report(model), strict=True):
+        assert (one.name, one.bits, one.codes_used) == (other.name, other.bits, other.codes_used)
+        assert one.step_size_mean == pytest.approx(other.step_size_mean, rel=1e-6)
+    save(fresh, tmp_path / "again")
+    again = load_into(tmp_path / "again", nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+    assert torch.equal(again(x), fresh(x))
+
+
+def test_tuning_from_a_file_leaves_its_float_layers_and_refuses_what_does_not_fit(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    attach(model, exclude=["1"]).enable()
+    save(model, tmp_path / "m")
+    fresh = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    assert list(attach(fresh, like=tmp_path / "m").layers) == ["0"]
+    assert list(attached(fresh).layers) == ["0"]
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    with pytest.raises(ConfigError, match="leave those arguments out"):
+        attach(plain, like=tmp_path / "m", bits=4)
+    with pytest.raises(ConfigError, match="INQ has"):
+        attach(plain, like=tmp_path / "m", quantizer="inq")
+    with pytest.raises(ModelError, match="does not fit"):
+        attach(nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3)), like=tmp_path / "m")
+    assert not list(parametrized(plain))
+
+
+def parametrized(model):
+    return [module for module in model.modules() if parametrize.is_parametrized(module)]
