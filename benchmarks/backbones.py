@@ -24,7 +24,7 @@ from qtdog.conversion.attach import Attached, attach
 from qtdog.conversion.load import load_into
 from qtdog.conversion.save import save
 from qtdog.core.files import write_atomic
-from qtdog.models.backbones import KNOWN, create_network
+from qtdog.models.backbones import KNOWN_BACKBONES, create_network
 from qtdog.models.featurizers import input_size
 from qtdog.models.network import Network
 from qtdog.models.weights import pretraining_of
@@ -118,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.names or KNOWN:
+        for name in options.names or KNOWN_BACKBONES:
             results.append(measure(name, options.bits, Path(folder)))
             print("  ".join(row(results[-1])), file=sys.stderr)
     table = markdown(HEADERS, [row(found) for found in results])

@@ -89,7 +89,7 @@ def test_loaded_logits_equal_the_training_time_logits(model):
     """The network rebuilt from the last checkpoint, quantizers attached, against the file."""
     from qtdog.conversion.attach import attach
     from qtdog.models.backbones import create_network
-    from qtdog.models.network import place_
+    from qtdog.models.network import to_device_
     from qtdog.runs.folder import RunFolder
     from qtdog.training.checkpoint import latest_checkpoint
 
@@ -99,7 +99,7 @@ def test_loaded_logits_equal_the_training_time_logits(model):
     network = create_network(
         "digits_cnn", n_classes=2, channels=3, image_size=16, weights="none", freeze_bn=True, seed=9
     )
-    place_(network, torch.device("cpu"))
+    to_device_(network, torch.device("cpu"))
     attach(network, bits=7, exclude=("classifier",)).set_enabled(True)
     network.load_state_dict(checkpoint.tensors["selected"])
     shipped = load_model(out / "model.safetensors")
@@ -172,7 +172,7 @@ def test_demo_writes_one_page_with_every_method(qtdog, tmp_path):
     "kind",
     [
         *("backbones", "objectives", "feature-layers", "step-rules", "averagers", "quantizers"),
-        *("presets", "datasets", "options"),
+        *("presets", "options"),
     ],
 )
 def test_list(qtdog, kind):
@@ -182,6 +182,12 @@ def test_list(qtdog, kind):
     assert rows
     expected = {"backbones": "tf_efficientnet_lite0", "objectives": "erm", "quantizers": "lsq", "presets": "pacs-lite"}
     assert expected.get(kind, rows[0]["name"]) in {row["name"] for row in rows}
+
+
+def test_list_datasets_names_the_command_that_lists_them(qtdog):
+    outcome = qtdog("list", "datasets")
+    assert outcome.code == 2
+    assert "qtdog data list" in outcome.err
 
 
 def test_list_filters(qtdog):

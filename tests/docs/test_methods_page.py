@@ -1,55 +1,66 @@
-"""The page on methods says of each member what the registries say."""
+"""The page on methods has a table made from the registries; run this file to write it anew."""
 
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from qtdog.core.registry import Registry
+from qtdog.core.registry import HyperParameter, Registry
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 
-PAGE = (Path(__file__).parents[2] / "docs/tasks/methods.md").read_text()
+PAGE = Path(__file__).parents[2] / "docs/tasks/methods.md"
 AXES: dict[str, Registry[Any]] = {
     "objective": OBJECTIVES,
     "feature layer": FEATURE_LAYERS,
     "step rule": STEP_RULES,
     "averager": AVERAGERS,
 }
-MEMBERS = [(axis, name) for axis, registry in AXES.items() for name in registry if name != "none"]
+HEAD = "| name | axis | what it does | hyper-parameters | cost per step |"
 
 
-def table() -> dict[tuple[str, str], str]:
-    """(axis, name) to the cell of its hyper-parameters."""
-    lines = [line for line in PAGE.splitlines() if line.startswith("| `")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return {(row[1], row[0].strip("`")): row[4] for row in rows}
+def with_table(page: str) -> str:
+    """Return the page with its table made from the registries; measured costs are kept by name."""
+    before, _, rest = page.partition(HEAD)
+    table, _, after = rest.partition("\n\n")
+    costs = {cells[1].strip(" `"): cells[-2].strip() for line in table.splitlines() if (cells := line.split("|"))[3:]}
+    rows = [
+        f"| `{name}` | {axis} | {about(registry[name])} | {parameters(registry[name])} | {costs.get(name, '')} |"
+        for axis, registry in AXES.items()
+        for name in registry
+        if name != "none"
+    ]
+    text = "\n".join([HEAD, "| --- | --- | --- | --- | --- |", *rows]).replace("|  |", "| |")
+    return f"{before}{text}\n\n{after}"
 
 
-def number(text: str) -> float:
-    """Read 0.1, 1/3 or 10⁵."""
-    if text.startswith("10") and len(text) == 3 and text[2] in "³⁴⁵":
-        return 10.0 ** "⁰¹²³⁴⁵".index(text[2])
-    return float(Fraction(text))
+def about(member: Any) -> str:
+    """Return the first line of a docstring without its full stop."""
+    return (member.__doc__ or "").split("\n")[0].removesuffix(".").replace("|", "\\|")
 
 
-def test_the_table_has_every_member_once():
-    assert sorted(table()) == sorted(MEMBERS)
+def parameters(member: Any) -> str:
+    """Return the hyper-parameters with default and range of the random search."""
+    return ", ".join(f"`{name}` {_values(how)}" for name, how in member.HYPERPARAMETERS.items())
 
 
-@pytest.mark.parametrize(("axis", "name"), MEMBERS)
-def test_hyper_parameters_have_their_defaults_and_ranges(axis: str, name: str):
-    found = re.findall(r"`(\w+)` ([^\s,]+)(?: \((\S+) to (\S+)\))?", table()[axis, name])
-    known = AXES[axis][name].HYPERPARAMETERS
-    assert [row[0] for row in found] == list(known)
-    for key, default, low, high in found:
-        how = known[key]
-        assert (default if how.choices else pytest.approx(number(default))) == how.default, key
-        assert (tuple(map(number, (low, high))) if low else None) == how.search, key
+def _values(how: HyperParameter) -> str:
+    search = "" if how.search is None else f" ({_number(how.search[0])} to {_number(how.search[1])})"
+    return (_number(how.default) if isinstance(how.default, float) else str(how.default)) + search
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def test_the_table_is_made_from_the_registries():
+    page = PAGE.read_text()
+    assert page == with_table(page), "write the table anew with: python tests/docs/test_methods_page.py"
 
 
 def test_the_page_names_the_objectives_that_work_in_one_process():
-    sentence = PAGE.split("## Several processes\n")[1].split("work in one process")[0]
+    sentence = PAGE.read_text().split("## Several processes\n")[1].split("work in one process")[0]
     assert set(re.findall(r"`(\w+)`", sentence)) == {name for name in OBJECTIVES if OBJECTIVES[name].ONE_PROCESS}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -12,7 +12,7 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.inspect import estimate_size
 from qtdog.conversion.load import load_into
 from qtdog.conversion.save import bake, save
-from qtdog.models.backbones import KNOWN, create_network
+from qtdog.models.backbones import KNOWN_BACKBONES, create_network
 from qtdog.models.featurizers import input_size
 from qtdog.models.network import Network
 from qtdog.packing.sizes import file_sizes
@@ -37,10 +37,10 @@ def make(name: str, size: int) -> Network:
 
 
 def test_every_known_backbone_is_in_the_table():
-    assert set(MEASURED) == set(KNOWN)
+    assert set(MEASURED) == set(KNOWN_BACKBONES)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KNOWN_BACKBONES)
 def test_the_table_has_the_parameters_and_bytes_of_today(name: str):
     with torch.device("meta"):
         network = make(name, input_size(name) or 224)

@@ -1,7 +1,7 @@
 import pytest
 import timm
 
-from qtdog.models.backbones import KNOWN
+from qtdog.models.backbones import KNOWN_BACKBONES
 from qtdog.models.weights import corpora, pretraining_of
 
 
@@ -36,12 +36,12 @@ def test_a_classifier_trained_alone_is_not_in_the_featurizer():
 
 
 def test_every_known_backbone_with_weights_names_what_they_saw():
-    named = {name: pretraining_of(name) for name in KNOWN}
+    named = {name: pretraining_of(name) for name in KNOWN_BACKBONES}
     assert {name for name, saw in named.items() if not saw} == {"distilbert-mini", "mnist_cnn", "digits_cnn"}
     assert not [name for name, saw in named.items() if saw.startswith("unnamed")]
 
 
 def test_known_timm_names_have_weights():
     pretrained = set(timm.list_pretrained())
-    timms = [name for name in KNOWN if "distilbert" not in name and not name.endswith("_cnn")]
+    timms = [name for name in KNOWN_BACKBONES if "distilbert" not in name and not name.endswith("_cnn")]
     assert [name for name in timms if name not in pretrained and f"{name}.in1k" not in pretrained] == []

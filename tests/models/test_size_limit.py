@@ -15,7 +15,7 @@ from qtdog.core.errors import FormatError, ModelError
 from qtdog.ensemble.model import load
 from qtdog.export.packed_source import read_packed_source
 from qtdog.models.backbones import create_network
-from qtdog.models.network import place_
+from qtdog.models.network import to_device_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
 
@@ -84,7 +84,7 @@ def test_loading_runs_no_image_of_the_size_that_the_file_names(tmp_path):
     loaded = load(file)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KIB  # one map alone takes 268 MB
     images = torch.rand(2, 1, 28, 28)
-    assert torch.equal(loaded(images), place_(network, torch.device("cpu"))(images))
+    assert torch.equal(loaded(images), to_device_(network, torch.device("cpu"))(images))
 
 
 def test_a_classifier_that_the_features_do_not_fit_is_refused(tmp_path):

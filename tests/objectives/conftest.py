@@ -15,7 +15,7 @@ from qtdog.core.registry import import_members
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, ObjectiveSetting
 from qtdog.training.components import Trainable
 
 import_members("qtdog.objectives")
@@ -51,12 +51,12 @@ def outputs() -> Callable[[int], list[DomainOutputs]]:
     return make
 
 
-def make_setting(n_domains: int = N_DOMAINS, batch_size: int = N, n_processes: int = 1) -> Setting:
-    return Setting(n_domains, N_CLASSES, N_FEATURES, batch_size, nn.Identity(), n_processes)
+def make_setting(n_domains: int = N_DOMAINS, batch_size: int = N, n_processes: int = 1) -> ObjectiveSetting:
+    return ObjectiveSetting(n_domains, N_CLASSES, N_FEATURES, batch_size, nn.Identity(), n_processes)
 
 
 @pytest.fixture
-def setting() -> Callable[..., Setting]:
+def setting() -> Callable[..., ObjectiveSetting]:
     """Return a function that says what an objective is for."""
     return make_setting
 
@@ -87,7 +87,7 @@ class Staged:
     """A network with stages in float64, what an objective is told of it, and one batch of 3 × 6 images for it."""
 
     network: Network
-    setting: Setting
+    setting: ObjectiveSetting
     view: ModelView
     batch: DomainBatch
 
@@ -114,7 +114,7 @@ def staged() -> Staged:
     options = {"n_classes": N_CLASSES, "channels": 1, "image_size": 8, "weights": "none", "freeze_bn": True}
     network = create_network("digits_cnn", seed=0, **options).double()
     stages = partial(find_stages, network, (1, 8, 8))
-    setting = Setting(N_DOMAINS, N_CLASSES, network.classifier.in_features, N, network, seed=3, stages=stages)
+    setting = ObjectiveSetting(N_DOMAINS, N_CLASSES, network.classifier.in_features, N, network, seed=3, stages=stages)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(N_DOMAINS * N, 1, 8, 8, dtype=torch.float64, generator=generator)
     labels = torch.randint(N_CLASSES, (N_DOMAINS * N,), generator=generator)

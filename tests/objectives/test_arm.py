@@ -6,7 +6,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.objectives.arm import ARM
-from qtdog.objectives.base import DomainBatch, ModelView, Setting
+from qtdog.objectives.base import DomainBatch, ModelView, ObjectiveSetting
 from qtdog.training.build import build_components
 from qtdog.training.components import Trainable
 from qtdog.training.protocol import resolve
@@ -29,7 +29,7 @@ def batch():
 
 
 def loss(network, batch):
-    return ARM(Setting(3, 3, 32, 4, network), {})(ModelView(Trainable(network), network), batch)
+    return ARM(ObjectiveSetting(3, 3, 32, 4, network), {})(ModelView(Trainable(network), network), batch)
 
 
 def test_the_loss_is_that_of_every_domain_with_its_own_context(network, batch):
@@ -48,7 +48,7 @@ def test_the_gradient_reaches_the_context_network(network, batch):
 def test_without_a_context_it_is_refused():
     plain = create_network("digits_cnn", n_classes=3, channels=1, image_size=8, weights="none", freeze_bn=True, seed=0)
     with pytest.raises(ConfigError, match=r"this network has none: add --set model\.feature_layer=context"):
-        ARM(Setting(3, 3, 32, 4, plain), {})
+        ARM(ObjectiveSetting(3, 3, 32, 4, plain), {})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
-from qtdog.objectives.base import Setting
+from qtdog.objectives.base import ObjectiveSetting
 from qtdog.objectives.ccfp import CCFP, StyleShifts, consistency, domain_discrepancy, gram, reaching_only
 
 STAGES = [Stage("a", 3, axis=1, ndim=4), Stage("b", 5, axis=3, ndim=4), Stage("c", 4, axis=2, ndim=3)]
@@ -148,6 +148,6 @@ def test_the_second_network_has_the_same_backbone_and_a_head_of_its_own(staged):
 
 
 def test_one_stage_is_too_few(staged):
-    setting = Setting(3, 4, 32, 6, staged.network, stages=lambda: staged.setting.stages()[:1])
+    setting = ObjectiveSetting(3, 4, 32, 6, staged.network, stages=lambda: staged.setting.stages()[:1])
     with pytest.raises(ConfigError, match="one stage only"):
         CCFP(setting, {})

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.base import DomainBatch, ModelView, Setting
+from qtdog.objectives.base import DomainBatch, ModelView, ObjectiveSetting
 from qtdog.objectives.distill import Distill, distillation_loss
 from qtdog.objectives.erm import ERM, erm_loss
 from qtdog.objectives.mixup import Mixup
@@ -36,7 +36,7 @@ def test_the_loss_is_the_formula(temperature):
 
 
 def setting(n_domains=2):
-    return Setting(n_domains=n_domains, n_classes=4, n_features=12, batch_size=3, network=Net())
+    return ObjectiveSetting(n_domains=n_domains, n_classes=4, n_features=12, batch_size=3, network=Net())
 
 
 def test_labels_and_teacher_are_weighted_and_only_the_student_gets_a_gradient():

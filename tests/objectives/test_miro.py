@@ -8,7 +8,7 @@ from qtdog.core.errors import ModelError
 from qtdog.data.digits import RotatedDigits
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
-from qtdog.objectives.base import Setting
+from qtdog.objectives.base import ObjectiveSetting
 from qtdog.objectives.miro import MIRO, miro_penalty
 from qtdog.training.build import build_components
 from qtdog.training.protocol import resolve
@@ -100,6 +100,6 @@ def test_in_a_run_the_encoders_learn_ten_times_as_fast_and_the_copy_comes_again(
 
 def test_a_backbone_without_stages_is_refused():
     network = Network(nn.Flatten(), nn.Linear(4, 2), freeze_bn=True)
-    setting = Setting(2, 2, 4, 8, network, stages=lambda: find_stages(network, (1, 2, 2)))
+    setting = ObjectiveSetting(2, 2, 4, 8, network, stages=lambda: find_stages(network, (1, 2, 2)))
     with pytest.raises(ModelError, match="has no stages"):
         MIRO(setting, {})

@@ -40,7 +40,7 @@ def test_the_loss_is_the_cross_entropy_with_the_mixed_label(share):
     torch.testing.assert_close(mixed_loss(logits, (one, other), share), cross_entropy(logits, target))
 
 
-def test_each_domain_is_mixed_with_its_neighbour_image_by_image(case, objective):
+def test_each_domain_is_mixed_with_its_neighbor_image_by_image(case, objective):
     torch.manual_seed(5)
     found = objective("mixup", alpha=0.7)(case.view, case.batch)
     torch.manual_seed(5)

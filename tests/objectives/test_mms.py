@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.base import DomainOutputs, Setting
+from qtdog.objectives.base import DomainOutputs, ObjectiveSetting
 from qtdog.objectives.mms import MMS, class_margins, mms_loss
 
 
@@ -25,8 +25,8 @@ def mms_by_hand(domains, weight, strength):
     return np.mean(losses)
 
 
-def setting_of(network: nn.Module) -> Setting:
-    return Setting(3, 4, 5, 6, network)
+def setting_of(network: nn.Module) -> ObjectiveSetting:
+    return ObjectiveSetting(3, 4, 5, 6, network)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 2.0])

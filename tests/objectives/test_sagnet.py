@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
-from qtdog.objectives.base import Setting
-from qtdog.objectives.sagnet import SagNet, content_randomised, style_randomised, uniformity_loss
+from qtdog.objectives.base import ObjectiveSetting
+from qtdog.objectives.sagnet import SagNet, content_randomized, style_randomized, uniformity_loss
 
 EPS = 1e-6
 CASES = [((5, 7), [1]), ((5, 3, 4, 2), [2, 3]), ((5, 4, 3), [1])]
@@ -29,7 +29,7 @@ def moments(array: np.ndarray, dims: list[int]) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize(("shape", "dims"), CASES)
 def test_a_random_style_mixes_mean_and_variance(shape, dims):
     features, share = draw(shape), torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
-    found = style_randomised(features, dims, share, PARTNER).numpy()
+    found = style_randomized(features, dims, share, PARTNER).numpy()
     x, p = features.numpy(), PARTNER.numpy()
     a = share.numpy().reshape(-1, *[1] * (len(shape) - 1))
     mean, var = moments(x, dims)
@@ -41,7 +41,7 @@ def test_a_random_style_mixes_mean_and_variance(shape, dims):
 @pytest.mark.parametrize(("shape", "dims"), CASES)
 def test_a_random_content_is_that_of_the_partner_without_a_gradient(shape, dims):
     features = draw(shape).requires_grad_()
-    found = content_randomised(features, dims, PARTNER)
+    found = content_randomized(features, dims, PARTNER)
     mean, var = moments(features.detach().numpy(), dims)
     content = ((features.detach().numpy() - mean) / np.sqrt(var))[PARTNER.numpy()]
     np.testing.assert_allclose(found.detach().numpy(), content * np.sqrt(var) + mean, rtol=1e-10, atol=1e-10)
@@ -69,8 +69,8 @@ def terms(staged, objective: SagNet, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     n = len(staged.batch.labels)
     share, partner, content = torch.rand(n), torch.randperm(n), torch.randperm(n)
     features = staged.network.features(staged.batch.images)
-    styled = style_randomised(features, [1], share, partner)
-    styles = content_randomised(features, [1], content)
+    styled = style_randomized(features, [1], share, partner)
+    styles = content_randomized(features, [1], content)
     labels = staged.batch.labels
     style_logits = objective.style_head(styles)
     return (
@@ -112,7 +112,7 @@ def test_a_map_has_its_style_per_channel_behind_the_third_stage(staged):
     torch.manual_seed(0)
     n = len(staged.batch.labels)
     share, partner = torch.rand(n), torch.randperm(n)
-    deeper = style_randomised(features, [2, 3], share, partner)
+    deeper = style_randomized(features, [2, 3], share, partner)
     for layer in layers[9:]:
         deeper = layer(deeper)
     content = cross_entropy(staged.network.classifier(deeper), staged.batch.labels)
@@ -134,13 +134,13 @@ def test_the_style_head_starts_by_the_seed_and_the_global_state_is_left_alone(st
     heads = [staged.objective("sagnet").style_head.weight for _ in range(2)]
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(*heads)
-    other = SagNet(Setting(3, 4, 32, 6, staged.network, seed=4), {}).style_head.weight
+    other = SagNet(ObjectiveSetting(3, 4, 32, 6, staged.network, seed=4), {}).style_head.weight
     assert not torch.equal(other.double(), heads[0])
 
 
 def test_what_it_cannot_do_is_refused(staged):
     with pytest.raises(ConfigError, match="unknown level of objective 'sagnet' 'maps'; did you mean 'map'"):
         staged.objective("sagnet", level="maps")
-    three = Setting(3, 4, 32, 6, staged.network, stages=lambda: staged.setting.stages()[:3])
+    three = ObjectiveSetting(3, 4, 32, 6, staged.network, stages=lambda: staged.setting.stages()[:3])
     with pytest.raises(ConfigError, match="behind stage 3 of at least 4, this backbone has 3"):
         SagNet(three, {"level": "map"})

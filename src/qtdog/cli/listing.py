@@ -1,4 +1,4 @@
-"""`qtdog list` and `qtdog inspect`."""
+"""`qtdog list`: the names that options take; `qtdog inspect`: what a model file holds."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def show_backbones(pattern: str, *, as_json: bool) -> None:
 
 def backbone_rows(pattern: str) -> list[dict[str, Any]]:
     """Return one row per backbone, without its classifier; sizes are missing where there are too many names."""
-    from qtdog.models.backbones import KNOWN, backbone_names
+    from qtdog.models.backbones import KNOWN_BACKBONES, backbone_names
 
-    names = list(KNOWN)
+    names = list(KNOWN_BACKBONES)
     if pattern:
-        names = [name for name in {**KNOWN, **dict.fromkeys(backbone_names())} if pattern in name.lower()]
+        names = [name for name in {**KNOWN_BACKBONES, **dict.fromkeys(backbone_names())} if pattern in name.lower()]
     return [_row(name, sized=len(names) <= MAX_MEASURED) for name in names]
 
 
 def _row(name: str, *, sized: bool) -> dict[str, Any]:
-    from qtdog.models.backbones import KNOWN
+    from qtdog.models.backbones import KNOWN_BACKBONES
     from qtdog.models.weights import pretraining_of
 
-    known = KNOWN.get(name)
+    known = KNOWN_BACKBONES.get(name)
     about = "" if known is None else known.about + (f" (pip install 'qtdog[{known.extra}]')" if known.extra else "")
     return {"name": name, "about": about, "pretraining": pretraining_of(name)} | (_sizes(name) if sized else {})
 
@@ -89,12 +89,20 @@ class Kind(StrEnum):
     AVERAGERS = "averagers"
     QUANTIZERS = "quantizers"
     PRESETS = "presets"
-    DATASETS = "datasets"
     OPTIONS = "options"
 
 
+def _parse_kind(text: str) -> Kind:
+    if text == "datasets":
+        raise typer.BadParameter("the data sets are listed by: qtdog data list")
+    try:
+        return Kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not one of {', '.join(Kind)}") from None
+
+
 def listing(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    kind: Annotated[Kind, typer.Argument(help=f"What to list: {', '.join(Kind)}.", parser=_parse_kind, metavar="KIND")],
     pattern: Annotated[str, typer.Argument(help="Only names that contain this text.")] = "",
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -132,10 +140,6 @@ def _rows(kind: Kind) -> list[list[str]]:
         return [[name, preset_description(name)] for name in preset_names()]
     if kind is Kind.OPTIONS:
         return option_rows()
-    if kind is Kind.DATASETS:
-        from qtdog.data.cards import CARDS
-
-        return [[name, CARDS[name].title] for name in CARDS]
     return _axis(kind)
 
 
@@ -164,7 +168,7 @@ def _about(member: Any) -> str:
     return (member.__doc__ or "").split("\n")[0] + (f" [params: {values}]" if values else "")
 
 
-TOLD = ("backbone", "classes", "bits", "dataset", "source_domains", "target_domain", "accuracy", "pretraining", "step")
+SHOWN = ("backbone", "classes", "bits", "dataset", "source_domains", "target_domain", "accuracy", "pretraining", "step")
 
 
 def inspect_file(
@@ -173,7 +177,7 @@ def inspect_file(
     weights: Annotated[bool, typer.Option("--weights", help="List every quantized weight.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a packed model file says of itself, and where its bytes go.
+    """Show the description in a packed model file, and where its bytes go.
 
     The bound is the entropy of the codes, each weight by its own frequencies, plus all other values as they are.
 
@@ -222,7 +226,7 @@ def _show(layout: Layout, size: dict[str, Any]) -> None:
 
     about, ensemble = layout.metadata, layout.metadata.get("ensemble")
     kind = f"ensemble of {size['n_members']}" if ensemble else "one model"
-    rows = [*([name, _text(about[name])] for name in TOLD if name in about)]
+    rows = [*([name, _text(about[name])] for name in SHOWN if name in about)]
     one = " of one member" if ensemble else ""
     rows += [
         ["file", f"{size['bytes']:,} bytes"],

@@ -23,7 +23,7 @@ from qtdog.ensemble.evaluation import EvaluationSet, Scores, calibrate, mean_acc
 from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load
 from qtdog.ensemble.weight_averaging import Recipe, average_members, check_recipe
-from qtdog.models.network import Network, place_
+from qtdog.models.network import Network, to_device_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
 from qtdog.runs.finished import KINDS
@@ -296,7 +296,7 @@ def _average_members(
 ) -> _Made:
     recipe = spec.recipe
     averaged = average_members(members, spec.kind, recipe, evaluation_set, warn)
-    network = place_(averaged.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
+    network = to_device_(averaged.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
     scores = EnsembleScores({}, {}, {})
     if evaluation_set is not None:
 

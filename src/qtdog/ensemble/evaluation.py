@@ -41,7 +41,7 @@ KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far the probabilities of predictions can be trusted, from labelled images.
+    """How far the probabilities of predictions can be trusted, from labeled images.
 
     Attributes:
         ece: expected calibration error, 15 bins of equal width.
@@ -72,7 +72,7 @@ def reliability(found: Predictions, labels: Tensor) -> Reliability:
         0.0
     """
     if not len(labels):
-        raise ConfigError("there are no labelled images to compare the probabilities with")
+        raise ConfigError("there are no labeled images to compare the probabilities with")
     correct = found.probabilities.argmax(1) == labels
     curve = risk_coverage(found.uncertainty.entropy.cpu().numpy(), correct.cpu().numpy())
     return Reliability(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qtdog.core.errors import FormatError
 from qtdog.data.augment import normalise
-from qtdog.models.network import Network, place_
+from qtdog.models.network import Network, to_device_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
 from qtdog.runs.finished import KINDS
@@ -88,11 +88,11 @@ class EnsembleModel(nn.Module):
         self.eval()
 
     def member_logits(self, images: Tensor) -> Tensor:
-        """Return each member's logits (m, n, n_classes) of normalised images (n, C, H, W)."""
+        """Return each member's logits (m, n, n_classes) of normalized images (n, C, H, W)."""
         return torch.stack([member(images) for member in self.members])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean logits (n, n_classes) of normalised images (n, C, H, W)."""
+        """Return the mean logits (n, n_classes) of normalized images (n, C, H, W)."""
         return self.member_logits(images).mean(0)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class EnsembleModel(nn.Module):
     def probabilities(self, images: Tensor) -> Tensor:
         """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C): softmax(mean logits / T).
 
-        At most 64 images at a time are normalised and passed on, so that memory does not grow with n.
+        At most 64 images at a time are normalized and passed on, so that memory does not grow with n.
         """
         device = next(self.parameters()).device
         parts = [self(self.prepare(part).to(device)) for part in images.split(BATCH)]
@@ -127,7 +127,7 @@ class _About(BaseModel):
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel | EnsembleModel:
     """Return the model in a shipped file, a single one or an ensemble, in evaluation mode.
 
-    Both take normalised images in `forward` and uint8 images in `probabilities`, and have `info` with classes and
+    Both take normalized images in `forward` and uint8 images in `probabilities`, and have `info` with classes and
     preprocessing.
 
     Raises:
@@ -164,7 +164,7 @@ def build_model(
         ModelError: the backbone is not known here, or does not fit.
     """
     networks = build_networks(path, members, info.members[0])
-    return EnsembleModel([place_(network, torch.device(device)) for network in networks], info)
+    return EnsembleModel([to_device_(network, torch.device(device)) for network in networks], info)
 
 
 def _read_about(path: Path, packed: PackedEnsemble) -> EnsembleInfo:

@@ -16,7 +16,7 @@ from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.ensemble.evaluation import EvaluationSet, mean_accuracy
 from qtdog.ensemble.members import Member, check_one_start
-from qtdog.models.network import Network, place_
+from qtdog.models.network import Network, to_device_
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import snapshot
@@ -296,7 +296,7 @@ def _accuracies(members: Sequence[Member]) -> list[float]:
 
 
 def _score(network: Network, evaluation_set: EvaluationSet) -> float:
-    place_(network, evaluation_set.device).eval()
+    to_device_(network, evaluation_set.device).eval()
     accuracy = mean_accuracy(evaluation_set.source(lambda images: network(images)[None]), 0)
     assert accuracy is not None  # the evaluation set has source images: `_check_images`
     return accuracy

@@ -18,7 +18,7 @@ from qtdog.export.executorch import open_executorch
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.openvino import open_openvino
 from qtdog.export.packed_source import PackedSource, read_packed_source
-from qtdog.models.network import place_
+from qtdog.models.network import to_device_
 
 QUIET = 3  # onnxruntime's level "error"
 
@@ -105,7 +105,7 @@ def open_module(source: PackedSource, threads: int) -> Opened:
     """
     module = source.module()
     for network in module.members:
-        place_(network, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+        to_device_(network, torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     return _opened(source.info("packed"), module, threads)
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from qtdog.core.errors import ModelError, nearest, unknown
 from qtdog.core.random import derive
 from qtdog.core.registry import Value
-from qtdog.models.clip_head import check_has_text_tower, text_classifier
+from qtdog.models.clip_head import check_has_text_tower, zero_shot_classifier
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.featurizers import WIDTHS, FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size
+from qtdog.models.featurizers import WIDTHS, FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size_error
 from qtdog.models.network import Network
 from qtdog.models.text import TEXT_BACKBONES, TextFeaturizer
 from qtdog.models.weights import load_weights_
@@ -31,7 +31,7 @@ class KnownBackbone:
         extra: of pip, that brings what it needs; "" for none.
 
     Example:
-        >>> KNOWN["resnet50.tv_in1k"].extra
+        >>> KNOWN_BACKBONES["resnet50.tv_in1k"].extra
         ''
     """
 
@@ -55,7 +55,7 @@ _ALL = (
     KnownBackbone("mnist_cnn", "digits; DomainBed's network, random weights only"),
     KnownBackbone("digits_cnn", "digits; the same at a quarter of the width"),
 )
-KNOWN = {backbone.name: backbone for backbone in _ALL}
+KNOWN_BACKBONES = {backbone.name: backbone for backbone in _ALL}
 
 
 def backbone_names() -> list[str]:
@@ -138,7 +138,7 @@ def create_network(
 
 
 def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation, per channel, that normalise images in [0, 1] for a backbone.
+    """Return the mean and standard deviation, per channel, that normalize images in [0, 1] for a backbone.
 
     Args:
         backbone: a name in `backbone_names()`.
@@ -191,7 +191,7 @@ def _check_head(spec: FeaturizerSpec, weights: str, class_names: Sequence[str] |
 
 @torch.no_grad()
 def _start_at_text_(classifier: nn.Linear, backbone: str, class_names: Sequence[str]) -> str:
-    weight = text_classifier(backbone, class_names)
+    weight = zero_shot_classifier(backbone, class_names)
     if weight.shape != classifier.weight.shape:
         raise ModelError(f"the text tower of '{backbone}' gives {tuple(weight.shape)}, not {classifier.weight.shape}")
     classifier.weight.copy_(weight)
@@ -213,7 +213,7 @@ def measure_width(featurizer: nn.Module, spec: FeaturizerSpec) -> int:
         try:
             features = featurizer(torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=device))
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise wrong_size(spec, error) from error
+            raise wrong_size_error(spec, error) from error
     if features.ndim != 2:
         shape = tuple(features.shape)
         raise ModelError(f"backbone '{spec.backbone}' gives features of shape {shape}, not (n, d): choose another.")

@@ -33,7 +33,7 @@ def check_has_text_tower(backbone: str) -> None:
 
 
 @torch.no_grad()
-def text_classifier(backbone: str, class_names: Sequence[str]) -> Tensor:
+def zero_shot_classifier(backbone: str, class_names: Sequence[str]) -> Tensor:
     """Return the weights of CLIP's zero-shot classifier, shape (n_classes, d).
 
     Formula: W_c = exp(τ) · t_c / ‖t_c‖, with t_c the embedding of "a photo of a CLASS." and exp(τ) CLIP's learned scale

@@ -61,11 +61,15 @@ class FeatureLayer(ABC):
         """
 
 
+FEATURE_LAYERS: Registry[type[FeatureLayer]] = Registry("feature layer")
+
+
+@FEATURE_LAYERS.register("none")
 class NoFeatureLayer(FeatureLayer):
     """The backbone as it is."""
 
     def install_(self, network: Network, image_shape: ImageShape) -> None:
-        """Do nothing."""
+        """Leave the network as it is."""
 
 
 def mix_styles(features: Tensor, stage: Stage, weight: Tensor, partner: Tensor) -> Tensor:
@@ -115,6 +119,7 @@ class _Mixing:
         return mix_styles(output, self.stage, weight, torch.randperm(n, device=device))
 
 
+@FEATURE_LAYERS.register("mixstyle")
 class MixStyle(FeatureLayer):
     """Mix the styles of random pairs of images, in training only (Zhou et al., ICLR 2021); nothing of it ships.
 
@@ -192,6 +197,7 @@ class Context(nn.Module):
         return torch.cat([images, torch.cat(contexts).to(images.dtype)], dim=1)
 
 
+@FEATURE_LAYERS.register("context")
 class ContextLayer(FeatureLayer):
     """A context network before the backbone (Zhang et al., NeurIPS 2021); ships, and goes with the objective arm.
 
@@ -214,12 +220,6 @@ class ContextLayer(FeatureLayer):
     def install_(self, network: Network, image_shape: ImageShape) -> None:
         """Put a context network with a random start before the featurizer."""
         network.context = Context(image_shape[0], self.extra_channels, int(self.params["width"]))
-
-
-FEATURE_LAYERS: Registry[type[FeatureLayer]] = Registry("feature layer")
-FEATURE_LAYERS.add("none", NoFeatureLayer)
-FEATURE_LAYERS.add("mixstyle", MixStyle)
-FEATURE_LAYERS.add("context", ContextLayer)
 
 
 def make_feature_layer(name: str, params: Mapping[str, Value]) -> FeatureLayer:

@@ -122,7 +122,7 @@ def build_featurizer(
     try:
         featurizer = timm.create_model(spec.backbone, pretrained=pretrained, in_chans=spec.channels, **options)
     except (AssertionError, ValueError) as error:
-        raise wrong_size(spec, error) from error
+        raise wrong_size_error(spec, error) from error
     if spec.embeds:
         featurizer.register_forward_hook(_to_unit_length)  # a hook: tensors keep timm's names
     return featurizer
@@ -132,7 +132,7 @@ def _to_unit_length(module: nn.Module, inputs: tuple[Tensor, ...], embedding: Te
     return normalize(embedding, dim=-1)
 
 
-def wrong_size(spec: FeaturizerSpec, reason: Exception) -> ModelError:
+def wrong_size_error(spec: FeaturizerSpec, reason: Exception) -> ModelError:
     """Return the error for a backbone that cannot take such images."""
     own = input_size(spec.backbone)
     shape = f"{spec.channels} × {spec.image_size} × {spec.image_size}"

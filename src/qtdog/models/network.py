@@ -78,7 +78,7 @@ class Network(nn.Module):
         return self
 
 
-def place_(network: Network, device: torch.device) -> Network:
+def to_device_(network: Network, device: torch.device) -> Network:
     """Move a network to `device` in channels-last memory, in place, and return it.
 
     Training and loading both go through here: with another memory format a convolution takes other kernels, and the
@@ -87,7 +87,8 @@ def place_(network: Network, device: torch.device) -> Network:
     Example:
         >>> from torch import nn
         >>> network = Network(nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten()), nn.Linear(8, 2), freeze_bn=True)
-        >>> place_(network, torch.device("cpu")).featurizer[0].weight.is_contiguous(memory_format=torch.channels_last)
+        >>> weight = to_device_(network, torch.device("cpu")).featurizer[0].weight
+        >>> weight.is_contiguous(memory_format=torch.channels_last)
         True
     """
     network.to(device)

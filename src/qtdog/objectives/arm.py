@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import Value
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, ObjectiveSetting
 
 
 @OBJECTIVES.register("arm")
@@ -26,7 +26,7 @@ class ARM(Objective):
         ConfigError: the network has no context.
     """
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         if getattr(setting.network, "context", None) is None:
             text = "objective 'arm' learns from the context of a domain, and this network has none"

@@ -36,7 +36,7 @@ class DomainBatch:
     """The images of one step, domain after domain, on the device.
 
     Attributes:
-        images: normalised, shape (n, C, H, W).
+        images: normalized, shape (n, C, H, W).
         labels: int64, shape (n,).
         sizes: images per domain; they add up to n.
         step: updates made before this one.
@@ -123,7 +123,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 @dataclass(frozen=True)
-class Setting:
+class ObjectiveSetting:
     """What an objective may need to know before training.
 
     Attributes:
@@ -179,7 +179,7 @@ class Objective(nn.Module):
     ONE_PROCESS: ClassVar[bool] = False
     lr_factor: float = 1.0
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__()
         name = OBJECTIVES.name_of(type(self))
         self.params = fill(f"objective '{name}'", self.HYPERPARAMETERS, params)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage, Style, restyle, style
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, ObjectiveSetting
 from qtdog.objectives.functional import at_stages, kept_at_stages, linear_head
 
 
@@ -102,7 +102,7 @@ class CCFP(Objective):
     L = CE(z, y) + CE(z', y) + consistency_weight · consistency(z, z') - discrepancy_weight · discrepancy(f, f')
 
     z are the logits of the network, z' those of a second one with weights of its own, in which every stage but the last
-    has its style shifted (`StyleShifts`). The last term, maximised, trains the shifts alone; the first stream counts
+    has its style shifted (`StyleShifts`). The last term, maximized, trains the shifts alone; the first stream counts
     as fixed in it. The second network starts from the same backbone with another random head, trains in float, is kept
     in checkpoints and never ships.
 
@@ -125,7 +125,7 @@ class CCFP(Objective):
     }
     ONE_PROCESS = True
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         self.stages = tuple(setting.stages())[:-1]
         if not self.stages:

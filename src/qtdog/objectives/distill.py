@@ -12,7 +12,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.objectives.base import DomainBatch, DomainOutputs, ModelView, Objective
 
 Teacher = Callable[[Tensor], Tensor]
-"""Normalised images (n, C, H, W) to logits (n, n_classes), without gradients, on the images' device."""
+"""Normalized images (n, C, H, W) to logits (n, n_classes), without gradients, on the images' device."""
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Empirical risk minimisation."""
+"""Empirical risk minimization."""
 
 from __future__ import annotations
 

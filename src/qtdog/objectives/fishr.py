@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, ObjectiveSetting
 from qtdog.objectives.erm import erm_loss
 
 
@@ -84,7 +84,7 @@ class Fishr(Objective):
     average: Tensor
     before: Tensor
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         zeros = torch.zeros(setting.n_domains, setting.n_classes, setting.n_features + 1)
         self.register_buffer("average", zeros)

@@ -44,7 +44,7 @@ def mean_over_pairs(distance: Callable[[T, T], Tensor], domains: Sequence[T]) ->
 
 
 def random_ring(n: int) -> list[tuple[int, int]]:
-    """Return n pairs of neighbours on a ring of n domains in random order: each domain is first once, second once.
+    """Return n pairs of neighbors on a ring of n domains in random order: each domain is first once, second once.
 
     Drawn from torch's global state, which the training loop seeds for every step.
 

@@ -1,4 +1,4 @@
-"""Group distributionally robust optimisation."""
+"""Group distributionally robust optimization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, ObjectiveSetting
 from qtdog.objectives.functional import domain_losses
 
 
@@ -34,7 +34,7 @@ def reweighted(shares: Tensor, losses: Tensor, eta: float) -> Tensor:
 class GroupDRO(Objective):
     """Losses of the domains, weighted towards the worst one: GroupDRO (Sagawa et al., ICLR 2020, Algorithm 1).
 
-    L = Σ_d q_d · L_d, where q starts uniform and every step first multiplies each q_d by exp(η · L_d) and normalises.
+    L = Σ_d q_d · L_d, where q starts uniform and every step first multiplies each q_d by exp(η · L_d) and normalizes.
     The shares q are kept in checkpoints.
     """
 
@@ -44,7 +44,7 @@ class GroupDRO(Objective):
     MIN_DOMAINS = 2
     shares: Tensor
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         self.register_buffer("shares", torch.full((setting.n_domains,), 1 / setting.n_domains))
 

@@ -1,4 +1,4 @@
-"""Invariant risk minimisation."""
+"""Invariant risk minimization."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def irm_penalty(domains: Sequence[DomainOutputs]) -> Tensor:
 
 @OBJECTIVES.register("irm")
 class IRM(Objective):
-    """Invariant risk minimisation: one classifier optimal in every domain (Arjovsky et al., 2019).
+    """Invariant risk minimization: one classifier optimal in every domain (Arjovsky et al., 2019).
 
     L = mean over domains of [CE + w · penalty], with `irm_penalty`, and w = 1 for the first `anneal_steps` steps,
     `weight` after them; as in DomainBed, which also starts Adam anew when the weight jumps. An objective knows no

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, ObjectiveSetting
 from qtdog.objectives.erm import erm_loss
 from qtdog.objectives.functional import kept_at_stages
 
@@ -65,12 +65,12 @@ class MIRO(Objective):
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
-        "weight": HyperParameter(0.1, "of the regularisation (λ, ld)", low=0, search=(1e-3, 1), log=True),
+        "weight": HyperParameter(0.1, "of the regularization (λ, ld)", low=0, search=(1e-3, 1), log=True),
     }
     ONE_PROCESS = True
     lr_factor = 10.0
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         self.stages = tuple(setting.stages())
         start = math.log(math.expm1(START_VARIANCE - MIN_VARIANCE))  # the inverse of softplus

@@ -50,7 +50,7 @@ def draw_shares(alpha: float, n: int) -> list[float]:
 class Mixup(Objective):
     """Mixtures of images and labels of two domains (Zhang et al., ICLR 2018; between domains Yan et al., 2020).
 
-    The domains stand on a ring in random order. Each gives its images x₁ with labels y₁, its neighbour x₂ and y₂; one
+    The domains stand on a ring in random order. Each gives its images x₁ with labels y₁, its neighbor x₂ and y₂; one
     λ ~ Beta(α, α) per pair of domains mixes x = λ x₁ + (1 − λ) x₂. L = mean over the pairs of `mixed_loss`. As in
     DomainBed. All mixtures go through the network in one pass; with batch norm that is not frozen, its statistics are
     those of all of them.

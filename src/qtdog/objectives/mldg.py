@@ -16,7 +16,7 @@ from qtdog.objectives.functional import add_, loss_and_gradients, moved, random_
 class MLDG(Objective):
     """A step on one domain that also helps another: MLDG, first order (Li et al., AAAI 2018, Algorithm 1 and Eq. 3).
 
-    The domains stand on a ring in random order; for each neighbours i, j: L_ij = L_i(θ) + β · L_j(θ − α · ∇L_i(θ)), and
+    The domains stand on a ring in random order; for each neighbors i, j: L_ij = L_i(θ) + β · L_j(θ − α · ∇L_i(θ)), and
     L is the mean over these pairs. As in DomainBed second derivatives are left out: the gradient of the second term is
     ∇L_j at the moved parameters (quantizers pass no second derivative either).
 

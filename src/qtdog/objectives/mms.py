@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.base import OBJECTIVES, DomainOutputs, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs, Objective, ObjectiveSetting
 
 
 def class_margins(weight: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class MMS(Objective):
         "weight": HyperParameter(0.3, "of the margins (lambda)", low=0),
     }
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         classifier = getattr(setting.network, "classifier", None)
         if not isinstance(classifier, nn.Linear):

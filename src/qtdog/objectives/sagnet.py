@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage, Style, restyle, style
 from qtdog.core.registry import HyperParameter, HyperParameters, Value
-from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, DomainBatch, ModelView, Objective, ObjectiveSetting
 from qtdog.objectives.functional import at_stages, linear_head
 
-MAP_STAGE = 3  # the paper randomises behind the third stage of a ResNet
+MAP_STAGE = 3  # the paper randomizes behind the third stage of a ResNet
 
 
-def style_randomised(features: Tensor, dims: Sequence[int], share: Tensor, partner: Tensor) -> Tensor:
+def style_randomized(features: Tensor, dims: Sequence[int], share: Tensor, partner: Tensor) -> Tensor:
     """Return the features with their own content, and a style between their own and their partner's.
 
     Formula: with μ, σ over `dims`, σ'² = α σ(x)² + (1 - α) σ(x̃)², μ' = α μ(x) + (1 - α) μ(x̃),
@@ -34,7 +34,7 @@ def style_randomised(features: Tensor, dims: Sequence[int], share: Tensor, partn
 
     Example:
         >>> features = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
-        >>> style_randomised(features, [1], share=torch.zeros(2), partner=torch.tensor([0, 0]))[0]
+        >>> style_randomized(features, [1], share=torch.zeros(2), partner=torch.tensor([0, 0]))[0]
         tensor([1., 3.])
     """
     own = style(features, dims)
@@ -44,14 +44,14 @@ def style_randomised(features: Tensor, dims: Sequence[int], share: Tensor, partn
     return restyle(features, own, Style(mean, var.sqrt()))
 
 
-def content_randomised(features: Tensor, dims: Sequence[int], partner: Tensor) -> Tensor:
+def content_randomized(features: Tensor, dims: Sequence[int], partner: Tensor) -> Tensor:
     """Return the features with their own style, and the content of their partner, to which no gradient goes.
 
     Formula: x' = σ(x) (x̃ - μ(x̃)) / σ(x̃) + μ(x). Source: Nam et al. (CVPR 2021), as in DomainBed.
 
     Example:
         >>> features = torch.tensor([[1.0, 3.0], [14.0, 10.0]])
-        >>> content_randomised(features, [1], partner=torch.tensor([1, 0])).round(decimals=3)
+        >>> content_randomized(features, [1], partner=torch.tensor([1, 0])).round(decimals=3)
         tensor([[ 3.,  1.],
                 [10., 14.]])
     """
@@ -78,7 +78,7 @@ class SagNet(Objective):
 
     L = CE(c(SR(f)), y) + CE(s(CR(f)), y) + weight · uniformity(s(CR(f)))
 
-    with SR and CR as in `style_randomised` and `content_randomised`. c is the network's classifier, s a linear head of
+    with SR and CR as in `style_randomized` and `content_randomized`. c is the network's classifier, s a linear head of
     its own on the style, which never ships. The second term trains s alone, the third the featurizer alone.
 
     `level` says where the style is: "vector", over the penultimate features of an image as DomainBed has it, or "map",
@@ -101,7 +101,7 @@ class SagNet(Objective):
     }
     ONE_PROCESS = True
 
-    def __init__(self, setting: Setting, params: Mapping[str, Value]) -> None:
+    def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)
         self.stage = _map_stage(setting) if self.params["level"] == "map" else None
         n_inputs = setting.n_features if self.stage is None else 2 * self.stage.n_channels
@@ -113,8 +113,8 @@ class SagNet(Objective):
         share, partner = torch.rand(n, device=device), torch.randperm(n, device=device)
         if self.stage is None:
             features, _ = view(batch.images)
-            logits = view.classify(style_randomised(features, [1], share, partner))
-            styles = content_randomised(features, [1], torch.randperm(n, device=device))
+            logits = view.classify(style_randomized(features, [1], share, partner))
+            styles = content_randomized(features, [1], torch.randperm(n, device=device))
         else:
             logits, styles = self._through_map(view, batch.images, share, partner)
         frozen = {name: value.detach() for name, value in self.style_head.named_parameters()}
@@ -128,7 +128,7 @@ class SagNet(Objective):
 
         def act(stage: Stage, features: Tensor) -> Tensor:
             styles.append(torch.cat([value.flatten(1) for value in style(features, stage.positions)], dim=1))
-            return style_randomised(features, stage.positions, share, partner)
+            return style_randomized(features, stage.positions, share, partner)
 
         assert self.stage is not None
         with at_stages(view.network, [self.stage], act):
@@ -136,7 +136,7 @@ class SagNet(Objective):
         return logits, styles[0]
 
 
-def _map_stage(setting: Setting) -> Stage:
+def _map_stage(setting: ObjectiveSetting) -> Stage:
     stages = setting.stages()
     if len(stages) <= MAP_STAGE:
         text = f"objective 'sagnet' with level=map works behind stage {MAP_STAGE} of at least {MAP_STAGE + 1}"

@@ -31,12 +31,12 @@ def content_bytes(frame: bytes) -> int:
         ValueError: no zstd frame, or one that does not state it.
     """
     try:
-        told = zstandard.get_frame_parameters(frame)
+        parameters = zstandard.get_frame_parameters(frame)
     except zstandard.ZstdError as error:
         raise ValueError(f"no zstd frame: {error}") from error
-    if told.content_size >= zstandard.CONTENTSIZE_ERROR:
+    if parameters.content_size >= zstandard.CONTENTSIZE_ERROR:
         raise ValueError("a zstd frame that does not state its content size")
-    return told.content_size
+    return parameters.content_size
 
 
 def decompress(frame: bytes, n_bytes: int) -> bytes:
@@ -53,8 +53,8 @@ def decompress(frame: bytes, n_bytes: int) -> bytes:
     found = content_bytes(frame)
     if found != n_bytes:
         raise ValueError(f"a zstd frame of {found} bytes, expected {n_bytes}")
-    told = zstandard.get_frame_parameters(frame)
-    if told.dict_id or not told.has_checksum or told.window_size > max(n_bytes, MIN_WINDOW):
+    parameters = zstandard.get_frame_parameters(frame)
+    if parameters.dict_id or not parameters.has_checksum or parameters.window_size > max(n_bytes, MIN_WINDOW):
         raise ValueError("a zstd frame with a dictionary, without checksum, or with a window larger than its content")
     try:
         content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)

@@ -167,8 +167,8 @@ def _check_stored(path: Path, header: Header, expected: Mapping[str, TensorInfo]
             raise FormatError(f"{path}: expected '{name}' as {info}, found {header.tensors.get(name, 'nothing')}")
 
 
-def _coded_layout(path: Path, header: Header, told: Mapping[str, Any]) -> Layout:
-    if set(told) != {"format_version"}:
+def _coded_layout(path: Path, header: Header, statement: Mapping[str, Any]) -> Layout:
+    if set(statement) != {"format_version"}:
         raise FormatError(f"{path}: the metadata '{KEY}' of version {CODED_VERSION} should state that and no more")
     tree = _tree(path, _described(path, header), f"the tensor '{DESCRIPTION}'")
     _check_fields(path, tree, CODED_FIELDS)

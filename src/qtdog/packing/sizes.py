@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy.stats import entropy
 from torch import Tensor
 
 from qtdog.core.quantized import QuantizedTensor
@@ -49,9 +50,7 @@ def entropy_bits(codes: Tensor) -> float:
         >>> entropy_bits(torch.tensor([1, 1, -1, 0], dtype=torch.int8))
         1.5
     """
-    counts = torch.bincount(codes.reshape(-1).int() + 128)
-    frequencies = counts[counts > 0].double() / codes.numel()
-    return -(frequencies * frequencies.log2()).sum().item() + 0.0
+    return float(entropy(torch.bincount(codes.reshape(-1).int() + 128).numpy(), base=2))
 
 
 def code_entropy(weights: Iterable[QuantizedTensor]) -> CodeEntropy:
@@ -107,20 +106,20 @@ def file_sizes(path: Path | str) -> Sizes:
     """
     path = Path(path)
     header, layout = read_layout(path)
-    entropy = code_entropy(read_contents(path, layout).quantized.values())
+    coded = code_entropy(read_contents(path, layout).quantized.values())
     plain = layout.rest | {name: TensorInfo("F32", entry.shape) for name, entry in layout.quantized.items()}
     n_weights = sum(math.prod(info.shape) for info in plain.values() if info.dtype in FLOATS)
     n_bytes = path.stat().st_size
     text = plain_text(Layout({}, {}, layout.aliases, layout.metadata, {}))
-    float32_bytes = serialised_bytes(plain, {KEY: text})
-    bound = entropy.bytes + value_bytes(layout)
+    float32_bytes = serialized_bytes(plain, {KEY: text})
+    bound = coded.bytes + value_bytes(layout)
     return Sizes(
         bytes=n_bytes,
         float32_bytes=float32_bytes,
         ratio=float32_bytes / n_bytes,
         bits_per_weight=8 * n_bytes / max(n_weights, 1),
-        bits_per_code=8 * code_bytes(header, layout) / max(entropy.n_codes, 1),
-        entropy_bits_per_code=entropy.bits_per_code,
+        bits_per_code=8 * code_bytes(header, layout) / max(coded.n_codes, 1),
+        entropy_bits_per_code=coded.bits_per_code,
         entropy_bytes=bound,
         over_entropy=n_bytes / max(bound, 1),
     )
@@ -136,11 +135,11 @@ def value_bytes(layout: Layout) -> int:
     return sum(info.n_bytes for info in [*layout.rest.values(), *(entry.scale for entry in layout.quantized.values())])
 
 
-def serialised_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> int:
+def serialized_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> int:
     """Return how many bytes the safetensors library writes for these tensors: length, padded header and data.
 
     Example:
-        >>> serialised_bytes({"bias": TensorInfo("F32", (2,))}, {})
+        >>> serialized_bytes({"bias": TensorInfo("F32", (2,))}, {})
         96
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
@@ -191,9 +190,9 @@ def ensemble_sizes(path: Path | str) -> EnsembleSizes:
     path = Path(path)
     header, layout = read_layout(path)
     n_members = check_members(path, layout)
-    entropy = code_entropy(read_contents(path, layout).quantized.values())
+    coded = code_entropy(read_contents(path, layout).quantized.values())
     n_bytes, one = path.stat().st_size, _float32_bytes(layout)
-    bound = entropy.bytes + value_bytes(layout)
+    bound = coded.bytes + value_bytes(layout)
     return EnsembleSizes(
         bytes=n_bytes,
         float32_bytes=one,
@@ -201,8 +200,8 @@ def ensemble_sizes(path: Path | str) -> EnsembleSizes:
         float32_models=n_bytes / one,
         n_members=n_members,
         shared_bytes=_shared_bytes(header, layout),
-        bits_per_code=8 * code_bytes(header, layout) / max(entropy.n_codes, 1),
-        entropy_bits_per_code=entropy.bits_per_code,
+        bits_per_code=8 * code_bytes(header, layout) / max(coded.n_codes, 1),
+        entropy_bits_per_code=coded.bits_per_code,
         entropy_bytes=bound,
         over_entropy=n_bytes / max(bound, 1),
     )
@@ -220,7 +219,7 @@ def _float32_bytes(layout: Layout) -> int:
             aliases[name.removeprefix(prefix)] = first.removeprefix(prefix)
     tensors = {name.removeprefix(prefix): _float32(layout, owner) for owner, name in stored.items()}
     text = plain_text(Layout({}, {}, aliases, member_metadata(layout.metadata)[0], {}))
-    return serialised_bytes(tensors, {KEY: text})
+    return serialized_bytes(tensors, {KEY: text})
 
 
 def _float32(layout: Layout, owner: str) -> TensorInfo:

@@ -19,9 +19,9 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.models.network import Network, place_
+from qtdog.models.network import Network, to_device_
 from qtdog.models.stages import find_stages
-from qtdog.objectives.base import OBJECTIVES, Objective, Setting
+from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.training import swad  # noqa: F401  (registers its averager)
@@ -78,7 +78,7 @@ def build_components(
     _check_feature_layer(config)
     check_input(config, dataset)
     # The device first: the optimizer must hold the parameters that train.
-    network = place_(_network(config, dataset), accelerator.device)
+    network = to_device_(_network(config, dataset), accelerator.device)
     setting = _setting(config, protocol, network, accelerator.num_processes, dataset.card.channels)
     objective = make_objective(setting, config.objective.params)
     objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
@@ -164,9 +164,11 @@ def with_teacher(objective: Objective, how: ObjectiveConfig, teacher: Teacher | 
     return Distill(objective, teacher, weight=how.teacher_weight, temperature=how.teacher_temperature)
 
 
-def _setting(config: Config, protocol: DomainProtocol, network: Network, n_processes: int, channels: int) -> Setting:
+def _setting(
+    config: Config, protocol: DomainProtocol, network: Network, n_processes: int, channels: int
+) -> ObjectiveSetting:
     sizes = batch_sizes(protocol.sources, config.data.batch_size, config.data.focus)
-    return Setting(
+    return ObjectiveSetting(
         n_domains=len(protocol.sources),
         n_classes=network.classifier.out_features,
         n_features=network.classifier.in_features,

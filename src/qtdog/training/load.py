@@ -23,7 +23,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_readable
 from qtdog.models.backbones import create_network
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.network import Network, place_
+from qtdog.models.network import Network, to_device_
 from qtdog.models.text import TEXT_BACKBONES, check_words
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
@@ -142,7 +142,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Loade
     packed = load_packed(path)
     info = read_info(path, packed.metadata)
     (network,) = build_networks(path, [packed], info)
-    return LoadedModel(place_(network, torch.device(device)), info).eval()
+    return LoadedModel(to_device_(network, torch.device(device)), info).eval()
 
 
 SIZE_FACTOR = 2

@@ -230,7 +230,7 @@ TINY = 1e-12  # added to the norm: a gradient of zero moves nothing
 
 @STEP_RULES.register("sam")
 class SAM(StepRule):
-    """Sharpness-aware minimisation: the gradient is taken at the worst weights nearby (Foret et al., 2021).
+    """Sharpness-aware minimization: the gradient is taken at the worst weights nearby (Foret et al., 2021).
 
     Formula: ε = ρ · g / ‖g‖ with g = ∇L(w), then the optimizer's step from w with ∇L(w + ε) (Eq. 2 and 3), both on the
     same batch, with the same random draws. The norm is over all weights that have a gradient, joined. The default ρ and

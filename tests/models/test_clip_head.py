@@ -119,7 +119,7 @@ def test_what_cannot_be(tower: Any, image_weights: Path, monkeypatch: pytest.Mon
 def test_without_open_clip_the_message_names_the_extra(tower: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
     with pytest.raises(ModelError, match=r"pip install 'qtdog\[clip\]'"):
-        clip_text.text_classifier(TOWER, NAMES)
+        clip_text.zero_shot_classifier(TOWER, NAMES)
 
 
 def test_the_real_towers_fit_the_image_embeddings():
