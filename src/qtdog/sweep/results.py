@@ -119,7 +119,7 @@ def results(plan: Plan, out: Path, earlier: Mapping[str, IndexRow] | None = None
         row = None if task.kind == "fork_point" else _row(task, out, earlier or {})
         if row is None:
             continue
-        members = [config for name in (task.needs if task.join else (task.name,)) if (config := configs[name])]
+        members = [config for name in (task.needs if task.kind == "ensemble" else (task.name,)) if (config := configs[name])]
         pairs = [(config.data.trial, config.train.seed) for config in members]
         for labels in task.labels:
             draw = labels.get("draw")
