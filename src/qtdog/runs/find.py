@@ -203,7 +203,7 @@ def find_runs(paths: Sequence[Path]) -> RunSet:
         run = read_run(folder)
         if run is not None:
             run_set.runs.append(replace(run, names=names.of(folder)))
-        elif not any(folder.match(pattern) for pattern in SHARED_STEPS):
+        elif not is_shared_steps(folder):
             run_set.unfinished.append(folder)
     domainbed = read_domainbed(*files)
     run_set.runs += domainbed.runs
@@ -252,6 +252,11 @@ class StudyNames:
             for name, several in read_labels(file).items():
                 names.setdefault(name, tuple(dict.fromkeys(study_method(labels) for labels in several)))
         return names
+
+
+def is_shared_steps(folder: Path) -> bool:
+    """Return whether a folder holds float steps that several runs share, and no run of its own."""
+    return any(folder.match(pattern) for pattern in SHARED_STEPS)
 
 
 def is_run(folder: Path) -> bool:

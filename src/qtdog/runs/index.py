@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import ConfigError, RunError, unknown
-from qtdog.runs.find import SMALL_FILES, read_run, run_folders, sweep_folders
+from qtdog.runs.find import SMALL_FILES, is_shared_steps, read_run, run_folders, sweep_folders
 from qtdog.runs.finished import FinishedRun
 from qtdog.runs.folder import RunFolder, last_line
 from qtdog.runs.selection import apply_selection
@@ -55,7 +55,7 @@ COLUMNS = {
     "error": "TEXT",
     "config": "TEXT",
 }
-ROW_VERSION = 3  # of what `read_row` computes, so that an older index is read anew
+ROW_VERSION = 4  # of what `read_row` computes, so that an older index is read anew
 
 
 def signature(folder: Path) -> str:
@@ -105,7 +105,7 @@ def finished_row(run: FinishedRun) -> IndexRow:
 
 
 def _folder_row(folder: Path) -> IndexRow:
-    kind = "prefix" if folder.name.startswith("prefix-") else "run"
+    kind = "fork_point" if is_shared_steps(folder) else "run"
     return {"folder": str(folder), "kind": kind, "step": last_line(RunFolder(folder).metrics_file).get("step")}
 
 
@@ -162,14 +162,14 @@ def _result_row(run: FinishedRun) -> IndexRow:
     return row | {"mean_after_start": mean.target, "std_after_start": math.sqrt(spread)}
 
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 SCHEMA = f"""
 CREATE TABLE folders ({", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())}, signature TEXT);
 CREATE TABLE labels (folder TEXT, study TEXT, method TEXT, labels TEXT);
 CREATE INDEX by_folder ON labels (folder);
 CREATE VIEW runs AS SELECT labels.study AS study, labels.method AS method, labels.labels AS labels,
   {", ".join(f"folders.{name} AS {name}" for name in COLUMNS)}
-  FROM folders LEFT JOIN labels ON labels.folder = folders.folder WHERE folders.kind != 'prefix';
+  FROM folders LEFT JOIN labels ON labels.folder = folders.folder WHERE folders.kind != 'fork_point';
 PRAGMA user_version = {INDEX_VERSION};
 """
 

@@ -119,7 +119,8 @@ def results(plan: Plan, out: Path, earlier: Mapping[str, IndexRow] | None = None
         row = None if task.kind == "fork_point" else _row(task, out, earlier or {})
         if row is None:
             continue
-        members = [config for name in (task.needs if task.kind == "ensemble" else (task.name,)) if (config := configs[name])]
+        names = task.needs if task.kind == "ensemble" else (task.name,)
+        members = [config for name in names if (config := configs[name]) is not None]
         pairs = [(config.data.trial, config.train.seed) for config in members]
         for labels in task.labels:
             draw = labels.get("draw")
