@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from qtdog.analysis.analyzed_run import all_images, losses_by_domain, open_analyzed_runs
 from qtdog.analysis.flatness import RADII, FlatnessPlan, measure_flatness
-from qtdog.analysis.subject import all_images, losses_by_domain, open_subjects
 
 
 def arguments() -> argparse.Namespace:
@@ -42,19 +42,19 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def main() -> None:
     """Measure and print one JSON document."""
     given = arguments()
-    (subject,) = open_subjects([given.run], ["run"], data=given.data)
-    images = all_images(subject, given.images, 0)
+    (run,) = open_analyzed_runs([given.run], ["run"], data=given.data)
+    images = all_images(run, given.images, 0)
     plan = FlatnessPlan({"absolute": RADII["absolute"]}, given.directions, given.images, 0)
     allowed = given.directions * len(RADII["absolute"])
 
     def plain() -> None:
         for _ in range(allowed // 2):
-            losses_by_domain(subject.model, images)
+            losses_by_domain(run.model, images)
 
-    losses_by_domain(subject.model, images)  # warm up
+    losses_by_domain(run.model, images)  # warm up
     before = timed(plain)
     with tempfile.TemporaryDirectory() as folder:
-        whole = timed(lambda: measure_flatness([subject], plan, Path(folder)))
+        whole = timed(lambda: measure_flatness([run], plan, Path(folder)))
     after = timed(plain)
     pass_s, pass_clock_s = ((one + other) / 2 / (allowed // 2) for one, other in zip(before, after, strict=True))
     report = {

@@ -6,13 +6,13 @@ from dataclasses import asdict
 
 import pytest
 
-from qtdog.analysis.bit_plan import Choice, Trial, choose
+from qtdog.analysis.bit_plan import BitTrial, Choice, choose
 from qtdog.core.errors import RunError
 
 
-def trials(table: Mapping[int, tuple[float, ...]], flatness: dict[int, float] | None = None) -> list[Trial]:
+def trials(table: Mapping[int, tuple[float, ...]], flatness: dict[int, float] | None = None) -> list[BitTrial]:
     return [
-        Trial(bits, f"d{i}", accuracy, (flatness or {}).get(bits, 0.5), 0.1 * (i + 1), 2.0, 1000 * bits, None)
+        BitTrial(bits, f"d{i}", accuracy, (flatness or {}).get(bits, 0.5), 0.1 * (i + 1), 2.0, 1000 * bits, None)
         for bits, row in table.items()
         for i, accuracy in enumerate(row)
     ]
@@ -67,7 +67,7 @@ def test_domains_are_paired_by_name_not_by_place():
 
 
 def test_a_candidate_that_failed_once_is_out_and_stays_in_the_table():
-    table = [*trials({8: (0.6, 0.7)}), Trial(4, "d0", 0.9, 0.1, 0.0, 1.0, 9), Trial(4, "d1", failed="collapsed")]
+    table = [*trials({8: (0.6, 0.7)}), BitTrial(4, "d0", 0.9, 0.1, 0.0, 1.0, 9), BitTrial(4, "d1", failed="collapsed")]
     choice = choose(table)
     assert choice.bits == 8
     failed = by_bits(choice)[4]

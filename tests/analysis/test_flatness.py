@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.flatness import Flatness, local_flatness, summarise, weight_norm
+from qtdog.analysis.flatness import Flatness, local_flatness, summarize_rises, weight_norm
 from qtdog.analysis.perturb import filter_direction, random_direction
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ModelError
@@ -116,7 +116,7 @@ def test_opposite_directions_cancel_the_slope_and_their_error_is_that_of_pairs()
     assert paired.standard_error < plain.standard_error / 3
     assert abs(paired.increase - bowl.expected(0.5)) < 4 * paired.standard_error
     increases = torch.tensor([[5.0], [-1.0], [4.0], [2.0]])
-    assert summarise([1.0], increases, antithetic=True)[0].standard_error == pytest.approx(0.5)
+    assert summarize_rises([1.0], increases, antithetic=True)[0].standard_error == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("n", [2, 5])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtdog.analysis.hessian import BlockTrace, mean_losses
-from qtdog.analysis.mixed_precision import Sensitivity, cost_table, require_grid, rounding_error, sensitivities
+from qtdog.analysis.mixed_precision import Sensitivity, layer_costs, require_grid, rounding_error, sensitivities
 from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.layers import find_layers
 from qtdog.core.config import AFTER_TRAINING, QuantizerConfig
@@ -65,7 +65,7 @@ def test_cost_is_mean_curvature_times_squared_error_for_the_layers_that_are_quan
     assert isinstance(exact, torch.Tensor)
     assert abs(found.curvature.trace - exact.trace().item()) < 4 * found.curvature.standard_error
     assert found.costs == [found.curvature.mean * error for error in found.errors]
-    assert cost_table([found]).tolist() == [found.costs]
+    assert layer_costs([found]).tolist() == [found.costs]
 
 
 def test_negative_curvature_costs_nothing():

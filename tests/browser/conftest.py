@@ -68,7 +68,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def write_analysis(folder: Path) -> None:
-    """Write an analysis as `qtdog analyse` does, with a hostile title."""
+    """Write an analysis as `qtdog analyze` does, with a hostile title."""
     folder.mkdir()
     told: dict[str, Any] = {"kind": "flatness", "title": HOSTILE, "runs": [{"label": HOSTILE}], "notes": [HOSTILE]}
     numbers = [{"run": HOSTILE, "gamma": 1.0, "flatness": None}]

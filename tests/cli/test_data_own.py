@@ -128,7 +128,7 @@ def test_every_later_command_leaves_out_what_the_run_left_out(qtdog, scans, tmp_
         ("ensemble", *runs, "--out", five),
         ("export", five, "-o", tmp_path / "five.onnx"),
         ("eval", five / "model.safetensors", scans),
-        ("analyse", "surface", runs[0], "--points", 3, "--images", 2, "--out", tmp_path / "a"),
+        ("analyze", "surface", runs[0], "--points", 3, "--images", 2, "--out", tmp_path / "a"),
     ]
     for command in commands:
         outcome = qtdog(*command)

@@ -114,7 +114,7 @@ def test_predict_and_eval_need_no_hub(qtdog, trained, reviews, tmp_path):
         ("hessian", ("--images", 2, "--vectors", 10, "--error", 100, "--probes", 0, "--eigenvalues", 1)),
         ("noise", ()),
         (
-            "slices",
+            "errors",
             (
                 "--images",
                 20,
@@ -123,7 +123,7 @@ def test_predict_and_eval_need_no_hub(qtdog, trained, reviews, tmp_path):
     ],
 )
 def test_analyses_of_weights_and_answers_work_on_text(qtdog, trained, tmp_path, kind, options):
-    found = qtdog("analyse", kind, trained, *options, "--out", tmp_path, "--json")
+    found = qtdog("analyze", kind, trained, *options, "--out", tmp_path, "--json")
     assert found.code == 0, found.err
     assert json.loads(found.out)["numbers"]
 
@@ -131,7 +131,7 @@ def test_analyses_of_weights_and_answers_work_on_text(qtdog, trained, tmp_path, 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("analyse", "cam", "RUN"), "reads text: it has no feature maps to show"),
+        (("analyze", "cam", "RUN"), "reads text: it has no feature maps to show"),
         (("export", "MODEL", "--out", "OUT.onnx"), "reads text; only models of images can be exported"),
         (("bench", "MODEL", "--data", "DATA"), "is a data set of texts, and images are wanted here"),
         (("bits", "--data", "DATA", "--target", "unseen", "--backbone", NAME), "has only one, 'seen'"),

@@ -20,7 +20,7 @@ from qtdog.data.text import SEEN, TextDomains
 
 
 @dataclass(frozen=True)
-class Trial:
+class BitTrial:
     """One candidate, trained without one source domain.
 
     Attributes:
@@ -92,7 +92,7 @@ class Choice:
     bits: int
 
 
-def choose(trials: Sequence[Trial]) -> Choice:
+def choose(trials: Sequence[BitTrial]) -> Choice:
     """Return the recommendation: as few bits as can be had within one standard error of the best accuracy.
 
     The best candidate has the highest mean accuracy over the left-out domains, of equal ones the flattest. Another one
@@ -107,12 +107,12 @@ def choose(trials: Sequence[Trial]) -> Choice:
 
     Example:
         >>> scores = {7: (0.80, 0.70), 6: (0.81, 0.66), 4: (0.60, 0.50)}
-        >>> table = [Trial(b, d, a, 0.1, 0.0, 1.0, b) for b in scores for d, a in zip("xy", scores[b])]
+        >>> table = [BitTrial(b, d, a, 0.1, 0.0, 1.0, b) for b in scores for d, a in zip("xy", scores[b])]
         >>> choice = choose(table)
         >>> choice.best, choice.bits
         (7, 6)
     """
-    table: dict[int, dict[str, Trial]] = {}
+    table: dict[int, dict[str, BitTrial]] = {}
     for trial in sorted(trials, key=lambda trial: -trial.bits):
         table.setdefault(trial.bits, {})[trial.left_out] = trial
     whole = {bits: row for bits, row in table.items() if all(trial.accuracy is not None for trial in row.values())}
@@ -127,7 +127,7 @@ def choose(trials: Sequence[Trial]) -> Choice:
     return Choice(candidates, best, min(candidate.bits for candidate in candidates if candidate.eligible))
 
 
-def _candidate(bits: int, row: Mapping[str, Trial], best: Mapping[str, Trial]) -> Candidate:
+def _candidate(bits: int, row: Mapping[str, BitTrial], best: Mapping[str, BitTrial]) -> Candidate:
     accuracies = _accuracies(row)
     behind = [other - own for own, other in zip(accuracies, _accuracies(_alike(best, row)), strict=True)]
     errors = [trial.flatness_error or 0.0 for trial in row.values()]
@@ -144,20 +144,20 @@ def _candidate(bits: int, row: Mapping[str, Trial], best: Mapping[str, Trial]) -
     )
 
 
-def _alike(other: Mapping[str, Trial], row: Mapping[str, Trial]) -> dict[str, Trial]:
+def _alike(other: Mapping[str, BitTrial], row: Mapping[str, BitTrial]) -> dict[str, BitTrial]:
     """Return another row in the order of this one, so that what is compared is the same domain."""
     return {domain: other[domain] for domain in row}
 
 
-def _known(row: Mapping[str, Trial]) -> dict[str, float | None]:
+def _known(row: Mapping[str, BitTrial]) -> dict[str, float | None]:
     return {domain: trial.accuracy for domain, trial in row.items()}
 
 
-def _accuracies(row: Mapping[str, Trial]) -> list[float]:
+def _accuracies(row: Mapping[str, BitTrial]) -> list[float]:
     return [trial.accuracy or 0.0 for trial in row.values()]
 
 
-def _flatness(row: Mapping[str, Trial]) -> list[float]:
+def _flatness(row: Mapping[str, BitTrial]) -> list[float]:
     return [trial.flatness or 0.0 for trial in row.values()]
 
 

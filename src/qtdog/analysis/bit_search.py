@@ -13,10 +13,10 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
-from qtdog.analysis.bit_plan import BitPlan, Trial, place
+from qtdog.analysis.bit_plan import BitPlan, BitTrial, place
 from qtdog.analysis.flatness import Flatness, local_flatness, weight_norm
 from qtdog.analysis.hessian import mean_losses
-from qtdog.analysis.mixed_precision import Sensitivity, assign_bits, average_bits, cost_table, sensitivities
+from qtdog.analysis.mixed_precision import Sensitivity, assign_bits, average_bits, layer_costs, sensitivities
 from qtdog.core.config import Config, config_hash
 from qtdog.core.errors import CollapseError, NonFiniteLossError
 from qtdog.core.files import write_atomic
@@ -107,7 +107,7 @@ def choose_layer_bits(
         out: folder of the float run.
         n_vectors: random vectors of the curvature.
         callbacks: how the run speaks to the user.
-        progress: is told of batches of images.
+        progress: reports batches of images.
 
     Raises:
         ConfigError: the budget is below the smallest candidate, or as in `sensitivities`.
@@ -117,7 +117,7 @@ def choose_layer_bits(
     prefix = train_fork_point(plan.config, plan.sources, RunFolder(out / "float"), callbacks=callbacks)
     layers = _sensitivities(plan, prefix, n_vectors, progress)
     n_weights = [layer.curvature.n_weights for layer in layers]
-    bits = assign_bits(cost_table(layers), n_weights, plan.candidates, budget)
+    bits = assign_bits(layer_costs(layers), n_weights, plan.candidates, budget)
     return LayerChoice(tuple(layers), plan.candidates, tuple(bits), budget)
 
 
@@ -171,8 +171,8 @@ class BitTrials:
         plan: what is tried.
         out: folder of all runs.
         callbacks: how the runs speak to the user.
-        say: is told in a line what begins.
-        measuring: is told of the random directions of each flatness.
+        say: called with a line about what begins.
+        measuring: reports the random directions of each flatness.
     """
 
     plan: BitPlan
@@ -181,7 +181,7 @@ class BitTrials:
     say: Callable[[str], None] = lambda text: None
     measuring: Progress = None
 
-    def run(self) -> list[Trial]:
+    def run(self) -> list[BitTrial]:
         """Return the trial of every candidate without every source domain; what is finished is not done again.
 
         Raises:
@@ -191,7 +191,7 @@ class BitTrials:
         """
         return [trial for left_out in self.plan.sources.domains for trial in self._without(left_out)]
 
-    def _without(self, left_out: str) -> list[Trial]:
+    def _without(self, left_out: str) -> list[BitTrial]:
         plan = self.plan
         self.say(f"without {left_out}: {plan.start:,} float steps")
         shared = plan.trial_config(left_out, plan.candidates[0])
@@ -205,11 +205,11 @@ class BitTrials:
             trials.append(self._trial(plan.trial_config(left_out, bits), prefix, folder))
         return trials
 
-    def _trial(self, config: Config, prefix: Checkpoint, folder: RunFolder) -> Trial:
+    def _trial(self, config: Config, prefix: Checkpoint, folder: RunFolder) -> BitTrial:
         asked = {"config_hash": config_hash(config), "gamma": self.plan.gamma, "n_directions": self.plan.n_directions}
         file = folder.path / "trial.json"
         if file.is_file() and (kept := json.loads(file.read_text()))["asked"] == asked:
-            return Trial(**kept["trial"])
+            return BitTrial(**kept["trial"])
         accelerator = make_accelerator(config)
         trial = self._made(config, prefix, folder, accelerator)
         if accelerator.is_main_process:
@@ -217,18 +217,18 @@ class BitTrials:
         accelerator.wait_for_everyone()
         return trial
 
-    def _made(self, config: Config, prefix: Checkpoint, folder: RunFolder, accelerator: Accelerator) -> Trial:
+    def _made(self, config: Config, prefix: Checkpoint, folder: RunFolder, accelerator: Accelerator) -> BitTrial:
         """Train one candidate and measure it; one that collapses has no accuracy, and the others go on."""
         bits, left_out = config.quantizer.bits, config.data.target
         try:
             result = run(config, self.plan.sources, folder, resume=True, callbacks=self.callbacks, fork_from=prefix)
         except (CollapseError, NonFiniteLossError) as error:
             self.callbacks.warn(f"{bits} bits without {left_out}: {error}")
-            return Trial(bits, left_out, failed=str(error))
+            return BitTrial(bits, left_out, failed=str(error))
         network = load_model(folder.model_file, device=accelerator.device).network
         gamma = self.plan.gamma or GAMMA_FRAC * float_norm(network, prefix)
         flat = self._flatness(config, network, gamma, accelerator)
-        return Trial(bits, left_out, result["test_accuracy"], **_numbers(flat), n_bytes=result["size"]["bytes"])
+        return BitTrial(bits, left_out, result["test_accuracy"], **_numbers(flat), n_bytes=result["size"]["bytes"])
 
     def _flatness(self, config: Config, network: Network, gamma: float, accelerator: Accelerator) -> Flatness:
         loss = source_loss(config, self.plan.sources, network, accelerator)

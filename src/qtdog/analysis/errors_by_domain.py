@@ -12,18 +12,18 @@ import numpy.typing as npt
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from qtdog.analysis.figures import panels, plain, save
+from qtdog.analysis.analyzed_run import AnalyzedRun, Images, domain_images, logits
+from qtdog.analysis.figures import escape_dollar, panels, save_figure
 from qtdog.analysis.gradcam import show_image
-from qtdog.analysis.results import Outcome, Points, write_outcome, write_table
-from qtdog.analysis.subject import Images, Subject, domain_images, logits
+from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result, write_table
 from qtdog.core.progress import Progress
 
 Confusion = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model said of one image.
+class ScoredImage:
+    """What a model predicted of one image.
 
     Attributes:
         domain: of the image.
@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Slices:
+class DomainErrors:
     """The accuracy of a model by parts.
 
     Attributes:
@@ -65,11 +65,11 @@ class Slices:
     worst_cell: tuple[str, int, float, int]
 
 
-def confusion(answers: Sequence[Answer], n_classes: int) -> Confusion:
+def confusion(answers: Sequence[ScoredImage], n_classes: int) -> Confusion:
     """Return how often each true class (row) was called each class (column), int64 (n_classes, n_classes).
 
     Example:
-        >>> confusion([Answer("a", "1", 0, 1, 0.9), Answer("a", "2", 1, 1, 0.8)], 2).tolist()
+        >>> confusion([ScoredImage("a", "1", 0, 1, 0.9), ScoredImage("a", "2", 1, 1, 0.8)], 2).tolist()
         [[0, 1], [0, 1]]
     """
     table = np.zeros((n_classes, n_classes), dtype=np.int64)
@@ -78,7 +78,7 @@ def confusion(answers: Sequence[Answer], n_classes: int) -> Confusion:
     return table
 
 
-def slices(tables: Mapping[str, Confusion], sources: Sequence[str], target: str | None) -> Slices:
+def domain_errors(tables: Mapping[str, Confusion], sources: Sequence[str], target: str | None) -> DomainErrors:
     """Return the accuracy of a model by parts.
 
     Args:
@@ -88,7 +88,7 @@ def slices(tables: Mapping[str, Confusion], sources: Sequence[str], target: str 
 
     Example:
         >>> tables = {"a": np.array([[3, 1], [0, 4]]), "b": np.array([[1, 1], [1, 1]])}
-        >>> found = slices(tables, ["a"], "b")
+        >>> found = domain_errors(tables, ["a"], "b")
         >>> found.worst_domain, found.gap, found.worst_class
         ('b', 0.375, 0)
     """
@@ -104,7 +104,7 @@ def slices(tables: Mapping[str, Confusion], sources: Sequence[str], target: str 
     reached = None if target is None else accuracy[target]
     worst_class = min(sorted(by_class), key=lambda c: by_class[c])
     domain, cell = min(cells, key=lambda key: cells[key][0])
-    return Slices(
+    return DomainErrors(
         accuracy=accuracy,
         worst_domain=min(accuracy, key=lambda name: accuracy[name]),
         source_accuracy=source,
@@ -116,11 +116,12 @@ def slices(tables: Mapping[str, Confusion], sources: Sequence[str], target: str 
     )
 
 
-def surest_mistakes(answers: Sequence[Answer], n: int) -> list[Answer]:
+def surest_mistakes(answers: Sequence[ScoredImage], n: int) -> list[ScoredImage]:
     """Return the n wrong answers of the highest confidence, surest first, ties by name.
 
     Example:
-        >>> wrong = [Answer("a", "1", 0, 1, 0.6), Answer("a", "2", 0, 1, 0.9), Answer("a", "3", 1, 1, 1.0)]
+        >>> given = [("1", 0, 1, 0.6), ("2", 0, 1, 0.9), ("3", 1, 1, 1.0)]
+        >>> wrong = [ScoredImage("a", *one) for one in given]
         >>> [answer.key for answer in surest_mistakes(wrong, 5)]
         ['2', '1']
     """
@@ -133,16 +134,16 @@ INCHES = 1.6
 MAX_NUMBERED = 12  # classes, up to which the cells hold their numbers
 
 
-def draw_confusions(tables: Mapping[str, Confusion], subject: Subject, folder: Path, name: str) -> list[str]:
+def draw_confusions(tables: Mapping[str, Confusion], run: AnalyzedRun, folder: Path, name: str) -> list[str]:
     """Draw the confusion matrix of each domain, rows in percent of the true class; return the names of the files."""
     figure, axes = panels(len(tables), width=4.0, height=3.8)
     for axis, (domain, table) in zip(axes, tables.items(), strict=True):
-        _matrix(axis, table, subject.dataset.classes)
-        role = "target" if domain == subject.target else "source"
-        axis.set_title(plain(f"{domain} ({role})"))
+        _matrix(axis, table, run.dataset.classes)
+        role = "target" if domain == run.target else "source"
+        axis.set_title(escape_dollar(f"{domain} ({role})"))
     axes[0].set_ylabel("true class")
-    figure.suptitle(plain(subject.label), fontsize=10)
-    return save(figure, folder, name)
+    figure.suptitle(escape_dollar(run.label), fontsize=10)
+    return save_figure(figure, folder, name)
 
 
 def _matrix(axis: Axes, table: Confusion, classes: Sequence[str]) -> None:
@@ -152,17 +153,17 @@ def _matrix(axis: Axes, table: Confusion, classes: Sequence[str]) -> None:
         for (row, column), share in np.ndenumerate(shares):
             colour = "black" if share > 50 else "white"
             axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-        names = [plain(name) for name in classes]
+        names = [escape_dollar(name) for name in classes]
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel("called (% of the true class)")
 
 
 def draw_mistakes(
-    mistakes: Sequence[Answer], images: Mapping[str, Images], subject: Subject, folder: Path, name: str
+    mistakes: Sequence[ScoredImage], images: Mapping[str, Images], run: AnalyzedRun, folder: Path, name: str
 ) -> list[str]:
-    """Draw the images of wrong answers with what was said of them; no file if there are none, or of texts."""
-    if not mistakes or subject.model.info.preprocessing.max_tokens:
+    """Draw the images of wrong answers with their predictions; no file if there are none, or of texts."""
+    if not mistakes or run.model.info.preprocessing.max_tokens:
         return []
     columns = min(N_COLUMNS, len(mistakes))
     rows = -(-len(mistakes) // columns)
@@ -171,22 +172,24 @@ def draw_mistakes(
     flat = [axis for row in axes for axis in row]
     for axis in flat[len(mistakes) :]:
         axis.remove()
-    classes = subject.dataset.classes
+    classes = run.dataset.classes
     for axis, mistake in zip(flat, mistakes, strict=False):
         found = images[mistake.domain]
         show_image(axis, found.pixels[found.keys.index(mistake.key)].numpy())
-        said = f"said {classes[mistake.predicted]} ({100 * mistake.confidence:.0f} %)\nis {classes[mistake.label]}"
-        axis.set_title(plain(said), fontsize=7)
-    figure.suptitle(plain(f"{subject.label}: surest mistakes"), fontsize=9)
-    return save(figure, folder, name)
+        predicted = (
+            f"predicted {classes[mistake.predicted]} ({100 * mistake.confidence:.0f} %)\nis {classes[mistake.label]}"
+        )
+        axis.set_title(escape_dollar(predicted), fontsize=7)
+    figure.suptitle(escape_dollar(f"{run.label}: surest mistakes"), fontsize=9)
+    return save_figure(figure, folder, name)
 
 
 MISTAKE_COLUMNS = ("label", "predicted", "confidence")
 CONFUSION = "confusion.csv"
 
 
-def measure_slices(
-    subjects: Sequence[Subject],
+def measure_errors(
+    runs: Sequence[AnalyzedRun],
     folder: Path,
     *,
     n_images: int | None = None,
@@ -198,85 +201,85 @@ def measure_slices(
     """Score every run on each domain, held-out images of the sources; return what `analysis.json` says.
 
     Args:
-        subjects: runs of one data set.
+        runs: runs of one data set.
         folder: where points, tables and figures go.
         n_images: of each domain; None for all.
         n_mistakes: that are drawn: of the target, or of all domains of a run without one.
         seed: of the images.
-        progress: is told of domains.
+        progress: reports domains.
         check: called before each batch; may raise to break off.
 
     Raises:
         RunError: the folder holds points of other settings, or cannot be written.
-        ConfigError, DataError: as in `analysis.subject.domain_images`.
+        ConfigError, DataError: as in `analysis.analyzed_run.domain_images`.
     """
-    points = Points(folder, ("run", "domain", "image"), MISTAKE_COLUMNS, {"n_images": n_images, "seed": seed})
+    points = Measurements(folder, ("run", "domain", "image"), MISTAKE_COLUMNS, {"n_images": n_images, "seed": seed})
     numbers, figures, table = [], [], []
-    total = sum(len(subject.domains) for subject in subjects)
+    total = sum(len(run.domains) for run in runs)
     done = 0
-    for n, subject in enumerate(subjects):
+    for n, run in enumerate(runs):
         images = {}
-        for domain in subject.domains:
-            images[domain] = domain_images(subject, domain, n_images, seed)
-            _measure(subject, domain, images[domain], points, check)
+        for domain in run.domains:
+            images[domain] = domain_images(run, domain, n_images, seed)
+            _measure(run, domain, images[domain], points, check)
             done += 1
             if progress is not None:
                 progress(done, total)
-        answers = _answers(subject, points)
-        tables = _tables(subject, answers)
-        numbers.append(_numbers(subject, slices(tables, subject.protocol.sources, subject.target)))
-        table += _rows(subject, tables)
-        figures += draw_confusions(tables, subject, folder, f"confusion-{n + 1}")
-        shown = [answer for answer in answers if subject.target in (None, answer.domain)]
-        figures += draw_mistakes(surest_mistakes(shown, n_mistakes), images, subject, folder, f"mistakes-{n + 1}")
+        answers = _answers(run, points)
+        tables = _tables(run, answers)
+        numbers.append(_numbers(run, domain_errors(tables, run.protocol.sources, run.target)))
+        table += _rows(run, tables)
+        figures += draw_confusions(tables, run, folder, f"confusion-{n + 1}")
+        shown = [answer for answer in answers if run.target in (None, answer.domain)]
+        figures += draw_mistakes(surest_mistakes(shown, n_mistakes), images, run, folder, f"mistakes-{n + 1}")
     write_table(folder / CONFUSION, table)
-    outcome = Outcome(
-        kind="slices",
+    result = AnalysisResult(
+        kind="domain_errors",
         title="Where the runs err",
         settings={"n_images": n_images, "seed": seed},
-        runs=[subject.to_json() for subject in subjects],
+        runs=[run.to_json() for run in runs],
         numbers=numbers,
         figures=figures,
         notes=("Held-out images of the sources; the target was never trained on. Every count is in confusion.csv.",),
     )
-    return write_outcome(folder, outcome)
+    return write_result(folder, result)
 
 
-def _measure(subject: Subject, domain: str, images: Images, points: Points, check: Callable[[], None]) -> None:
-    if all((subject.id, domain, key) in points for key in images.keys):
+def _measure(run: AnalyzedRun, domain: str, images: Images, points: Measurements, check: Callable[[], None]) -> None:
+    if all((run.id, domain, key) in points for key in images.keys):
         return
-    best = logits(subject.model, images, check=check).double().softmax(1).max(1)
-    place = {name: c for c, name in enumerate(subject.dataset.classes)}
-    said = [place[subject.model.info.classes[c]] for c in best.indices.tolist()]
+    best = logits(run.model, images, check=check).double().softmax(1).max(1)
+    place = {name: c for c, name in enumerate(run.dataset.classes)}
+    predicted = [place[run.model.info.classes[c]] for c in best.indices.tolist()]
     labels, surest = images.labels.tolist(), best.values.tolist()
     rows = [
-        ((subject.id, domain, key), values)
-        for key, *values in zip(images.keys, labels, said, surest, strict=True)
-        if (subject.id, domain, key) not in points
+        ((run.id, domain, key), values)
+        for key, *values in zip(images.keys, labels, predicted, surest, strict=True)
+        if (run.id, domain, key) not in points
     ]
     points.add_all_(rows)
 
 
-def _answers(subject: Subject, points: Points) -> list[Answer]:
+def _answers(run: AnalyzedRun, points: Measurements) -> list[ScoredImage]:
     return [
-        Answer(row["domain"], row["image"], int(row["label"]), int(row["predicted"]), float(row["confidence"]))
-        for row in points.of(run=subject.id)
+        ScoredImage(row["domain"], row["image"], int(row["label"]), int(row["predicted"]), float(row["confidence"]))
+        for row in points.of(run=run.id)
     ]
 
 
-def _tables(subject: Subject, answers: Sequence[Answer]) -> dict[str, Confusion]:
-    n_classes = len(subject.dataset.classes)
+def _tables(run: AnalyzedRun, answers: Sequence[ScoredImage]) -> dict[str, Confusion]:
+    n_classes = len(run.dataset.classes)
     return {
         domain: confusion([answer for answer in answers if answer.domain == domain], n_classes)
-        for domain in subject.domains
+        for domain in run.domains
     }
 
 
-def _numbers(subject: Subject, found: Slices) -> dict[str, Any]:
-    classes = subject.dataset.classes
+def _numbers(run: AnalyzedRun, found: DomainErrors) -> dict[str, Any]:
+    classes = run.dataset.classes
     domain, cell, accuracy, n = found.worst_cell
     return {
-        "run": subject.label,
+        "run": run.label,
         "source_accuracy": found.source_accuracy,
         "target_accuracy": found.target_accuracy,
         "gap": found.gap,
@@ -289,10 +292,10 @@ def _numbers(subject: Subject, found: Slices) -> dict[str, Any]:
     } | {f"accuracy of {name}": value for name, value in sorted(found.accuracy.items())}
 
 
-def _rows(subject: Subject, tables: dict[str, Confusion]) -> list[dict[str, Any]]:
-    classes = subject.dataset.classes
+def _rows(run: AnalyzedRun, tables: dict[str, Confusion]) -> list[dict[str, Any]]:
+    classes = run.dataset.classes
     return [
-        {"run": subject.label, "domain": domain, "true": classes[t], "predicted": classes[p], "n": int(table[t, p])}
+        {"run": run.label, "domain": domain, "true": classes[t], "predicted": classes[p], "n": int(table[t, p])}
         for domain, table in tables.items()
         for t in range(len(classes))
         for p in range(len(classes))

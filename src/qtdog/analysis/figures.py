@@ -13,21 +13,21 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito, 2008: told apart by readers who see few colours, and in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Okabe and Ito, 2008: distinguishable for readers who see few colors, and in print.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 MAX_PANELS_WIDE = 4
 
 
-def style(n: int) -> dict[str, Any]:
+def curve_style(n: int) -> dict[str, Any]:
     """Return colour and marker of curve number `n`: after eight they begin anew, with another pairing.
 
     Example:
-        >>> style(0), style(0) == style(8)
+        >>> curve_style(0), curve_style(0) == curve_style(8)
         ({'color': '#0072B2', 'marker': 'o'}, False)
     """
-    shift = n // len(COLOURS)
-    return {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[(n + shift) % len(MARKERS)]}
+    shift = n // len(COLORS)
+    return {"color": COLORS[n % len(COLORS)], "marker": MARKERS[(n + shift) % len(MARKERS)]}
 
 
 def panels(n: int, *, width: float = 4.4, height: float = 3.6, share_y: bool = False) -> tuple[Figure, list[Axes]]:
@@ -43,11 +43,11 @@ def panels(n: int, *, width: float = 4.4, height: float = 3.6, share_y: bool = F
     return figure, flat[:n]
 
 
-def plain(text: str) -> str:
+def escape_dollar(text: str) -> str:
     r"""Return a name as it is: a dollar sign in it begins no formula.
 
     Example:
-        >>> print(plain("a$b"))
+        >>> print(escape_dollar("a$b"))
         a\$b
     """
     return text.replace("$", r"\$")
@@ -60,7 +60,7 @@ def legend(figure: Figure, axis: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[str]:
+def save_figure(figure: Figure, folder: Path, name: str) -> list[str]:
     """Write a figure as PNG and PDF, close it, and return the names of the files.
 
     The files hold no date, so that the same numbers give the same bytes.

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qtdog.analysis.figures import legend, panels, plain, save, style
+from qtdog.analysis.analyzed_run import AnalyzedRun, all_images, losses_by_domain, role_mean, shift
+from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
+from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
 from qtdog.analysis.perturb import Displaced, Radius
-from qtdog.analysis.results import Outcome, Points, write_outcome
-from qtdog.analysis.subject import Subject, all_images, losses_by_domain, role_mean, shift
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 
@@ -65,7 +65,7 @@ def local_flatness(
         antithetic: take every direction and its opposite, so that the slope of the loss cancels and only its curvature
             counts; `n_directions` counts both, and must be even and 4 or more.
         radius: `absolute`, or `filter`: γ is then a share of each filter's length.
-        progress: is told of each direction.
+        progress: reports each direction.
 
     Raises:
         ModelError: the network carries quantizers.
@@ -89,7 +89,7 @@ def local_flatness(
                 increases[n, g] = loss() - base
             if progress is not None:
                 progress(n + 1, n_directions)
-    return summarise(gammas, increases, antithetic=antithetic)
+    return summarize_rises(gammas, increases, antithetic=antithetic)
 
 
 def _mover(moved: Displaced, seed: int, *, antithetic: bool) -> Callable[[Radius, int, float], None]:
@@ -128,7 +128,7 @@ def numbered(n: int, *, antithetic: bool) -> tuple[int, int]:
     return (n // 2, 1 - 2 * (n % 2)) if antithetic else (n, 1)
 
 
-def summarise(gammas: Sequence[float], increases: Tensor, *, antithetic: bool) -> list[Flatness]:
+def summarize_rises(gammas: Sequence[float], increases: Tensor, *, antithetic: bool) -> list[Flatness]:
     """Return mean and standard error of each radius from the rises of the loss.
 
     With opposite directions the error is that of the means of the pairs, which are what is independent.
@@ -139,7 +139,7 @@ def summarise(gammas: Sequence[float], increases: Tensor, *, antithetic: bool) -
         antithetic: whether each two rows belong to opposite directions.
 
     Example:
-        >>> summarise([1.0], torch.tensor([[3.0], [-1.0], [2.0], [2.0]]), antithetic=True)[0].standard_error
+        >>> summarize_rises([1.0], torch.tensor([[3.0], [-1.0], [2.0], [2.0]]), antithetic=True)[0].standard_error
         0.5
     """
     means = increases.reshape(-1, 2, len(gammas)).mean(1) if antithetic else increases
@@ -219,7 +219,7 @@ class FlatnessPlan:
 
 
 def measure_flatness(
-    subjects: Sequence[Subject],
+    runs: Sequence[AnalyzedRun],
     plan: FlatnessPlan,
     folder: Path,
     *,
@@ -232,65 +232,65 @@ def measure_flatness(
     place is kept in `points.csv`, and is not measured again. One place costs one pass over the images.
 
     Args:
-        subjects: the runs, of one data set.
+        runs: the runs, of one data set.
         plan: what is measured.
         folder: where points, table and figures go.
-        progress: is told of passes over the images.
+        progress: reports passes over the images.
         check: called before each batch; may raise to break off.
 
     Raises:
         RunError: the folder holds points of other settings, or cannot be written.
-        ConfigError, DataError: as in `analysis.subject.domain_images`.
+        ConfigError, DataError: as in `analysis.analyzed_run.domain_images`.
     """
     settings = {"n_images": plan.n_images, "seed": plan.seed}
-    points = Points(folder, KEY, subjects[0].dataset.domains, settings)
+    points = Measurements(folder, KEY, runs[0].dataset.domains, settings)
     n_places = len(plan.places)
-    for s, subject in enumerate(subjects):
-        shifted = shift(progress, s * n_places, len(subjects) * n_places)
-        _measure(subject, plan, points, progress=shifted, check=check)
-    numbers = [row for subject in subjects for row in flatness_numbers(subject, plan, points)]
+    for s, run in enumerate(runs):
+        shifted = shift(progress, s * n_places, len(runs) * n_places)
+        _measure(run, plan, points, progress=shifted, check=check)
+    numbers = [row for run in runs for row in flatness_numbers(run, plan, points)]
     figures = [name for kind in plan.gammas for name in draw_flatness(numbers, kind, folder)]
-    return write_outcome(folder, _outcome(subjects, plan, settings, numbers, figures))
+    return write_result(folder, _result(runs, plan, settings, numbers, figures))
 
 
 def _measure(
-    subject: Subject, plan: FlatnessPlan, points: Points, *, progress: Progress, check: Callable[[], None]
+    run: AnalyzedRun, plan: FlatnessPlan, points: Measurements, *, progress: Progress, check: Callable[[], None]
 ) -> None:
     places = plan.places
-    missing = [(i, place) for i, place in enumerate(places) if (subject.id, *place) not in points]
+    missing = [(i, place) for i, place in enumerate(places) if (run.id, *place) not in points]
     if not missing:
         return
-    images = all_images(subject, plan.n_images, plan.seed)
-    with Displaced(subject.model.network) as moved:
+    images = all_images(run, plan.n_images, plan.seed)
+    with Displaced(run.model.network) as moved:
         move_ = _mover(moved, plan.seed, antithetic=True)
         for i, (kind, n, gamma) in missing:
             if (kind, n, gamma) == BASE:
                 moved.to_()
             else:
                 move_(cast(Radius, kind), int(n), gamma)
-            _add(points, subject, (kind, n, gamma), losses_by_domain(subject.model, images, check=check))
+            _add(points, run, (kind, n, gamma), losses_by_domain(run.model, images, check=check))
             if progress is not None:
                 progress(i + 1, len(places))
 
 
-def _add(points: Points, subject: Subject, key: tuple[Any, ...], losses: Mapping[str, float]) -> None:
-    points.add_((subject.id, *key), [losses.get(domain) for domain in subject.dataset.domains])
+def _add(points: Measurements, run: AnalyzedRun, key: tuple[Any, ...], losses: Mapping[str, float]) -> None:
+    points.add_((run.id, *key), [losses.get(domain) for domain in run.dataset.domains])
 
 
-def flatness_numbers(subject: Subject, plan: FlatnessPlan, points: Points) -> list[dict[str, Any]]:
+def flatness_numbers(run: AnalyzedRun, plan: FlatnessPlan, points: Measurements) -> list[dict[str, Any]]:
     """Return the rows of the table of one run: F_γ on sources and target at every radius of every kind."""
-    rows = {(row["radius"], row["direction"], float(row["gamma"])): row for row in points.of(run=subject.id)}
-    norm = weight_norm(subject.model.network)
+    rows = {(row["radius"], row["direction"], float(row["gamma"])): row for row in points.of(run=run.id)}
+    norm = weight_norm(run.model.network)
     numbers = []
-    for role, domains in subject.roles.items():
+    for role, domains in run.roles.items():
         base = role_mean(rows[BASE], domains)
         for kind, gammas in plan.gammas.items():
             rises = [
                 [role_mean(rows[kind, str(n), gamma], domains) - base if gamma else 0.0 for gamma in gammas]
                 for n in range(plan.n_directions)
             ]
-            found = summarise(gammas, torch.tensor(rises, dtype=torch.float64), antithetic=True)
-            who = {"run": subject.label, "on": role, "radius": kind, "loss": base, "weight_norm": norm}
+            found = summarize_rises(gammas, torch.tensor(rises, dtype=torch.float64), antithetic=True)
+            who = {"run": run.label, "on": role, "radius": kind, "loss": base, "weight_norm": norm}
             numbers += [who | asdict(flat) for flat in found]
     return numbers
 
@@ -303,13 +303,18 @@ def draw_flatness(numbers: Sequence[Mapping[str, Any]], kind: str, folder: Path)
     figure, axes = panels(len(roles))
     for axis, role in zip(axes, roles, strict=True):
         for n, label in enumerate(labels):
-            _curve(axis, [row for row in shown if (row["on"], row["run"]) == (role, label)], plain(label), style(n))
+            _curve(
+                axis,
+                [row for row in shown if (row["on"], row["run"]) == (role, label)],
+                escape_dollar(label),
+                curve_style(n),
+            )
         axis.set_title("sources (held-out images)" if role == "sources" else "target (unseen domain)")
         axis.set_xlabel(XLABELS[kind])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("rise of the loss F (nats)")
     legend(figure, axes[0])
-    return save(figure, folder, "flatness" if kind == "absolute" else "flatness-filter")
+    return save_figure(figure, folder, "flatness" if kind == "absolute" else "flatness-filter")
 
 
 def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], label: str, look: Mapping[str, Any]) -> None:
@@ -320,18 +325,18 @@ def _curve(axis: Any, rows: Sequence[Mapping[str, Any]], label: str, look: Mappi
     axis.fill_between(gammas, low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
-def _outcome(
-    subjects: Sequence[Subject],
+def _result(
+    runs: Sequence[AnalyzedRun],
     plan: FlatnessPlan,
     settings: Mapping[str, Any],
     numbers: Sequence[Mapping[str, Any]],
     figures: Sequence[str],
-) -> Outcome:
-    return Outcome(
+) -> AnalysisResult:
+    return AnalysisResult(
         kind="flatness",
         title="Local flatness: rise of the loss at distance γ from the weights",
         settings={**settings, "n_directions": plan.n_directions, "gammas": dict(plan.gammas)},
-        runs=[subject.to_json() for subject in subjects],
+        runs=[run.to_json() for run in runs],
         numbers=numbers,
         figures=figures,
         notes=(

@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qtdog.analysis.figures import plain, save
-from qtdog.analysis.results import Outcome, Points, write_outcome
-from qtdog.analysis.subject import Images, Subject, domain_images
+from qtdog.analysis.analyzed_run import AnalyzedRun, Images, domain_images
+from qtdog.analysis.figures import escape_dollar, save_figure
+from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
 from qtdog.core.errors import ConfigError, ModelError, extra
 from qtdog.core.feature_maps import Stage
 from qtdog.core.progress import Progress
@@ -201,14 +201,14 @@ def draw_cam(pixels: Tensor, names: Sequence[str], maps: Mapping[str, Maps], fol
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
     for row, (image, name) in enumerate(zip(pixels.numpy(), names, strict=True)):
         show_image(axes[row][0], image)
-        axes[row][0].set_ylabel(plain(name), fontsize=8)
+        axes[row][0].set_ylabel(escape_dollar(name), fontsize=8)
         for axis, (label, found) in zip(axes[row][1:], maps.items(), strict=True):
             show_image(axis, image)
             axis.imshow(found[row], cmap="inferno", alpha=0.55, vmin=0, vmax=1)
             if row == 0:
-                axis.set_title(plain(label), fontsize=8, wrap=True)
+                axis.set_title(escape_dollar(label), fontsize=8, wrap=True)
     axes[0][0].set_title("image", fontsize=8)
-    return save(figure, folder, "cam")
+    return save_figure(figure, folder, "cam")
 
 
 def show_image(axis: Axes, image: np.ndarray) -> None:
@@ -241,7 +241,7 @@ class CamPlan:
 
 
 def measure_cam(
-    subjects: Sequence[Subject],
+    runs: Sequence[AnalyzedRun],
     plan: CamPlan,
     folder: Path,
     *,
@@ -253,10 +253,10 @@ def measure_cam(
     Every map is compared with a random order of the pixels: a map that is no better points nowhere.
 
     Args:
-        subjects: runs of one data set and image size.
+        runs: runs of one data set and image size.
         plan: which maps.
         folder: where points, table and figure go.
-        progress: is told of images.
+        progress: reports images.
         check: called before each image; may raise to break off.
 
     Raises:
@@ -264,72 +264,72 @@ def measure_cam(
         ModelError: grad-cam is not installed, or a backbone has no feature maps.
         RunError: the folder holds points of other settings, or cannot be written.
     """
-    for subject in subjects:
-        if subject.model.info.preprocessing.max_tokens:
-            raise ModelError(f"{subject.folder.path} reads text: it has no feature maps to show")
-    domain = _domain(subjects, plan)
-    images = domain_images(subjects[0], domain, plan.n_images, plan.seed)
-    if any(domain_images(subject, domain, plan.n_images, plan.seed).keys != images.keys for subject in subjects):
+    for run in runs:
+        if run.model.info.preprocessing.max_tokens:
+            raise ModelError(f"{run.folder.path} reads text: it has no feature maps to show")
+    domain = _domain(runs, plan)
+    images = domain_images(runs[0], domain, plan.n_images, plan.seed)
+    if any(domain_images(run, domain, plan.n_images, plan.seed).keys != images.keys for run in runs):
         raise ConfigError("these runs hold back different images; compare runs of one target and one --trial")
     settings = {"domain": domain, "n_images": plan.n_images, "stage": plan.stage, "seed": plan.seed}
-    points = Points(folder, ("run", "image"), SCORES, settings)
-    for s, subject in enumerate(subjects):
+    points = Measurements(folder, ("run", "image"), SCORES, settings)
+    for s, run in enumerate(runs):
         for i, key in enumerate(images.keys):
-            if (subject.id, key) not in points:
+            if (run.id, key) not in points:
                 check()
-                points.add_((subject.id, key), _scores(subject, images, i, plan))
+                points.add_((run.id, key), _scores(run, images, i, plan))
             if progress is not None:
-                progress(s * len(images.keys) + i + 1, len(subjects) * len(images.keys))
+                progress(s * len(images.keys) + i + 1, len(runs) * len(images.keys))
     shown = min(plan.n_shown, len(images.keys))
-    maps = {subject.label: _maps(subject, images, range(shown), plan) for subject in subjects}
-    names = [subjects[0].dataset.classes[label] for label in images.labels[:shown]]
-    outcome = Outcome(
+    maps = {run.label: _maps(run, images, range(shown), plan) for run in runs}
+    names = [runs[0].dataset.classes[label] for label in images.labels[:shown]]
+    result = AnalysisResult(
         kind="cam",
         title=f"Class-activation maps on {domain}",
         settings=settings,
-        runs=[subject.to_json() for subject in subjects],
-        numbers=[_numbers(subject, points, images) for subject in subjects],
+        runs=[run.to_json() for run in runs],
+        numbers=[_numbers(run, points, images) for run in runs],
         figures=draw_cam(images.pixels[:shown], names, maps, folder),
         notes=(
             "Maps of the true class. deletion: low is faithful; insertion: high is faithful.",
             "random_*: the same scores when pixels go in random order; ± of a mean is over the images.",
         ),
     )
-    return write_outcome(folder, outcome)
+    return write_result(folder, result)
 
 
-def _domain(subjects: Sequence[Subject], plan: CamPlan) -> str:
-    first = subjects[0]
+def _domain(runs: Sequence[AnalyzedRun], plan: CamPlan) -> str:
+    first = runs[0]
     domain = plan.domain or first.target
-    if domain is None or any(domain not in subject.domains for subject in subjects):
+    if domain is None or any(domain not in run.domains for run in runs):
         known = ", ".join(first.domains)
         raise ConfigError(f"--domain must be one that every run knows ({known}); runs without a target need it")
-    if len({subject.config.data.image_size for subject in subjects}) > 1:
+    if len({run.config.data.image_size for run in runs}) > 1:
         raise ConfigError("these runs see images of different sizes; compare maps of one --image-size")
-    if len({subject.target == domain for subject in subjects}) > 1:
+    if len({run.target == domain for run in runs}) > 1:
         raise ConfigError(f"'{domain}' is the target of some of these runs and a source of others")
     return domain
 
 
-def _prepared(subject: Subject, images: Images, places: Sequence[int]) -> Tensor:
-    device = next(subject.model.network.parameters()).device
-    return subject.model.prepare(images.pixels[list(places)]).to(device)
+def _prepared(run: AnalyzedRun, images: Images, places: Sequence[int]) -> Tensor:
+    device = next(run.model.network.parameters()).device
+    return run.model.prepare(images.pixels[list(places)]).to(device)
 
 
-def _maps(subject: Subject, images: Images, places: Sequence[int], plan: CamPlan) -> Maps:
+def _maps(run: AnalyzedRun, images: Images, places: Sequence[int], plan: CamPlan) -> Maps:
     labels = images.labels[list(places)].tolist()
-    prepared = _prepared(subject, images, places)
-    return heatmaps(subject.model.network, prepared, labels, stage=plan.stage)
+    prepared = _prepared(run, images, places)
+    return heatmaps(run.model.network, prepared, labels, stage=plan.stage)
 
 
-def _scores(subject: Subject, images: Images, i: int, plan: CamPlan) -> list[float]:
-    image, label = _prepared(subject, images, [i])[0], int(images.labels[i])
+def _scores(run: AnalyzedRun, images: Images, i: int, plan: CamPlan) -> list[float]:
+    image, label = _prepared(run, images, [i])[0], int(images.labels[i])
     with torch.no_grad():
-        probability = subject.model(image[None]).softmax(1)[0, label].item()
-    heat = torch.from_numpy(_maps(subject, images, [i], plan)[0]).to(image.device)
+        probability = run.model(image[None]).softmax(1)[0, label].item()
+    heat = torch.from_numpy(_maps(run, images, [i], plan)[0]).to(image.device)
     blind = numpy_stream(plan.seed, "random map", images.keys[i]).random(tuple(heat.shape), dtype=np.float32)
-    found = faithfulness(subject.model, image, heat, label)
-    control = faithfulness(subject.model, image, torch.from_numpy(blind).to(image.device), label)
+    found = faithfulness(run.model, image, heat, label)
+    control = faithfulness(run.model, image, torch.from_numpy(blind).to(image.device), label)
     return [probability, *_pair(found), *_pair(control)]
 
 
@@ -337,9 +337,9 @@ def _pair(scores: Faithfulness) -> tuple[float, float]:
     return scores.deletion, scores.insertion
 
 
-def _numbers(subject: Subject, points: Points, images: Images) -> dict[str, Any]:
-    rows = [row for row in points.of(run=subject.id) if row["image"] in images.keys]
-    numbers: dict[str, Any] = {"run": subject.label, "n_images": len(rows)}
+def _numbers(run: AnalyzedRun, points: Measurements, images: Images) -> dict[str, Any]:
+    rows = [row for row in points.of(run=run.id) if row["image"] in images.keys]
+    numbers: dict[str, Any] = {"run": run.label, "n_images": len(rows)}
     for name in SCORES:
         values = [float(row[name]) for row in rows]
         numbers[name] = statistics.fmean(values)

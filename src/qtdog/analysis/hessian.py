@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qtdog.analysis.figures import legend, panels, plain, save, style
-from qtdog.analysis.results import Outcome, Points, Row, write_outcome
-from qtdog.analysis.subject import Subject, batches, domain_images
+from qtdog.analysis.analyzed_run import AnalyzedRun, batches, domain_images
+from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
+from qtdog.analysis.measurements import AnalysisResult, Measurements, Row, write_result
 from qtdog.core.errors import ConfigError, extra
 from qtdog.core.progress import Progress
 from qtdog.core.random import derive, numpy_stream, torch_stream
@@ -390,13 +390,15 @@ def draw_hessian(
     if densities:
         _densities(axes[2], densities, numbers)
     legend(figure, axes[0])
-    return save(figure, folder, "hessian")
+    return save_figure(figure, folder, "hessian")
 
 
 def _bars(axis: Axes, numbers: Sequence[Mapping[str, Any]], name: str, error: str) -> None:
     for n, row in enumerate(numbers):
-        look = style(n)
-        axis.errorbar([n], [row[name]], yerr=[row[error]], label=plain(row["run"]), capsize=4, linestyle="none", **look)
+        look = curve_style(n)
+        axis.errorbar(
+            [n], [row[name]], yerr=[row[error]], label=escape_dollar(row["run"]), capsize=4, linestyle="none", **look
+        )
     axis.set_xticks(range(len(numbers)), [str(n + 1) for n in range(len(numbers))])
     axis.set_xlabel("run, in the order of the legend")
     axis.set_xlim(-0.6, len(numbers) - 0.4)
@@ -415,7 +417,7 @@ def _densities(axis: Axes, densities: Mapping[str, Sequence[Ritz]], numbers: Seq
     for n, (row, probes) in enumerate(zip(numbers, densities.values(), strict=True)):
         mean, error = density(probes, grid, width)
         highest = max(highest, float(mean.max()))
-        colour = style(n)["color"]
+        colour = curve_style(n)["color"]
         axis.plot(grid, mean, color=colour)
         axis.fill_between(
             grid, np.maximum(mean - error, lowest), np.maximum(mean + error, lowest), color=colour, alpha=0.2
@@ -504,7 +506,7 @@ class Curvature:
 
 
 def measure_hessian(
-    subjects: Sequence[Subject],
+    runs: Sequence[AnalyzedRun],
     plan: HessianPlan,
     folder: Path,
     *,
@@ -518,10 +520,10 @@ def measure_hessian(
     of the density are kept in `points.csv` and not computed again.
 
     Args:
-        subjects: the runs, of one data set.
+        runs: the runs, of one data set.
         plan: what is measured.
         folder: where points, table and figures go.
-        progress: is told of units of work; the trace may need fewer vectors than at most.
+        progress: reports units of work; the trace may need fewer vectors than at most.
         check: called before each batch; may raise to break off.
 
     Raises:
@@ -530,19 +532,19 @@ def measure_hessian(
         RunError: the folder holds points of other settings, or cannot be written.
     """
     settings = {"n_images": plan.n_images, "seed": plan.seed, "n_steps": plan.n_steps}
-    points = Points(folder, KEY, ("values", "details"), settings)
+    points = Measurements(folder, KEY, ("values", "details"), settings)
     each = plan.max_vectors + 1 + plan.n_probes
     numbers = []
-    for s, subject in enumerate(subjects):
-        told = (lambda done, s=s: progress(s * each + done, len(subjects) * each)) if progress else lambda done: None
-        _measure(subject, plan, points, told, check)
-        numbers.append(_numbers(subject, plan, points))
-    densities = {subject.label: _probes(points, subject, plan) for subject in subjects} if plan.n_probes else {}
-    outcome = Outcome(
+    for s, run in enumerate(runs):
+        report = (lambda done, s=s: progress(s * each + done, len(runs) * each)) if progress else lambda done: None
+        _measure(run, plan, points, report, check)
+        numbers.append(_numbers(run, plan, points))
+    densities = {run.label: _probes(points, run, plan) for run in runs} if plan.n_probes else {}
+    result = AnalysisResult(
         kind="hessian",
         title=f"Curvature of the loss on the {plan.on}",
         settings=asdict(plan),
-        runs=[subject.to_json() for subject in subjects],
+        runs=[run.to_json() for run in runs],
         numbers=numbers,
         figures=draw_hessian(numbers, densities, folder),
         notes=(
@@ -551,40 +553,40 @@ def measure_hessian(
             "residual: some eigenvalue lies within this distance of top_eigenvalue.",
         ),
     )
-    return write_outcome(folder, outcome)
+    return write_result(folder, result)
 
 
 def _measure(
-    subject: Subject, plan: HessianPlan, points: Points, told: Callable[[int], None], check: Callable[[], None]
+    run: AnalyzedRun, plan: HessianPlan, points: Measurements, report: Callable[[int], None], check: Callable[[], None]
 ) -> None:
-    curvature = _curvature(subject, plan, check)
-    key = (subject.id, plan.on)
+    curvature = _curvature(run, plan, check)
+    key = (run.id, plan.on)
     _add_eigenvalues(points, key, curvature, plan)
-    told(1)
-    while (n := len(_vectors(points, subject, plan))) < plan.max_vectors and not _precise(points, subject, plan):
+    report(1)
+    while (n := len(_vectors(points, run, plan))) < plan.max_vectors and not _precise(points, run, plan):
         _add_vectors(points, key, curvature, range(n, min(n + CHUNK, plan.max_vectors)), plan.seed)
-        told(1 + n + CHUNK)
-    told(plan.max_vectors + 1)
+        report(1 + n + CHUNK)
+    report(plan.max_vectors + 1)
     for n in range(plan.n_probes):
         if (*key, "probe", n) not in points:
             probe = lanczos(curvature.product, plan.n_steps, plan.seed, n)
             points.add_((*key, "probe", n), (_text(probe.values), _text(probe.weights)))
-        told(plan.max_vectors + 2 + n)
+        report(plan.max_vectors + 2 + n)
 
 
-def _curvature(subject: Subject, plan: HessianPlan, check: Callable[[], None]) -> Curvature:
-    if plan.on not in subject.roles:
-        raise ConfigError(f"{subject.folder.path} has no target domain; take --on sources")
-    parts = [domain_images(subject, domain, plan.n_images, plan.seed) for domain in subject.roles[plan.on]]
-    domains = [list(batches(subject.model, part, size=_group_size(len(part.labels)))) for part in parts]
-    return Curvature(subject.model.network, domains, check)
+def _curvature(run: AnalyzedRun, plan: HessianPlan, check: Callable[[], None]) -> Curvature:
+    if plan.on not in run.roles:
+        raise ConfigError(f"{run.folder.path} has no target domain; take --on sources")
+    parts = [domain_images(run, domain, plan.n_images, plan.seed) for domain in run.roles[plan.on]]
+    domains = [list(batches(run.model, part, size=_group_size(len(part.labels)))) for part in parts]
+    return Curvature(run.model.network, domains, check)
 
 
 def _group_size(n_images: int) -> int:
     return min(BATCH, math.ceil(n_images / MIN_GROUPS))
 
 
-def _add_eigenvalues(points: Points, key: tuple[str, str], curvature: Curvature, plan: HessianPlan) -> None:
+def _add_eigenvalues(points: Measurements, key: tuple[str, str], curvature: Curvature, plan: HessianPlan) -> None:
     """Keep the eigenvalues, and what each random vector that may come has in common with theirs."""
     k, asked = plan.n_eigenvalues, range(plan.max_vectors)
     missing = [n for n in asked if (*key, f"overlaps {k}", n) not in points]
@@ -601,7 +603,9 @@ def _add_eigenvalues(points: Points, key: tuple[str, str], curvature: Curvature,
     points.add_all_(rows)
 
 
-def _add_vectors(points: Points, key: tuple[str, str], curvature: Curvature, wanted: Sequence[int], seed: int) -> None:
+def _add_vectors(
+    points: Measurements, key: tuple[str, str], curvature: Curvature, wanted: Sequence[int], seed: int
+) -> None:
     """Keep vᵀ H v of some random vectors, and in it the share of each group of images, by domain."""
     leaves = curvature.parameters
     shares = [
@@ -615,27 +619,27 @@ def _add_vectors(points: Points, key: tuple[str, str], curvature: Curvature, wan
     points.add_all_(rows)
 
 
-def _vectors(points: Points, subject: Subject, plan: HessianPlan) -> list[Row]:
-    return points.of(run=subject.id, on=plan.on, quantity="vector")
+def _vectors(points: Measurements, run: AnalyzedRun, plan: HessianPlan) -> list[Row]:
+    return points.of(run=run.id, on=plan.on, quantity="vector")
 
 
-def _trace(points: Points, subject: Subject, plan: HessianPlan) -> tuple[float, float]:
+def _trace(points: Measurements, run: AnalyzedRun, plan: HessianPlan) -> tuple[float, float]:
     """Return the trace and its standard error over the random vectors found so far."""
-    k, of = plan.n_eigenvalues, {"run": subject.id, "on": plan.on}
+    k, of = plan.n_eigenvalues, {"run": run.id, "on": plan.on}
     (top,) = points.of(**of, quantity="eigenvalues", number=k)
     common = {row["number"]: _split(row["values"]) for row in points.of(**of, quantity=f"overlaps {k}")}
-    found = _vectors(points, subject, plan)
+    found = _vectors(points, run, plan)
     products = torch.tensor([float(row["values"]) for row in found], dtype=torch.float64)
     squares = torch.tensor([common[row["number"]] for row in found], dtype=torch.float64)
     return deflated_trace(products, squares, torch.tensor(_split(top["values"]), dtype=torch.float64))
 
 
-def _precise(points: Points, subject: Subject, plan: HessianPlan) -> bool:
+def _precise(points: Measurements, run: AnalyzedRun, plan: HessianPlan) -> bool:
     """Whether the trace is known well enough; asked only behind whole chunks, so that a stop changes nothing."""
-    n = len(_vectors(points, subject, plan))
+    n = len(_vectors(points, run, plan))
     if n < MIN_VECTORS or n % CHUNK:
         return False
-    trace, error = _trace(points, subject, plan)
+    trace, error = _trace(points, run, plan)
     return error <= plan.error_frac * abs(trace)
 
 
@@ -650,26 +654,26 @@ def _image_error(rows: Sequence[Row]) -> float | None:
     return math.sqrt(sum(len(shares) * variance(shares) for shares in domains))
 
 
-def _numbers(subject: Subject, plan: HessianPlan, points: Points) -> dict[str, Any]:
-    found = _vectors(points, subject, plan)
-    (top,) = points.of(run=subject.id, on=plan.on, quantity="eigenvalues", number=plan.n_eigenvalues)
-    trace, error = _trace(points, subject, plan)
+def _numbers(run: AnalyzedRun, plan: HessianPlan, points: Measurements) -> dict[str, Any]:
+    found = _vectors(points, run, plan)
+    (top,) = points.of(run=run.id, on=plan.on, quantity="eigenvalues", number=plan.n_eigenvalues)
+    trace, error = _trace(points, run, plan)
     ranked = {f"eigenvalue_{n + 1}": value for n, value in enumerate(_split(top["values"]))}
     return {
-        "run": subject.label,
+        "run": run.label,
         "on": plan.on,
         "trace": trace,
         "standard_error": error,
         "image_error": _image_error(found),
         "n_vectors": len(found),
-        "n_parameters": sum(parameter.numel() for parameter in subject.model.network.parameters()),
+        "n_parameters": sum(parameter.numel() for parameter in run.model.network.parameters()),
         "top_eigenvalue": _split(top["values"])[0],
         "residual": _split(top["details"])[0],
     } | ranked
 
 
-def _probes(points: Points, subject: Subject, plan: HessianPlan) -> list[Ritz]:
-    rows = points.of(run=subject.id, on=plan.on, quantity="probe")
+def _probes(points: Measurements, run: AnalyzedRun, plan: HessianPlan) -> list[Ritz]:
+    rows = points.of(run=run.id, on=plan.on, quantity="probe")
     return [_ritz(row) for row in rows[: plan.n_probes]]
 
 

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qtdog.analysis.figures import legend, panels, plain, save, style
+from qtdog.analysis.analyzed_run import AnalyzedRun, all_images, batches, losses_by_domain, role_mean, training_images
+from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
+from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
 from qtdog.analysis.perturb import Displaced, filter_direction
-from qtdog.analysis.results import Outcome, Points, write_outcome
-from qtdog.analysis.subject import Subject, all_images, batches, losses_by_domain, role_mean, training_images
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.progress import Progress
 from qtdog.training.batch_norm import estimate_statistics_
@@ -154,14 +154,14 @@ def draw_surface(numbers: Sequence[Mapping[str, Any]], labels: Sequence[str], fo
         for axis, role in zip(axes, roles, strict=True):
             _plane(figure, axis, numbers, role, labels)
         legend(figure, axes[0])
-    return save(figure, folder, "surface")
+    return save_figure(figure, folder, "surface")
 
 
 def _line(axis: Axes, numbers: Sequence[Mapping[str, Any]], roles: Sequence[str], labels: Sequence[str]) -> None:
     for n, role in enumerate(roles):
-        axis.plot([row["x"] for row in numbers], [row[role] for row in numbers], label=ROLES[role], **style(n))
+        axis.plot([row["x"] for row in numbers], [row[role] for row in numbers], label=ROLES[role], **curve_style(n))
     for place, label in enumerate(labels):
-        axis.axvline(place, color="#666666", linestyle=":" if place == 0 else "--", label=plain(label))
+        axis.axvline(place, color="#666666", linestyle=":" if place == 0 else "--", label=escape_dollar(label))
     axis.set_xlabel(_xlabel(labels))
     axis.set_ylabel("cross-entropy (nats)")
     axis.grid(alpha=0.3)
@@ -178,7 +178,14 @@ def _plane(figure: Figure, axis: Axes, numbers: Sequence[Mapping[str, Any]], rol
     drawn = axis.contourf(xs, ys, np.ma.masked_invalid(heights), levels=N_LEVELS, cmap="viridis")
     figure.colorbar(drawn, ax=axis, label="cross-entropy (nats)")
     for place, label in enumerate(labels):
-        axis.plot([place], [0], linestyle="none", markeredgecolor="white", label=plain(label), **style(place + 1))
+        axis.plot(
+            [place],
+            [0],
+            linestyle="none",
+            markeredgecolor="white",
+            label=escape_dollar(label),
+            **curve_style(place + 1),
+        )
     axis.set_title(ROLES[role])
     axis.set_xlabel(_xlabel(labels))
     share = "distance of the two runs" if len(labels) == 2 else FILTER_SHARE
@@ -228,7 +235,7 @@ class SurfacePlan:
 
 
 def measure_surface(
-    subjects: Sequence[Subject],
+    runs: Sequence[AnalyzedRun],
     plan: SurfacePlan,
     folder: Path,
     *,
@@ -242,10 +249,10 @@ def measure_surface(
     images of the sources, unless all runs have the same ones.
 
     Args:
-        subjects: one run, or two of one backbone on one data set.
+        runs: one run, or two of one backbone on one data set.
         plan: where.
         folder: where points, table and figures go.
-        progress: is told of points; each costs a pass over the images.
+        progress: reports points; each costs a pass over the images.
         check: called before each batch; may raise to break off.
 
     Raises:
@@ -253,40 +260,40 @@ def measure_surface(
         ModelError: the two runs have different networks.
         RunError: the folder holds points of other settings or runs, or cannot be written.
     """
-    if not 1 <= len(subjects) <= 2:
-        raise ConfigError(f"a surface is drawn around one run or between two, not {len(subjects)}")
-    first, line = subjects[0], len(subjects) == 2
-    settings = asdict(plan) | {"runs": [subject.id for subject in subjects]}
-    points = Points(folder, ("x", "y"), first.dataset.domains, settings)
+    if not 1 <= len(runs) <= 2:
+        raise ConfigError(f"a surface is drawn around one run or between two, not {len(runs)}")
+    first, line = runs[0], len(runs) == 2
+    settings = asdict(plan) | {"runs": [run.id for run in runs]}
+    points = Measurements(folder, ("x", "y"), first.dataset.domains, settings)
     own = plan.ticks(line=False)
     places = list(itertools.product(plan.ticks(line=line), own if plan.n_dims == 2 else [0.0]))
     if any(place not in points for place in places):
-        _measure(subjects, plan, places, points, progress=progress, check=check)
+        _measure(runs, plan, places, points, progress=progress, check=check)
     numbers = _numbers(first, points)
-    outcome = Outcome(
+    result = AnalysisResult(
         kind="surface",
-        title=f"Loss from {first.label} to {subjects[1].label}" if line else f"Loss around {first.label}",
+        title=f"Loss from {first.label} to {runs[1].label}" if line else f"Loss around {first.label}",
         settings=settings,
-        runs=[subject.to_json() for subject in subjects],
+        runs=[run.to_json() for run in runs],
         numbers=numbers,
-        figures=draw_surface(numbers, [subject.label for subject in subjects], folder),
+        figures=draw_surface(numbers, [run.label for run in runs], folder),
         notes=("Dequantized weights; the line is straight in all parameters.",),
     )
-    return write_outcome(folder, outcome)
+    return write_result(folder, result)
 
 
 def _measure(
-    subjects: Sequence[Subject],
+    runs: Sequence[AnalyzedRun],
     plan: SurfacePlan,
     places: Sequence[tuple[float, float]],
-    points: Points,
+    points: Measurements,
     *,
     progress: Progress,
     check: Callable[[], None],
 ) -> None:
-    first = subjects[0]
+    first = runs[0]
     images = all_images(first, plan.n_images, plan.seed)
-    with Plane(first.model.network, _axes(subjects, plan), _refit(subjects, plan, check)) as plane:
+    with Plane(first.model.network, _axes(runs, plan), _refit(runs, plan, check)) as plane:
         for done, place in enumerate(places):
             if place not in points:
                 plane.to_(*place[: plan.n_dims])
@@ -296,8 +303,8 @@ def _measure(
                 progress(done + 1, len(places))
 
 
-def _axes(subjects: Sequence[Subject], plan: SurfacePlan) -> list[list[Tensor]]:
-    networks = [subject.model.network for subject in subjects]
+def _axes(runs: Sequence[AnalyzedRun], plan: SurfacePlan) -> list[list[Tensor]]:
+    networks = [run.model.network for run in runs]
     weights = [parameter.detach().clone() for parameter in networks[0].parameters()]
     if len(networks) == 1:
         return [filter_direction(weights, plan.seed, n) for n in range(plan.n_dims)]
@@ -305,13 +312,13 @@ def _axes(subjects: Sequence[Subject], plan: SurfacePlan) -> list[list[Tensor]]:
     return [along] if plan.n_dims == 1 else [along, across(along, weights, plan.seed, 0)]
 
 
-def _refit(subjects: Sequence[Subject], plan: SurfacePlan, check: Callable[[], None]) -> Callable[[], None] | None:
+def _refit(runs: Sequence[AnalyzedRun], plan: SurfacePlan, check: Callable[[], None]) -> Callable[[], None] | None:
     """Return what measures the moving statistics anew; None where the line or the run has only one set of them."""
-    networks = [subject.model.network for subject in subjects]
-    if same_statistics(networks) and subjects[0].config.model.freeze_bn:
+    networks = [run.model.network for run in runs]
+    if same_statistics(networks) and runs[0].config.model.freeze_bn:
         return None
-    model = subjects[0].model
-    images = training_images(subjects[0], N_REFIT, plan.seed)
+    model = runs[0].model
+    images = training_images(runs[0], N_REFIT, plan.seed)
 
     def refit() -> None:
         check()
@@ -320,9 +327,9 @@ def _refit(subjects: Sequence[Subject], plan: SurfacePlan, check: Callable[[], N
     return refit
 
 
-def _numbers(subject: Subject, points: Points) -> list[dict[str, Any]]:
+def _numbers(run: AnalyzedRun, points: Measurements) -> list[dict[str, Any]]:
     rows = [(float(row["x"]), float(row["y"]), row) for row in points.rows]
     return [
-        {"x": x, "y": y} | {role: role_mean(row, domains) for role, domains in subject.roles.items()}
+        {"x": x, "y": y} | {role: role_mean(row, domains) for role, domains in run.roles.items()}
         for x, y, row in sorted(rows, key=lambda entry: entry[:2])
     ]

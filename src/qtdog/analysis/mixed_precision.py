@@ -166,7 +166,7 @@ def rounding_error(layer: Layer, config: QuantizerConfig, bits: int) -> float:
         0.125
     """
     weight = layer.weight.detach().clone()
-    quantizer = make_quantizer(weight, layer.spec(bits, config.granularity), config)
+    quantizer = quantizer_for(weight, layer.spec(bits, config.granularity), config)
     quantizer.enable_(weight)
     quantizer.begin_step_(weight, seed=0, progress=ALMOST_DONE)
     if not quantizer.packs:
@@ -174,7 +174,7 @@ def rounding_error(layer: Layer, config: QuantizerConfig, bits: int) -> float:
     return (quantizer.quantized(weight).dequantize() - layer.weight).double().square().sum().item()
 
 
-def make_quantizer(weight: Tensor, spec: QuantSpec, config: QuantizerConfig) -> Quantizer:
+def quantizer_for(weight: Tensor, spec: QuantSpec, config: QuantizerConfig) -> Quantizer:
     """Return the quantizer of `config` for one weight, not yet enabled.
 
     Raises:
@@ -205,6 +205,6 @@ def no_grid(name: str) -> str:
     return f"quantizer '{name}' leaves the weights in float, so there are no bits to choose; use one such as lsq"
 
 
-def cost_table(layers: Sequence[Sensitivity]) -> npt.NDArray[np.float64]:
+def layer_costs(layers: Sequence[Sensitivity]) -> npt.NDArray[np.float64]:
     """Return the costs as an array (layers, candidates), for `analysis.mixed_precision.assign_bits`."""
     return np.array([layer.costs for layer in layers], dtype=np.float64)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from qtdog.analysis.figures import legend, panels, plain, save, style
-from qtdog.analysis.results import Outcome, Points, write_outcome
-from qtdog.analysis.subject import about_run, model_id, read_run
+from qtdog.analysis.analyzed_run import describe_run, model_id, read_run_folder
+from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
+from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
 from qtdog.core.config import Config
 from qtdog.core.errors import ModelError, RunError
 from qtdog.core.progress import Progress
@@ -90,7 +90,7 @@ def layer_noise(latent: Tensor, value: QuantizedTensor) -> tuple[npt.NDArray[np.
     return kept.flatten().cpu().numpy(), clipped.double().mean().item(), moved.double().mean().item()
 
 
-def describe(noise: npt.NDArray[np.floating], clipped: float, moved: float, *, bins: int = N_BINS) -> Noise:
+def describe_noise(noise: npt.NDArray[np.floating], clipped: float, moved: float, *, bins: int = N_BINS) -> Noise:
     """Return the numbers of noise in [-1/2, 1/2].
 
     Args:
@@ -104,13 +104,13 @@ def describe(noise: npt.NDArray[np.floating], clipped: float, moved: float, *, b
 
     Example:
         >>> even = (np.arange(1000) + 0.5) / 1000 - 0.5
-        >>> found = describe(even, 0.0, 0.0)
+        >>> found = describe_noise(even, 0.0, 0.0)
         >>> round(found.kl, 6), round(found.std, 3), found.positive_frac
         (0.0, 0.289, 0.5)
     """
     n = len(noise)
     if n == 0:
-        raise ModelError("no weight lies inside the grid, so there is no noise to describe")
+        raise ModelError("no weight lies inside the grid, so there is no noise to describe_noise")
     return Noise(
         n=n,
         kl=kl_to_uniform(noise, bins),
@@ -158,24 +158,24 @@ def measure_noise(
         paths: folders of quantized runs.
         labels: how each is called.
         folder: where points, table and figure go.
-        progress: is told of layers.
+        progress: reports layers.
         check: called before each layer; may raise to break off.
 
     Raises:
         RunError: no folder of a finished run, a run without checkpoint, or a float run.
         ModelError: a grid without a common step size.
     """
-    points = Points(folder, ("run", "layer"), COLUMNS, {"n_bins": N_BINS})
+    points = Measurements(folder, ("run", "layer"), COLUMNS, {"n_bins": N_BINS})
     runs, numbers, pooled = [], [], {}
     for path, label in zip(paths, labels, strict=True):
-        run, config = read_run(path)
+        run, config = read_run_folder(path)
         identity = model_id(run)
         _measure(run, config, identity, points, progress=progress, check=check)
         rows = points.of(run=identity)
         numbers += [{"run": label} | _row(row) for row in rows]
         pooled[label] = next(_counts(row) for row in rows if row["layer"] == ALL)
-        runs.append(about_run(label, run, config) | {"model": identity})
-    outcome = Outcome(
+        runs.append(describe_run(label, run, config) | {"model": identity})
+    result = AnalysisResult(
         kind="noise",
         title="Quantization noise against the uniform law",
         settings={"n_bins": N_BINS},
@@ -187,11 +187,17 @@ def measure_noise(
             "Noise of the weights inside the grid, each in units of its own step size; clipped ones are counted apart.",
         ),
     )
-    return write_outcome(folder, outcome)
+    return write_result(folder, result)
 
 
 def _measure(
-    run: RunFolder, config: Config, identity: str, points: Points, *, progress: Progress, check: Callable[[], None]
+    run: RunFolder,
+    config: Config,
+    identity: str,
+    points: Measurements,
+    *,
+    progress: Progress,
+    check: Callable[[], None],
 ) -> None:
     if (identity, ALL) in points:  # written last
         return
@@ -221,9 +227,11 @@ def _last_checkpoint(run: RunFolder) -> Checkpoint:
     return read_checkpoint(kept[-1])
 
 
-def _add(points: Points, key: tuple[str, str], noise: npt.NDArray[np.float64], clipped: float, moved: float) -> None:
+def _add(
+    points: Measurements, key: tuple[str, str], noise: npt.NDArray[np.float64], clipped: float, moved: float
+) -> None:
     counts, _ = np.histogram(noise, bins=N_BINS, range=(-0.5, 0.5))
-    found = asdict(describe(noise, float(clipped), float(moved)))
+    found = asdict(describe_noise(noise, float(clipped), float(moved)))
     points.add_(key, [*found.values(), " ".join(map(str, counts.tolist()))])
 
 
@@ -241,14 +249,16 @@ def draw_noise(numbers: Sequence[Mapping[str, Any]], pooled: Mapping[str, Sequen
     figure, axes = panels(3)
     for n, (label, counts) in enumerate(pooled.items()):
         layers = [row for row in numbers if row["run"] == label and row["layer"] != ALL]
-        _histogram(axes[0], counts, plain(label), style(n)["color"])
+        _histogram(axes[0], counts, escape_dollar(label), curve_style(n)["color"])
         sizes = [row["n"] for row in layers]
-        axes[1].scatter(sizes, [row["kl"] for row in layers], s=14, c=style(n)["color"], marker=style(n)["marker"])
+        axes[1].scatter(
+            sizes, [row["kl"] for row in layers], s=14, c=curve_style(n)["color"], marker=curve_style(n)["marker"]
+        )
         shares = sorted(100 * row["clipped_frac"] for row in layers)
-        axes[2].plot(range(1, len(shares) + 1), shares, markersize=3, **style(n))
+        axes[2].plot(range(1, len(shares) + 1), shares, markersize=3, **curve_style(n))
     _dress(axes, [row["n"] for row in numbers])
     legend(figure, axes[0])
-    return save(figure, folder, "noise")
+    return save_figure(figure, folder, "noise")
 
 
 def _histogram(axis: Axes, counts: Sequence[int], label: str, colour: str) -> None:

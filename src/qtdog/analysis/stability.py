@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from qtdog.analysis.figures import legend, mark_start, panels, plain, save, style
-from qtdog.analysis.results import Outcome, write_outcome, write_table
-from qtdog.analysis.subject import about_run, read_run
+from qtdog.analysis.analyzed_run import describe_run, read_run_folder
+from qtdog.analysis.figures import curve_style, escape_dollar, legend, mark_start, panels, save_figure
+from qtdog.analysis.measurements import AnalysisResult, write_result, write_table
 from qtdog.core.config import Config
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.random import numpy_stream
@@ -142,14 +142,14 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
         DataError: the runs have different data sets.
     """
     runs: list[Run] = []
-    told = []
+    described = []
     for path, label in zip(paths, labels, strict=True):
-        run, config = read_run(path)
+        run, config = read_run_folder(path)
         records = run.read_metrics()
         if not records:
             raise RunError(f"{path} has no evaluation yet (metrics.jsonl)")
         runs.append((label, config, records))
-        told.append(about_run(label, run, config))
+        described.append(describe_run(label, run, config))
     contents = {config.data.content for _, config, _ in runs}
     if len(contents) > 1:
         raise DataError("these runs have different data sets; compare runs on one data set")
@@ -157,11 +157,11 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
     numbers = [
         _numbers(label, config, stability(records, numpy_stream(seed, label))) for label, config, records in runs
     ]
-    outcome = Outcome(
+    result = AnalysisResult(
         kind="stability",
         title="Stability of training, and how far selection on the sources can be trusted",
         settings={"seed": seed},
-        runs=told,
+        runs=described,
         numbers=numbers,
         figures=draw_stability(runs, folder),
         notes=(
@@ -169,7 +169,7 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
             "Neighbouring checkpoints are alike: the interval of spearman is too narrow rather than too wide.",
         ),
     )
-    return write_outcome(folder, outcome)
+    return write_result(folder, result)
 
 
 def _curve(label: str, config: Config, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -203,8 +203,8 @@ def draw_stability(runs: Sequence[Run], folder: Path) -> list[str]:
         steps = [record.seen.step for record in records]
         source = [100 * record.seen.source_accuracy for record in records]
         target = [float("nan") if r.test_accuracy is None else 100 * r.test_accuracy for r in records]
-        look = style(n)
-        axes[0].plot(steps, source, label=plain(label), markersize=3, **look)
+        look = curve_style(n)
+        axes[0].plot(steps, source, label=escape_dollar(label), markersize=3, **look)
         axes[1].plot(steps, target, markersize=3, **look)
         usable = [i for i, record in enumerate(records) if record.seen.selectable]
         axes[2].plot([source[i] for i in usable], [target[i] for i in usable], linestyle="none", markersize=4, **look)
@@ -213,7 +213,7 @@ def draw_stability(runs: Sequence[Run], folder: Path) -> list[str]:
         axis.set_xlabel("step")
     _dress(axes)
     legend(figure, axes[0])
-    return save(figure, folder, "stability")
+    return save_figure(figure, folder, "stability")
 
 
 def _dress(axes: Sequence[Axes]) -> None:

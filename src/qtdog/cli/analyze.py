@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.analysis.subject import Subject
+    from qtdog.analysis.analyzed_run import AnalyzedRun
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, as 'qtdog train' wrote them.", metavar="RUNS...")]
@@ -32,7 +32,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     """
     from collections import Counter
 
-    from qtdog.analysis.subject import read_run
+    from qtdog.analysis.analyzed_run import read_run_folder
     from qtdog.core.errors import ConfigError
     from qtdog.runs.finished import method_name, settings_of
     from qtdog.runs.labels import setting_labels
@@ -40,40 +40,40 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is named twice")
-    configs = [read_run(path)[1] for path in paths]
+    configs = [read_run_folder(path)[1] for path in paths]
     trees = [config.model_dump(mode="json") for config in configs]
     names = setting_labels([method_name(tree) for tree in trees], [settings_of(tree) for tree in trees])
-    for told in (
+    for details in (
         [f", {config.data.target} unseen" for config in configs],
         [f", trial {config.data.trial}" for config in configs],
         [f", seed {config.train.seed}" for config in configs],
         [f" ({path.name or path})" for path in paths],
     ):
-        names = _told_apart(names, told)
+        names = _distinct(names, details)
     return names
 
 
-def _told_apart(names: Sequence[str], told: Sequence[str]) -> list[str]:
-    """Return names with what is told of each added, among those of one name where it differs."""
-    said: dict[str, set[str]] = {}
-    for name, text in zip(names, told, strict=True):
-        said.setdefault(name, set()).add(text)
-    return [name + text if len(said[name]) > 1 else name for name, text in zip(names, told, strict=True)]
+def _distinct(names: Sequence[str], details: Sequence[str]) -> list[str]:
+    """Return names, each with its detail where runs of the same name differ in it."""
+    found: dict[str, set[str]] = {}
+    for name, detail in zip(names, details, strict=True):
+        found.setdefault(name, set()).add(detail)
+    return [name + detail if len(found[name]) > 1 else name for name, detail in zip(names, details, strict=True)]
 
 
-def subjects_of(paths: Sequence[Path], data: str | None) -> list[Subject]:
+def analyzed_runs(paths: Sequence[Path], data: str | None) -> list[AnalyzedRun]:
     """Return the runs, their models on the device of this machine.
 
     Raises:
-        RunError, DataError, FormatError, ModelError: as in `analysis.subject.open_subjects`.
+        RunError, DataError, FormatError, ModelError: as in `analysis.analyzed_run.open_analyzed_runs`.
     """
     from accelerate import Accelerator
 
-    from qtdog.analysis.subject import open_subjects
+    from qtdog.analysis.analyzed_run import open_analyzed_runs
     from qtdog.cli.console import CountingBar
 
     device = Accelerator().device
-    return open_subjects(paths, labels_of(paths), data=data, device=device, progress=CountingBar("reading images"))
+    return open_analyzed_runs(paths, labels_of(paths), data=data, device=device, progress=CountingBar("reading images"))
 
 
 @contextlib.contextmanager
@@ -95,8 +95,8 @@ def stoppable(folder: Path) -> Iterator[Callable[[], None]]:
         raise again from error
 
 
-def show(
-    said: dict[str, Any],
+def _show(
+    result: dict[str, Any],
     folder: Path,
     columns: Sequence[str],
     *,
@@ -107,13 +107,13 @@ def show(
     from qtdog.cli.console import err, out, print_json, print_table
 
     if as_json:
-        print_json(said)
+        print_json(result)
         return
-    rows = [[_cell(row[name]) for name in columns] for row in said["numbers"] if shown(row)]
-    print_table([name.replace("_", " ") for name in columns], rows, title=said["title"])
-    for note in said["notes"]:
+    rows = [[_cell(row[name]) for name in columns] for row in result["numbers"] if shown(row)]
+    print_table([name.replace("_", " ") for name in columns], rows, title=result["title"])
+    for note in result["notes"]:
         out.print(note, highlight=False, markup=False, soft_wrap=True)
-    files = ", ".join([*said["data"], *said["figures"]])
+    files = ", ".join([*result["data"], *result["figures"]])
     err.print(f"{folder}: {files}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -144,9 +144,9 @@ def cam(
     it fast when they come (insertion); both are compared with a random order.
 
     Examples:
-      qtdog analyse cam runs/float runs/lsq
+      qtdog analyze cam runs/float runs/lsq
 
-      qtdog analyse cam runs/float runs/lsq --stage -2 --images 64 --shown 4
+      qtdog analyze cam runs/float runs/lsq --stage -2 --images 64 --shown 4
     """
     from qtdog.analysis.gradcam import CamPlan, measure_cam
     from qtdog.cli.console import CountingBar
@@ -154,9 +154,9 @@ def cam(
     plan = CamPlan(domain, images, shown, stage, seed)
     folder = out / "cam"
     with stoppable(folder) as check:
-        said = measure_cam(subjects_of(runs, data), plan, folder, progress=CountingBar("maps"), check=check)
+        result = measure_cam(analyzed_runs(runs, data), plan, folder, progress=CountingBar("maps"), check=check)
     columns = ["run", "n_images", "deletion", "random_deletion", "insertion", "random_insertion"]
-    show(said, folder, columns, as_json=as_json)
+    _show(result, folder, columns, as_json=as_json)
 
 
 RADII = "Radii in the units of the weights, separated by commas; '' for none."
@@ -180,9 +180,9 @@ def flatness(
     One pass over the images for each direction and radius. Smaller is flatter. The rounded weights are what moves.
 
     Examples:
-      qtdog analyse flatness runs/float runs/lsq
+      qtdog analyze flatness runs/float runs/lsq
 
-      qtdog analyse flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
+      qtdog analyze flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
     """
     from qtdog.analysis.flatness import FlatnessPlan, measure_flatness
     from qtdog.cli.console import CountingBar
@@ -193,10 +193,10 @@ def flatness(
     folder = out / "flatness"
     with stoppable(folder) as check:
         bar = CountingBar("passes over the images")
-        said = measure_flatness(subjects_of(runs, data), plan, folder, progress=bar, check=check)
+        result = measure_flatness(analyzed_runs(runs, data), plan, folder, progress=bar, check=check)
     columns = ["run", "on", "radius", "gamma", "increase", "standard_error"]
     some = {kind: few(values) for kind, values in gammas.items()}  # all of them are in the table on disk
-    show(said, folder, columns, as_json=as_json, shown=lambda row: row["gamma"] in some[row["radius"]])
+    _show(result, folder, columns, as_json=as_json, shown=lambda row: row["gamma"] in some[row["radius"]])
 
 
 def few(values: Sequence[float]) -> set[float]:
@@ -253,9 +253,9 @@ def hessian(
     Random vectors are added until the trace is known to --error. The density needs curvlinops (extra 'curvature').
 
     Examples:
-      qtdog analyse hessian runs/float runs/lsq
+      qtdog analyze hessian runs/float runs/lsq
 
-      qtdog analyse hessian runs/float runs/lsq --images 32 --probes 0
+      qtdog analyze hessian runs/float runs/lsq --images 32 --probes 0
     """
     from qtdog.analysis.hessian import HessianPlan, measure_hessian
     from qtdog.cli.console import CountingBar
@@ -272,9 +272,9 @@ def hessian(
     folder = out / "hessian"
     with stoppable(folder) as check:
         bar = CountingBar("vectors, eigenvalues and probes")
-        said = measure_hessian(subjects_of(runs, data), plan, folder, progress=bar, check=check)
+        result = measure_hessian(analyzed_runs(runs, data), plan, folder, progress=bar, check=check)
     columns = ["run", "trace", "standard_error", "image_error", "n_vectors", "top_eigenvalue", "residual"]
-    show(said, folder, columns, as_json=as_json)
+    _show(result, folder, columns, as_json=as_json)
 
 
 def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
@@ -283,21 +283,21 @@ def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
     Needs the checkpoint/ folder of each run, where the weights before rounding are. No image is opened.
 
     Examples:
-      qtdog analyse noise runs/lsq
+      qtdog analyze noise runs/lsq
 
-      qtdog analyse noise runs/lsq runs/lsq-4bit --json
+      qtdog analyze noise runs/lsq runs/lsq-4bit --json
     """
     from qtdog.analysis.quantization_noise import ALL, measure_noise
     from qtdog.cli.console import CountingBar
 
     folder = out / "noise"
     with stoppable(folder) as check:
-        said = measure_noise(runs, labels_of(runs), folder, progress=CountingBar("layers"), check=check)
+        result = measure_noise(runs, labels_of(runs), folder, progress=CountingBar("layers"), check=check)
     columns = ["run", "layer", "n", "kl", "floor", "excess", "mean", "std", "clipped_frac", "moved_frac"]
-    show(said, folder, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
+    _show(result, folder, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
 
 
-def slices(
+def errors(
     runs: Runs,
     *,
     images: Annotated[int | None, typer.Option(min=1, help="Images of each domain. Default: all.")] = None,
@@ -310,20 +310,20 @@ def slices(
     """Show where runs err: confusion by domain, worst domain, worst class, gap to the target, surest mistakes.
 
     Examples:
-      qtdog analyse slices runs/float runs/lsq
+      qtdog analyze errors runs/float runs/lsq
 
-      qtdog analyse slices runs/lsq --images 256 --mistakes 12
+      qtdog analyze errors runs/lsq --images 256 --mistakes 12
     """
-    from qtdog.analysis.errors_by_domain import measure_slices
+    from qtdog.analysis.errors_by_domain import measure_errors
     from qtdog.cli.console import CountingBar
 
-    folder = out / "slices"
+    folder = out / "errors"
     with stoppable(folder) as check:
         bar = CountingBar("domains")
         options = {"n_images": images, "n_mistakes": mistakes, "seed": seed}
-        said = measure_slices(subjects_of(runs, data), folder, **options, progress=bar, check=check)
+        result = measure_errors(analyzed_runs(runs, data), folder, **options, progress=bar, check=check)
     columns = ["run", "source_accuracy", "target_accuracy", "gap", "worst_domain", "worst_class", "worst_cell"]
-    show(said, folder, columns, as_json=as_json)
+    _show(result, folder, columns, as_json=as_json)
 
 
 def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = False) -> None:
@@ -333,14 +333,14 @@ def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = F
     near 1 the sources choose well, near 0 they choose blindly. Runs need not be finished.
 
     Example:
-      qtdog analyse stability runs/float runs/lsq runs/lsq-swad
+      qtdog analyze stability runs/float runs/lsq runs/lsq-swad
     """
     from qtdog.analysis.stability import measure_stability
 
     folder = out / "stability"
-    said = measure_stability(runs, labels_of(runs), folder, seed=seed)
+    result = measure_stability(runs, labels_of(runs), folder, seed=seed)
     columns = ["run", "n_checkpoints", "target_std", "largest_drop", "spearman", "spearman_low", "spearman_high"]
-    show(said, folder, [*columns, "selected", "best"], as_json=as_json)
+    _show(result, folder, [*columns, "selected", "best"], as_json=as_json)
 
 
 REACH = "Around one run: share of each filter's length. Between two: how far beyond them, as a share of their distance."
@@ -350,7 +350,7 @@ def surface(
     runs: Runs,
     *,
     plane: Annotated[bool, typer.Option("--plane", help="A plane instead of a line: POINTS × POINTS passes.")] = False,
-    points: Annotated[int, typer.Option(help="Points on each axis.")] = 21,
+    points: Annotated[int, typer.Option(help="Measurements on each axis.")] = 21,
     reach: Annotated[float, typer.Option(help=REACH)] = 0.25,
     images: NImages = 128,
     seed: Seed = 0,
@@ -361,9 +361,9 @@ def surface(
     """Draw the loss around a run, or along the straight line between two: is there a wall between them?
 
     Examples:
-      qtdog analyse surface runs/lsq --plane --points 11 --out analyses/around
+      qtdog analyze surface runs/lsq --plane --points 11 --out analyses/around
 
-      qtdog analyse surface runs/float runs/lsq --out analyses/between
+      qtdog analyze surface runs/float runs/lsq --out analyses/between
     """
     from qtdog.analysis.loss_surface import SurfacePlan, measure_surface
     from qtdog.cli.console import CountingBar
@@ -372,16 +372,17 @@ def surface(
     folder = out / "surface"
     with stoppable(folder) as check:
         bar = CountingBar("points of the surface")
-        said = measure_surface(subjects_of(runs, data), plan, folder, progress=bar, check=check)
-    columns = [name for name in ("x", "y", "sources", "target") if name in said["numbers"][0]]
-    show(said, folder, columns, as_json=as_json, shown=lambda row: row["y"] == 0)
+        result = measure_surface(analyzed_runs(runs, data), plan, folder, progress=bar, check=check)
+    columns = [name for name in ("x", "y", "sources", "target") if name in result["numbers"][0]]
+    _show(result, folder, columns, as_json=as_json, shown=lambda row: row["y"] == 0)
 
 
-analyse_app = typer.Typer(
+analyze_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Ask why runs do what they do: flatness, curvature, rounding noise, stability, attention, mistakes.",
     epilog="Every command writes OUT/KIND/: points, a table, figures (PNG, PDF) and analysis.json for the report.",
 )
-for _command in (flatness, hessian, surface, noise, stability, cam, slices):
-    analyse_app.command()(_command)
+for _command in (flatness, hessian, surface, noise, stability, cam, errors):
+    analyze_app.command()(_command)
+analyze_app.command("slices", hidden=True)(errors)  # its name before

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from qtdog.cli.analyze import analyse_app
+from qtdog.cli.analyze import analyze_app
 from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
 from qtdog.cli.console import fail
@@ -64,7 +64,8 @@ app.command()(runs)
 app.command()(reproduce)
 app.command()(demo)
 app.command(name="list")(listing)
-app.add_typer(analyse_app, name="analyse")
+app.add_typer(analyze_app, name="analyze")
+app.add_typer(analyze_app, name="analyse", hidden=True)  # its name before
 app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from qtdog.analysis.figures import style
-from qtdog.analysis.results import Outcome, Points, write_outcome
+from qtdog.analysis.figures import curve_style
+from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
 from qtdog.core.errors import FormatError, RunError
 
 
-def open_points(folder: Path, **settings: int) -> Points:
-    return Points(folder, ["run", "gamma"], ["loss"], settings or {"seed": 0})
+def open_points(folder: Path, **settings: int) -> Measurements:
+    return Measurements(folder, ["run", "gamma"], ["loss"], settings or {"seed": 0})
 
 
 def test_a_row_that_was_cut_off_is_measured_again_and_the_file_ends_the_same(tmp_path: Path):
@@ -35,12 +35,12 @@ def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path)
         open_points(tmp_path, seed=1, n_images=5)
     assert "n_images" not in str(found.value)
     with pytest.raises(FormatError, match="other columns"):
-        Points(tmp_path, ["run"], ["loss"], {"seed": 0, "n_images": 5})
+        Measurements(tmp_path, ["run"], ["loss"], {"seed": 0, "n_images": 5})
 
 
 def test_an_outcome_is_valid_json_and_its_table_keeps_what_json_cannot(tmp_path: Path):
     rows = [{"run": "a", "loss": math.inf}, {"run": "b", "loss": None}]
-    write_outcome(tmp_path, Outcome("flatness", "F", {"radii": (1.0,)}, [], rows, ["f.png"]))
+    write_result(tmp_path, AnalysisResult("flatness", "F", {"radii": (1.0,)}, [], rows, ["f.png"]))
     said = json.loads((tmp_path / "analysis.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert said["kind"] == "flatness"
     assert [row["loss"] for row in said["numbers"]] == [None, None]
@@ -48,4 +48,4 @@ def test_an_outcome_is_valid_json_and_its_table_keeps_what_json_cannot(tmp_path:
 
 
 def test_sixteen_curves_look_different():
-    assert len({tuple(style(n).values()) for n in range(16)}) == 16
+    assert len({tuple(curve_style(n).values()) for n in range(16)}) == 16

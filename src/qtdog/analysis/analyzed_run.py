@@ -1,4 +1,4 @@
-"""A finished run as the subject of an analysis: its model, latent weights, roles of domains, a subset of images."""
+"""A finished run as the run of an analysis: its model, latent weights, roles of domains, a subset of images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Subject:
+class AnalyzedRun:
     """One finished run.
 
     Attributes:
@@ -81,10 +81,10 @@ class Subject:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `analysis.json` says of the run."""
-        return about_run(self.label, self.folder, self.config) | {"model": self.id}
+        return describe_run(self.label, self.folder, self.config) | {"model": self.id}
 
 
-def about_run(label: str, folder: RunFolder, config: Config) -> dict[str, Any]:
+def describe_run(label: str, folder: RunFolder, config: Config) -> dict[str, Any]:
     """Return what `analysis.json` says of a run, finished or not."""
     return {"label": label, "folder": str(folder.path), "config_hash": config_hash(config)}
 
@@ -100,7 +100,7 @@ def model_id(folder: RunFolder) -> str:
     return sha256_file(folder.model_file)[:ID_DIGITS]
 
 
-def read_run(path: Path) -> tuple[RunFolder, Config]:
+def read_run_folder(path: Path) -> tuple[RunFolder, Config]:
     """Return the folder of a run and its configuration, whether it is finished or not.
 
     Raises:
@@ -114,14 +114,14 @@ def read_run(path: Path) -> tuple[RunFolder, Config]:
     return folder, config
 
 
-def open_subjects(
+def open_analyzed_runs(
     paths: Sequence[Path],
     labels: Sequence[str],
     *,
     data: str | None = None,
     device: str | torch.device = "cpu",
     progress: Progress = None,
-) -> list[Subject]:
+) -> list[AnalyzedRun]:
     """Return finished runs on one data set, ready to be analysed.
 
     Args:
@@ -136,7 +136,7 @@ def open_subjects(
         DataError: the data set is not the one of a run, or the runs have different ones.
         FormatError, ModelError: as in `training.load.load`.
     """
-    runs = [read_run(path) for path in paths]
+    runs = [read_run_folder(path) for path in paths]
     ids = [model_id(folder) for folder, _ in runs]
     source = data or runs[0][1].data.source
     skip = any(config.data.skip_unreadable for _, config in runs)
@@ -147,7 +147,7 @@ def open_subjects(
             text = f"{folder.path} was trained on other images than those in {source}"
             raise DataError(f"{text}: analyses compare runs on one data set (--data says where it lies)")
     return [
-        Subject(
+        AnalyzedRun(
             label=label,
             folder=folder,
             config=config,
@@ -160,15 +160,15 @@ def open_subjects(
     ]
 
 
-def domain_images(subject: Subject, domain: str, n: int | None, seed: int, progress: Progress = None) -> Images:
+def domain_images(run: AnalyzedRun, domain: str, n: int | None, seed: int, progress: Progress = None) -> Images:
     """Return a fixed subset of a domain: of a source its held-out images, of the target any.
 
     None of them was trained on. The draw depends on seed and domain alone, so that runs of one trial, size and target
     see the same images.
 
     Args:
-        subject: the run.
-        domain: one of `subject.domains`.
+        run: the run.
+        domain: one of `run.domains`.
         n: how many; None for all, and all if there are fewer.
         seed: of the draw.
         progress: of decoding.
@@ -177,49 +177,49 @@ def domain_images(subject: Subject, domain: str, n: int | None, seed: int, progr
         ConfigError: the run kept no images of its sources back.
         DataError: an image cannot be read.
     """
-    split = subject.protocol.splits[domain]
-    if domain != subject.target and subject.protocol.train_on_heldout:
-        raise ConfigError(f"{subject.folder.path} trained on all images of its sources: none is left to measure on")
-    pool = np.sort(split.everything if domain == subject.target else split.heldout)
+    split = run.protocol.splits[domain]
+    if domain != run.target and run.protocol.train_on_heldout:
+        raise ConfigError(f"{run.folder.path} trained on all images of its sources: none is left to measure on")
+    pool = np.sort(split.everything if domain == run.target else split.heldout)
     if n is not None and n < len(pool):
         pool = np.sort(numpy_stream(seed, "analysis", domain).choice(pool, n, replace=False))
-    return _gathered(subject, pool, progress)
+    return _gathered(run, pool, progress)
 
 
-def _gathered(subject: Subject, indices: np.ndarray, progress: Progress = None) -> Images:
-    data, words = subject.config.data, subject.model.info.preprocessing.vocabulary
+def _gathered(run: AnalyzedRun, indices: np.ndarray, progress: Progress = None) -> Images:
+    data, words = run.config.data, run.model.info.preprocessing.vocabulary
     how = {"image_size": data.image_size, "max_tokens": data.max_tokens, "words": words, "progress": progress}
-    cache = open_inputs(subject.dataset, subject.config.model.backbone, **how)
-    labels = torch.from_numpy(subject.dataset.class_index[indices].astype(np.int64))
-    return Images(cache.gather(indices), labels, tuple(subject.dataset.keys[i] for i in indices))
+    cache = open_inputs(run.dataset, run.config.model.backbone, **how)
+    labels = torch.from_numpy(run.dataset.class_index[indices].astype(np.int64))
+    return Images(cache.gather(indices), labels, tuple(run.dataset.keys[i] for i in indices))
 
 
-def all_images(subject: Subject, n: int | None, seed: int, progress: Progress = None) -> dict[str, Images]:
+def all_images(run: AnalyzedRun, n: int | None, seed: int, progress: Progress = None) -> dict[str, Images]:
     """Return `domain_images` of every domain of a run, by name.
 
     Raises:
         ConfigError, DataError: as in `domain_images`.
     """
-    return {domain: domain_images(subject, domain, n, seed, progress) for domain in subject.domains}
+    return {domain: domain_images(run, domain, n, seed, progress) for domain in run.domains}
 
 
-def training_images(subject: Subject, n: int, seed: int) -> Images:
+def training_images(run: AnalyzedRun, n: int, seed: int) -> Images:
     """Return a fixed subset of the training images of every source, one source after another, never of the target.
 
     Args:
-        subject: the run.
+        run: the run.
         n: of each source; all if there are fewer.
         seed: of the draw.
 
     Raises:
         DataError: an image cannot be read.
     """
-    pools = subject.protocol.train_pools()
+    pools = run.protocol.train_pools()
     drawn = [
         np.sort(numpy_stream(seed, "analysis", "train", domain).choice(pool, min(n, len(pool)), replace=False))
         for domain, pool in pools.items()
     ]
-    return _gathered(subject, np.concatenate(drawn))
+    return _gathered(run, np.concatenate(drawn))
 
 
 BATCH = 128
@@ -273,7 +273,7 @@ def role_mean(losses: Mapping[str, float | str], domains: tuple[str, ...]) -> fl
 
 
 def shift(progress: Progress, before: int, total: int) -> Progress:
-    """Return the progress of a part, told as progress of the whole: (done, n) becomes (before + done, total).
+    """Return the progress of a part as progress of the whole: (done, n) becomes (before + done, total).
 
     Example:
         >>> shift(lambda done, total: print(done, total), 10, 30)(5, 10)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtdog.analysis.quantization_noise import N_BINS, describe, kl_to_uniform, layer_noise
+from qtdog.analysis.quantization_noise import N_BINS, describe_noise, kl_to_uniform, layer_noise
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.quantizers.base import encode
@@ -26,10 +26,10 @@ def test_truly_uniform_noise_has_the_divergence_of_the_floor():
 
 def test_other_laws_are_told_from_it():
     rng = np.random.Generator(np.random.Philox(0))
-    lopsided = describe(rng.uniform(-0.5, 0.5, 20_000).clip(0.0), 0.0, 0.0)
+    lopsided = describe_noise(rng.uniform(-0.5, 0.5, 20_000).clip(0.0), 0.0, 0.0)
     assert lopsided.kl > 100 * lopsided.floor
     assert lopsided.mean > 20 * lopsided.mean_error
-    even = describe(rng.uniform(-0.5, 0.5, 20_000), 0.0, 0.0)
+    even = describe_noise(rng.uniform(-0.5, 0.5, 20_000), 0.0, 0.0)
     assert abs(even.mean) < 4 * even.mean_error
     assert even.std == pytest.approx(12**-0.5, rel=0.02)
     assert even.positive_frac == pytest.approx(0.5, abs=0.02)
@@ -41,7 +41,7 @@ def test_gaussian_channels_of_different_scales_are_uniform_in_units_of_their_own
     spec = QuantSpec(7)
     value = encode(weight, initial_scale(weight, spec), spec)
     noise, clipped, moved = layer_noise(weight, value)
-    found = describe(noise, clipped, moved)
+    found = describe_noise(noise, clipped, moved)
     assert found.kl - found.floor < 0.001
     assert moved == 0
     raw = (value.dequantize() - weight).flatten().numpy()
@@ -60,7 +60,7 @@ def test_a_grid_without_a_step_has_no_uniform_law():
     with pytest.raises(ModelError, match="no common step size"):
         layer_noise(torch.zeros(1, 1), value)
     with pytest.raises(ModelError, match="no weight"):
-        describe(np.zeros(0), 1.0, 0.0)
+        describe_noise(np.zeros(0), 1.0, 0.0)
 
 
 @pytest.mark.parametrize(

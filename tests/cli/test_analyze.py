@@ -1,4 +1,4 @@
-"""`qtdog analyse` on short runs: every command, what it keeps, what it refuses, and stopping in the middle."""
+"""`qtdog analyze` on short runs: every command, what it keeps, what it refuses, and stopping in the middle."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def said(folder: Path) -> dict:
         ("surface", ("--points", 3, "--images", 5), {"x", "y", "sources", "target"}),
         ("stability", (), {"spearman", "largest_drop", "best"}),
         ("cam", ("--images", 3, "--shown", 2), {"deletion", "random_deletion", "insertion"}),
-        ("slices", ("--images", 20, "--mistakes", 3), {"gap", "worst_class", "worst_domain"}),
+        ("errors", ("--images", 20, "--mistakes", 3), {"gap", "worst_class", "worst_domain"}),
     ],
 )
 def test_every_command_leaves_numbers_figures_and_a_description(qtdog, runs, tmp_path, kind, options, names):
-    found = qtdog("analyse", kind, runs["float"], runs["lsq"], *options, "--out", tmp_path, "--json")
+    found = qtdog("analyze", kind, runs["float"], runs["lsq"], *options, "--out", tmp_path, "--json")
     assert found.code == 0, found.err
     folder = tmp_path / kind
     outcome = said(folder)
@@ -72,7 +72,7 @@ def test_every_command_leaves_numbers_figures_and_a_description(qtdog, runs, tmp
 
 
 def test_noise_is_that_of_the_shipped_codes_also_of_an_average(qtdog, runs, tmp_path):
-    assert qtdog("analyse", "noise", runs["lsq"], runs["swa"], "--out", tmp_path).code == 0
+    assert qtdog("analyze", "noise", runs["lsq"], runs["swa"], "--out", tmp_path).code == 0
     outcome = said(tmp_path / "noise")
     pooled = [row for row in outcome["numbers"] if row["layer"] == "all layers"]
     assert len(pooled) == 2
@@ -82,7 +82,7 @@ def test_noise_is_that_of_the_shipped_codes_also_of_an_average(qtdog, runs, tmp_
 
 
 def test_a_stopped_flatness_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
-    asked = ("analyse", "flatness", runs["float"], runs["lsq"], *FLAT)
+    asked = ("analyze", "flatness", runs["float"], runs["lsq"], *FLAT)
     assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
     real, calls = flatness_study.losses_by_domain, []
 
@@ -107,7 +107,7 @@ def test_a_stopped_flatness_goes_on_and_ends_the_same(qtdog, runs, tmp_path, mon
 
 
 def test_a_stopped_hessian_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
-    asked = ("analyse", "hessian", runs["float"], "--images", 2, "--vectors", 12, "--error", 1e-9, "--probes", 0)
+    asked = ("analyze", "hessian", runs["float"], "--images", 2, "--vectors", 12, "--error", 1e-9, "--probes", 0)
     assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
     real, calls = hessian_study.vector_products, []
 
@@ -129,7 +129,7 @@ def test_a_stopped_hessian_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monk
 
 
 def test_a_plane_around_one_run(qtdog, runs, tmp_path):
-    asked = ("analyse", "surface", runs["lsq"], "--plane", "--points", 3, "--images", 4, "--out", tmp_path)
+    asked = ("analyze", "surface", runs["lsq"], "--plane", "--points", 3, "--images", 4, "--out", tmp_path)
     assert qtdog(*asked).code == 0
     numbers = said(tmp_path / "surface")["numbers"]
     assert [(row["x"], row["y"]) for row in numbers][:4] == [(-0.25, -0.25), (-0.25, 0), (-0.25, 0.25), (0, -0.25)]
@@ -139,9 +139,9 @@ def test_a_run_without_checkpoint_is_refused_by_noise_alone(qtdog, runs, tmp_pat
     bare = tmp_path / "bare"
     shutil.copytree(runs["lsq"], bare)
     shutil.rmtree(bare / "checkpoint")
-    found = qtdog("analyse", "noise", bare, "--out", tmp_path / "out")
+    found = qtdog("analyze", "noise", bare, "--out", tmp_path / "out")
     assert (found.code, "has no checkpoint" in found.err) == (1, True)
-    asked = ("analyse", "surface", bare, "--points", 3, "--images", 2)
+    asked = ("analyze", "surface", bare, "--points", 3, "--images", 2)
     assert qtdog(*asked, "--out", tmp_path / "out").code == 0
 
 
@@ -154,7 +154,7 @@ def test_what_makes_no_sense_is_refused(qtdog, runs, tmp_path, image_tree):
         ("noise", runs["float"]): "ships float weights",
         ("flatness", tmp_path / "nowhere"): "is no folder",
         ("stability", image_tree): "has no config.yaml",
-        ("slices", runs["lsq"], "--data", image_tree): "other images",
+        ("errors", runs["lsq"], "--data", image_tree): "other images",
         ("flatness", runs["lsq"], runs["lsq"]): "named twice",
         ("flatness", runs["lsq"], "--directions", 5): "--directions",
         ("flatness", runs["lsq"], "--radii", "", "--filter-radii", ""): "one at least",
@@ -165,13 +165,21 @@ def test_what_makes_no_sense_is_refused(qtdog, runs, tmp_path, image_tree):
         ("hessian", runs["lsq"], "--probes", 1): "--probes",
     }
     for words, text in cases.items():
-        found = qtdog("analyse", *words, "--out", tmp_path / "out")
+        found = qtdog("analyze", *words, "--out", tmp_path / "out")
         assert found.code in (1, 2), words
         assert text in found.err, (words, found.err)
 
 
 def test_other_settings_in_the_same_folder_are_refused(qtdog, runs, tmp_path):
-    asked = ("analyse", "surface", runs["lsq"], "--points", 3, "--out", tmp_path)
+    asked = ("analyze", "surface", runs["lsq"], "--points", 3, "--out", tmp_path)
     assert qtdog(*asked, "--images", 2).code == 0
     found = qtdog(*asked, "--images", 3)
     assert (found.code, "n_images: 2 → 3" in found.err) == (1, True)
+
+
+def test_the_commands_keep_their_old_names(qtdog, runs, tmp_path):
+    asked = (runs["lsq"], "--images", 5, "--mistakes", 1, "--out", tmp_path, "--json")
+    old, new = qtdog("analyse", "slices", *asked), qtdog("analyze", "errors", *asked)
+    assert (old.code, new.code) == (0, 0)
+    assert json.loads(old.out)["numbers"] == json.loads(new.out)["numbers"]
+    assert "analyse" not in qtdog("--help").out

@@ -21,7 +21,7 @@ SETTINGS = "settings.json"
 Row = dict[str, str]
 
 
-class Points:
+class Measurements:
     """The rows of `points.csv` in the folder of one analysis, and the settings that they were measured with.
 
     A row is one unit of work, written durably as soon as it is known. The first columns are its key. A last line that a
@@ -40,8 +40,8 @@ class Points:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> Points(folder, ["n"], ["loss"], {"seed": 0}).add_([1], [0.5])
-        >>> again = Points(folder, ["n"], ["loss"], {"seed": 0})
+        >>> Measurements(folder, ["n"], ["loss"], {"seed": 0}).add_([1], [0.5])
+        >>> again = Measurements(folder, ["n"], ["loss"], {"seed": 0})
         >>> 1 in again, again.rows
         (True, [{'n': '1', 'loss': '0.5'}])
     """
@@ -152,7 +152,7 @@ OUTCOME = "analysis.json"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AnalysisResult:
     """The result of one analysis of some runs.
 
     Attributes:
@@ -174,8 +174,8 @@ class Outcome:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def write_outcome(folder: Path, outcome: Outcome) -> dict[str, Any]:
-    """Write `analysis.json` and `KIND.csv` and return what the JSON says.
+def write_result(folder: Path, result: AnalysisResult) -> dict[str, Any]:
+    """Write `analysis.json` and `KIND.csv` and return its content.
 
     A number that is not finite becomes null, since JSON has none; the CSV keeps it.
 
@@ -185,16 +185,17 @@ def write_outcome(folder: Path, outcome: Outcome) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> said = write_outcome(folder, Outcome("stability", "Stability", {}, [], [{"run": "a", "drop": 0.1}], []))
-        >>> said["kind"], said["data"]
+        >>> result = AnalysisResult("stability", "Stability", {}, [], [{"run": "a", "drop": 0.1}], [])
+        >>> written = write_result(folder, result)
+        >>> written["kind"], written["data"]
         ('stability', ['stability.csv'])
     """
-    data = f"{outcome.kind}.csv"
-    write_table(folder / data, outcome.numbers)
+    data = f"{result.kind}.csv"
+    write_table(folder / data, result.numbers)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    said = _finite(asdict(outcome) | {"data": [data], "date": today})
-    write_atomic(folder / OUTCOME, json.dumps(said, indent=1, allow_nan=False))
-    return said
+    written = _finite(asdict(result) | {"data": [data], "date": today})
+    write_atomic(folder / OUTCOME, json.dumps(written, indent=1, allow_nan=False))
+    return written
 
 
 def _finite(value: Any) -> Any:
