@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from qtdog.data.corruptions import corrupt
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_dataset
 from qtdog.training.load import load_model
@@ -57,6 +58,31 @@ def test_eval_gives_the_accuracy_that_training_gave(qtdog, model):
     assert domains["x"]["n"] == 12
     table = qtdog("eval", out / "model.safetensors", root)
     assert "day (trained on)" in table.out
+
+
+def test_eval_under_corruption_scores_the_corrupted_images(qtdog, model):
+    root, out, _ = model
+    asked = ("--corrupt", "noise", "--corrupt", "jpeg", "--severity", 2, "--severity", 5)
+    outcome = qtdog("eval", out / "model.safetensors", root, *asked, "--json")
+    rows = json.loads(outcome.out)["corruptions"]
+    assert len(rows) == 4 * 2 * 3
+    loaded, dataset = load_model(out / "model.safetensors"), open_dataset(str(root))
+    for row in rows:
+        keys = dataset.indices(row["domain"])
+        images = corrupt(open_cache(dataset, 16).gather(keys), row["corruption"], row["severity"], keys=list(keys))
+        right = loaded.probabilities(images).argmax(1).numpy() == dataset.class_index[keys]
+        assert row["accuracy"] == right.mean()
+        assert row["n"] == len(keys)
+    table = qtdog("eval", out / "model.safetensors", root, *asked)
+    assert "gaussian_noise" in table.out
+    assert "severities 2, 5" in table.out
+
+
+def test_eval_names_the_nearest_corruption(qtdog, model):
+    root, out, _ = model
+    outcome = qtdog("eval", out / "model.safetensors", root, "--corrupt", "jpg")
+    assert outcome.code != 0
+    assert "jpeg" in outcome.err
 
 
 def test_predict_in_a_fresh_process_gives_the_loaded_models_numbers(model):

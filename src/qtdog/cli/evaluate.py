@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 SKIP = "Leave out images that cannot be read, and say how many. Default: as the run did that the model comes from."
+CORRUPT = (
+    "Score under this corruption instead of clean images: 'all', a family (noise, blur, weather, digital, jpeg) or one "
+    "member of it; may be given several times."
+)
+SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several times. Default: all five."
 CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
 
 
@@ -21,6 +26,8 @@ def evaluate(
     ] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP)] = False,
     cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
+    corrupt: Annotated[list[str] | None, typer.Option(metavar="NAME", help=CORRUPT)] = None,
+    severity: Annotated[list[int] | None, typer.Option(min=1, max=5, help=SEVERITY)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on every domain of a data set (all images; classes are matched by name).
@@ -37,6 +44,8 @@ def evaluate(
       qtdog eval runs/five/c-eoq/model.safetensors photos/ --cascade
 
       qtdog eval model.safetensors new-site/ --unknown other-things/ --json
+
+      qtdog eval runs/photos-c/model.safetensors photos/ --corrupt noise --corrupt jpeg
     """
     from qtdog.cli.console import CountingBar, out, print_json, print_table
     from qtdog.cli.ensemble import ensemble_cost, show_cost
@@ -54,6 +63,9 @@ def evaluate(
     skip = skip_unreadable or any(config.data.skip_unreadable for config in training_configs(model))
     dataset = open_readable(data, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
     warn_skipped(dataset)
+    if corrupt or severity:
+        _corrupted(loaded, dataset, corrupt or ["all"], severity or [], model=model, as_json=as_json)
+        return
     known: list[Uncertainty] = []
     scores = score_domains(loaded, dataset, known, threshold, progress=CountingBar("decoding images"))
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
@@ -71,6 +83,30 @@ def evaluate(
     for name, value in auroc.items():
         out.print(f"{name.replace('_', ' ')}: {value:.3f}", highlight=False, soft_wrap=True)
     show_cost(model, loaded)
+
+
+def _corrupted(
+    loaded: Any, dataset: Any, names: Sequence[str], severities: Sequence[int], *, model: Path, as_json: bool
+) -> None:
+    """Score a model under corruptions and show a row per corruption, each the mean over the severities."""
+    from qtdog.cli.console import CountingBar, print_json, print_table
+    from qtdog.data.corruptions import SEVERITIES, corruption_names
+    from qtdog.ensemble.evaluation import score_corruptions
+    from qtdog.report.tables import percent
+
+    asked, levels = corruption_names(names), sorted(set(severities)) or SEVERITIES
+    rows = score_corruptions(loaded, dataset, asked, levels, progress=CountingBar("scoring under corruptions"))
+    if as_json:
+        print_json({"model": str(model), "corruptions": rows})
+        return
+    table = []
+    for name in asked:
+        cells = [[row["accuracy"] for row in rows if (row["corruption"], row["domain"]) == (name, domain)]
+                 for domain in dataset.domains]  # fmt: skip
+        means = [sum(values) / len(values) for values in cells]
+        table.append([name, *map(percent, [*means, sum(means) / len(means)])])
+    title = f"accuracy (%) under corruption, mean over severities {', '.join(map(str, levels))}"
+    print_table(["corruption", *dataset.domains, "average"], table, title=title)
 
 
 def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:

@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from qtdog.core.errors import ConfigError
 from qtdog.core.random import torch_stream
 from qtdog.core.registry import Registry
+from qtdog.data.augment import BufferPool, normalise
+from qtdog.data.decoded_cache import DecodedCache
+from qtdog.data.input_cache import Indices, InputCache
 
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_SIZE = 224
@@ -96,6 +99,32 @@ def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0, keys: Se
         one = function(images[row].cpu().to(torch.float32) / 255, severity, generator)
         corrupted[row] = (one.clamp(0, 1) * 255).round().to(torch.uint8)
     return corrupted
+
+
+class CorruptedCache(InputCache):
+    """The images of a cache, corrupted whenever they are read; the position of an image is its key.
+
+    Args:
+        cache: decoded images.
+        name: of `CORRUPTIONS`.
+        severity: 1 to 5.
+        seed: of all random draws.
+    """
+
+    def __init__(self, cache: DecodedCache, name: str, severity: int, seed: int = 0) -> None:
+        self.cache, self.name, self.severity, self.seed = cache, name, severity, seed
+
+    def __len__(self) -> int:
+        """Return the number of images n."""
+        return len(self.cache)
+
+    def gather(self, indices: Indices, pool: BufferPool | None = None) -> Tensor:
+        """Return the corrupted images at `indices`, uint8 (b, C, size, size)."""
+        return corrupt(self.cache.gather(indices, pool), self.name, self.severity, seed=self.seed, keys=list(indices))
+
+    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """Return them normalized, float32 (b, C, size, size) in channels-last memory."""
+        return normalise(self.gather(indices), mean, std)
 
 
 def _scaled(image: Tensor, length: float) -> float:

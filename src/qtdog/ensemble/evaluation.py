@@ -16,7 +16,9 @@ from torch.nn import functional
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, QtdogError, nearest
 from qtdog.core.progress import Progress
+from qtdog.data.corruptions import CorruptedCache
 from qtdog.data.dataset import DomainDataset
+from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.input_cache import InputCache
 from qtdog.ensemble.calibration import LabeledLogits, brier_score, expected_calibration_error, fit_temperature
 from qtdog.ensemble.cascade import measure_cascade
@@ -279,13 +281,7 @@ def score_domains(
         DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
     """
     how = model.info.preprocessing
-    check_reads(model.info.backbone, dataset)
-    if dataset.card.channels != how.channels:
-        found = dataset.card.channels
-        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {found}")
-    labels = model_labels(model.info.classes, dataset)
-    sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
-    cache = open_inputs(dataset, model.info.backbone, **sizes, words=how.vocabulary, progress=progress)
+    cache, labels = _open_for(model, dataset, progress)
     device = Accelerator().device
     model = model.to(device)
     scores = {}
@@ -304,6 +300,69 @@ def score_domains(
             measured = asdict(measure_cascade(images.logits, images.labels, threshold, temperature_of(model)))
             scores[domain]["cascade"] = {key: measured[key] for key in ("accuracy", "accuracy_all", "members")}
     return scores
+
+
+def _open_for(model: Model, dataset: DomainDataset, progress: Progress) -> tuple[InputCache, np.ndarray]:
+    """Return the inputs of a data set as `model` takes them, and the model's class index of each.
+
+    Raises:
+        ConfigError, DataError: as in `score_domains`.
+    """
+    how = model.info.preprocessing
+    check_reads(model.info.backbone, dataset)
+    if dataset.card.channels != how.channels:
+        channels = dataset.card.channels
+        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {channels}")
+    labels = model_labels(model.info.classes, dataset)
+    sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
+    return open_inputs(dataset, model.info.backbone, **sizes, words=how.vocabulary, progress=progress), labels
+
+
+def score_corruptions(
+    model: Model,
+    dataset: DomainDataset,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Progress = None,
+) -> list[dict[str, Any]]:
+    """Return the accuracy of a model on every domain under every corruption and severity.
+
+    Args:
+        model: one model or an ensemble.
+        dataset: images; all are scored, classes are matched by name.
+        corruptions: names of `data.corruptions.CORRUPTIONS`.
+        severities: each of 1 to 5.
+        seed: of the corruptions' random draws; two models scored with one seed see the same pixels.
+        progress: of the (corruption, severity, domain) combinations.
+
+    Returns:
+        a row `{corruption, severity, domain, accuracy, n}` for each combination.
+
+    Raises:
+        ConfigError: the data set is of texts; an unknown corruption or severity.
+        DataError: as in `score_domains`.
+    """
+    how = model.info.preprocessing
+    cache, labels = _open_for(model, dataset, None)
+    if not isinstance(cache, DecodedCache):
+        raise ConfigError("--corrupt is for images; this data set is of texts")
+    device = Accelerator().device
+    model = model.to(device)
+    combinations = [(name, level, domain) for name in corruptions for level in severities for domain in dataset.domains]
+    rows = []
+    for done, (name, level, domain) in enumerate(combinations, start=1):
+        view = CorruptedCache(cache, name, level, seed)
+        batches = eval_batches(view, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
+        images = collect_logits(model, batches, device)
+        right = (images.logits.mean(0).argmax(1) == images.labels).double().mean().item()
+        rows.append(
+            {"corruption": name, "severity": level, "domain": domain, "accuracy": right, "n": len(images.labels)}
+        )
+        if progress is not None:
+            progress(done, len(combinations))
+    return rows
 
 
 def model_labels(classes: tuple[str, ...], dataset: DomainDataset) -> np.ndarray:
