@@ -354,7 +354,7 @@ def score_corruptions(
     rows = []
     for done, (name, level, domain) in enumerate(combinations, start=1):
         view = CorruptedCache(cache, name, level, seed)
-        batches = eval_batches(view, dataset.indices(domain), labels, batch_size=128, mean=how.mean, std=how.std)
+        batches = EvaluationInputs(view, labels, how.mean, how.std).batches(dataset.indices(domain))
         images = collect_logits(model, batches, device)
         right = (images.logits.mean(0).argmax(1) == images.labels).double().mean().item()
         rows.append(
