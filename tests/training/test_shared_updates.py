@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,11 +14,12 @@ from qtdog.core.errors import CollapseError, Interrupted
 from qtdog.core.progress import RunCallback, StopAfter
 from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import AVERAGERS
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
-from qtdog.training.shared_updates import SharedRun, may_share_updates
+from qtdog.training.shared_updates import SharedRun, may_share_updates, open_shared_runs
 
 START, STEPS = 3, 8
 AVERAGED = [name for name in AVERAGERS if name != "none"]
@@ -208,6 +211,15 @@ def test_a_run_that_collapses_does_not_stop_the_others(make, three_digits, alone
             shared.write_result(three_digits)
     assert shared.write_result(three_digits) == 2  # it went back to its last checkpoint, and kept that of the collapse
     shared.check(alone)
+
+
+def test_of_several_processes_only_the_first_one_locks_and_claims(make, three_digits, tmp_path):
+    config, folder = make("sma"), RunFolder(tmp_path / "sma")
+    components = build_components(make(), three_digits)
+    second = replace(components, accelerator=SimpleNamespace(is_main_process=False, num_processes=1))
+    with folder.lock(), open_shared_runs([SharedRun(config, folder)], second, 0, pytest.fail):
+        pass  # the lock of the first process does not trouble the second, which writes nothing
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
 
 
 def test_only_the_averager_may_differ(make):

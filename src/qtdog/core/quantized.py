@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -98,12 +99,12 @@ class QuantSpec:
             return weight.movedim(self.axis, 0).flatten(1)
         return weight.unflatten(0, (self.groups, -1)).movedim(self.axis + 1, 1).flatten(2).flatten(0, 1)
 
-    @property
+    @cached_property
     def qmin(self) -> int:
         """Smallest code."""
         return -(2 ** (self.bits - 1)) if self.levels in ("uniform", "half") else -self.qmax
 
-    @property
+    @cached_property
     def qmax(self) -> int:
         """Largest code."""
         return 2 ** (self.bits - 2) if self.levels == "power_of_two" else 2 ** (self.bits - 1) - 1

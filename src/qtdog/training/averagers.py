@@ -77,10 +77,10 @@ class NoAverage(Averager):
     """The weights as they are."""
 
     def after_step(self, step: int, network: nn.Module) -> None:
-        """Do nothing."""
+        """No average is kept."""
 
     def evaluated(self) -> State | None:
-        """Return None: the weights as they are."""
+        """The weights as they are."""
         return None
 
 
@@ -227,7 +227,7 @@ class SWA(Averager):
             self.average.add_(step, network.state_dict())
 
     def evaluated(self) -> State | None:
-        """Return None: the weights as they are."""
+        """The weights as they are."""
         return None
 
     def final(self) -> State | None:
@@ -339,7 +339,7 @@ class BMA(Averager):
         self.average.add_(step, network.state_dict(), self.total / weight)
 
     def evaluated(self) -> State | None:
-        """Return None: the weights as they are."""
+        """The weights as they are."""
         return None
 
     def final(self) -> State | None:

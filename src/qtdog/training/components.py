@@ -109,6 +109,8 @@ class Components:
     @property
     def view(self) -> ModelView:
         """The model as an objective sees it."""
+        if self.accelerator.num_processes == 1:
+            return ModelView(self.model, self.network)
         return ModelView(self.model, self.network, partial(of_all_processes, self.accelerator))
 
 

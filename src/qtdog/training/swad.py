@@ -106,7 +106,7 @@ class SWAD(Averager):
             self.pending = Average()
 
     def evaluated(self) -> State | None:
-        """Return None: the weights as they are."""
+        """The weights as they are."""
         return None
 
     def final(self) -> State | None:
