@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,39 @@ def test_every_later_command_leaves_out_what_the_run_left_out(qtdog, scans, tmp_
     for command in commands:
         outcome = qtdog(*command)
         assert outcome.code == 0, (command, outcome.err)
+
+
+def test_predict_loses_no_row_for_an_odd_name(qtdog, scans, tmp_path):
+    run = tmp_path / "run"
+    assert qtdog("train", "--data", scans, "--target", "valley", *NET, "--out", run).code == 0
+    new = tmp_path / "new"
+    new.mkdir()
+    image = (scans / "hill" / "benign" / "0.png").read_bytes()
+    for name in (b"plain.png", b"sch\xf6n.png", "Ü 東.png".encode(), b"a,b\n.png"):
+        Path(os.fsdecode(os.path.join(os.fsencode(new), name))).write_bytes(image)
+    (new / "broken.png").write_bytes(b"")
+    (new / "x.cr2").write_bytes(b"raw")
+    for style in ("csv", "json", "table"):
+        out = tmp_path / f"rows.{style}"
+        outcome = qtdog("predict", run / "model.safetensors", new, "--format", style, "--out", out)
+        assert outcome.code == 1
+        assert "1 of 5 images could not be read" in outcome.err
+        assert "1 files .cr2 are left out" in outcome.err
+        text = out.read_text(encoding="utf-8")
+        text = json.dumps(json.loads(text), ensure_ascii=False) if style == "json" else text
+        assert "plain.png" in text
+        assert "Ü 東.png" in text
+        assert r"sch\xf6n.png" in text.replace("\\\\", "\\")
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 4
+
+
+def test_a_domain_is_a_name_and_no_path(qtdog, scans, tmp_path):
+    rows = (scans / "list.csv").read_text().splitlines()
+    odd = {"harbour": "../up", "hill": "a/b", "valley": "n" * 300}
+    changed = [row.replace(f",{site},", f",{odd[site]},") for row in rows[1:] for site in odd if f",{site}," in row]
+    (scans / "odd.csv").write_text("\n".join([rows[0], *changed]))
+    out = tmp_path / "deep" / "runs"
+    outcome = qtdog("train", "--data", f"{scans}/odd.csv:site", "--target", "all", *NET, "--out", out)
+    assert outcome.code == 0
+    assert len([path for path in out.iterdir() if (path / "result.json").is_file()]) == 3
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["runs"]

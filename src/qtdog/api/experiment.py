@@ -16,7 +16,7 @@ from typing import Any
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import SHORT_NAMES, Tree, build_config, load_preset, option_tree, parse_assignment
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.files import write_atomic
+from qtdog.core.files import safe_name, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
@@ -311,7 +311,7 @@ def _place(out: Path | None, config: Config, *, several: bool, members: int) -> 
     if not several and members == 1:
         return out
     member = f"-seed{config.train.seed}" if members > 1 else ""
-    return out / f"{config.data.target.replace('/', '_')}{member}"
+    return out / f"{safe_name(config.data.target)}{member}"
 
 
 def train_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -72,6 +73,8 @@ app.add_typer(sweep_app, name="sweep")
 
 def main() -> None:
     """Run the program; a QtdogError becomes one readable message and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a letter of some name loses no output
     try:
         app()
     except QtdogError as error:

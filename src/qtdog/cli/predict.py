@@ -7,9 +7,12 @@ import io
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qtdog.data.scan import PassedOver
 
 
 class Format(StrEnum):
@@ -56,6 +59,7 @@ def predict(
     from qtdog.cli.console import fail
     from qtdog.cli.ensemble import show_cost
     from qtdog.core.errors import QtdogError
+    from qtdog.data.scan import PassedOver
     from qtdog.ensemble.model import load
     from qtdog.ensemble.prediction import as_cascade, find_images, find_texts, predict_images, predict_texts
 
@@ -65,7 +69,9 @@ def predict(
     if loaded.info.preprocessing.max_tokens:
         found = predict_texts(predictor, find_texts(images))
     else:
-        found = predict_images(predictor, find_images(images))
+        passed = PassedOver()
+        found = predict_images(predictor, find_images(images, passed))
+        _show_passed_over(passed)
     rows: list[dict[str, Any]] = []
     n_failed = 0
     for row in found:
@@ -81,6 +87,15 @@ def predict(
     if n_failed:
         fail(f"{n_failed} of {n_failed + len(rows)} images could not be read")
         raise typer.Exit(1)
+
+
+def _show_passed_over(passed: PassedOver) -> None:
+    from qtdog.cli.console import err, warn
+
+    if passed.summary():
+        err.print(passed.summary(), markup=False, highlight=False, soft_wrap=True)
+    for problem in passed.problems():
+        warn(problem)
 
 
 def _show_members_asked(rows: Sequence[dict[str, Any]], n_members: int) -> None:

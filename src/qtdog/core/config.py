@@ -76,6 +76,7 @@ class ModelConfig(Section):
         default="imagenet",
         description="'imagenet' for those that the backbone's name means, 'none', or a .safetensors/.pth file",
     )
+    weights_sha256: str = Field(default="", description="of the weights' file; filled in by the run")
     head: Literal["linear", "text"] = Field(
         default="linear", description="the classifier starts at random, or ('text', CLIP only) at the classes' names"
     )
@@ -298,11 +299,14 @@ def config_hash(config: Config) -> str:
     """Return the canonical hash of a configuration: 12 hex digits, the name of its run folder.
 
     Values at their defaults do not count, so that a new option with a default renames no old run; neither do values
-    that change no result (`data.source`, `data.workers`; `data.content` stands for the data).
+    that change no result (`data.source`, `data.workers`; `data.content` stands for the data, and `weights_sha256` for
+    weights in a file).
     """
     tree = config.model_dump(mode="json", exclude_defaults=True)
     for section, keys in NOT_HASHED.items():
         tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
+    if config.model.weights_sha256:
+        tree["model"].pop("weights", None)  # the content of the file stands for it
     if config.quantizer.name == "none":
         tree["quantizer"] = {"name": "none"}  # a float run has no bits: `--quantizer none --bits 4` is the same run
     if config.quantizer.name in AFTER_TRAINING:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -43,11 +45,53 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
         reasons |= {errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied"}
-        reasons[errno.EFBIG] = "the file-size limit is reached"
+        reasons |= {errno.EFBIG: "the file-size limit is reached", errno.EPERM: "the operation is not permitted"}
+        reasons |= {errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "a file is in the way"}
+        reasons |= {errno.ENAMETOOLONG: "the name is too long", errno.EIO: "the disk failed"}
         if error.errno not in reasons:
             raise
         text = f"could not write {path}: {reasons[error.errno]}. What was there before is unchanged."
         raise RunError(f"{text} Free some space (or choose another folder) and start again with --resume.") from error
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def lock_file(handle: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file without waiting; return whether its file system knows locks at all.
+
+    Args:
+        handle: the file's.
+        shared: take a lock that others may share.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the lock cannot be taken for another reason.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def safe_name(text: str) -> str:
+    """Return a name for a file or folder: the text itself where it is one, else a similar one, different for each text.
+
+    Example:
+        >>> safe_name("art_painting"), safe_name("..").startswith("_-"), safe_name("a/b") == safe_name("a_b")
+        ('art_painting', True, False)
+    """
+    plain = re.sub(r"[/\\\x00-\x1f\ud800-\udfff]", "_", text).strip(" .")
+    if plain and plain == text and len(text.encode(errors="surrogatepass")) <= MAX_NAME_BYTES:
+        return text
+    short = plain.encode(errors="ignore")[: MAX_NAME_BYTES // 2].decode(errors="ignore") or "_"
+    return f"{short}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
+
+
+MAX_NAME_BYTES = 120
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.errors import DataError
-from qtdog.core.files import atomic_folder, write_atomic
+from qtdog.core.files import atomic_folder, lock_file, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool, normalise
 from qtdog.data.dataset import N_THREADS, DomainDataset, map_samples
@@ -175,8 +174,8 @@ def remove_old_versions(place: Path, mark: str) -> None:
 def _remove_unless_open(place: Path) -> None:
     try:
         with (place / IMAGES).open("r+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place)
+            if lock_file(stream.fileno()):  # without locks nobody knows who reads it
+                shutil.rmtree(place)
     except OSError:
         return
 

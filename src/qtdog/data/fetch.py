@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import DataError, RunError
-from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.files import clear_disk_errors, lock_file, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.archive import is_archive, unpack
 from qtdog.data.cards import DatasetCard, data_root
@@ -133,7 +132,7 @@ def _alone(work: Path) -> Iterator[None]:
         work.mkdir(parents=True, exist_ok=True)
         handle = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(handle)
     except BlockingIOError as error:
         os.close(handle)
         raise RunError(f"another process is fetching into {work}; wait for it") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import weakref
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from qtdog.core.errors import DataError
+from qtdog.core.files import lock_file
 from qtdog.data.augment import BufferPool
 
 Indices = npt.NDArray[np.integer] | Sequence[int]
@@ -81,7 +81,7 @@ def keep_from_removal(handle: int) -> None:
         ...     keep_from_removal(stream.fileno())
     """
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock_file(handle, shared=True)
     except OSError:
         return
 

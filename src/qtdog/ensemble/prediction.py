@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from qtdog.core.errors import ConfigError, DataError, QtdogError
 from qtdog.data.decode import decode_resized
 from qtdog.data.image_folder import require_path
-from qtdog.data.scan import images_below
+from qtdog.data.scan import PassedOver, images_below
 from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import EnsembleModel
@@ -88,8 +89,12 @@ def predict_from_logits(logits: Tensor, temperature: float = 1.0) -> Predictions
     return Predictions((logits.mean(0) / temperature).softmax(-1), uncertainty(logits, temperature))
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path], passed: PassedOver | None = None) -> list[Path]:
     """Return the image files among and below `paths`, in order.
+
+    Args:
+        paths: files and folders.
+        passed: where to count the files that are no images; default: nowhere.
 
     Raises:
         DataError: a path is missing, or a folder holds no image.
@@ -97,11 +102,21 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         require_path(path, "the image or folder")
-        inside = images_below(path) if path.is_dir() else [path]
+        inside = images_below(path, passed) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"there is no image in {path} (jpg, png, webp, bmp, tif, gif or ppm)")
         found += inside
     return found
+
+
+def shown_path(path: Path) -> str:
+    r"""Return a path as text that can be written anywhere: bytes that are not UTF-8 become `\xNN`.
+
+    Example:
+        >>> shown_path(Path("sch\udcf6n.png"))
+        'sch\\xf6n.png'
+    """
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def predict_images(model: Model | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
@@ -113,7 +128,7 @@ def predict_images(model: Model | CascadeModel, files: Sequence[Path]) -> Iterat
         for file in files[start : start + BATCH]:
             try:
                 arrays.append(decode_resized(file, how.image_size, how.channels))
-                rows.append({"image": str(file)})
+                rows.append({"image": shown_path(file)})
             except QtdogError as error:
                 rows.append(error)
         if arrays:

@@ -14,7 +14,7 @@ from typing import Any
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import build_config, differences, load_preset, to_yaml
 from qtdog.core.errors import CollapseError, FolderInUseError, RunError
-from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.files import clear_disk_errors, lock_file, write_atomic
 from qtdog.runs.record import Record
 
 ASKED_TIMES = 200  # that a lock is tried while others only ask whether it is held
@@ -57,7 +57,8 @@ class RunFolder:
 
     def _take(self, handle: int) -> None:
         try:
-            _lock(handle)
+            if not _lock(handle):
+                _require_no_owner(handle)
         except BlockingIOError as error:
             owner = os.pread(handle, 20, 0).decode().strip() or "unknown"
             text = f"run folder {self.path} is in use by process {owner}."
@@ -154,21 +155,44 @@ class RunFolder:
         return records
 
 
-def _lock(handle: int) -> None:
+def _lock(handle: int) -> bool:
     """Take the exclusive lock of a file; wait for those that hold a shared one, which only ask whether it is locked.
+
+    Returns:
+        whether the file system knows locks.
 
     Raises:
         BlockingIOError: another process holds the exclusive lock.
     """
     for _ in range(ASKED_TIMES):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return lock_file(handle)
         except BlockingIOError:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock_file(handle, shared=True)
             fcntl.flock(handle, fcntl.LOCK_UN)
         time.sleep(0.01)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock_file(handle)
+
+
+def _require_no_owner(handle: int) -> None:
+    """Where the file system knows no locks, the number of the process that holds the folder stands for one.
+
+    Raises:
+        BlockingIOError: that process lives, on this machine.
+    """
+    text = os.pread(handle, 20, 0).decode(errors="replace").strip()
+    if text.isdigit() and int(text) != os.getpid() and _lives(int(text)):
+        raise BlockingIOError(f"process {text} holds it")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def last_line(file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -14,6 +13,7 @@ from typing import Protocol
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, FolderInUseError, Interrupted, ModelError, QtdogError, RunError
+from qtdog.core.files import lock_file
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.teacher import load_teacher
@@ -139,7 +139,7 @@ def is_in_use(folder: Path) -> bool:
         return False
     with file.open("rb") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock_file(stream.fileno(), shared=True)
         except BlockingIOError:
             return True
     return False

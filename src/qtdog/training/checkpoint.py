@@ -121,7 +121,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         hashes = {}
         for name, tensors in checkpoint.tensors.items():
             file = temporary / f"{name}.safetensors"
-            save_file(_apart(tensors), file)
+            try:
+                save_file(_apart(tensors), file)
+            except SafetensorError as error:  # a full disk, among others, comes as this and not as an OSError
+                text = f"could not write {path}: {error}. The older checkpoints are unchanged."
+                raise RunError(f"{text} Free some space, and start again with --resume.") from error
             hashes[name] = sha256_file(file)
         body = {"step": checkpoint.step, "files": hashes, "state": checkpoint.state}
         text = json.dumps({"sha256": _digest(body), "body": body}, indent=1)

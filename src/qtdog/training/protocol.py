@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qtdog.core.config import Config, DataConfig, ObjectiveConfig
+from qtdog.core.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from qtdog.core.config_io import Tree, load_preset
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.files import sha256_file
@@ -70,7 +70,8 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
         content: the data set's content if it is known (many configurations of one data set); "" to find it out.
 
     Raises:
-        ConfigError: the target is not a domain of the data set, or the teacher is missing or another one.
+        ConfigError: the target is not a domain of the data set, the teacher is missing or another one, or the weights
+            are others.
         DataError: the data is not what the configuration was made for, or cannot be trained on.
     """
     data = config.data
@@ -82,7 +83,19 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
         raise ConfigError(unknown("target domain", data.target, [*dataset.domains, "all", "none"]))
     check_trainable(dataset, data)
     resolved = data.model_copy(update={"content": content})
-    return config.model_copy(update={"data": resolved, "objective": _with_teacher(config.objective)})
+    sections = {"data": resolved, "model": _with_weights(config.model), "objective": _with_teacher(config.objective)}
+    return config.model_copy(update=sections)
+
+
+def _with_weights(model: ModelConfig) -> ModelConfig:
+    """The configuration of a model whose weights are a file names its content: another file makes another run."""
+    path = Path(model.weights)
+    if model.weights in ("imagenet", "none") or not path.is_file():
+        return model  # building the network says what is wrong with the name
+    found = sha256_file(path)
+    if model.weights_sha256 not in ("", found):
+        raise ConfigError(f"the weights {path} are not the ones that this run began with; start a new run")
+    return model.model_copy(update={"weights_sha256": found})
 
 
 def _with_teacher(objective: ObjectiveConfig) -> ObjectiveConfig:
