@@ -1,5 +1,9 @@
 """Quantization-aware training for domain generalization: train, keep and ship one quantized model.
 
+    result = qtdog.train("photos/", target="hospital_c", preset="lsq-sma")     # docs/tasks/python.md
+    model = qtdog.load(result.folder)
+    model.predict("new-site/").table()
+
 The names below are loaded at their first use, so that `import qtdog` (and `qtdog --help`) stays fast.
 """
 
@@ -10,29 +14,44 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qtdog.api.datasets import Dataset as Dataset
+    from qtdog.api.notebook import RunResult as RunResult
+    from qtdog.api.notebook import RunResults as RunResults
+    from qtdog.api.notebook import train as train
+    from qtdog.api.trained_model import TrainedModel as TrainedModel
+    from qtdog.api.trained_model import load as load
+    from qtdog.api.trained_model import load as load_any  # noqa: F401
     from qtdog.conversion.attach import attach as attach
     from qtdog.conversion.attach import attached as attached
     from qtdog.conversion.load import load_into as load_into
     from qtdog.conversion.save import save as save
+    from qtdog.core.config import Config as Config
+    from qtdog.core.errors import QtdogError as QtdogError
+    from qtdog.core.progress import RunCallback as RunCallback
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
-    from qtdog.ensemble.model import load as load
-    from qtdog.ensemble.model import load as load_any
 
+# Name → module, or module:name where it is called otherwise there.
 _HOMES = {
+    "Config": "qtdog.core.config",
+    "Dataset": "qtdog.api.datasets",
+    "QtdogError": "qtdog.core.errors",
+    "QuantSpec": "qtdog.core.quantized",
+    "QuantizedTensor": "qtdog.core.quantized",
+    "RunCallback": "qtdog.core.progress",
+    "RunResult": "qtdog.api.notebook",
+    "RunResults": "qtdog.api.notebook",
+    "TrainedModel": "qtdog.api.trained_model",
     "attach": "qtdog.conversion.attach",
     "attached": "qtdog.conversion.attach",
+    "load": "qtdog.api.trained_model",
+    "load_any": "qtdog.api.trained_model:load",  # an earlier name
     "load_into": "qtdog.conversion.load",
     "save": "qtdog.conversion.save",
-    "QuantizedTensor": "qtdog.core.quantized",
-    "QuantSpec": "qtdog.core.quantized",
-    "load": "qtdog.ensemble.model",
+    "train": "qtdog.api.notebook",
 }
 
-_ALIASES = {"load_any": "load"}
-"""Earlier names, which still work."""
-
-__all__ = ["QuantSpec", "QuantizedTensor", "__version__", "attach", "attached", "load", "load_any", "load_into", "save"]
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 try:
     __version__ = metadata.version("qtdog")
@@ -41,10 +60,10 @@ except metadata.PackageNotFoundError:  # run from a source tree that is not inst
 
 
 def __getattr__(name: str) -> Any:
-    current = _ALIASES.get(name, name)
-    if current not in _HOMES:
+    if name not in _HOMES:
         raise AttributeError(f"module 'qtdog' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[current]), current)
+    module, _, inside = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(module), inside or name)
     globals()[name] = value
     return value
 

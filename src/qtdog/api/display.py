@@ -9,7 +9,9 @@ import atexit
 import importlib.util
 import os
 import time
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +22,7 @@ from qtdog.core.progress import RunCallback
 if TYPE_CHECKING:  # the command line must answer --help at once
     from qtdog.core.config import Config
     from qtdog.runs.record import Record
+    from qtdog.training.run import RunCallbacks
 
 # Of several processes (`accelerate launch`) only the first one speaks, but each may fail.
 RANK = os.environ.get("RANK", "0")
@@ -136,3 +139,44 @@ class CountingBar:
         if done >= total:
             self._progress.stop()
             self._progress = None
+
+
+def as_frame(rows: list[dict[str, Any]], *, html: bool = False) -> Any:
+    """Return rows as a pandas DataFrame where pandas is installed, else as they are; with `html` its HTML or None."""
+    if importlib.util.find_spec("pandas") is None:
+        return None if html else rows
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    return frame.to_html(index=False, float_format=lambda value: f"{value:.4g}") if html else frame
+
+
+def python_progress(progress: bool | RunCallback | Callable[[int, int, float], None]) -> RunCallbacks:
+    """Return how runs report to a caller in Python.
+
+    Args:
+        progress: True for bars (lines where none can be drawn), False for silence, a `RunCallback`, or a function that
+            is called as f(step, steps, loss) after each update.
+    """
+    from qtdog.training.run import RunCallbacks
+
+    if progress is True:
+        counting = CountingBar("decoding images"), warn, CountingBar("quantizing after training")
+        return RunCallbacks(TrainingBar(), *counting)
+    callback = progress if isinstance(progress, RunCallback) else None
+    if callback is None and progress:
+        callback = _StepFunction(cast(Callable[[int, int, float], None], progress))
+    return RunCallbacks(callback, warn=lambda text: warnings.warn(text, stacklevel=4))
+
+
+class _StepFunction(RunCallback):
+    """Calls a function after each update."""
+
+    def __init__(self, function: Callable[[int, int, float], None]) -> None:
+        self._function, self._steps = function, 0
+
+    def on_start(self, config: Config, step: int) -> None:
+        self._steps = config.train.steps
+
+    def on_step(self, step: int, loss: float, n_images: int) -> None:
+        self._function(step, self._steps, loss)
