@@ -30,9 +30,25 @@ if TYPE_CHECKING:
     from qtdog.core.progress import RunCallback as RunCallback
     from qtdog.core.quantized import QuantizedTensor as QuantizedTensor
     from qtdog.core.quantized import QuantSpec as QuantSpec
+    from qtdog.core.registry import HyperParameter as HyperParameter
+    from qtdog.models.feature_layers import FeatureLayer as FeatureLayer
+    from qtdog.objectives.base import Objective as Objective
+    from qtdog.quantizers.base import Quantizer as Quantizer
+    from qtdog.training.averagers import Averager as Averager
+    from qtdog.training.plugins import load_plugins as load_plugins
+    from qtdog.training.plugins import register as register
+    from qtdog.training.step_rules import StepRule as StepRule
 
 # Name → module, or module:name where it is called otherwise there.
 _HOMES = {
+    "Averager": "qtdog.training.averagers",
+    "FeatureLayer": "qtdog.models.feature_layers",
+    "HyperParameter": "qtdog.core.registry",
+    "Objective": "qtdog.objectives.base",
+    "Quantizer": "qtdog.quantizers.base",
+    "StepRule": "qtdog.training.step_rules",
+    "load_plugins": "qtdog.training.plugins",
+    "register": "qtdog.training.plugins",
     "Config": "qtdog.core.config",
     "Dataset": "qtdog.api.datasets",
     "QtdogError": "qtdog.core.errors",

@@ -14,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.config_io import SHORT_NAMES, Tree, build_config, load_preset, option_tree, parse_assignment
+from qtdog.core.config_io import (
+    SHORT_NAMES,
+    Tree,
+    build_config,
+    load_preset,
+    option_tree,
+    parse_assignment,
+    preset_plugins,
+)
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import safe_name, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_any, without_unreadable
+from qtdog.data.open import IN_PYTHON, open_any, without_unreadable
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
 from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import fitting_kind, read_member, share_splits
@@ -31,6 +39,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.fork import reseeded
 from qtdog.training.loggers import with_loggers
+from qtdog.training.plugins import load_plugins, with_plugins
 from qtdog.training.protocol import dataset_layer, resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 
@@ -167,7 +176,6 @@ def join_members(
     return result | {"method": f"{KINDS[kind].title} of {len(members)}", "folder": str(folder)}
 
 
-IN_PYTHON = "python:"  # begins data.source of a data set that was made in Python, which no name or path opens
 FLAGS = tuple(SHORT_NAMES)  # options of the command line that name a configuration value
 
 
@@ -197,6 +205,7 @@ class Request:
         members: how many runs that differ in their seed, and what they share.
         out: the run folder, or the folder of run folders if there are several; None for `runs/`.
         resume: go on with what is there.
+        plugins: files of plug-ins, run now (`training.plugins`).
         dataset: the data, if it is an object and not something that `flags["data"]` names.
     """
 
@@ -207,6 +216,7 @@ class Request:
     out: Path | None = None
     resume: bool = False
     dataset: DomainDataset | None = None
+    plugins: Sequence[str | Path] = ()
 
 
 def configure(request: Request) -> tuple[DomainDataset, Config]:
@@ -218,6 +228,7 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     Raises:
         ConfigError, DataError: as in `build_config` and `open_dataset`.
     """
+    load_plugins(plugin_files(request))
     flags = option_tree(request.flags)
     own = [load_preset(given) if isinstance(given, str) else given for given in request.presets]
     assigned = [parse_assignment(given) if isinstance(given, str) else given for given in request.assignments]
@@ -231,6 +242,12 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     return dataset, build_config([*base, *own, flags, *assigned])
 
 
+def plugin_files(request: Request) -> list[str]:
+    """Return the plug-in files that a request names: itself, or in the YAML files among its presets."""
+    named = [preset_plugins(preset) for preset in request.presets if isinstance(preset, str)]
+    return [*map(str, request.plugins), *(path for files in named for path in files)]
+
+
 def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDataset, list[Planned]]:
     """Return the data set and the runs that `request` asks for: one for each target and member.
 
@@ -242,12 +259,13 @@ def make_plan(request: Request, progress: Progress = None) -> tuple[DomainDatase
     if config.data.skip_unreadable:
         dataset = without_unreadable(dataset, progress)
     targets = dataset.domains if config.data.target == "all" else (config.data.target,)
+    named = load_plugins(plugin_files(request))
     plan: list[Planned] = []
     content = ""  # once for all runs: with many images it takes seconds
     for target in targets:
         configs = []
         for one in _members(config, target, request.members):
-            configs.append(resolve(one, dataset, progress, content=content))
+            configs.append(with_plugins(resolve(one, dataset, progress, content=content), named))
             content = configs[-1].data.content
         plan += _target_plan(request, configs, several=len(targets) > 1)
     return dataset, plan

@@ -235,6 +235,7 @@ def train(
     resume: bool = False,
     progress: ShowsProgress = True,
     log: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     **options: Any,
 ) -> RunResult | RunResults:
     """Train, select and keep one small model; measure it on a domain that it never saw.
@@ -252,6 +253,7 @@ def train(
         resume: go on with unfinished runs in `out`; without other options their saved configuration is used.
         progress: True for bars, False for silence, a `RunCallback`, or a function f(step, steps, loss).
         log: "tensorboard", "wandb", "mlflow".
+        plugins: Python files that register members (`qtdog.register`); they are run.
         options: names of the configuration (`qtdog list options`): `steps=2000`, `bits=4`, `lr=1e-4`,
             `train={"eval_every": 100}`.
 
@@ -277,7 +279,7 @@ def train(
     folder = None if out is None else Path(out)
     wanted = Members(members, member_splits, None if fork_at is None else str(fork_at))
     flags = {"data": source, "target": target} | options
-    request = with_saved_members(Request(flags, presets, (), wanted, folder, resume, dataset))
+    request = with_saved_members(Request(flags, presets, (), wanted, folder, resume, dataset, plugins))
     callbacks = python_progress(progress)
     dataset, plan = make_plan(request, callbacks.progress)
     if folder is not None and len(plan) > 1:

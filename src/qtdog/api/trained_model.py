@@ -35,10 +35,10 @@ from qtdog.export.export import Exported
 from qtdog.export.export import export as export_file
 from qtdog.export.formats import FORMATS, format_for
 from qtdog.export.images import Draw, draw_images
-from qtdog.export.source import read_subject
+from qtdog.export.packed_source import read_packed_source
 from qtdog.models.text import make_tokenizer
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import ModelInfo
+from qtdog.training.load import ModelInfo, open_training_data
 
 BATCH = 64
 
@@ -267,21 +267,15 @@ class TrainedModel(nn.Module):
         name = format_for(format, out)
         if cascade and not FORMATS[name].graph:
             raise ConfigError(f"a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
-        subject = read_subject(self.path, cascade=cascade)
+        source = read_packed_source(self.path, cascade=cascade)
         n_images = num_check + (num_calibration if FORMATS[name].integer else 0)
         draw = Draw(n_images, seed, tuple(domains), force_target)
-        dataset = data if isinstance(data, DomainDataset) else open_any(self._source(data), min_domains=1)
-        images = draw_images(dataset, subject.infos[0], draw, CountingBar("reading images") if progress else None)
+        bar = CountingBar("reading images") if progress else None
+        given = None if data is None else str(data)
+        dataset = data if isinstance(data, DomainDataset) else open_training_data([self.path], given, progress=bar)
+        images = draw_images(dataset, source.infos[0], draw, bar)
         watch = CountingBar if progress else (lambda title: None)
-        return export_file(subject, out, name, images, n_calibration=num_calibration, watch=watch)
-
-    def _source(self, data: str | Path | None) -> str:
-        if data is not None:
-            return str(data)
-        config = RunFolder(self.path.parent).read_config()
-        if config is None:
-            raise ConfigError(f"give images to compare on, of the domains {', '.join(self.info.source_domains)}: data=")
-        return config.data.source
+        return export_file(source, out, name, images, n_calibration=num_calibration, watch=watch)
 
     def cascade(self) -> nn.Module:
         """Return an ensemble that asks members until the first ones agree confidently (ConfigError for one model)."""

@@ -145,6 +145,18 @@ def _rows(kind: Kind) -> list[list[str]]:
 
 def _axis(kind: Kind) -> list[list[str]]:
     """Return the members of an axis of the configuration, with the first line of what each says of itself."""
+    from qtdog.training.plugins import load_entry_points, member_origins
+
+    load_entry_points()
+    origins = member_origins()
+    axis = kind.value.removesuffix("s")
+    return [
+        [name, about + (f" (plug-in {origins[axis, name]})" if (axis, name) in origins else "")]
+        for name, about in _members(kind)
+    ]
+
+
+def _members(kind: Kind) -> list[list[str]]:
     # `compose` has imported every member, so that each has entered its name.
     from qtdog.models.feature_layers import FEATURE_LAYERS
     from qtdog.quantizers.registry import QUANTIZERS
@@ -163,7 +175,7 @@ def _axis(kind: Kind) -> list[list[str]]:
 
 def _about(member: Any) -> str:
     """Return the first line of a member's docstring, and its hyper-parameters with their defaults."""
-    defaults = {name: how.default for name, how in member.HYPERPARAMETERS.items()}
+    defaults = {name: how.default for name, how in getattr(member, "HYPERPARAMETERS", {}).items()}
     values = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in defaults.items())
     return (member.__doc__ or "").split("\n")[0] + (f" [params: {values}]" if values else "")
 

@@ -22,7 +22,7 @@ from qtdog.cli.reproduce import reproduce
 from qtdog.cli.sweep import sweep_app
 from qtdog.cli.tables import report, runs, table
 from qtdog.cli.train import dart, distill, train
-from qtdog.core.errors import QtdogError
+from qtdog.core.errors import ConfigError, QtdogError
 
 EPILOG = (
     "First steps: 'qtdog demo' (a minute), then 'qtdog train --data ROOT --target DOMAIN'. Every command has --help."
@@ -71,12 +71,42 @@ app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
 
 
+def take_plugins(args: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without `--plugin FILE` wherever they stand, and the files: every command takes plug-ins.
+
+    Example:
+        >>> take_plugins(["train", "--plugin", "a.py", "--steps", "9", "--plugin=b.py", "--", "--plugin"])
+        (['train', '--steps', '9', '--', '--plugin'], ['a.py', 'b.py'])
+    """
+    left: list[str] = []
+    files: list[str] = []
+    rest = iter(args)
+    for word in rest:
+        if word == "--":
+            return [*left, word, *rest], files
+        if word == "--plugin":
+            file = next(rest, None)
+            if file is None:
+                raise ConfigError("--plugin takes a Python file: --plugin my_loss.py")
+            files.append(file)
+        elif word.startswith("--plugin="):
+            files.append(word.partition("=")[2])
+        else:
+            left.append(word)
+    return left, files
+
+
 def main() -> None:
     """Run the program; a QtdogError becomes one readable message and its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a letter of some name loses no output
     try:
-        app()
+        args, plugins = take_plugins(sys.argv[1:])
+        if plugins:
+            from qtdog.training.plugins import name_plugins
+
+            name_plugins(plugins)
+        app(args)
     except QtdogError as error:
         fail(str(error))
         sys.exit(error.exit_code)

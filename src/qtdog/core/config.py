@@ -20,7 +20,7 @@ AFTER_TRAINING = ("gptq", "obc", "rtn")
 START_FRAC = 0.4  # of the steps, before quantization starts (paper: 2,000 of 5,000)
 Params = dict[str, bool | int | float | str]
 # Where the data lies and how many threads read it change no result: runs on two machines have one name.
-NOT_HASHED = {"data": {"source", "workers", "skip_unreadable"}, "objective": {"teacher"}}
+NOT_HASHED = {"data": {"source", "workers", "skip_unreadable"}, "objective": {"teacher"}, "plugins": {"files"}}
 
 
 class Section(BaseModel):
@@ -51,7 +51,7 @@ class DataConfig(Section):
         default=224, ge=8, le=1024, description="pixels; images are resized, never cropped, to a square"
     )
     max_tokens: int = Field(default=512, ge=4, le=512, description="tokens of a text; longer ones are cut")
-    augment: Literal["domainbed", "none"] = Field(default="domainbed", description="training augmentation")
+    augment: str = Field(default="domainbed", description="training augmentation: 'domainbed', 'none', or a plug-in's")
     batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
     focus: str = Field(
         default="",
@@ -188,6 +188,19 @@ class TrainConfig(Section):
     probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")
 
 
+class PluginsConfig(Section):
+    """The plug-ins that a run was made with; filled in by the run, and never a reason to run one."""
+
+    files: tuple[str, ...] = Field(default=(), description="where each came from; filled in by the run")
+    sha256: tuple[str, ...] = Field(default=(), description="of each one's text; filled in by the run")
+
+    @model_validator(mode="after")
+    def _one_hash_each(self) -> PluginsConfig:
+        if len(self.files) != len(self.sha256):
+            raise ValueError("plugins.files and plugins.sha256 belong together; name a plug-in with --plugin FILE.py")
+        return self
+
+
 class Config(Section):
     """The whole configuration of one run.
 
@@ -205,6 +218,7 @@ class Config(Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    plugins: PluginsConfig = PluginsConfig()
 
     @classmethod
     def make(cls, *presets: str, **options: Any) -> Config:

@@ -59,8 +59,22 @@ def load_preset(name: str) -> Tree:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"configuration file {path} does not exist")
-        return _parse(path.read_text(), name)
+        return {key: part for key, part in _parse(path.read_text(), name).items() if not isinstance(part, list)}
     return {section: values for section, values in _shipped(name).items() if section != PAPER}
+
+
+def preset_plugins(name: str) -> list[str]:
+    """Return the plug-in files that a YAML file names with `plugins: [FILE.py]`, beside it or in the present folder.
+
+    What a run wrote into its `config.yaml` (files with their hashes) names none: a received folder runs no code.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return []
+    named = _parse(path.read_text(), name).get("plugins", {})
+    if not isinstance(named, list):
+        return []
+    return [str(path.parent / str(one) if (path.parent / str(one)).is_file() else one) for one in named]
 
 
 def paper_part(name: str) -> Tree:
@@ -94,10 +108,13 @@ def _parse(text: str, name: str) -> Tree:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
+    is_tree = isinstance(tree, dict) and all(isinstance(part, dict) for key, part in tree.items() if key != "plugins")
+    if not is_tree or not isinstance(tree.get("plugins", {}), dict | list):
         raise ConfigError(f"{name} must hold sections with keys, like 'train:' and below it 'steps: 100'")
     texts = yaml.load(text, Loader=yaml.BaseLoader)
-    return {section: _with_texts(section, values, texts.get(section)) for section, values in tree.items()}
+    parts = {section: values for section, values in tree.items() if isinstance(values, dict)}
+    lists = {section: values for section, values in tree.items() if isinstance(values, list)}
+    return lists | {section: _with_texts(section, values, texts.get(section)) for section, values in parts.items()}
 
 
 def _with_texts(section: str, values: Tree, texts: Any) -> Tree:

@@ -31,6 +31,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._members: dict[str, T] = {}
+        self._foreign: set[str] = set()
 
     def add(self, name: str, member: T) -> T:
         """Enter `member` under `name` and return it; a name can be taken once (ValueError)."""
@@ -38,6 +39,13 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} '{name}' is registered twice")
         self._members[name] = member
         return member
+
+    def add_foreign(self, name: str, member: T) -> None:
+        """Enter a plug-in's member; it may take the name of another plug-in's (ConfigError for a built-in one's)."""
+        if name in self._members and name not in self._foreign:
+            raise ConfigError(f"{self.kind} '{name}' is built in; choose another name")
+        self._members[name] = member
+        self._foreign.add(name)
 
     def register(self, name: str) -> Callable[[Member], Member]:
         """Return a decorator that enters its function or class, a T, under `name`."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from qtdog.core.registry import Registry
+
+# Augmentations of plug-ins: images uint8 (n, H, W, C) and a generator → the same shape and type.
+AUGMENTATIONS: Registry[Callable[[Tensor, torch.Generator], Tensor]] = Registry("augmentation")
 
 
 class BufferPool:

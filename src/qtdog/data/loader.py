@@ -16,8 +16,10 @@ from torch import Tensor
 
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.random import numpy_stream, torch_stream
-from qtdog.data.augment import BufferPool, augment, draw_parameters
+from qtdog.data.augment import AUGMENTATIONS, BufferPool, augment, draw_parameters, normalise
 from qtdog.data.input_cache import InputCache
+
+BUILT_IN = ("domainbed", "none")  # augmentations of the package
 
 
 def draw(
@@ -120,7 +122,7 @@ class TrainBatches:
         pools: training indices per source domain, in the order that batches have.
         batch_size: images per domain and step, over all processes.
         seed: of the draws and the augmentation.
-        augment: "domainbed", or "none" (only normalised).
+        augment: "domainbed", "none" (only normalised), or a name of `AUGMENTATIONS`.
         mean: per channel, of images in [0, 1].
         std: likewise.
         workers: threads that prepare the next batches in `stream`; 0 prepares each when it is asked for.
@@ -142,7 +144,7 @@ class TrainBatches:
         *,
         batch_size: int,
         seed: int,
-        augment: Literal["domainbed", "none"],
+        augment: str,
         mean: Sequence[float],
         std: Sequence[float],
         workers: int = 1,
@@ -162,6 +164,8 @@ class TrainBatches:
         self.class_index = class_index.astype(np.int64)
         self.pools = dict(pools)
         self.seed = seed
+        if augment not in (*BUILT_IN, *AUGMENTATIONS):
+            raise ConfigError(unknown("data.augment", augment, [*BUILT_IN, *AUGMENTATIONS]))
         self.augment = augment
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -191,6 +195,9 @@ class TrainBatches:
         if self.augment == "none":
             return self.cache.network_inputs(indices, self.mean, self.std)
         images = self.cache.gather(indices, self._buffers)
+        if self.augment not in BUILT_IN:
+            generator = torch_stream(self.seed, "augment", step, self.rank)
+            return normalise(AUGMENTATIONS[self.augment](images, generator), self.mean, self.std)
         n_global = sum(self.sizes)  # drawn for all processes, so that they see one global batch
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
         return augment(images, parameters.take(rows), mean=self.mean, std=self.std, pool=self._buffers)

@@ -14,6 +14,7 @@ import numpy as np
 from qtdog.core.errors import DataError, nearest
 from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
+from qtdog.core.registry import Registry
 from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
 from qtdog.data.dataset import DomainDataset, ImageSubset, map_samples
 from qtdog.data.decode import HINT, DecodeError, FileGoneError, decoder
@@ -34,6 +35,11 @@ OPENERS: dict[str, Callable[[Path, DatasetCard], DomainDataset]] = {
 }
 
 
+IN_PYTHON = "python:"  # begins data.source of a data set that was made in Python
+# Data sets of plug-ins, by name.
+OWN_DATASETS: Registry[Callable[[], DomainDataset]] = Registry("data set of a plug-in")
+
+
 def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
     """Return the data set called `source`: a name, a folder ROOT/DOMAIN/CLASS/image, or a .csv or .jsonl manifest.
 
@@ -49,6 +55,8 @@ def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
     """
     if source == "rotated-digits":
         return RotatedDigits()
+    if source in list(OWN_DATASETS) or source.startswith(IN_PYTHON):
+        return _open_own(source)
     if source in list(CARDS):
         return _open_benchmark(source, locate(source), min_domains)
     if is_text(source):
@@ -65,6 +73,13 @@ def open_dataset(source: str, *, min_domains: int = 2) -> DomainDataset:
     dataset = open_folder(path, min_domains=min_domains)
     dataset.card = CARDS[name] if name else dataset.card
     return dataset
+
+
+def _open_own(source: str) -> DomainDataset:
+    if source.startswith(IN_PYTHON):
+        name = source.removeprefix(IN_PYTHON)
+        raise DataError(f"{name} was made in Python, and can be opened only there: give the data set itself")
+    return OWN_DATASETS[source]()
 
 
 def open_texts(source: str) -> TextDataset:

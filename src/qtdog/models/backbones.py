@@ -15,7 +15,14 @@ from qtdog.core.random import derive
 from qtdog.core.registry import Value
 from qtdog.models.clip_head import check_has_text_tower, zero_shot_classifier
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.featurizers import WIDTHS, FeaturizerSpec, build_featurizer, pretrained_cfg, wrong_size_error
+from qtdog.models.featurizers import (
+    OWN_BACKBONES,
+    WIDTHS,
+    FeaturizerSpec,
+    build_featurizer,
+    pretrained_cfg,
+    wrong_size_error,
+)
 from qtdog.models.network import Network
 from qtdog.models.text import TEXT_BACKBONES, TextFeaturizer
 from qtdog.models.weights import load_weights_
@@ -155,7 +162,7 @@ def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[
         ((0.0,), (1.0,))
     """
     _check_name(backbone)
-    if backbone in WIDTHS or backbone in TEXT_BACKBONES:
+    if backbone in WIDTHS or backbone in TEXT_BACKBONES or backbone in list(OWN_BACKBONES):
         n_channels = channels or 1
         return (0.0,) * n_channels, (1.0,) * n_channels
     cfg = pretrained_cfg(backbone)
@@ -168,13 +175,15 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def _check_name(backbone: str) -> None:
+    if backbone in list(OWN_BACKBONES):
+        return
     base, _, tag = backbone.partition(".")
     if base not in _names():
         close = nearest(base, backbone_names())
         hint = f"; did you mean '{close}'?" if close else "."
         raise ModelError(
             f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join([*WIDTHS, *TEXT_BACKBONES])} "
-            "(qtdog list backbones)."
+            "(qtdog list backbones). If a plug-in makes it, name its file: --plugin FILE.py."
         )
     tagged = timm.list_models(base, include_tags=True)
     if tag and backbone not in tagged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from qtdog.core.errors import ModelError
+from qtdog.core.registry import Registry
 from qtdog.models.text import TEXT_BACKBONES, build_text_featurizer
 
+# Backbones of plug-ins: (channels, image_size) → a module that maps images in [0, 1] to features (n, d).
+OWN_BACKBONES: Registry[Callable[[int, int], nn.Module]] = Registry("backbone of a plug-in")
 GROUPS = 8
 # DomainBed's network, and the same at a quarter of the width for machines without an accelerator
 WIDTHS = {"mnist_cnn": (64, 128, 128, 128), "digits_cnn": (16, 32, 32, 32)}
@@ -70,7 +73,12 @@ class FeaturizerSpec:
     @property
     def is_timm(self) -> bool:
         """Whether timm builds it."""
-        return self.backbone not in WIDTHS and not self.is_text
+        return self.backbone not in WIDTHS and not self.is_text and not self.is_own
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a plug-in builds it."""
+        return self.backbone in list(OWN_BACKBONES)
 
     @property
     def is_text(self) -> bool:
@@ -92,6 +100,8 @@ def input_size(backbone: str) -> int | None:
     """
     if backbone in TEXT_BACKBONES:
         return None
+    if backbone in list(OWN_BACKBONES):
+        return 224
     return 28 if backbone in WIDTHS else (pretrained_cfg(backbone).input_size or (3, 224, 224))[-1]
 
 
@@ -108,10 +118,8 @@ def build_featurizer(
     Raises:
         ModelError: the backbone cannot be built for images of that size, or needs a library that is not installed.
     """
-    if spec.is_text:
-        return build_text_featurizer(spec.backbone, pretrained=pretrained)
     if not spec.is_timm:
-        return digits_cnn(WIDTHS[spec.backbone], channels=spec.channels)
+        return _build_other(spec, pretrained)
     options: dict[str, Any] = {}
     if pretrained_cfg(spec.backbone).fixed_input_size:  # transformers and their kin: position tables have a size
         options["img_size"] = spec.image_size
@@ -126,6 +134,14 @@ def build_featurizer(
     if spec.embeds:
         featurizer.register_forward_hook(_to_unit_length)  # a hook: tensors keep timm's names
     return featurizer
+
+
+def _build_other(spec: FeaturizerSpec, pretrained: bool) -> nn.Module:
+    if spec.is_text:
+        return build_text_featurizer(spec.backbone, pretrained=pretrained)
+    if spec.is_own:
+        return OWN_BACKBONES[spec.backbone](spec.channels, spec.image_size)
+    return digits_cnn(WIDTHS[spec.backbone], channels=spec.channels)
 
 
 def _to_unit_length(module: nn.Module, inputs: tuple[Tensor, ...], embedding: Tensor) -> Tensor:

@@ -255,6 +255,7 @@ def _be_worker(task: Task, setup: WorkerSetup, gpu: str, answer: connection.Conn
         if gpu:
             print(f"{task.name} on GPU {gpu}", flush=True)
         torch.set_num_threads(setup.threads)
+        task.load_plugins()  # one of them may make the data set
         dataset = open_dataset(setup.source)
         outcome = run_task(task, setup.out, dataset, quiet_callbacks(setup.loggers, task.folder(setup.out)))
     except Exception as error:

@@ -25,9 +25,11 @@ from qtdog.sweep.study import (
     raise_all,
     rank_of,
     skips_unreadable,
+    study_plugins,
 )
 from qtdog.training.build import AVERAGERS
 from qtdog.training.fork import fork_obstacle, fork_point_config
+from qtdog.training.plugins import load_plugin_text, load_plugins, named_plugins
 
 Kind = Literal["fork_point", "run", "ensemble"]
 
@@ -62,6 +64,7 @@ class Task:
         updates_from: the run that makes this one's updates with its own (`share_updates`); "" if none does.
         companions: of such a run, the names and configurations of those whose updates it makes.
         ensemble: its members, of an ensemble.
+        plugins: path and text of the plug-ins that it needs.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Task:
     updates_from: str = ""
     companions: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
     ensemble: EnsembleMembers | None = None
+    plugins: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -102,6 +106,7 @@ class Task:
             "updates_from": self.updates_from,
             "companions": [[name, config.model_dump(mode="json")] for name, config in self.companions],
             "ensemble": ensemble,
+            "plugins": [list(plugin) for plugin in self.plugins],
         }
 
     @classmethod
@@ -113,8 +118,14 @@ class Task:
             "ensemble": ensemble and EnsembleMembers(**ensemble | {"members": tuple(ensemble["members"])}),
             "labels": tuple(tree["labels"]),
             "companions": tuple((name, Config.model_validate(one)) for name, one in tree["companions"]),
+            "plugins": tuple((path, text) for path, text in tree.get("plugins", ())),
         }
         return cls(**tree | parsed)
+
+    def load_plugins(self) -> None:
+        """Run the plug-ins that it needs in this process (ConfigError if one fails)."""
+        for path, text in self.plugins:
+            load_plugin_text(path, text)
 
     def folder(self, out: Path) -> Path:
         """Return its folder in the sweep's folder."""
@@ -262,7 +273,9 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     raise_all(errors)
     tasks = share_fork_points(runs) if study.share_prefix else runs
     tasks = share_updates(tasks) if study.share_averaged else tasks
-    return Plan(study, source, dataset, tuple(_in_order([*tasks, *ensembles])))
+    plugins = tuple((one.path, one.text) for one in named_plugins(load_plugins(study_plugins(study))))
+    tasks = [replace(task, plugins=plugins) for task in _in_order([*tasks, *ensembles])]
+    return Plan(study, source, dataset, tuple(tasks))
 
 
 def _runs(points: Sequence[Point]) -> list[Task]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from qtdog.core.config import Config
-from qtdog.core.config_io import Tree, build_config, load_preset
+from qtdog.core.config_io import Tree, build_config, load_preset, preset_plugins
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
@@ -24,6 +24,7 @@ from qtdog.core.registry import HyperParameter
 from qtdog.data.dataset import DomainDataset
 from qtdog.runs.study_names import Labels, Scalar
 from qtdog.training.build import OBJECTIVES, STEP_RULES
+from qtdog.training.plugins import load_plugins, with_plugins
 from qtdog.training.protocol import dataset_layer, resolve
 
 # Short names of what nearly every study varies.
@@ -108,6 +109,7 @@ class Study(Part):
     name: str = Field(pattern=r"^[\w.-]+$", description="of the study; letters, digits, '-', '_', '.'")
     about: str = ""
     data: str | None = Field(default=None, description="as --data takes it; the command line wins")
+    plugins: list[str] = Field(default=[], description="plug-in files, beside the study or in the present folder")
     base: Layer = Layer()
     methods: dict[str, Method] = Field(min_length=1)
     grid: Axes = Field(default={}, description="values by section.key (or target, trial, seed): all combinations")
@@ -179,10 +181,12 @@ def read_study(path: Path) -> Study:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path} must hold keys like 'name:', 'methods:' and 'grid:'")
     try:
-        return Study.model_validate(_with_domain_names(tree, texts))
+        study = Study.model_validate(_with_domain_names(tree, texts))
     except ValidationError as error:
         lines = list(dict.fromkeys(_explain(detail) for detail in error.errors()))
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from error
+    beside = [str(path.parent / name) if (path.parent / name).is_file() else name for name in study.plugins]
+    return study.model_copy(update={"plugins": beside})
 
 
 def _with_domain_names(tree: Any, texts: Any, *, named: bool = False) -> Any:
@@ -307,6 +311,7 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
         DataError: the data cannot be trained on.
     """
     errors: list[str] = []
+    plugins = load_plugins(study_plugins(study))
     rows: list[tuple[int, tuple[int, ...], int, Point]] = []
     content = ""
     for number, (name, method) in enumerate(study.methods.items()):
@@ -320,6 +325,7 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
             labels = {"method": name} | labels
             try:
                 config = resolve(build_config([*shared, *trees]), dataset, progress, content=content)
+                config = with_plugins(config, plugins)
             except (ConfigError, DataError) as error:
                 errors.append(f"method '{name}': {error}")
                 continue
@@ -328,6 +334,12 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
             rows.append((rank, place, number, Point(labels, config, rank)))
     raise_all(errors)
     return [row[-1] for row in sorted(rows, key=lambda row: row[:-1])]
+
+
+def study_plugins(study: Study) -> list[str]:
+    """Return the plug-in files that a study names: itself, or in the YAML files among its presets."""
+    presets = [name for layer in (study.base, *study.methods.values()) for name in layer.presets]
+    return [*study.plugins, *(path for name in presets for path in preset_plugins(name))]
 
 
 def skips_unreadable(study: Study) -> bool:

@@ -45,6 +45,7 @@ def run_task(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallba
     """
     started = time.perf_counter()
     try:
+        task.load_plugins()
         if _skips_unreadable(task, out):
             dataset = without_unreadable(dataset, callbacks.progress)
         trained_s = _WORK[task.kind](task, out, dataset, callbacks)
@@ -173,4 +174,6 @@ def run_task_from_json(tree: dict[str, Any], out: str, source: str, threads: int
         the outcome, as a dictionary.
     """
     torch.set_num_threads(threads)
-    return asdict(run_task(Task.from_json(tree), Path(out), open_dataset(source), quiet_callbacks((), Path(out))))
+    task = Task.from_json(tree)
+    task.load_plugins()  # one of them may make the data set
+    return asdict(run_task(task, Path(out), open_dataset(source), quiet_callbacks((), Path(out))))

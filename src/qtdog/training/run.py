@@ -22,6 +22,7 @@ from qtdog.training.components import Components, RunState
 from qtdog.training.finalize import final_network_, write_result
 from qtdog.training.fork import begin_fork_, fork_point_config
 from qtdog.training.loop import TrainingRun, nothing, train
+from qtdog.training.plugins import keep_plugins
 from qtdog.training.shared_updates import SharedRun, SharedUpdates, open_shared_runs
 from qtdog.training.signals import StopRequest, interruption
 
@@ -90,6 +91,7 @@ def run(
         components = build_components(config, dataset, accelerator, callbacks.progress, teacher=teacher)
         if main:
             folder.claim(config, resume=resume)
+            keep_plugins(config, folder.path)
             folder.keep_skipped(dataset.skipped)
         state = initial_state(components, folder, callbacks.warn, fork_from)
         train_in_folder(components, state, folder, callbacks=callbacks, shared_runs=shared_runs, fork_from=fork_from)
