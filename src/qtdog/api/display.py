@@ -57,7 +57,13 @@ def warn(text: str) -> None:
 
 
 class TrainingBar(RunCallback):
-    """Shows loss, source accuracy, images per second and time left of one run after another."""
+    """Shows loss, source accuracy, images per second and time left of one run after another.
+
+    Attributes:
+        which: said in the title, where there are several runs: "seed 1, 2 of 3".
+    """
+
+    which: str = ""
 
     def on_start(self, config: Config, step: int) -> None:
         """Show the title and an empty bar; where none can be drawn, the title alone."""
@@ -70,7 +76,9 @@ class TrainingBar(RunCallback):
             TextColumn("loss {task.fields[loss]}  source {task.fields[source]}  {task.fields[rate]} images/s"),
             TimeRemainingColumn(),
         )
-        title = f"{method_name(config.model_dump())}, unseen: {config.data.target}"
+        title = f"{method_name(config.model_dump())}, unseen: {config.data.target}" + (
+            f" ({self.which})" if self.which else ""
+        )
         self._steps, self._start, self._n_images, self._shown = config.train.steps, step, 0, 0.0
         self._started = self._line = time.perf_counter()
         if not shows_bars():

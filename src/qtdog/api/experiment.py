@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qtdog.api.display import TrainingBar
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import (
     SHORT_NAMES,
@@ -354,8 +355,10 @@ def train_runs(
         ConfigError, DataError, ModelError, RunError: as in `training.run.run`.
     """
     callbacks, results = callbacks or RunCallbacks(), []
-    for planned in plan:
+    for number, planned in enumerate(plan, start=1):
         config, folder, fork_point = planned.config, planned.folder, planned.fork_point
+        if len(plan) > 1 and isinstance(callbacks.callback, TrainingBar):
+            callbacks.callback.which = f"seed {config.train.seed}, {number} of {len(plan)}"
         start = None
         if fork_point is not None and folder.read_result() is None:
             start = fork_point.checkpoint(config, dataset, callbacks)

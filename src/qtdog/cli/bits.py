@@ -133,7 +133,7 @@ def bits(
     budget: Annotated[float | None, panel("Choice", BUDGET)] = None,
     vectors: Annotated[int, panel("Choice", VECTORS, min=2)] = 20,
     data: Data = None,
-    target: Annotated[str | None, panel("Problem", TARGET)] = None,
+    target: Annotated[str | None, panel("Data", TARGET)] = None,
     trial: Trial = None,
     image_size: ImageSize = None,
     preset: Presets = None,

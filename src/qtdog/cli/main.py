@@ -19,18 +19,21 @@ from qtdog.cli.export import export
 from qtdog.cli.listing import inspect_file, listing
 from qtdog.cli.predict import predict
 from qtdog.cli.reproduce import reproduce
+from qtdog.cli.spelling import QtdogGroup
 from qtdog.cli.sweep import sweep_app
 from qtdog.cli.tables import report, runs, table
 from qtdog.cli.train import dart, distill, train
 from qtdog.core.errors import ConfigError, QtdogError
 
 EPILOG = (
-    "First steps: 'qtdog demo' (a minute), then 'qtdog train --data ROOT --target DOMAIN'. Every command has --help."
+    "First steps: 'qtdog demo' (a minute), then 'qtdog train --data ROOT --target DOMAIN'. Every command has --help. "
+    "'--plugin FILE.py' runs a plug-in of yours (a loss, a quantizer, a backbone, …) before any command."
 )
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    cls=QtdogGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
     epilog=EPILOG,
@@ -38,15 +41,22 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root(
-    version: bool = typer.Option(False, "--version", help="Show the version and leave.", is_eager=True),
-) -> None:
-    if version:
+def show_version(wanted: bool) -> None:
+    """Print the version and leave, if that is wanted."""
+    if wanted:
         from qtdog import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and leave.", is_eager=True, callback=show_version
+    ),
+) -> None:
+    del version  # its callback has done it
 
 
 app.command()(train)
@@ -65,9 +75,9 @@ app.command()(runs)
 app.command()(reproduce)
 app.command()(demo)
 app.command(name="list")(listing)
-app.add_typer(analyze_app, name="analyze")
-app.add_typer(analyze_app, name="analyse", hidden=True)  # its name before
-app.add_typer(data_app, name="data")
+app.add_typer(analyze_app, name="analyze", cls=QtdogGroup)
+app.add_typer(analyze_app, name="analyse", cls=QtdogGroup, hidden=True)  # its name before
+app.add_typer(data_app, name="data", cls=QtdogGroup)
 app.add_typer(sweep_app, name="sweep")
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-OUT = "The run folder itself (with several runs: the folder that holds them). Default: runs/<hash>."
-LOG = "Send numbers to tensorboard, wandb or mlflow as well; may be given several times."
+OUT = "Run folder to write (with several runs: the folder that holds theirs). Default: runs/HASH."
+LOG = "Also send the numbers to tensorboard, wandb or mlflow. May be given several times."
 
 
 def panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
@@ -17,27 +17,51 @@ def panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
     return typer.Option(*spelling, help=text, rich_help_panel=name, **more)
 
 
-_DATA = "Data set name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest."
-_PRESET = "Preset (qtdog list presets) or YAML file; may be given several times, later ones win."
-_SET = panel("Configuration", "Any configuration value.", "--set", metavar="SECTION.KEY=VALUE")
-_RESUME = "Go on from the last checkpoint; with --out alone the saved configuration is used."
+_DATA = (
+    "Data set: a name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest. Default: "
+    "the embedded rotated digits."
+)
+_TRIAL = "Which random 20 % of each source domain is held out for model selection. Default 0."
+_SIZE = "Image size in pixels (square). Default 224, or what the data set's preset says."
+_PRESET = "Preset (see 'qtdog list presets') or YAML file. May be given several times; later ones win."
+_SET = panel(
+    "Configuration",
+    "Set any value of the configuration (see 'qtdog list options'). May be given several times.",
+    "--set",
+    metavar="SECTION.KEY=VALUE",
+)
+_PLUGIN = "Python file that registers members of your own, such as a loss; it is run. May be given several times."
+_BACKBONE = "Backbone: any timm model, digits_cnn, mnist_cnn, or a plug-in's. Default resnet50.tv_in1k."
+_WEIGHTS = "Initial weights: 'imagenet', 'none', or a .safetensors/.pth file. Default 'imagenet'."
+_OBJECTIVE = "Training objective (see 'qtdog list objectives'). Default erm."
+_STEP_RULE = "How a gradient becomes an update: plain, sam or sagm. Default plain."
+_AVERAGER = "Weight averaging: none, sma, swa, bma or swad (see 'qtdog list averagers'). Default none."
+_QUANTIZER = "Quantizer (see 'qtdog list quantizers'), or 'none' to train in float. Default lsq."
+_BITS = "Bits per weight, 2 to 8. Default 7."
+_STEPS = "Number of updates. Default 5000, or what the data set's preset says."
+_BATCH = "Images per source domain in each step. Default 32."
+_RATE = "Learning rate. Default 5e-5."
+_SEED = "Seed of initialization, batches and augmentation. Default 0."
+_RESUME = "Continue from the last checkpoint. With --output alone the saved configuration is used."
 
-Data = Annotated[str | None, panel("Problem", _DATA)]
-Trial = Annotated[int | None, panel("Problem", "Which random 20 % of each domain is held out.")]
-ImageSize = Annotated[int | None, panel("Problem", "Pixels.")]
+Data = Annotated[str | None, panel("Data", _DATA)]
+Trial = Annotated[int | None, panel("Data", _TRIAL)]
+ImageSize = Annotated[int | None, panel("Data", _SIZE)]
 Presets = Annotated[list[str] | None, panel("Configuration", _PRESET)]
 Assignments = Annotated[list[str] | None, _SET]
-Backbone = Annotated[str | None, panel("Method", "Any timm model, digits_cnn or mnist_cnn.")]
-Weights = Annotated[str | None, panel("Method", "'imagenet', 'none', or a .safetensors/.pth file.")]
-Objective = Annotated[str | None, panel("Method", "The loss.")]
-StepRule = Annotated[str | None, panel("Method", "How the loss becomes an update.")]
-Averager = Annotated[str | None, panel("Method", "Which weights are kept.")]
-Quantizer = Annotated[str | None, panel("Method", "'lsq', or 'none' for a float model.")]
-Bits = Annotated[int | None, panel("Method", "Bits per weight, 2 to 8.")]
-Steps = Annotated[int | None, panel("Training", "Number of updates.")]
-BatchSize = Annotated[int | None, panel("Training", "Images per source domain per step.")]
-LearningRate = Annotated[float | None, panel("Training", "Learning rate.")]
-Seed = Annotated[int | None, panel("Training", "Of initialisation, batches and augmentation.")]
+# read by `cli.main.take_plugins` before any command; declared for --help
+Plugins = Annotated[list[str] | None, panel("Configuration", _PLUGIN, "--plugin", metavar="FILE.py")]
+Backbone = Annotated[str | None, panel("Method", _BACKBONE)]
+Weights = Annotated[str | None, panel("Method", _WEIGHTS)]
+Objective = Annotated[str | None, panel("Method", _OBJECTIVE)]
+StepRule = Annotated[str | None, panel("Method", _STEP_RULE)]
+Averager = Annotated[str | None, panel("Method", _AVERAGER)]
+Quantizer = Annotated[str | None, panel("Method", _QUANTIZER)]
+Bits = Annotated[int | None, panel("Method", _BITS)]
+Steps = Annotated[int | None, panel("Training", _STEPS)]
+BatchSize = Annotated[int | None, panel("Training", _BATCH)]
+LearningRate = Annotated[float | None, panel("Training", _RATE)]
+Seed = Annotated[int | None, panel("Training", _SEED)]
 RunFolderOrNone = Annotated[Path | None, panel("Run", OUT)]
 Resume = Annotated[bool, panel("Run", _RESUME, "--resume")]
 AsJson = Annotated[bool, panel("Run", "Print the results as JSON.", "--json")]
@@ -50,9 +74,9 @@ _ONLY = (
 )
 _WORKERS = "Runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
 _THREADS = "Threads of each run. Default: so that all workers together use the cores."
-_ADDRESS = "Of a Ray cluster: auto, or ray://host:10001. Default: this machine."
+_ADDRESS = "Address of a Ray cluster: auto, or ray://host:10001. Default: this machine."
 _GPUS = "GPUs of each run; a fraction shares one. Default: on this machine one if there are any, on a cluster none."
-_HOURS = "Of each Slurm job; a run that is not finished goes on in a new one."
+_HOURS = "Hours of each Slurm job; a run that is not finished continues in a new one. Default 4."
 
 
 class EngineName(StrEnum):
@@ -73,5 +97,5 @@ Workers = Annotated[int | None, panel("Machines", _WORKERS, min=1)]
 Threads = Annotated[int | None, panel("Machines", _THREADS, min=1)]
 Gpus = Annotated[float | None, panel("Machines", _GPUS, min=0)]
 Address = Annotated[str | None, panel("Machines", _ADDRESS)]
-Partition = Annotated[str, panel("Machines", "Of Slurm.")]
+Partition = Annotated[str, panel("Machines", "Partition of Slurm. Default: the cluster's own.")]
 Hours = Annotated[float, panel("Machines", _HOURS, min=0.1)]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from qtdog.cli.console import CountingBar
 from qtdog.cli.options import (
@@ -27,6 +26,7 @@ from qtdog.cli.options import (
     Threads,
     Workers,
 )
+from qtdog.cli.spelling import QtdogGroup
 from qtdog.cli.sweep_table import table
 from qtdog.core.errors import ConfigError
 
@@ -446,7 +446,7 @@ def conclude(plan: Plan, failed: dict[str, Outcome], blocked: list[Task], folder
 DEFAULT = "run"
 
 
-class SweepGroup(TyperGroup):
+class SweepGroup(QtdogGroup):
     """Reads `qtdog sweep STUDY …` as `qtdog sweep run STUDY …`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ from qtdog.cli.options import (
     ImageSize,
     LearningRate,
     Objective,
+    Plugins,
     Presets,
     Quantizer,
     Resume,
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
 
 
 START = "First quantized step. Default: 40 % of the steps."
-SKIP = "Leave out images that cannot be read; the run's skipped.json names them."
-TARGET = "The unseen domain; 'all' for each in turn; 'none' to train on everything (the model you deploy)."
+SKIP = "Leave out images that cannot be read; skipped.json in the run folder names them."
+TARGET = "Unseen domain; 'all' for each in turn; 'none' to train on every domain (the model you deploy). Default none."
 MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
-SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed."
+SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed. Default same."
 FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
 
 
@@ -58,12 +59,13 @@ class Splits(StrEnum):
 def train(
     *,
     data: Data = None,
-    target: Annotated[str | None, panel("Problem", TARGET)] = None,
+    target: Annotated[str | None, panel("Data", TARGET)] = None,
     trial: Trial = None,
-    skip_unreadable: Annotated[bool | None, panel("Problem", SKIP, "--skip-unreadable", show_default=False)] = None,
+    skip_unreadable: Annotated[bool | None, panel("Data", SKIP, "--skip-unreadable", show_default=False)] = None,
     image_size: ImageSize = None,
     preset: Presets = None,
     assign: Assignments = None,
+    plugin: Plugins = None,
     backbone: Backbone = None,
     weights: Weights = None,
     objective: Objective = None,
@@ -209,6 +211,9 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+STUDENT_WEIGHT = "Weight of the teacher's answers; the labels have the rest. Default 0.9."
+STUDENT_TEMPERATURE = "Temperature that softens the answers of both. Default 2."
+STUDENT_QUANTIZER = "Quantizer of the student, or 'none' for a float one. Default lsq."
 DISTILL_TARGET = "The unseen domain. Default: the one that the teacher held out."
 
 
@@ -216,17 +221,18 @@ def distill(
     teacher: Annotated[Path, typer.Argument(help="The model.safetensors of an ensemble, or of one model.")],
     *,
     data: Data = None,
-    target: Annotated[str | None, panel("Problem", DISTILL_TARGET)] = None,
+    target: Annotated[str | None, panel("Data", DISTILL_TARGET)] = None,
     preset: Presets = None,
     assign: Assignments = None,
-    backbone: Annotated[str | None, panel("Method", "Of the student. Default: the teacher's.")] = None,
-    weight: Annotated[float | None, panel("Method", "Of the teacher's answers against the labels.")] = None,
-    temperature: Annotated[float | None, panel("Method", "Softens the answers of both.")] = None,
-    quantizer: Annotated[str | None, panel("Method", "Of the student.")] = None,
+    plugin: Plugins = None,
+    backbone: Annotated[str | None, panel("Method", "Backbone of the student. Default: the teacher's.")] = None,
+    weight: Annotated[float | None, panel("Method", STUDENT_WEIGHT)] = None,
+    temperature: Annotated[float | None, panel("Method", STUDENT_TEMPERATURE)] = None,
+    quantizer: Annotated[str | None, panel("Method", STUDENT_QUANTIZER)] = None,
     bits: Bits = None,
     steps: Steps = None,
     lr: LearningRate = None,
-    seed: Annotated[int | None, panel("Training", "Of the student.")] = None,
+    seed: Annotated[int | None, panel("Training", "Seed of the student. Default 0.")] = None,
     out: RunFolderOrNone = None,
     resume: Resume = False,
     as_json: AsJson = False,
@@ -271,7 +277,7 @@ def _assignments(teacher: Path, weight: float | None, temperature: float | None)
     return [f"objective.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
 
 
-DART_TARGET = "The unseen domain; 'none' to train on everything."
+DART_TARGET = "Unseen domain; 'none' to train on every domain. Default none."
 BRANCH = (
     "A branch, by what is its own: 'data.augment=none', or several values with ';' between them. Give it once for each "
     "branch. Default: a branch for each source domain, which gets half of its batches (data.focus)."
@@ -282,18 +288,19 @@ MERGE = "Steps between merges. Default: a tenth of the steps."
 def dart(
     *,
     data: Data = None,
-    target: Annotated[str | None, panel("Problem", DART_TARGET)] = None,
+    target: Annotated[str | None, panel("Data", DART_TARGET)] = None,
     preset: Presets = None,
     assign: Assignments = None,
+    plugin: Plugins = None,
     branch: Annotated[list[str] | None, panel("Method", BRANCH, metavar="KEY=VALUE[;…]")] = None,
     merge_every: Annotated[int | None, panel("Method", MERGE, min=1)] = None,
     quantizer: Quantizer = None,
     bits: Bits = None,
     steps: Annotated[int | None, panel("Training", "Number of updates of each branch.")] = None,
     lr: LearningRate = None,
-    seed: Annotated[int | None, panel("Training", "Of the first branch.")] = None,
+    seed: Annotated[int | None, panel("Training", "Seed of the first branch. Default 0.")] = None,
     out: Annotated[Path, panel("Run", OUT)],
-    resume: Annotated[bool, panel("Run", "Go on with what is in the folder.", "--resume")] = False,
+    resume: Annotated[bool, panel("Run", "Continue with what is in the folder.", "--resume")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train branches side by side, average them now and then, and ship one network (DART, CVPR 2023).
