@@ -120,6 +120,19 @@ def test_the_integer_graph_is_merged_whole_and_never_saturates(source, photos, t
     assert left.count("QLinearConv") == n_convolutions
     assert not {"Conv", "FusedConv"} & set(left)
     assert made.parity.agreement_frac > 0.85
+    assert made.info.integer_products == (n_convolutions, n_convolutions + 1)  # the classifier stays float
+    model = onnx.load(made.path)
+    assert model.ir_version == 8  # onnxruntime 1.16 reads it
+    taken = {name for node in model.graph.node for name in node.input}
+    assert {entry.name for entry in model.graph.initializer} <= taken  # runtimes warn of every other one
+
+
+def test_standardized_weights_become_integers_too(packed, photos, tmp_path):
+    made = export(read_packed_source(packed("test_nfnet")), tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=8)
+    assert made.info.integer_products is not None
+    n_integer, n_products = made.info.integer_products
+    assert n_integer == n_products - 1 > 20
+    assert "standardized weights were rounded again" in made.info.notes[-1]
 
 
 def test_openvino_runs_the_integer_graph(source, photos, tmp_path):

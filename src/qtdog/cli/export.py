@@ -96,6 +96,9 @@ def _show(made: Exported) -> None:
         ["largest difference of a logit", logits],
         ["accuracy there (%)", accuracies],
     ]
+    if made.info.integer_products is not None:
+        n_integer, n_products = made.info.integer_products
+        rows.append(["products in integers", f"{n_integer} of {n_products}"])
     if parity.members is not None:
         means = " → ".join(f"{mean:.2f}" for mean in parity.members)
         rows.append(["members asked, mean", f"{means} of {made.info.n_members}"])

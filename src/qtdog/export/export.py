@@ -14,21 +14,21 @@ import torch
 
 from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
+from qtdog.core.progress import Progress
 from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
 from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import ExportInfo
 from qtdog.export.int8 import calibrate_activations, plan_int8, quantize_
-from qtdog.export.integer_weight import IntegerWeight
+from qtdog.export.integer_weight import IntegerWeight, refit
 from qtdog.export.onnx_ensemble import join
-from qtdog.export.onnx_graph import find_codes, member_graphs, store_integers_
+from qtdog.export.onnx_graph import COMPUTED, find_codes, member_graphs, store_integers_
 from qtdog.export.packed_source import PackedSource
 from qtdog.export.parity import Parity, compare
 from qtdog.export.runtimes import open_packed_source, open_points, open_runtime
 
-Told = Callable[[int, int], None] | None
-Watch = Callable[[str], Told]
-"""From the title of something that takes long to what is told how far it is."""
+Watch = Callable[[str], Progress]
+"""From the title of a long piece of work to the callback that reports its progress."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON has it."""
-        told = {"file": str(self.path), "bytes": self.n_bytes, "packed_bytes": self.packed_bytes}
-        return told | self.info.model_dump(mode="json")
+        files = {"file": str(self.path), "bytes": self.n_bytes, "packed_bytes": self.packed_bytes}
+        return files | self.info.model_dump(mode="json")
 
 
 def export(
@@ -94,8 +94,7 @@ def export(
             graph, info = _graph(source, info, calibration, watch) if kind.graph else (None, info)
             draft = folder / out.name
             kind.save(source, graph, draft, info)
-            parity = _measure(source, draft, check, watch)
-            _refuse(out, parity, kind)
+            parity = verify_export(source, draft, check, kind, out=out, watch=watch)
             info = info.model_copy(update={"parity": asdict(parity)})
             kind.save(source, graph, draft, info)
             n_bytes = sum(file.stat().st_size for file in folder.iterdir())
@@ -122,8 +121,13 @@ def _graph(
     graphs = list(member_graphs(source, module, watch("translating")))
     codes = [find_codes(graph, member.quantized) for graph, member in zip(graphs, source.members, strict=True)]
     if calibration is not None:
-        rounded = _quantize_(graphs, codes, module, calibration, watch("calibrating"))
-        info = info.model_copy(update={"calibration": _told(calibration), "notes": _notes(rounded)})
+        computed = [refit_computed_(graph, found) for graph, found in zip(graphs, codes, strict=True)]
+        rounded, n_integer, n_products = _quantize_(graphs, codes, module, calibration, watch("calibrating"))
+        if not n_integer:
+            text = f"{source.path}: none of its {n_products} products could become integer"
+            raise ModelError(f"{text}: their weights are not those that were quantized. Export it to a float format")
+        done = {"calibration": _calibration(calibration), "integer_products": (n_integer, n_products)}
+        info = info.model_copy(update=done | {"notes": _notes(rounded, sum(computed))})
     for graph, found in zip(graphs, codes, strict=True):
         left = {name: weight for name, weight in found.items() if name in graph.graph.initializers}
         store_integers_(graph, left)
@@ -135,17 +139,31 @@ def _quantize_(
     codes: list[dict[str, IntegerWeight]],
     module: InferenceModule,
     images: LabelledImages,
-    progress: Told,
-) -> list[str]:
-    """Make each member compute in integers, in place, and return the weights that had to be rounded again."""
+    progress: Progress,
+) -> tuple[list[str], int, int]:
+    """Make each member compute in integers, in place.
+
+    Returns:
+        The weights that had to be rounded again, products in integers, and all products.
+    """
     rounded: list[str] = []
+    n_integer = n_products = 0
     for index, (graph, found) in enumerate(zip(graphs, codes, strict=True)):
         plan = plan_int8(graph, found)
         names = list(plan.points)
         read = _reader(module, open_points(graph, names))
         ranges = calibrate_activations(names, read, images.pixels, progress=_part(progress, index, len(graphs)))
         rounded += [f"members.{index}.{name}" for name in quantize_(graph, plan, found, ranges)]
-    return rounded
+        n_integer, n_products = n_integer + len(plan.nodes), n_products + plan.n_products
+    return rounded, n_integer, n_products
+
+
+def refit_computed_(graph: Any, found: dict[str, IntegerWeight]) -> int:
+    """Add integers for the weights that were computed from others with codes, and return how many."""
+    names = [name for name in graph.meta.get(COMPUTED, []) if name not in found]
+    for name in names:
+        found[name] = refit(graph.graph.initializers[name].const_value.numpy())
+    return len(names)
 
 
 def _reader(module: InferenceModule, read: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
@@ -156,36 +174,43 @@ def _reader(module: InferenceModule, read: Callable[[Any], list[Any]]) -> Callab
     return prepared
 
 
-def _part(progress: Told, index: int, n_parts: int) -> Told:
+def _part(progress: Progress, index: int, n_parts: int) -> Progress:
     """Return what shows part `index` of several equal ones."""
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, n_parts * total)
 
 
-def _told(calibration: LabelledImages) -> dict[str, Any]:
-    told = {"domains": list(calibration.domains), "n_images": len(calibration.pixels), "method": "mse"}
-    return told | {"target_included": calibration.target_included}
+def _calibration(images: LabelledImages) -> dict[str, Any]:
+    about = {"domains": list(images.domains), "n_images": len(images.pixels), "method": "mse"}
+    return about | {"target_included": images.target_included}
 
 
-def _notes(rounded: list[str]) -> tuple[str, ...]:
+def _notes(rounded: list[str], n_computed: int) -> tuple[str, ...]:
+    standardized = f"{n_computed} standardized weights were rounded again to 7 bits, because they lie on no grid"
     if not rounded:
-        return ()
+        return (standardized,) if n_computed else ()
     text = f"{len(rounded)} weights were rounded again to 7 bits, because their grid has none of the codes -64 … 64"
-    return (f"{text}: {', '.join(rounded[:3])}{', …' if len(rounded) > 3 else ''}",)
+    names = f"{', '.join(rounded[:3])}{', …' if len(rounded) > 3 else ''}"
+    return (f"{text}: {names}", *([standardized] if n_computed else []))
 
 
-def _measure(source: PackedSource, draft: Path, images: LabelledImages, watch: Watch) -> Parity:
+def verify_export(
+    source: PackedSource, draft: Path, images: LabelledImages, kind: Format, *, out: Path, watch: Watch
+) -> Parity:
+    """Return how an exported file compares with the packed model on the same images.
+
+    Raises:
+        RunError: beyond the limits of its format.
+    """
     threads = torch.get_num_threads()
     packed = open_packed_source(source, threads)
-    return compare(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
-
-
-def _refuse(out: Path, parity: Parity, kind: Format) -> None:
+    parity = compare(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
     problems = parity.problems(kind.limits)
     if problems:
         text = f"{out} was not written: as {kind.title} it does not answer like the packed model"
         raise RunError(f"{text} on {parity.n_images} images: {'; '.join(problems)}")
+    return parity
 
 
 def _move(folder: Path, draft: Path, out: Path) -> None:

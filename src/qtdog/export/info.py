@@ -61,6 +61,8 @@ class ExportInfo(BaseModel):
         cascade_threshold: confidence at which a cascade asks no further member; None where all are asked.
         outputs: names of the graph's outputs.
         calibration: for integer activations: `domains`, `n_images`, `method`, `seed`.
+        integer_products: convolutions and matrix products that compute in integers, and all that have weights; None in
+            float formats.
         parity: how the file compared with the packed model (`export.parity.Parity`), None before that was measured.
         notes: what was changed on the way, in words.
     """
@@ -78,6 +80,7 @@ class ExportInfo(BaseModel):
     cascade_threshold: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     outputs: tuple[str, ...]
     calibration: dict[str, Any] | None = None
+    integer_products: tuple[int, int] | None = None
     parity: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 

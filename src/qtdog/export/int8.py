@@ -14,10 +14,9 @@ from torch import Tensor
 from qtdog.core.progress import Progress
 from qtdog.export.info import library
 from qtdog.export.integer_weight import SAFE, IntegerWeight, seven_bits
-from qtdog.export.onnx_graph import constant
+from qtdog.export.onnx_graph import LINEAR, constant, weight_sources
 
 CLIPS = ("Relu", "Clip")
-LINEAR = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass
@@ -26,11 +25,13 @@ class Int8Plan:
 
     Attributes:
         nodes: convolutions and matrix products with integer weights.
+        n_products: all convolutions and matrix products that have weights.
         points: the activations that are rounded, by name, in the order of the graph.
         shared: output of a pooling to its input: the two have one range, so that pooling works on the codes.
     """
 
     nodes: list[Any] = field(default_factory=list)
+    n_products: int = 0
     points: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
 
@@ -53,6 +54,7 @@ def plan_int8(model: Any, weights: Collection[str]) -> Int8Plan:
     """
     plan, ends = Int8Plan(), set[str]()
     for node in model.graph:
+        plan.n_products += node.op_type in LINEAR and weight_sources(node.inputs[1]) is not None
         if node.op_type in LINEAR and node.inputs[1].name in weights:
             plan.nodes.append(node)
             plan.add(node.inputs[0])

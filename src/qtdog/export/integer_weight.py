@@ -118,11 +118,22 @@ def seven_bits(weight: IntegerWeight) -> tuple[Codes, Floats, bool]:
     sign = np.sign(weight.spread_scale)
     if np.abs(whole).max() <= SAFE and (whole == np.round(whole)).all():
         return (whole * sign).astype(np.int8), _positive(np.abs(weight.scale) * np.float32(smallest)), True
-    values = weight.dequantize()
-    others = tuple(dim for dim in range(values.ndim) if dim != weight.axis)
-    scale = _positive(np.abs(values).max(others) / np.float32(SAFE - 1))
-    codes = np.round(values / scale.reshape(weight.spread_scale.shape))
-    return codes.astype(np.int8), scale, False
+    again = refit(weight.dequantize(), weight.axis)
+    return again.codes, again.scale, False
+
+
+def refit(weight: Floats, axis: int = 0) -> IntegerWeight:
+    """Return the nearest of 127 levels of each output channel's range, for a weight that no grid of codes explains.
+
+    Example:
+        >>> found = refit(np.array([[1.0, -0.5]], dtype=np.float32))
+        >>> found.codes.tolist()
+        [[63, -32]]
+    """
+    others = tuple(dim for dim in range(weight.ndim) if dim != axis)
+    scale = _positive(np.abs(weight).max(others) / np.float32(SAFE - 1))
+    spread = scale.reshape([-1 if dim == axis else 1 for dim in range(weight.ndim)])
+    return IntegerWeight(np.round(weight / spread).astype(np.int8), None, -SAFE, scale, axis)
 
 
 def _positive(scale: Floats) -> Floats:

@@ -11,7 +11,7 @@ import torch
 
 from qtdog.export.inference_module import INPUT, InferenceModule, Settled
 from qtdog.export.info import library
-from qtdog.export.onnx_graph import OPSET, constant, inline, node, quiet, translate
+from qtdog.export.onnx_graph import OPSET, constant, inline, node, quiet, remove_unused_initializers_, translate
 from qtdog.export.packed_source import PackedSource
 
 
@@ -124,7 +124,7 @@ def _ending(graph: Any, outputs: Sequence[Any]) -> Any:
     return graph
 
 
-IR_VERSION = 10
+IR_VERSION = 8  # the lowest that knows opset 18, so that onnxruntime of 2023 (1.16) reads the file
 
 
 def join(source: PackedSource, module: InferenceModule, members: Sequence[Any]) -> Any:
@@ -163,7 +163,9 @@ def join(source: PackedSource, module: InferenceModule, members: Sequence[Any]) 
         value.name = name
         value.shape = ir.Shape(["n", len(source.infos[0].classes)] if name in ("logits", "probabilities") else ["n"])
         top.outputs.append(value)
-    return ir.Model(top, ir_version=IR_VERSION)
+    model = ir.Model(top, ir_version=IR_VERSION)
+    remove_unused_initializers_(model)
+    return model
 
 
 def _all(members: Sequence[Any], top: Any, inputs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,14 @@ def inline(part: Any, into: Any, given: Sequence[Any], prefix: str) -> list[Any]
     return outputs
 
 
+def remove_unused_initializers_(model: Any) -> None:
+    """Remove initializers that nothing takes, in the graph and its branches, in place: runtimes warn of each."""
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not list(value.uses()) and not value.is_graph_output():
+                graph.initializers.pop(name)
+
+
 OPSET = 18
 
 
@@ -109,16 +117,35 @@ def member_graphs(source: PackedSource, module: InferenceModule, progress: Progr
     how = source.infos[0].preprocessing
     example = torch.zeros(2, how.channels, how.image_size, how.image_size)
     networks = list(module.members)
-    program = translate(networks[0], (example,), ["logits"], source)
+    program = _translate_network(networks[0], example, source)
     empty = program.model
     for index, network in enumerate(networks):
         program.model = empty.clone()
         _fill_(program.model, network.state_dict())
+        computed = _computed_products(program.model, source.members[index].quantized)
         with quiet():
             program.optimize()
+            fold_weights_(program.model, computed)
         yield _with_entry(program.model)
         if progress is not None:
             progress(index + 1, len(networks))
+
+
+def _translate_network(network: nn.Module, example: torch.Tensor, source: PackedSource) -> Any:
+    """Translate a network; if that fails, once more without timm's fused attention, which knows no position bias."""
+    fused = [module for module in network.modules() if getattr(module, "fused_attn", False)]
+    try:
+        return translate(network, (example,), ["logits"], source)
+    except ModelError:
+        if not fused:
+            raise
+    for module in fused:
+        module.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return translate(network, (example,), ["logits"], source)
+    finally:
+        for module in fused:
+            module.fused_attn = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def translate(
@@ -165,6 +192,54 @@ def _fill_(model: Any, state: dict[str, torch.Tensor]) -> None:
     for name, value in model.graph.initializers.items():
         if name in state:
             value.const_value = ir.tensor(state[name].detach().contiguous().numpy(), name=name)
+
+
+LINEAR = ("Conv", "Gemm", "MatMul")
+"""Operators of convolutions and matrix products; their second input is the weight."""
+COMPUTED = "qtdog_computed_weights"
+"""Under this key a graph says which initializers were computed from weights with codes."""
+NO_LIMIT = 2**31
+
+
+def weight_sources(value: Any) -> set[str] | None:
+    """Return the names of the initializers that a value is computed from; None if it depends on the images."""
+    if value.is_initializer() or (value.producer() is None and value.const_value is not None):
+        return {value.name}
+    if value.producer() is None:
+        return None
+    names: set[str] = set()
+    for given in value.producer().inputs:
+        found = set() if given is None else weight_sources(given)
+        if found is None:
+            return None
+        names |= found
+    return names
+
+
+def _computed_products(model: Any, codes: Mapping[str, QuantizedTensor]) -> set[str]:
+    """Return the outputs of the products whose weight the graph computes from weights with codes."""
+    products = [node for node in model.graph if node.op_type in LINEAR and not node.inputs[1].is_initializer()]
+    return {node.outputs[0].name for node in products if (weight_sources(node.inputs[1]) or set()) & codes.keys()}
+
+
+def fold_weights_(model: Any, computed: Collection[str]) -> None:
+    """Compute weights that the graph would compute for every image, as those of weight-standardized convolutions.
+
+    Standardizing subtracts a mean, so that such a weight lies on no grid of codes any more. The graph keeps which
+    initializers are such weights: `model.meta[COMPUTED]`.
+
+    Args:
+        model: the float graph; changed in place.
+        computed: outputs of the products.
+    """
+    products = [node for node in model.graph if node.op_type in LINEAR and node.outputs[0].name in computed]
+    if not all(node.inputs[1].is_initializer() for node in products):
+        optimizer = library("onnxscript.optimizer")
+        optimizer.fold_constants(model, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
+        library("onnx_ir").passes.common.LiftConstantsToInitializersPass()(model)
+        remove_unused_initializers_(model)
+    names = (node.inputs[1].name for node in model.graph if node.outputs[0].name in computed)
+    model.meta[COMPUTED] = [name for name in names if name in model.graph.initializers]
 
 
 def _with_entry(model: Any) -> Any:

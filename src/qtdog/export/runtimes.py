@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qtdog.core.errors import ConfigError, FormatError, ModelError, unknown
+from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError, unknown
 from qtdog.export.executorch import open_executorch
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.openvino import open_openvino
@@ -79,7 +79,24 @@ def open_points(graph: Any, names: Sequence[str]) -> Callable[[Any], list[Any]]:
     except Exception as error:  # onnxruntime's own classes share no base but this
         raise _explained(Path("the graph"), error) from error
     source = session.get_inputs()[0].name
-    return lambda images: session.run(list(names), {source: images})
+    return _explaining(Path("the graph"), "onnxruntime", lambda images: session.run(list(names), {source: images}))
+
+
+def _explaining(path: Path, runtime: str, run: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    """Return a function that says in a ModelError what a runtime cannot run: the first line, which has the operator."""
+
+    def explained(images: Any) -> list[Any]:
+        try:
+            return run(images)
+        except QtdogError:
+            raise
+        except Exception as error:  # each runtime has errors of its own
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            named = [line for line in lines if "node" in line.lower() or "operator" in line.lower()]
+            text = f"{path} cannot run in {runtime} on {len(images)} images of {images.shape[1]} × {images.shape[2]}"
+            raise ModelError(f"{text}: {(named or lines)[0][:400]}") from error
+
+    return explained
 
 
 EXTRA_FILE = "qtdog.json"
@@ -226,7 +243,7 @@ def open_packed_source(source: PackedSource, threads: int) -> OpenModel:
         ModelError: the backbone is not known here, or does not fit.
     """
     info, run, native = open_module(source, threads)
-    return OpenModel(source.path, "torch", info, native, run)
+    return OpenModel(source.path, "torch", info, native, _explaining(source.path, "torch", run))
 
 
 def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int = 1) -> OpenModel:
@@ -256,4 +273,4 @@ def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int =
         raise FormatError(f"{path} does not exist; give the path of a model file")
     opener = open_packed if path.suffix == ".safetensors" else RUNTIMES[name]
     info, run, native = opener(path, threads)
-    return OpenModel(path, name, info, native, run)
+    return OpenModel(path, name, info, native, _explaining(path, name, run))
