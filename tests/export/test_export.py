@@ -23,7 +23,7 @@ from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
 from qtdog.training.load import load_model
 
-SUFFIX = {"openvino": ".xml", "torch": ".pt2"}
+SUFFIX = {"openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
 
 
 def initialisers(path) -> dict[str, np.ndarray]:
@@ -92,8 +92,13 @@ def test_image_files_get_the_class_that_predict_gives_them(source, photos, image
     assert len(set(found)) > 1
 
 
-@pytest.mark.parametrize("name", ["openvino", "torch"])
+# warnings of executorch and of what it imports are not ours
+EXECUTORCH = pytest.param("executorch", marks=pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.mark.parametrize("name", ["openvino", "torch", EXECUTORCH])
 def test_the_other_float_formats_answer_alike(name, source, photos, tmp_path):
+    pytest.importorskip(name)
     made = export(source("test_resnet"), tmp_path / f"m{SUFFIX[name]}", name, photos)
     assert made.parity.agreement_frac == 1
     again = open_runtime(made.path)
