@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,8 @@ def plot_differences(panels: Mapping[str, Mapping[str, Comparison]], reference: 
 
     Args:
         panels: title → method → its comparison with the reference; methods stand in the order of the first panel, top
-            down. A method without an interval (one pair) is drawn hollow.
+            down. A method without an interval (one pair) is drawn hollow. The interval of two pairs is so wide that it may
+            end outside of the panel, which shows every pair and the intervals of three pairs or more.
         reference: the method at zero.
         path: image file to write; its folder is made. The ending decides the format.
 
@@ -99,6 +100,7 @@ def plot_differences(panels: Mapping[str, Mapping[str, Comparison]], reference: 
 
 
 def _forest_panel(axis: Axes, methods: list[str], rows: Mapping[str, Comparison]) -> None:
+    axis.set_xlim(_limits(rows.values()))
     axis.axvline(0, color="grey", linewidth=1)
     axis.grid(axis="x", alpha=0.3)
     for y, method in enumerate(methods):
@@ -112,3 +114,13 @@ def _forest_panel(axis: Axes, methods: list[str], rows: Mapping[str, Comparison]
         if known:
             axis.plot([100 * (comparison.low or 0.0), 100 * (comparison.high or 0.0)], [y, y], color="tab:blue")
         axis.plot(100 * comparison.mean, y, "o", color="tab:blue", fillstyle="full" if known else "none", markersize=6)
+
+
+def _limits(comparisons: Iterable[Comparison]) -> tuple[float, float]:
+    """Return the ends of a panel in points: around zero, every pair, and the intervals of three pairs or more."""
+    values = [0.0]
+    for one in comparisons:
+        ends = [one.low, one.high] if one.n > 2 else []
+        values += [100 * value for value in [*one.differences, *ends] if value is not None]
+    margin = 0.05 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
