@@ -74,8 +74,8 @@ def plot_differences(panels: Mapping[str, Mapping[str, Comparison]], reference: 
 
     Args:
         panels: title → method → its comparison with the reference; methods stand in the order of the first panel, top
-            down. A method without an interval (one pair) is drawn hollow. The interval of two pairs is so wide that it may
-            end outside of the panel, which shows every pair and the intervals of three pairs or more.
+            down. A method without an interval (one pair) is drawn hollow. The interval of two pairs is
+            so wide that it may end outside of the panel, which shows every pair and the intervals of three or more.
         reference: the method at zero.
         path: image file to write; its folder is made. The ending decides the format.
 
