@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError, nearest, unknown
 from qtdog.core.random import derive
@@ -25,7 +26,7 @@ from qtdog.models.featurizers import (
 )
 from qtdog.models.network import Network
 from qtdog.models.text import TEXT_BACKBONES, TextFeaturizer
-from qtdog.models.weights import load_weights_
+from qtdog.models.weights import load_weights_, read_weight_file
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def create_network(
     head: str = "linear",
     class_names: Sequence[str] | None = None,
     n_features: int | None = None,
+    read_weights: Callable[[Path], Mapping[str, Tensor]] = read_weight_file,
 ) -> Network:
     """Return a featurizer with a linear head, in training mode.
 
@@ -111,6 +113,7 @@ def create_network(
             length, and starts at CLIP's text embeddings of `class_names`.
         class_names: in the order of the outputs; None leaves a "text" head random, for weights that come later.
         n_features: width of the features, if it is known; None to measure it with one image of zeros.
+        read_weights: reads the state dict in a weights file.
 
     Raises:
         ConfigError: the feature layer or one of its hyper-parameters is unknown, or out of range.
@@ -133,7 +136,7 @@ def create_network(
         # the CPU generator alone: torch.manual_seed would also reseed accelerators, which fork_rng does not restore
         torch.default_generator.manual_seed(derive(seed, "init", "featurizer"))
         featurizer = build_featurizer(spec)
-        pretraining = load_weights_(featurizer, spec, weights)
+        pretraining = load_weights_(featurizer, spec, weights, read=read_weights)
         torch.default_generator.manual_seed(derive(seed, "init", "classifier"))
         classifier = nn.Linear(n_features or measure_width(featurizer, spec), n_classes)
         if spec.embeds and class_names is not None:
@@ -142,6 +145,20 @@ def create_network(
         torch.default_generator.manual_seed(derive(seed, "init", "feature layer"))
         layer.install_(network, (channels, image_size, image_size))
     return network
+
+
+def known_name(backbone: str) -> str:
+    """Return the name, without its tag of weights if the installed timm knows the architecture but not the tag.
+
+    For a file that holds all weights itself: tags come and go, the architecture is what the file needs.
+
+    Example:
+        >>> known_name("resnet50.of_another_year"), known_name("resnet50.a1_in1k"), known_name("digits_cnn")
+        ('resnet50', 'resnet50.a1_in1k', 'digits_cnn')
+    """
+    base, _, tag = backbone.partition(".")
+    known = not tag or base not in _names() or backbone in timm.list_models(base, include_tags=True)
+    return backbone if known else base
 
 
 def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -182,8 +199,9 @@ def _check_name(backbone: str) -> None:
         close = nearest(base, backbone_names())
         hint = f"; did you mean '{close}'?" if close else "."
         raise ModelError(
-            f"unknown backbone '{backbone}'{hint} Known: every timm model, {', '.join([*WIDTHS, *TEXT_BACKBONES])} "
-            "(qtdog list backbones). If a plug-in makes it, name its file: --plugin FILE.py."
+            f"unknown backbone '{backbone}'{hint} Known: every model of timm {timm.__version__}, "
+            f"{', '.join([*WIDTHS, *TEXT_BACKBONES])} (qtdog list backbones). "
+            "If a plug-in makes it, name its file: --plugin FILE.py."
         )
     tagged = timm.list_models(base, include_tags=True)
     if tag and backbone not in tagged:

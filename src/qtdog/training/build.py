@@ -28,6 +28,7 @@ from qtdog.training import swad  # noqa: F401  (registers its averager)
 from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.components import Components, Trainable
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
+from qtdog.training.load import read_any_weights
 from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs
 from qtdog.training.step_rules import STEP_RULES
 
@@ -124,6 +125,7 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         feature_params=config.model.feature_params,
         head=config.model.head,
         class_names=dataset.classes,
+        read_weights=read_any_weights,
     )
 
 

@@ -215,6 +215,7 @@ def write_result(components: Components, state: RunState, final: Final, folder: 
         "size": asdict(file_sizes(folder.model_file)),
         "model_sha256": sha256_file(folder.model_file),
         "layers": [asdict(layer) for layer in layer_report(components.network)] if components.quantizer else [],
+        "coverage": components.quantizer.coverage.to_json() if components.quantizer else None,
         "environment": environment(),
     }
     result |= group_scores(components)

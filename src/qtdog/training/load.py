@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from qtdog.conversion.load import check_fits
+from qtdog.conversion.load import check_fits, plain_state_dict
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError
 from qtdog.core.progress import Progress
@@ -21,11 +21,13 @@ from qtdog.core.quantized import QuantizedTensor
 from qtdog.data.augment import normalise
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_readable
-from qtdog.models.backbones import create_network
+from qtdog.models.backbones import create_network, known_name
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network, to_device_
 from qtdog.models.text import TEXT_BACKBONES, check_words
+from qtdog.models.weights import read_weight_file
 from qtdog.packing.ensemble_file import is_ensemble
+from qtdog.packing.layout import KEY, read_header
 from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.runs.folder import RunFolder
 
@@ -243,7 +245,7 @@ def empty_network(info: ModelInfo, *, n_features: int | None = None) -> Network:
     """
     how = info.preprocessing
     return create_network(
-        info.backbone,
+        known_name(info.backbone),
         n_classes=len(info.classes),
         channels=how.channels,
         image_size=how.image_size,
@@ -255,6 +257,18 @@ def empty_network(info: ModelInfo, *, n_features: int | None = None) -> Network:
         head=info.head,
         n_features=n_features,
     )
+
+
+def read_any_weights(path: Path) -> Mapping[str, Tensor]:
+    """Return the state dict in a weights file: one of ours (dequantized), or what `read_weight_file` reads.
+
+    Raises:
+        ModelError: the file is missing, unreadable, holds code, or holds no state dict.
+        FormatError: it is one of ours, and damaged.
+    """
+    if path.suffix == ".safetensors" and path.is_file() and KEY in read_header(path).metadata:
+        return plain_state_dict(load_packed(path))
+    return read_weight_file(path)
 
 
 def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
