@@ -186,9 +186,12 @@ def test_a_broken_link_is_noticed(tmp_path: Path):
     assert broken_links(page) == ["#three", "gone.md", "page.md#nope"]
 
 
-def test_the_own_loop_page_is_a_program_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_programs_of_the_own_loop_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    (program,) = blocks((ROOT / "docs/tasks/own-loop.md").read_text(), "python")
+    program, *recipes = blocks((ROOT / "docs/tasks/own-loop.md").read_text(), "python")
+    assert len(recipes) == 3  # edits, resume and average, from a file
+    for recipe in recipes:
+        exec(compile(recipe, "own-loop.md", "exec"), {})
     names: dict[str, Any] = {}
     exec(compile(program, "own-loop.md", "exec"), names)
     images = names["batches"][0][0]
