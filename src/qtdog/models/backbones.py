@@ -157,7 +157,8 @@ def known_name(backbone: str) -> str:
         ('resnet50', 'resnet50.a1_in1k', 'digits_cnn')
     """
     base, _, tag = backbone.partition(".")
-    known = not tag or base not in _names() or backbone in timm.list_models(base, include_tags=True)
+    plugged = backbone in list(OWN_BACKBONES)
+    known = plugged or not tag or base not in _names() or backbone in timm.list_models(base, include_tags=True)
     return backbone if known else base
 
 
