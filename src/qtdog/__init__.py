@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from qtdog.api.notebook import RunResult as RunResult
     from qtdog.api.notebook import RunResults as RunResults
     from qtdog.api.notebook import train as train
+    from qtdog.api.studies import StudyResult as StudyResult
+    from qtdog.api.studies import compare as compare
+    from qtdog.api.studies import sweep as sweep
     from qtdog.api.trained_model import TrainedModel as TrainedModel
     from qtdog.api.trained_model import load as load
     from qtdog.api.trained_model import load as load_any  # noqa: F401
@@ -46,6 +49,9 @@ _HOMES = {
     "HyperParameter": "qtdog.core.registry",
     "Objective": "qtdog.objectives.base",
     "Quantizer": "qtdog.quantizers.base",
+    "StudyResult": "qtdog.api.studies",
+    "compare": "qtdog.api.studies",
+    "sweep": "qtdog.sweep",
     "StepRule": "qtdog.training.step_rules",
     "load_plugins": "qtdog.training.plugins",
     "register": "qtdog.training.plugins",
@@ -79,6 +85,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qtdog' has no attribute '{name}'")
     module, _, inside = _HOMES[name].partition(":")
+    if name == "sweep":  # the package has the name of the function, and is called like it
+        return importlib.import_module("qtdog.sweep")
     value = getattr(importlib.import_module(module), inside or name)
     globals()[name] = value
     return value
