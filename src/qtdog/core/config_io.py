@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -35,18 +36,26 @@ SHORT_NAMES = {
     "lr": ("optimizer", "lr"),
     "skip_unreadable": ("data", "skip_unreadable"),
 }
+METHODS = "methods"  # the file of the presets that change a few values each
 PAPER = "paper"  # both the folder of the presets of the paper's tables and their part that is no configuration
 
 
 def preset_names() -> list[str]:
     """Return the names of the presets that are shipped, sorted; those of the paper's tables begin with "paper/"."""
     folder = resources.files("qtdog") / "presets"
-    return sorted(
+    files = (
         prefix + entry.name.removesuffix(".yaml")
         for prefix, part in (("", folder), (f"{PAPER}/", folder / PAPER))
         for entry in part.iterdir()
         if entry.name.endswith(".yaml")
     )
+    return sorted([*(name for name in files if name != METHODS), *_methods()])
+
+
+@cache
+def _methods() -> dict[str, dict[str, Any]]:
+    """Return the presets that are rows of one file: what each sets, and `about`."""
+    return yaml.safe_load((resources.files("qtdog") / "presets" / f"{METHODS}.yaml").read_text(encoding="utf-8"))
 
 
 def load_preset(name: str) -> Tree:
@@ -89,11 +98,15 @@ def paper_part(name: str) -> Tree:
 def _shipped(name: str) -> Tree:
     if name not in preset_names():
         raise ConfigError(unknown("preset", name, preset_names()))
+    if name in _methods():
+        return {section: dict(values) for section, values in _methods()[name].items() if section != "about"}
     return _parse((resources.files("qtdog") / "presets" / f"{name}.yaml").read_text(), name)
 
 
 def preset_description(name: str) -> str:
-    """Return the comment lines at the head of a shipped preset, as one sentence."""
+    """Return what a shipped preset says of itself: the comment lines at its head, or `about` of a method."""
+    if name in _methods():
+        return _methods()[name]["about"]
     lines = (resources.files("qtdog") / "presets" / f"{name}.yaml").read_text().splitlines()
     head = []
     for line in lines:
