@@ -25,7 +25,7 @@ from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.components import Components, RunState
-from qtdog.training.finalize import Final, write_result
+from qtdog.training.finalize import Final, write_run_result
 from qtdog.training.run import RunCallbacks, initial_state, train_in_folder
 
 # What may differ between branches: all that leaves the network and the held-out images alike.
@@ -225,7 +225,7 @@ def _write_merged(
     about = {"n_branches": n, "merge_every": merge_every, "differences": apart}
     # The speed of one branch, not of all together, would be misleading beside the time of all.
     extra = {"kept": f"mean of {n} branches after update {chosen}", "dart": about, "images_per_s": None}
-    write_result(components, state, Final(record, extra), root)
+    write_run_result(components, state, Final(record, extra), root)
     result = root.read_result()
     assert result is not None
     return result

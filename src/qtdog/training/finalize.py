@@ -194,7 +194,7 @@ def _accuracies(record: Record) -> dict[str, float | None]:
     return {"source_accuracy": record.seen.source_accuracy, "test_accuracy": record.test_accuracy}
 
 
-def write_result(components: Components, state: RunState, final: Final, folder: RunFolder) -> dict[str, Any]:
+def write_run_result(components: Components, state: RunState, final: Final, folder: RunFolder) -> dict[str, Any]:
     """Write `model.safetensors` and `result.json` and return the result.
 
     Args:

@@ -1,4 +1,8 @@
-"""Experiment loggers (TensorBoard, Weights & Biases, MLflow), each an extra."""
+"""Experiment loggers (TensorBoard, Weights & Biases, MLflow), each an extra.
+
+Accelerate's trackers are not used: they cannot drop what an earlier attempt wrote after the checkpoint (TensorBoard),
+and find no run by its configuration to go on with (MLflow).
+"""
 
 from __future__ import annotations
 
@@ -178,4 +182,4 @@ class WeightsAndBiases(Logger):
 
     def on_end(self) -> None:
         """Send what is left."""
-        self._run.write_result()
+        self._run.finish()

@@ -19,7 +19,7 @@ from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, restore
 from qtdog.training.collapse import HealthWatch, chance_accuracy
 from qtdog.training.components import Components, RunState
-from qtdog.training.finalize import final_network_, write_result
+from qtdog.training.finalize import final_network_, write_run_result
 from qtdog.training.fork import begin_fork_, fork_point_config
 from qtdog.training.loop import TrainingRun, nothing, train
 from qtdog.training.plugins import keep_plugins
@@ -99,7 +99,7 @@ def run(
             check_interrupt = interrupt_check(components, stop)
             final = final_network_(components, state, check_interrupt=check_interrupt, progress=callbacks.quantizing)
         if main:
-            write_result(components, state, final, folder)
+            write_run_result(components, state, final, folder)
         accelerator.wait_for_everyone()
     result = folder.read_result()
     assert result is not None
