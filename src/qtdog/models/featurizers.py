@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
+import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -131,6 +132,7 @@ def build_featurizer(
         featurizer = timm.create_model(spec.backbone, pretrained=pretrained, in_chans=spec.channels, **options)
     except (AssertionError, ValueError) as error:
         raise wrong_size_error(spec, error) from error
+    _unscale_stem_(featurizer, spec.channels if pretrained else 3)
     if spec.embeds:
         featurizer.register_forward_hook(_to_unit_length)  # a hook: tensors keep timm's names
     return featurizer
@@ -142,6 +144,21 @@ def _build_other(spec: FeaturizerSpec, pretrained: bool) -> nn.Module:
     if spec.is_own:
         return OWN_BACKBONES[spec.backbone](spec.channels, spec.image_size)
     return digits_cnn(WIDTHS[spec.backbone], channels=spec.channels)
+
+
+@torch.no_grad()
+def _unscale_stem_(featurizer: nn.Module, channels: int) -> None:
+    """Give input channel i the pretrained weights of RGB channel i mod 3, as DomainBed does.
+
+    timm repeats them likewise and multiplies all by 3 / channels, which changes the features of an image whose further
+    channels are zero.
+    """
+    if channels in (1, 3):
+        return
+    names = cast(Any, featurizer).pretrained_cfg["first_conv"]
+    for name in [names] if isinstance(names, str) else names:
+        weight = featurizer.get_submodule(name).get_parameter("weight")
+        weight.mul_(channels / 3)
 
 
 def _to_unit_length(module: nn.Module, inputs: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
