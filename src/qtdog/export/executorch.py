@@ -34,7 +34,8 @@ def open_executorch(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any
 
     def run(images: Any) -> list[Any]:
         rows = [
-            [value.numpy().copy() for value in method.execute([image])] for image in torch.from_numpy(images).split(1)
+            [value.numpy().copy() for value in method.execute([image])]
+            for image in torch.from_numpy(np.ascontiguousarray(images)).split(1)
         ]
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
