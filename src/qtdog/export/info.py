@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,9 @@ def library(name: str) -> ModuleType:
         >>> library("onnx").__name__
         'onnx'
     """
+    known = sys.modules.get(name)
+    if known is not None:
+        return known
     root = name.partition(".")[0]
     with extra(EXTRAS[root], f"this needs the library {root}, which cannot be imported"):
         return importlib.import_module(name)
