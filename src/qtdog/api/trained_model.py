@@ -24,7 +24,7 @@ from qtdog.ensemble.evaluation import score_domains
 from qtdog.ensemble.model import EnsembleInfo
 from qtdog.ensemble.model import load as load_file
 from qtdog.ensemble.prediction import (
-    Model,
+    AnyModel,
     as_cascade,
     find_images,
     member_logits,
@@ -126,7 +126,7 @@ class TrainedModel(nn.Module):
         model: the network (`training.load.LoadedModel`) or the networks (`ensemble.model.EnsembleModel`) in it.
     """
 
-    def __init__(self, path: Path, model: Model) -> None:
+    def __init__(self, path: Path, model: AnyModel) -> None:
         super().__init__()
         self.path = path
         self.model = model

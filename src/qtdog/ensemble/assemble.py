@@ -52,7 +52,7 @@ def cost(members: Sequence[Member], *, one_model: bool, extra_steps: int = 0) ->
 
     Args:
         members: the runs it is made from.
-        one_model: whether it is one network; else every member is asked.
+        one_model: whether it is one network; else every member runs.
         extra_steps: updates made after the members were joined.
     """
     own = sum(member.config.train.steps - member.forked_from[1] for member in members)
@@ -262,9 +262,9 @@ def _keep_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set:
             return torch.cat([logits.mean(0, keepdim=True), logits])
 
         scores = EnsembleScores(evaluation_set.source(logits_of, source), *evaluation_set.test(logits_of, test))
-    of_members = [_members_alone(parts) for parts in (source, test)]
-    calibration = calibrate(*of_members)
-    cascade = plan_cascade(*of_members, calibration["temperature"], spec.cascade_loss_frac)
+    on_source, on_test = _members_alone(source), _members_alone(test)
+    calibration = calibrate(on_source, on_test)
+    cascade = plan_cascade(on_source, on_test, calibration["temperature"], spec.cascade_loss_frac)
     about = {
         "kind": spec.kind,
         "accuracy": scores.accuracy,

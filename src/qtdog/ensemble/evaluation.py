@@ -23,7 +23,7 @@ from qtdog.data.input_cache import InputCache
 from qtdog.ensemble.calibration import LabeledLogits, brier_score, expected_calibration_error, fit_temperature
 from qtdog.ensemble.cascade import measure_cascade
 from qtdog.ensemble.prediction import (
-    Model,
+    AnyModel,
     Predictions,
     Row,
     collect_logits,
@@ -258,7 +258,7 @@ def calibrate(source: LabeledLogits | None, test: LabeledLogits | None) -> dict[
 
 
 def score_domains(
-    model: Model,
+    model: AnyModel,
     dataset: DomainDataset,
     uncertainties: list[Uncertainty] | None = None,
     threshold: float | None = None,
@@ -302,7 +302,7 @@ def score_domains(
     return scores
 
 
-def _open_for(model: Model, dataset: DomainDataset, progress: Progress) -> tuple[InputCache, np.ndarray]:
+def _open_for(model: AnyModel, dataset: DomainDataset, progress: Progress) -> tuple[InputCache, np.ndarray]:
     """Return the inputs of a data set as `model` takes them, and the model's class index of each.
 
     Raises:
@@ -319,7 +319,7 @@ def _open_for(model: Model, dataset: DomainDataset, progress: Progress) -> tuple
 
 
 def score_corruptions(
-    model: Model,
+    model: AnyModel,
     dataset: DomainDataset,
     corruptions: Sequence[str],
     severities: Sequence[int],
@@ -381,7 +381,7 @@ def model_labels(classes: tuple[str, ...], dataset: DomainDataset) -> np.ndarray
     return mapping[dataset.class_index]
 
 
-def unknown_auroc_of(model: Model, known: Sequence[Uncertainty], files: Sequence[Path]) -> dict[str, float]:
+def unknown_auroc_of(model: AnyModel, known: Sequence[Uncertainty], files: Sequence[Path]) -> dict[str, float]:
     """Return how well uncertainty separates images of unknown kinds from known ones: AUROC of each measure.
 
     Args:

@@ -82,7 +82,7 @@ def read_member(path: Path) -> Member:
 
 
 def check_alike(members: Sequence[Member]) -> None:
-    """Refuse members that cannot answer together.
+    """Refuse members that cannot form one ensemble.
 
     Raises:
         ConfigError: fewer than two, the same model twice, or another backbone, classes, preprocessing, source domains

@@ -1,4 +1,4 @@
-"""Several networks that answer as one, and loading a file that holds one network or several."""
+"""Several networks that predict as one, and loading a file of one network or several."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class EnsembleInfo:
 
 
 class EnsembleModel(nn.Module):
-    """Members that are asked one after another; the answer is the class with the largest mean logit.
+    """Members that run one after another; the prediction is the class with the largest mean logit.
 
     ŷ = argmax softmax((1/m) Σ_k f_k(x)), paper Eq. 6. One image costs m forward passes; in memory are the weights of
     all members in float32 and, without gradients, the activations of one of them.
@@ -125,7 +125,7 @@ class _About(BaseModel):
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel | EnsembleModel:
-    """Return the model in a shipped file, a single one or an ensemble, in evaluation mode.
+    """Return the model in a file of `qtdog train` or `qtdog ensemble`, in evaluation mode.
 
     Both take normalized images in `forward` and uint8 images in `probabilities`, and have `info` with classes and
     preprocessing.

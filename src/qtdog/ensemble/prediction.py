@@ -18,13 +18,12 @@ from qtdog.data.image_folder import require_path
 from qtdog.data.scan import PassedOver, images_below
 from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import CascadeModel
-from qtdog.ensemble.model import EnsembleModel
+from qtdog.ensemble.model import BATCH, EnsembleModel
 from qtdog.ensemble.uncertainty import Uncertainty, uncertainty
 from qtdog.models.text import make_tokenizer
 from qtdog.training.load import LoadedModel
 
-BATCH = 64
-Model = LoadedModel | EnsembleModel
+AnyModel = LoadedModel | EnsembleModel
 Row = dict[str, Any]
 """What is predicted for one input, by column: `class`, `probability`, `entropy`, …"""
 
@@ -42,12 +41,12 @@ class Predictions:
     uncertainty: Uncertainty
 
 
-def temperature_of(model: Model) -> float:
+def temperature_of(model: AnyModel) -> float:
     """Return the temperature of a model's probabilities: 1 for a single model."""
     return model.info.temperature if isinstance(model, EnsembleModel) else 1.0
 
 
-def as_cascade(model: Model) -> CascadeModel:
+def as_cascade(model: AnyModel) -> CascadeModel:
     """Return an ensemble as a cascade.
 
     Raises:
@@ -59,12 +58,12 @@ def as_cascade(model: Model) -> CascadeModel:
 
 
 @torch.no_grad()
-def member_logits(model: Model, images: Tensor) -> Tensor:
+def member_logits(model: AnyModel, images: Tensor) -> Tensor:
     """Return the logits (members, n, n_classes) of normalized images (n, C, H, W); one member for a single model."""
     return model.member_logits(images) if isinstance(model, EnsembleModel) else model(images)[None]
 
 
-def collect_logits(model: Model, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> LabeledLogits:
+def collect_logits(model: AnyModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> LabeledLogits:
     """Return the members' logits and the labels of all batches.
 
     Args:
@@ -119,7 +118,7 @@ def shown_path(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def predict_images(model: Model | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
+def predict_images(model: AnyModel | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
     """Yield a row (`image`, `class`, `probability`, …) for each image file, in order, or the error that it gave."""
     how = model.info.preprocessing
     for start in range(0, len(files), BATCH):
@@ -154,7 +153,7 @@ def find_texts(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predict_texts(model: Model | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
+def predict_texts(model: AnyModel | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
     """Yield a row (`text`, `class`, `probability`, …) for each line of each file, or the error that a file gave.
 
     Raises:
@@ -184,7 +183,7 @@ def _read_lines(file: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def prediction_rows(model: Model | CascadeModel, images: Tensor) -> list[Row]:
+def prediction_rows(model: AnyModel | CascadeModel, images: Tensor) -> list[Row]:
     """Return a row for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length)."""
     device = next(model.parameters()).device
     inputs = model.prepare(images).to(device)
@@ -193,7 +192,7 @@ def prediction_rows(model: Model | CascadeModel, images: Tensor) -> list[Row]:
     return _rows(model, member_logits(model, inputs))
 
 
-def _rows(model: Model, logits: Tensor) -> list[Row]:
+def _rows(model: AnyModel, logits: Tensor) -> list[Row]:
     """Return a row for each image whose logits (members, n, n_classes) are given."""
     found = predict_from_logits(logits, temperature_of(model))
     best = found.probabilities.max(1)

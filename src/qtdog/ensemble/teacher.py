@@ -1,4 +1,4 @@
-"""A shipped model as a teacher: what it must share with its student."""
+"""A saved model as a teacher: loading it, and what it must share with its student."""
 
 from __future__ import annotations
 

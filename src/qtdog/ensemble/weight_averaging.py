@@ -143,7 +143,7 @@ def tune_config(config: Config, steps: int) -> Config:
 def tune(weights: State, config: Config, evaluation_set: EvaluationSet, steps: int) -> Network:
     """Return the quantized network of `weights` after `steps` updates on the sources, or before if it was better then.
 
-    What ships is the evaluation with the best accuracy on the held-out source images, that before the first update
+    Kept is the evaluation with the best accuracy on the held-out source images, that before the first update
     included.
 
     Args:

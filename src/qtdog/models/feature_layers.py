@@ -30,7 +30,7 @@ class FeatureLayer(ABC):
 
     Attributes:
         HYPERPARAMETERS: name → default, search range, meaning.
-        SHIPS: whether the network that ships has it too, so that a file is loaded with it.
+        SAVED: whether it is part of the saved network, so that a file is loaded with it.
         LEARNS_STATISTICS: whether it brings batch norm of its own, whose statistics are never frozen.
         OBJECTIVES: the only objectives that it makes sense with; empty for any.
         extra_channels: how many channels the featurizer takes besides those of the images.
@@ -38,7 +38,7 @@ class FeatureLayer(ABC):
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
-    SHIPS: ClassVar[bool] = False
+    SAVED: ClassVar[bool] = False
     LEARNS_STATISTICS: ClassVar[bool] = False
     OBJECTIVES: ClassVar[tuple[str, ...]] = ()
 
@@ -121,7 +121,7 @@ class _Mixing:
 
 @FEATURE_LAYERS.register("mixstyle")
 class MixStyle(FeatureLayer):
-    """Mix the styles of random pairs of images, in training only (Zhou et al., ICLR 2021); nothing of it ships.
+    """Mix the styles of random pairs of images, in training only (Zhou et al., ICLR 2021); never saved.
 
     After each of the first stages, with probability p per batch, every image gets the style that `mix_styles` mixes
     with weight λ ~ Beta(α, α) from its own and that of a random image of the batch (the paper's variant without domain
@@ -199,7 +199,7 @@ class Context(nn.Module):
 
 @FEATURE_LAYERS.register("context")
 class ContextLayer(FeatureLayer):
-    """A context network before the backbone (Zhang et al., NeurIPS 2021); ships, and goes with the objective arm.
+    """A context network before the backbone (Zhang et al., NeurIPS 2021); saved, and for the objective arm.
 
     The network then answers for a batch: its context is the mean over the images that it is given together.
     """
@@ -208,7 +208,7 @@ class ContextLayer(FeatureLayer):
         "channels": HyperParameter(1, "channels of the context", low=1, high=16),
         "width": HyperParameter(64, "channels inside the context network", low=1, high=512),
     }
-    SHIPS = True
+    SAVED = True
     LEARNS_STATISTICS = True
     OBJECTIVES = ("arm",)
 

@@ -19,7 +19,7 @@ class ARM(Objective):
 
     The contextual meta-learning variant: L = 1/n · Σ_i −log p(y_i | x_i, c), where c is the mean of the context network
     over the images of the domain of x_i (`models.feature_layers`). The network is `--set model.feature_layer=context`,
-    and ships with the model. At test time the images that are given together are taken for one domain, so that a
+    and is saved with the model. At test time the images that are given together are taken for one domain, so that a
     prediction depends on the others in its batch.
 
     Raises:

@@ -104,11 +104,11 @@ class CCFP(Objective):
     z are the logits of the network, z' those of a second one with weights of its own, in which every stage but the last
     has its style shifted (`StyleShifts`). The last term, maximized, trains the shifts alone; the first stream counts
     as fixed in it. The second network starts from the same backbone with another random head, trains in float, is kept
-    in checkpoints and never ships.
+    in checkpoints and never in the model file.
 
     Follows the authors' code, and differs from it: the code shifts behind the first convolution and the pooling of the
     stem too, makes its updates one after the other with three optimizers, and predicts with the second network; here
-    it is one loss and one step, and the network without shifts ships.
+    it is one loss and one step, and the network without shifts is saved.
 
     Raises:
         ConfigError: the backbone has one stage only.

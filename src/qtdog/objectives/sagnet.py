@@ -79,7 +79,8 @@ class SagNet(Objective):
     L = CE(c(SR(f)), y) + CE(s(CR(f)), y) + weight · uniformity(s(CR(f)))
 
     with SR and CR as in `style_randomized` and `content_randomized`. c is the network's classifier, s a linear head of
-    its own on the style, which never ships. The second term trains s alone, the third the featurizer alone.
+    its own on the style, which is never saved in the model file. The second term trains s alone, the third the
+    featurizer alone.
 
     `level` says where the style is: "vector", over the penultimate features of an image as DomainBed has it, or "map",
     per channel over the positions behind the third stage, as the paper has it. There s sees the means and standard

@@ -238,8 +238,8 @@ def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
     return {
         "backbone": config.model.backbone,
         "head": config.model.head,
-        "feature_layer": config.model.feature_layer if layer.SHIPS else "none",
-        "feature_params": layer.params if layer.SHIPS else {},
+        "feature_layer": config.model.feature_layer if layer.SAVED else "none",
+        "feature_params": layer.params if layer.SAVED else {},
         "classes": list(dataset.classes),
         "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
         "dataset": dataset.card.name,

@@ -65,7 +65,7 @@ STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "
 
 
 class ModelInfo(_Untrusted):
-    """What a shipped file says of itself.
+    """The description in a model file.
 
     Attributes:
         backbone: its name, from which the network is rebuilt.
@@ -76,7 +76,7 @@ class ModelInfo(_Untrusted):
         accuracy: measured at the selected checkpoint: `source` (held-out part of the sources) and `test`.
         pretraining: where the initial weights came from.
         bits: per quantized weight, or None for a float model.
-        step: updates behind the shipped weights.
+        step: updates behind the saved weights.
         config_hash: of the run's configuration.
         feature_layer: what the network has besides its backbone, a name of `models.feature_layers.FEATURE_LAYERS`.
         feature_params: its hyper-parameters.
@@ -128,7 +128,7 @@ class LoadedModel(nn.Module):
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
-    """Return the model in a shipped file, in evaluation mode; its logits equal the training-time model's exactly.
+    """Return the one model in a file, in evaluation mode; its logits equal those in training exactly.
 
     Args:
         path: a `model.safetensors` that `qtdog train` wrote.
@@ -291,7 +291,7 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
         layer = make_feature_layer(info.feature_layer, info.feature_params)
     except ConfigError as error:
         raise FormatError(f"{path} has a feature layer that is not known here: {error}") from error
-    if info.feature_layer != "none" and not layer.SHIPS:
+    if info.feature_layer != "none" and not layer.SAVED:
         raise FormatError(f"{path}: the feature layer '{info.feature_layer}' is for training only, and in no file")
     return info
 
