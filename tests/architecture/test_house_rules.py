@@ -131,3 +131,55 @@ def test_the_house_keeps_its_rules(rule: Rule, paths: list[Path]):
     assert paths
     findings = {str(path.relative_to(ROOT)): rule(path.read_text()) for path in paths}
     assert {path: found for path, found in findings.items() if found} == {}
+
+
+NOT_OURS = {"base", "registry", "__init__", "__main__"}
+# words of style no reader can guess; a name may not be made of one (glossary in docs/architecture.md)
+PRIVATE_WORDS = {"bury", "companion", "companions", "crew", "doors", "nursery", "seat", "taught", "voice", "watcher"}
+
+
+def words_of_names(source: str) -> set[str]:
+    """Return the words that names of functions, classes, arguments and variables are made of."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, Definition):
+            names.append(node.name)
+        elif isinstance(node, ast.arg):
+            names.append(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+    return {word.lower() for name in names for word in re.findall(r"[A-Z]?[a-z]+", name)}
+
+
+def test_words_of_names_are_seen():
+    assert words_of_names("class CrewMember:\n    def f(self, old_seat):\n        found_it = 1\n") == {
+        "crew", "member", "f", "self", "old", "seat", "found", "it",
+    }  # fmt: skip
+
+
+def test_no_name_is_of_a_private_language():
+    found = {
+        str(path.relative_to(ROOT)): words_of_names(path.read_text()) & PRIVATE_WORDS for path in python_files("src")
+    }
+    assert {path: words for path, words in found.items() if words} == {}
+
+
+def test_a_file_name_stands_once():
+    stems = [
+        path.stem
+        for path in python_files("src")
+        if path.stem not in NOT_OURS and path.parent.name not in ("cli", "api")
+    ]
+    assert sorted(name for name in set(stems) if stems.count(name) > 1) == []
+
+
+def test_a_public_name_stands_once():
+    """Among classes and functions of the layers below `api`; a command may be called like the function that it runs."""
+    homes: dict[str, list[str]] = {}
+    for path in python_files("src"):
+        if path.parent.name in ("cli", "api", "qtdog"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, Definition) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
