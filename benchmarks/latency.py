@@ -32,10 +32,10 @@ from torch import nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
-from qtdog.ensemble.evaluation import EvaluationSet, open_evaluation_set
 from qtdog.ensemble.members import read_member
+from qtdog.ensemble.scoring import EvaluationSet, open_evaluation_set
 from qtdog.export.benchmark import Bench, BenchmarkPlan, Measured, bench
-from qtdog.export.benchmark_statistics import spread
+from qtdog.export.benchmark_statistics import ratio_spread
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
@@ -182,7 +182,7 @@ def show_real(name: str, found: Bench) -> None:
 def ratio(of: Measured, to: Measured, *, processor: bool) -> str:
     """Return a ratio with its quartiles as text."""
     ours, theirs = (row.timing.round_cpu_s if processor else row.timing.round_s for row in (of, to))
-    found = spread([a / b for a, b in zip(ours, theirs, strict=True)])
+    found = ratio_spread([a / b for a, b in zip(ours, theirs, strict=True)])
     return f"{found.median:.2f} ({found.low:.2f} – {found.high:.2f})"
 
 

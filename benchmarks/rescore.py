@@ -13,10 +13,10 @@ from pathlib import Path
 
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.open import open_dataset
-from qtdog.ensemble.evaluation import score_domains
+from qtdog.ensemble.scoring import score_domains
 from qtdog.runs.find import run_folders
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 
 
 def main() -> None:

@@ -40,12 +40,21 @@ def package_imports(source: str) -> list[str]:
     return found
 
 
+def is_setter(function: Function) -> bool:
+    """Whether it sets a property, whose getter has the docstring."""
+    return any(isinstance(one, ast.Attribute) and one.attr == "setter" for one in function.decorator_list)
+
+
 def public_nodes(tree: ast.Module) -> Iterator[Definition]:
     for node in tree.body:
         if isinstance(node, Definition) and not node.name.startswith("_"):
             yield node
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            yield from (item for item in node.body if isinstance(item, Function) and not item.name.startswith("_"))
+            yield from (
+                item
+                for item in node.body
+                if isinstance(item, Function) and not item.name.startswith("_") and not is_setter(item)
+            )
 
 
 def without_docstring(source: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from qtdog.data.corruptions import corrupt
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_dataset
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 
 SHORT = ("--steps", 4, "--batch-size", 4, "--image-size", 16, "--set", "train.eval_every=2")
 NET = ("--backbone", "digits_cnn", "--weights", "none", *SHORT)

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 
 SHORT = ("--steps", 6, "--set", "train.eval_every=3", "--set", "data.batch_size=4")
 

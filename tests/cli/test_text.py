@@ -18,10 +18,10 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.data.open import open_any
 from qtdog.ensemble.prediction import find_texts, predict_texts
-from qtdog.models import text
-from qtdog.models.text import TEXT_BACKBONES, make_tokenizer
+from qtdog.models import text_backbones
+from qtdog.models.text_backbones import TEXT_BACKBONES, make_tokenizer
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import load_model, read_info
+from qtdog.training.load_model import load_model, read_info
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -75,7 +75,7 @@ def trained(reviews: Path, hub: Path, tmp_path_factory: pytest.TempPathFactory) 
     config = resolve(build_config([load_preset("digits"), SECTIONS, source]), dataset)
     run(config, dataset, RunFolder(folder))
     shutil.rmtree(hub)
-    text._from_hub.cache_clear()
+    text_backbones._from_hub.cache_clear()
     return folder
 
 

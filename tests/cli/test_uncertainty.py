@@ -12,11 +12,11 @@ from PIL import Image
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.calibration import fit_temperature
 from qtdog.ensemble.cascade import CascadeModel
-from qtdog.ensemble.evaluation import reliability
 from qtdog.ensemble.model import load, load_ensemble_model
 from qtdog.ensemble.prediction import member_logits, predict_from_logits
+from qtdog.ensemble.scoring import reliability
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 
 SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set", "train.eval_every=15")
 
@@ -45,8 +45,8 @@ def test_the_temperature_is_fitted_on_the_sources_and_travels_in_the_file(traine
     model = load(folder / "75-eoq" / "model.safetensors")
     calibration = result["calibration"]
     assert model.info.temperature == calibration["temperature"] != 1  # pyright: ignore
-    from qtdog.ensemble.evaluation import open_evaluation_set
     from qtdog.ensemble.members import read_member
+    from qtdog.ensemble.scoring import open_evaluation_set
 
     members = [read_member(path) for path in sorted(folder.glob("75-seed*"))]
     evaluation_set = open_evaluation_set(members[0].config, RotatedDigits(), same_splits=True)

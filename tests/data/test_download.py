@@ -10,7 +10,7 @@ import pytest
 
 from qtdog.core.errors import DataError
 from qtdog.data.cards import Archive
-from qtdog.data.download import download, resolve
+from qtdog.data.download import download, download_address
 
 CONTENT = bytes(range(256)) * 40
 
@@ -180,8 +180,8 @@ def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
 
 
 def test_google_drive_is_asked_without_its_page():
-    assert resolve("gdrive:XYZ").endswith("download?id=XYZ&export=download&confirm=t")
-    assert resolve("https://example.org/a:b") == "https://example.org/a:b"
+    assert download_address("gdrive:XYZ").endswith("download?id=XYZ&export=download&confirm=t")
+    assert download_address("https://example.org/a:b") == "https://example.org/a:b"
 
 
 def test_a_server_that_does_not_say_how_long_the_file_is(server, tmp_path):

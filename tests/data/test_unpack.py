@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qtdog.core.errors import DataError
 from qtdog.data import archive as module
-from qtdog.data.archive import is_archive, safe_name, unpack
+from qtdog.data.archive import is_archive, safe_member_name, unpack
 
 FILES = {"a/b.txt": b"one", "a/c/d.bin": bytes(range(256)) * 20, "e": b""}
 
@@ -197,7 +197,7 @@ def test_a_member_longer_than_declared_is_refused(tmp_path):
 @given(st.text(max_size=60))
 def test_a_name_is_safe_or_refused(name):
     try:
-        path = Path("/base", safe_name(name))
+        path = Path("/base", safe_member_name(name))
     except DataError:
         return
     assert os.path.normpath(path).startswith("/base/")

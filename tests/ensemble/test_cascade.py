@@ -21,8 +21,8 @@ from qtdog.ensemble.cascade import (
     plan_cascade,
     run_cascade,
 )
-from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.model import load_ensemble_model
+from qtdog.ensemble.scoring import open_evaluation_set
 
 logit_blocks = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(2, 4)), elements=st.floats(-9, 9, width=32)

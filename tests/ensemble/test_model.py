@@ -11,7 +11,7 @@ from qtdog.core.errors import FormatError
 from qtdog.ensemble.model import BATCH, EnsembleInfo, EnsembleModel, build_model, load, load_ensemble_model
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel
-from qtdog.training.load import LoadedModel, load_model
+from qtdog.training.load_model import LoadedModel, load_model
 
 ABOUT = {"kind": "eoq", "accuracy": {"source": None, "test": 0.5}, "training_steps": 18, "training_runs": 3.0}
 

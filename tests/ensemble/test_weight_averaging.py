@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.ensemble.weight_averaging import average, greedy, read_latent
+from qtdog.ensemble.weight_averaging import average_weights, greedy, read_latent
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.load import empty_network
+from qtdog.training.load_model import empty_network
 
 
 @given(st.integers(1, 5), st.integers(0, 1000))
@@ -23,16 +23,16 @@ def test_average_is_the_mean_in_float64(n, seed):
     generator = torch.Generator().manual_seed(seed)
     states = [{"w": torch.randn(3, 4, generator=generator) * 10**k} for k in range(n)]
     expected = sum(state["w"].double() for state in states) / n
-    assert torch.equal(average(states)["w"], expected.float())
+    assert torch.equal(average_weights(states)["w"], expected.float())
 
 
 def test_average_of_one_is_itself_and_buffers_must_agree():
     state = {"w": torch.tensor([0.1, -3e-8]), "running_mean": torch.ones(2), "n": torch.tensor(4)}
-    same = average([state, state], {"running_mean", "n"})
+    same = average_weights([state, state], {"running_mean", "n"})
     assert all(torch.equal(same[name], state[name]) for name in state)
     other = state | {"running_mean": torch.zeros(2)}
     with pytest.raises(ConfigError, match=r"'running_mean' differs.*freeze_bn"):
-        average([state, other], {"running_mean", "n"})
+        average_weights([state, other], {"running_mean", "n"})
 
 
 def test_greedy_keeps_what_does_not_hurt_and_begins_with_the_best():

@@ -17,7 +17,7 @@ from qtdog.core.errors import ConfigError, FormatError, RunError
 from qtdog.export.benchmark import BenchmarkPlan, bench, choose_runtimes, file_bytes, model_file, plot_bench
 from qtdog.export.benchmark_machine import count_operators, cpu_features
 from qtdog.export.benchmark_statistics import Turn, pareto, summarise
-from qtdog.export.benchmark_worker import WORKER, Job, ModelFacts, Worker, serve
+from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker, serve
 from qtdog.export.export import export
 from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import read_packed_source
@@ -119,7 +119,7 @@ def ask(job, *requests):
 @pytest.mark.parametrize(("name", "runtime"), [("run/model.safetensors", "torch"), ("one.onnx", "onnxruntime")])
 def test_a_worker_tells_times_and_answers_as_the_model_does(files, name, runtime):
     images = random_images().pixels
-    opened, turn, (logits, asked) = ask(Job(files / name, runtime, 1, 2, None), "time", images)
+    opened, turn, (logits, asked) = ask(BenchmarkJob(files / name, runtime, 1, 2, None), "time", images)
     assert asked is None
     assert isinstance(opened, ModelFacts)
     assert (opened.image_size, opened.info.n_members) == (SIZE, 1)
@@ -132,17 +132,17 @@ def test_a_worker_tells_times_and_answers_as_the_model_does(files, name, runtime
 
 def test_a_worker_sends_what_a_user_can_mend(files, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no model")
-    assert isinstance(ask(Job(tmp_path / "bad.safetensors", "torch", 1, 1, None))[0], FormatError)
-    error = ask(Job(files / "one.onnx", "onnxruntime", 1, 1, 16))[0]
+    assert isinstance(ask(BenchmarkJob(tmp_path / "bad.safetensors", "torch", 1, 1, None))[0], FormatError)
+    error = ask(BenchmarkJob(files / "one.onnx", "onnxruntime", 1, 1, 16))[0]
     assert isinstance(error, ConfigError)
     assert "1 images of 16 pixels" in str(error)
     assert "made for 12 pixels" in str(error)
 
 
 def test_memory_of_a_model_is_counted_behind_the_libraries(files):
-    with Worker(Job(files / "one.onnx", "onnxruntime", 1, 1, None)) as worker:
+    with Worker(BenchmarkJob(files / "one.onnx", "onnxruntime", 1, 1, None)) as worker:
         one = worker.opened
-    with Worker(Job(files / "one.onnx", "onnxruntime", 1, 1024, None)) as worker:
+    with Worker(BenchmarkJob(files / "one.onnx", "onnxruntime", 1, 1024, None)) as worker:
         many = worker.opened
     assert 0 <= one.model_bytes < 50e6 < one.peak_bytes
     assert many.model_bytes > one.model_bytes + 20e6  # 1,024 images: 38 MB at the first convolution alone

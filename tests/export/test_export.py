@@ -21,7 +21,7 @@ from qtdog.export.integer_weight import SAFE
 from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 
 SUFFIX = {"openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
 

@@ -6,7 +6,7 @@ from qtdog.ensemble.prediction import predict_from_logits
 from qtdog.export.inference_module import OUTPUTS, InferenceModule
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
-from qtdog.training.load import Preprocessing, load_model
+from qtdog.training.load_model import Preprocessing, load_model
 
 HOW = Preprocessing(image_size=8, channels=3, mean=(0.2, 0.4, 0.6), std=(0.3, 0.5, 0.7))
 

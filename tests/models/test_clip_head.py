@@ -20,7 +20,7 @@ from qtdog.models.featurizers import pretrained_cfg
 from qtdog.models.network import Network
 from qtdog.models.weights import read_weight_file
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import ModelError
-from qtdog.models import text
+from qtdog.models import text_backbones
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
-from qtdog.models.text import TEXT_BACKBONES, hashed, make_tokenizer
+from qtdog.models.text_backbones import TEXT_BACKBONES, hashed, make_tokenizer
 
 NAME = "distilbert-base-uncased"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "book", "##s", ",", "a"]
@@ -104,11 +104,11 @@ def test_a_vocabulary_that_fills_up_with_another_number_is_refused(hub: Path):
 @given(st.text(), st.integers(2, 20))
 def test_hashed_words_stay_in_their_range(given_text: str, n: int):
     row = hashed(given_text, 50, n)
-    n_words = min(n, 1 + len(text.WORD.findall(given_text.lower())))
+    n_words = min(n, 1 + len(text_backbones.WORD.findall(given_text.lower())))
     assert row.shape == (n,)
-    assert row[0] == text.START_ID
-    assert ((row[1:n_words] > text.START_ID) & (row[1:n_words] < 50)).all()
-    assert (row[n_words:] == text.PAD_ID).all()
+    assert row[0] == text_backbones.START_ID
+    assert ((row[1:n_words] > text_backbones.START_ID) & (row[1:n_words] < 50)).all()
+    assert (row[n_words:] == text_backbones.PAD_ID).all()
 
 
 def test_hashed_words_do_not_look_at_case():

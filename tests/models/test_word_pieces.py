@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.models.text import MAX_LETTERS, MAX_WORDS, check_words, word_pieces
+from qtdog.models.text_backbones import MAX_LETTERS, MAX_WORDS, check_words, word_pieces
 
 SIGNS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SIGNS, "good", "book", "##s", "##ing", "e", "##e", "a", "b", "##b", ",", "!", "'", "中", "é"]

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.objectives.base import DomainOutputs
 from qtdog.objectives.erm import erm_loss
-from qtdog.objectives.fishr import gradient_variance, spread
+from qtdog.objectives.fishr import gradient_variance, variance_penalty
 
 
 def variance_image_by_image(case, images, labels):
@@ -96,4 +96,4 @@ def test_a_loss_that_is_not_finite_leaves_the_averages(case, objective):
 
 
 def test_equal_variances_cost_nothing():
-    assert spread(torch.ones(3, 4, 5)).item() == 0
+    assert variance_penalty(torch.ones(3, 4, 5)).item() == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qtdog.report.render import render
 from qtdog.report.tables import comparison_table, numbers_csv, summary_table
-from qtdog.runs.aggregate import aggregate, compare
+from qtdog.runs.aggregate import aggregate, compare_methods
 from qtdog.runs.find import find_runs
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def tables(root: Path) -> dict[str, str]:
     made_tables = [aggregate(runs, selection, split="80") for selection in ("source", "mean", "last", "oracle")]
     shown = [summary_table(one) for one in made_tables]
     pair = ("erm + float", "erm + lsq 7 bit")
-    comparisons = [one for name in ("source", "mean") if (one := compare(runs, pair, name)) is not None]
+    comparisons = [one for name in ("source", "mean") if (one := compare_methods(runs, pair, name)) is not None]
     contents = {
         f"table.{ending}": numbers_csv(made_tables) if kind == "csv" else render(shown, kind)
         for kind, ending in ENDINGS.items()

@@ -10,9 +10,17 @@ from scipy import stats
 from qtdog.core.errors import ConfigError
 from qtdog.report.plots import plot_differences
 from qtdog.report.tables import comparison_table
-from qtdog.runs.aggregate import compare
+from qtdog.runs.aggregate import compare_methods
 from qtdog.runs.find import find_runs
-from qtdog.runs.statistics import Condition, Estimate, average, compare_values, pair_up, replicate, t_interval
+from qtdog.runs.statistics import (
+    Condition,
+    Estimate,
+    average_over_targets,
+    compare_values,
+    pair_up,
+    replicate,
+    t_interval,
+)
 
 ACCURACIES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12)
 
@@ -89,12 +97,12 @@ def test_an_ensemble_is_compared_with_the_mean_of_its_members_partners():
 
 def test_the_average_is_domainbeds():
     whole = runs_of({("a", 0, 0): 0.5, ("a", 0, 1): 0.7, ("b", 0, 0): 0.9, ("b", 0, 1): 0.8})
-    got = average(whole, ["a", "b"])
+    got = average_over_targets(whole, ["a", "b"])
     assert (got.mean, got.error, got.n) == pytest.approx((0.725, np.std([0.7, 0.75]) / np.sqrt(2), 2))
     # a trial that lacks a domain: the mean of the domains' means, and no ±
     part = {condition: value for condition, value in whole.items() if value != 0.8}
-    assert average(part, ["a", "b"]) == Estimate(0.75, None, 1)
-    assert average(part, ["a", "b", "c"]) == Estimate(None, None, 0)
+    assert average_over_targets(part, ["a", "b"]) == Estimate(0.75, None, 1)
+    assert average_over_targets(part, ["a", "b", "c"]) == Estimate(None, None, 0)
 
 
 @pytest.mark.parametrize(("n", "enough"), [(1, False), (5, False), (6, True)])
@@ -118,19 +126,19 @@ def test_what_is_no_pair_is_refused(first: list[float], second: list[float]):
 
 def test_pairs_are_those_that_both_rows_have(study: Path):
     runs = find_runs([study]).runs
-    both = compare(runs, ("erm + float", "erm + lsq 7 bit"), "source")
-    few = compare(runs, ("erm + float", "erm + lsq 4 bit"), "source")
+    both = compare_methods(runs, ("erm + float", "erm + lsq 7 bit"), "source")
+    few = compare_methods(runs, ("erm + float", "erm + lsq 4 bit"), "source")
     assert both is not None
     assert few is not None
     assert (both.n, few.n) == (12, 2)
     assert {condition.target for condition in few.conditions} == {"art_painting", "cartoon"}
-    assert compare(runs, ("erm + float", "EoQ of 3: erm + lsq 7 bit"), "last") is None
+    assert compare_methods(runs, ("erm + float", "EoQ of 3: erm + lsq 7 bit"), "last") is None
     assert any("too few" in line for line in comparison_table("t", [few]).notes)
 
 
 def test_an_unknown_row_gets_the_nearest_name(study: Path):
     with pytest.raises(ConfigError, match="did you mean 'erm \\+ lsq 7 bit'"):
-        compare(find_runs([study]).runs, ("erm + float", "erm + lsq 7bit"), "source")
+        compare_methods(find_runs([study]).runs, ("erm + float", "erm + lsq 7bit"), "source")
 
 
 def test_several_trials_of_one_domain_are_several_pairs(make_run: Callable[..., Path], tmp_path: Path):
@@ -138,7 +146,7 @@ def test_several_trials_of_one_domain_are_several_pairs(make_run: Callable[..., 
         problem = {"data": {"target": "photo", "trial": trial}}
         make_run(tmp_path / f"a{trial}", **problem)
         make_run(tmp_path / f"b{trial}", **problem, quantizer={"name": "none"})
-    found = compare(find_runs([tmp_path]).runs, ("erm + float", "erm + lsq 7 bit"), "last")
+    found = compare_methods(find_runs([tmp_path]).runs, ("erm + float", "erm + lsq 7 bit"), "last")
     assert found is not None
     assert found.n == 2
 

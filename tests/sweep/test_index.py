@@ -14,9 +14,9 @@ from qtdog.runs.aggregate import aggregate
 from qtdog.runs.find import find_runs
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.index import ask, index_file, refresh
-from qtdog.runs.statistics import Condition, average, replicate
+from qtdog.runs.statistics import Condition, average_over_targets, replicate
 from qtdog.sweep.journal import Outcome, save_failure, save_labels
-from qtdog.sweep.merge import merge
+from qtdog.sweep.merge import merge_folders
 from qtdog.sweep.results import comparisons, results, values
 
 
@@ -206,14 +206,14 @@ def test_merging_copies_what_is_missing_and_keeps_what_is_farther(copied, tmp_pa
     (ours / second / "result.json").unlink()
     (theirs / third / "result.json").unlink()
     result = json.loads((theirs / second / "result.json").read_text())
-    found = merge([theirs], ours)
+    found = merge_folders([theirs], ours)
     assert sorted(found.copied) == sorted([first, second])
     assert third in found.kept
     assert json.loads((ours / second / "result.json").read_text()) == result
     assert not [path for path in ours.iterdir() if path.suffix == ".tmp"]
-    assert merge([theirs], ours).copied == []
+    assert merge_folders([theirs], ours).copied == []
     (theirs / first / "result.json").write_text(json.dumps(result | {"model_sha256": "other"}))
-    assert merge([theirs], ours).conflicts == [first]
+    assert merge_folders([theirs], ours).conflicts == [first]
 
 
 def test_a_run_in_use_is_not_replaced(copied, tmp_path):
@@ -222,7 +222,7 @@ def test_a_run_in_use_is_not_replaced(copied, tmp_path):
     name = next(task.name for task in plan.tasks if task.kind == "run")
     (ours / name / "result.json").unlink()
     with RunFolder(ours / name).lock():
-        assert merge([theirs], ours).busy == [name]
+        assert merge_folders([theirs], ours).busy == [name]
 
 
 def test_a_summary_has_every_run_and_pairs_agree_in_target_trial_and_seed(swept):
@@ -251,7 +251,7 @@ def test_table_and_sweep_table_agree_to_the_last_digit(swept, selection, measure
     rows = {row.method: row for row in aggregate(find_runs([out]).of("rotated-digits"), selection).rows}
     assert set(rows) == set(study)
     for method, by_condition in study.items():
-        assert rows[method].cells["75"] == average(by_condition, ["75"])
+        assert rows[method].cells["75"] == average_over_targets(by_condition, ["75"])
 
 
 def test_trials_and_seeds_pair_whatever_order_the_study_has_them_in(make_tiny, running, tmp_path):

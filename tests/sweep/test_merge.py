@@ -9,7 +9,7 @@ import pytest
 
 from qtdog.core.files import replacing_folder
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.merge import merge
+from qtdog.sweep.merge import merge_folders
 
 
 def make_run(path, *, sha256, step=2, finished=True):
@@ -31,7 +31,7 @@ def test_missing_and_farther_runs_are_copied_and_others_stay(tmp_path):
     make_run(theirs / "farther", sha256="a", step=4)
     make_run(ours / "farther", sha256="", step=2, finished=False)
     with RunFolder(ours / "held").lock():
-        found = merge([theirs], ours)
+        found = merge_folders([theirs], ours)
     assert (found.copied, found.kept) == (["farther", "new"], ["same"])
     assert (found.conflicts, found.busy) == (["other"], ["held"])
     assert (ours / "other" / "model.safetensors").read_text() == "a"

@@ -17,7 +17,7 @@ from qtdog.sweep.ray import (
     pack,
     run_task_with_files,
     task_files,
-    unpack,
+    unpack_folder,
 )
 from qtdog.sweep.runner import Driver, unfinished
 
@@ -41,7 +41,7 @@ def test_work_elsewhere_needs_only_what_is_sent_and_sends_the_run_back(make_tiny
     for task in plan.tasks:
         answer, content = run_task_with_files(task.to_json(), task_files(task, out), plan.source, 1)
         assert answer["status"] == "done"
-        unpack(content, out / task.name)
+        unpack_folder(content, out / task.name)
     assert running.measured(out, plan) == expected
 
 
@@ -52,7 +52,7 @@ def test_packing_leaves_out_locks_and_unpacking_replaces(tmp_path):
     for name in ("result.json", ".lock", "x.tmp"):
         (made / name).write_text(name)
     (place / "old").write_text("")
-    unpack(pack(made), place)
+    unpack_folder(pack(made), place)
     assert [path.name for path in place.iterdir()] == ["result.json"]
 
 
@@ -120,5 +120,5 @@ def test_of_members_only_the_files_that_are_read_are_sent(tmp_path):
         (tmp_path / "member" / name).write_text("")
     for kind, names in (("eoq", MEMBER_FILES), ("diwa", (*MEMBER_FILES, "checkpoint"))):
         task = Task("e", "ensemble", 0, ensemble=EnsembleMembers(kind, ("member",)))
-        unpack(task_files(task, tmp_path)["member"], tmp_path / kind)
+        unpack_folder(task_files(task, tmp_path)["member"], tmp_path / kind)
         assert sorted(path.name for path in (tmp_path / kind).iterdir()) == sorted(names)

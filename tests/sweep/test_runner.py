@@ -11,7 +11,7 @@ import pytest
 from qtdog.core.errors import RunError
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, Status, read_failures
-from qtdog.sweep.plan import Task, make_plan, select
+from qtdog.sweep.plan import Task, make_plan, select_tasks
 from qtdog.sweep.runner import (
     MAX_LOST,
     Driver,
@@ -90,8 +90,8 @@ def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path)
     names = ("float", "swad", "sma")
     plan = make_tiny(methods={name: METHODS[name] for name in names}, share_averaged=True, grid={"seed": 0})
     first, second, third = plan.tasks
-    assert [name for name, _ in first.companions] == [second.name, third.name]
-    assert run_task(select(plan.tasks, "float")[0], tmp_path, plan.dataset, RunCallbacks()).status == "done"
+    assert [name for name, _ in first.shared_runs] == [second.name, third.name]
+    assert run_task(select_tasks(plan.tasks, "float")[0], tmp_path, plan.dataset, RunCallbacks()).status == "done"
     assert not second.folder(tmp_path).exists()  # nobody asked for it
     left, along = unfinished(plan.tasks, tmp_path)
     assert (left.name, left.updates_from, left.steps) == (second.name, "", 6)

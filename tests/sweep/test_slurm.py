@@ -8,14 +8,14 @@ import pytest
 
 from qtdog.core.errors import ConfigError
 from qtdog.sweep.runner import Driver
-from qtdog.sweep.slurm import Job, SlurmEngine, Work, import_submitit
+from qtdog.sweep.slurm import SlurmEngine, SlurmJob, Work, import_submitit
 
 
 def test_a_job_asks_for_what_was_asked():
-    asked = Job(threads=4, gpus=2, hours=1.5, partition="gpu").parameters
+    asked = SlurmJob(threads=4, gpus=2, hours=1.5, partition="gpu").parameters
     assert (asked["cpus_per_task"], asked["gpus_per_node"], asked["time"], asked["partition"]) == (4, 2, 90, "gpu")
     assert asked["signal_delay_s"] == 120
-    assert Job().parameters.keys().isdisjoint({"gpus_per_node", "partition"})
+    assert SlurmJob().parameters.keys().isdisjoint({"gpus_per_node", "partition"})
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -25,7 +25,7 @@ def test_jobs_give_the_same_results(make_tiny, tmp_path, running):
     plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
     expected = running.measured(running.in_this_process(plan, tmp_path / "here"), plan)
     out = tmp_path / "jobs"
-    engine = SlurmEngine(out, plan.source, workers=1, job=Job(), cluster="debug")
+    engine = SlurmEngine(out, plan.source, workers=1, job=SlurmJob(), cluster="debug")
     progress = Driver(plan.tasks, out, engine, running.Quiet()).run()
     assert not progress.failed
     assert running.measured(out, plan) == expected

@@ -10,7 +10,7 @@ import yaml
 
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.plan import make_plan, select
+from qtdog.sweep.plan import make_plan, select_tasks
 from qtdog.sweep.runner import check_tasks
 from qtdog.sweep.study import Search, Study, draw_values, read_study
 
@@ -57,11 +57,11 @@ def test_order_puts_the_informative_first_and_needs_before_them(make_tiny):
 
 def test_only_takes_what_the_words_mean_and_what_it_needs(make_tiny):
     plan = make_tiny(share_prefix=True)
-    found = select(plan.tasks, "lsq seed=1")
+    found = select_tasks(plan.tasks, "lsq seed=1")
     assert [task.kind for task in found] == ["fork_point", "run"]
     assert found[1].needs == (found[0].name,)
     with pytest.raises(ConfigError, match="means no run"):
-        select(plan.tasks, "seed=9")
+        select_tasks(plan.tasks, "seed=9")
 
 
 MISTAKES = [

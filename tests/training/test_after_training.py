@@ -18,7 +18,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.finalize import calibration_indices, quantize_after_training_
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import make_protocol, resolve
 from qtdog.training.run import RunCallbacks, run
 

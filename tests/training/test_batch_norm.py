@@ -17,7 +17,7 @@ from qtdog.training import batch_norm as module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
 

@@ -18,7 +18,7 @@ from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
 

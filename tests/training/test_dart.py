@@ -19,7 +19,7 @@ from qtdog.training import dart as dart_module
 from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.dart import dart, merged_state
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
 

@@ -17,7 +17,7 @@ from qtdog.models.backbones import create_network
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint
-from qtdog.training.load import load_model, read_info
+from qtdog.training.load_model import load_model, read_info
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
 

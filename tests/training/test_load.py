@@ -11,7 +11,7 @@ from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
 from qtdog.models.backbones import create_network, known_name
 from qtdog.models.weights import read_weight_file
-from qtdog.training.load import ModelInfo, Preprocessing, empty_network, read_any_weights
+from qtdog.training.load_model import ModelInfo, Preprocessing, empty_network, read_any_weights
 
 
 @pytest.mark.parametrize("wrong", [0.0, -0.2, float("nan"), float("inf")])

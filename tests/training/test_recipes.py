@@ -16,7 +16,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS, STEP_RULES, build_components
 from qtdog.training.collapse import HealthWatch
 from qtdog.training.evaluation import Evaluator
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import make_protocol, resolve
 from qtdog.training.run import run
 

@@ -10,7 +10,7 @@ from qtdog.core.errors import ConfigError, DataError
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 

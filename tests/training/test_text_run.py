@@ -18,13 +18,13 @@ from qtdog.core.progress import StopAfter
 from qtdog.data.open import open_any, open_texts
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
-from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import read_member
 from qtdog.ensemble.model import load
 from qtdog.ensemble.prediction import find_texts, predict_texts
-from qtdog.models.text import make_tokenizer
+from qtdog.ensemble.scoring import open_evaluation_set
+from qtdog.models.text_backbones import make_tokenizer
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import check_input, resolve
 from qtdog.training.run import RunCallbacks, run
 

@@ -21,7 +21,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.evaluation import Evaluator
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.run import run
 
 STEPS, START = 6, 3

@@ -21,7 +21,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256
 from qtdog.data.open import open_readable
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import LoadedModel, load_model
+from qtdog.training.load_model import LoadedModel, load_model
 from qtdog.training.protocol import DomainProtocol, make_protocol, open_inputs
 
 ID_DIGITS = 12
@@ -134,7 +134,7 @@ def open_analyzed_runs(
     Raises:
         RunError: no folder of a run, or a run that is not finished.
         DataError: the data set is not the one of a run, or the runs have different ones.
-        FormatError, ModelError: as in `training.load.load`.
+        FormatError, ModelError: as in `training.load_model.load`.
     """
     runs = [read_run_folder(path) for path in paths]
     ids = [model_id(folder) for folder, _ in runs]

@@ -32,7 +32,7 @@ from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.components import Components
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
 from qtdog.training.fork import fork_point_config, load_plain_
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 from qtdog.training.protocol import make_protocol
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.signals import StopRequest

@@ -30,8 +30,8 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import IN_PYTHON, open_any, without_unreadable
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
-from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import fitting_kind, read_member, share_splits
+from qtdog.ensemble.scoring import open_evaluation_set
 from qtdog.ensemble.teacher import load_teacher
 from qtdog.report.render import markdown
 from qtdog.report.tables import cost_table, target_table

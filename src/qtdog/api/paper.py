@@ -19,7 +19,7 @@ from qtdog.core.errors import ConfigError, DataError, nearest, unknown
 from qtdog.data.cards import CARDS
 from qtdog.data.dataset import DomainDataset
 from qtdog.models.flops import training_flops
-from qtdog.models.text import TEXT_BACKBONES
+from qtdog.models.text_backbones import TEXT_BACKBONES
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.statistics import estimate
 from qtdog.training.protocol import resolve

@@ -14,10 +14,10 @@ from qtdog.runs.selection import check_selections
 from qtdog.runs.statistics import estimate
 from qtdog.sweep.journal import Outcome, save_labels
 from qtdog.sweep.local import LocalEngine, local_resources
-from qtdog.sweep.plan import Plan, Task, default_out, make_plan, select
+from qtdog.sweep.plan import Plan, Task, default_out, make_plan, select_tasks
 from qtdog.sweep.results import MEASURES, comparisons, results, targets_of, values
 from qtdog.sweep.runner import Driver, SweepProgress, check_tasks, unfinished
-from qtdog.sweep.study import describe, read_study
+from qtdog.sweep.study import label_text, read_study
 
 SIGINT_CODE = 130
 
@@ -97,7 +97,7 @@ class _Lines:
     def ended(self, task: Task, outcome: Outcome) -> None:
         """Print one task's end."""
         if self._shown:
-            name = describe(task.labels[0]) if task.labels else task.name
+            name = label_text(task.labels[0]) if task.labels else task.name
             err.print(f"{outcome.status:7} {name}  {outcome.seconds:.1f} s", highlight=False, markup=False)
 
 
@@ -136,7 +136,7 @@ def sweep(
     found = read_study(Path(study))
     plan = make_plan(found, None if data is None else str(data), CountingBar("reading images") if progress else None)
     folder = default_out(found) if out is None else Path(out)
-    tasks = select(plan.tasks, only) if only else plan.tasks
+    tasks = select_tasks(plan.tasks, only) if only else plan.tasks
     check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images") if progress else None)
     save_labels(plan.study.name, plan.labels, folder)
     engine = LocalEngine(folder, plan.source, local_resources(workers=workers, threads=threads, gpus=gpus))

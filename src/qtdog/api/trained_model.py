@@ -20,7 +20,6 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decode import decode_resized, to_pixels, to_square
 from qtdog.data.open import open_any, without_unreadable
-from qtdog.ensemble.evaluation import score_domains
 from qtdog.ensemble.model import EnsembleInfo
 from qtdog.ensemble.model import load as load_file
 from qtdog.ensemble.prediction import (
@@ -31,14 +30,15 @@ from qtdog.ensemble.prediction import (
     predict_from_logits,
     temperature_of,
 )
+from qtdog.ensemble.scoring import score_domains
 from qtdog.export.export import Exported
 from qtdog.export.export import export as export_file
 from qtdog.export.formats import FORMATS, format_for
 from qtdog.export.images import Draw, draw_images
 from qtdog.export.packed_source import read_packed_source
-from qtdog.models.text import make_tokenizer
+from qtdog.models.text_backbones import make_tokenizer
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import ModelInfo, open_training_data
+from qtdog.training.load_model import ModelInfo, open_training_data
 
 BATCH = 64
 
@@ -123,7 +123,7 @@ class TrainedModel(nn.Module):
 
     Attributes:
         path: of the file.
-        model: the network (`training.load.LoadedModel`) or the networks (`ensemble.model.EnsembleModel`) in it.
+        model: the network (`training.load_model.LoadedModel`) or the networks (`ensemble.model.EnsembleModel`) in it.
     """
 
     def __init__(self, path: Path, model: AnyModel) -> None:

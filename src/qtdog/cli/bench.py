@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qtdog.export.benchmark_statistics import Spread
     from qtdog.export.benchmark_worker import ModelFacts
     from qtdog.export.images import LabelledImages
-    from qtdog.training.load import ModelInfo
+    from qtdog.training.load_model import ModelInfo
 
 FILES = "Model files: packed .safetensors, exported .onnx, .xml, .pt2 or .pte; or folders of finished runs."
 RUNTIME = (
@@ -81,7 +81,7 @@ def _images(files: list[Path], data: str, domain: str | None, n_images: int) -> 
     from qtdog.core.errors import ConfigError
     from qtdog.export.benchmark import model_file
     from qtdog.export.images import Draw, draw_images
-    from qtdog.training.load import open_training_data
+    from qtdog.training.load_model import open_training_data
 
     dataset = open_training_data([model_file(file) for file in files], data, progress=CountingBar("reading images"))
     warn_skipped(dataset)

@@ -42,7 +42,7 @@ def fetch(
     from qtdog.cli.console import err, print_json
     from qtdog.core.errors import Interrupted
     from qtdog.data.cards import CARDS, data_root
-    from qtdog.data.download import describe
+    from qtdog.data.download import download_record
     from qtdog.data.fetch import fetch as run
     from qtdog.data.import_layouts import require_new
 
@@ -61,7 +61,11 @@ def fetch(
     _say(fetched, differences)
     if as_json:
         print_json(
-            {"folder": str(target), "files": [describe(file) for file in fetched.files], "differences": differences}
+            {
+                "folder": str(target),
+                "files": [download_record(file) for file in fetched.files],
+                "differences": differences,
+            }
         )
     elif not differences:
         err.print(f"use it: qtdog train --data {target if to else name}", highlight=False, soft_wrap=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.ensemble.evaluation import EvaluationSet
     from qtdog.ensemble.members import Member
     from qtdog.ensemble.model import EnsembleModel
-    from qtdog.training.load import LoadedModel
+    from qtdog.ensemble.scoring import EvaluationSet
+    from qtdog.training.load_model import LoadedModel
 
 KIND = (
     "eoq, eoa or ensemble keep all members; diwa and soup average them into one model. Default: what the members are."
@@ -88,8 +88,8 @@ def find_evaluation_set(members: Sequence[Member], data: str | None) -> Evaluati
     from qtdog.cli.console import CountingBar, warn
     from qtdog.core.errors import DataError
     from qtdog.data.open import open_readable
-    from qtdog.ensemble.evaluation import open_evaluation_set
     from qtdog.ensemble.members import share_splits
+    from qtdog.ensemble.scoring import open_evaluation_set
 
     config = members[0].config
     try:

@@ -51,12 +51,12 @@ def evaluate(
     from qtdog.cli.ensemble import ensemble_cost, show_cost
     from qtdog.cli.train import warn_skipped
     from qtdog.data.open import open_readable
-    from qtdog.ensemble.evaluation import score_domains, unknown_auroc_of
     from qtdog.ensemble.model import load
     from qtdog.ensemble.prediction import as_cascade, find_images
+    from qtdog.ensemble.scoring import score_domains, unknown_auroc_of
     from qtdog.ensemble.uncertainty import Uncertainty
     from qtdog.report.tables import percent
-    from qtdog.training.load import training_configs
+    from qtdog.training.load_model import training_configs
 
     loaded = load(model)
     threshold = as_cascade(loaded).threshold if cascade else None
@@ -91,7 +91,7 @@ def _corrupted(
     """Score a model under corruptions and show a row per corruption, each the mean over the severities."""
     from qtdog.cli.console import CountingBar, print_json, print_table
     from qtdog.data.corruptions import SEVERITIES, corruption_names
-    from qtdog.ensemble.evaluation import score_corruptions
+    from qtdog.ensemble.scoring import score_corruptions
     from qtdog.report.tables import percent
 
     asked, levels = corruption_names(names), sorted(set(severities)) or SEVERITIES

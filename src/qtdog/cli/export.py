@@ -53,7 +53,7 @@ def export(
     from qtdog.export.formats import FORMATS, format_for
     from qtdog.export.images import Draw, draw_images
     from qtdog.export.packed_source import read_packed_source
-    from qtdog.training.load import open_training_data
+    from qtdog.training.load_model import open_training_data
 
     name = format_for(name, out)
     if out.is_dir() or not _is_place(out.parent):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qtdog.sweep.local import Resources
     from qtdog.sweep.plan import Plan, Task
     from qtdog.sweep.runner import Engine
-    from qtdog.sweep.slurm import Job
+    from qtdog.sweep.slurm import SlurmJob
 
 
 def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Path]:
@@ -150,10 +150,10 @@ def show_job(options: EngineOptions) -> None:
         out.print(f"Each run is a Slurm job with {asked}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _job(options: EngineOptions) -> Job:
-    from qtdog.sweep.slurm import Job
+def _job(options: EngineOptions) -> SlurmJob:
+    from qtdog.sweep.slurm import SlurmJob
 
-    return Job(options.threads or 1, int(options.gpus or 0), options.hours, options.partition)
+    return SlurmJob(options.threads or 1, int(options.gpus or 0), options.hours, options.partition)
 
 
 def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, resources: Resources) -> None:
@@ -318,14 +318,14 @@ def retry(
     """
     from qtdog.cli.console import out as console
     from qtdog.sweep.journal import read_failures
-    from qtdog.sweep.plan import select, with_needs
+    from qtdog.sweep.plan import select_tasks, with_needs
     from qtdog.sweep.runner import discard_unfinished
 
     options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
     options.check()
     plan, folder = open_plan(study, data, out)
     failed = set(read_failures(folder))
-    tasks = [task for task in (select(plan.tasks, only) if only else plan.tasks) if task.name in failed]
+    tasks = [task for task in (select_tasks(plan.tasks, only) if only else plan.tasks) if task.name in failed]
     if not tasks:
         console.print("nothing failed")
         return
@@ -348,7 +348,7 @@ def merge(
     """
     from qtdog.cli.console import out
     from qtdog.core.errors import RunError
-    from qtdog.sweep.merge import merge as merge_runs
+    from qtdog.sweep.merge import merge_folders as merge_runs
 
     found = merge_runs(sources, into)
     counts = f"{len(found.copied)} copied, {len(found.kept)} were there, {len(found.busy)} in use and left alone"
@@ -393,12 +393,12 @@ def sweep(
 
       qtdog sweep status studies/digits.yaml
     """
-    from qtdog.sweep.plan import select
+    from qtdog.sweep.plan import select_tasks
 
     options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
     options.check()
     plan, folder = open_plan(study, data, out)
-    tasks = options.for_loggers(select(plan.tasks, only) if only else plan.tasks)
+    tasks = options.for_loggers(select_tasks(plan.tasks, only) if only else plan.tasks)
     if dry:
         dry_run(plan, tasks, folder, resources=options.resources)
         show_job(options)

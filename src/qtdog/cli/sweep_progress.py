@@ -92,11 +92,11 @@ def progress_display(out: Path) -> Iterator[ProgressDisplay]:
 
 def task_text(task: Task) -> str:
     """Return what a task is, for people."""
-    from qtdog.sweep.study import describe
+    from qtdog.sweep.study import label_text
 
     if task.kind == "fork_point":
         return f"shared steps {task.name.removeprefix('prefix-')}"
-    return describe(task.labels[0]) if task.labels else task.name
+    return label_text(task.labels[0]) if task.labels else task.name
 
 
 def time_text(seconds: float) -> str:

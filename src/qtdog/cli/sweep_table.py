@@ -125,7 +125,7 @@ def _compared(cells: Values, reference: str) -> dict[str, Comparison]:
 
 
 def _numbers(cells: Values, reference: str) -> dict[str, Any]:
-    from qtdog.runs.statistics import average, by_target
+    from qtdog.runs.statistics import average_over_targets, by_target
     from qtdog.sweep.results import targets_of
 
     def numbers(one: Estimate) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _numbers(cells: Values, reference: str) -> dict[str, Any]:
         method: {"mean": one.mean, "low": one.low, "high": one.high, "p_value": one.p_value, "n": one.n}
         for method, one in _compared(cells, reference).items()
     }
-    averages = {method: numbers(average(values, targets)) for method, values in cells.items()}
+    averages = {method: numbers(average_over_targets(values, targets)) for method, values in cells.items()}
     return {"methods": methods, "averages": averages, "reference": reference, "differences": compared}
 
 
@@ -154,7 +154,7 @@ def study_table(cells: Values, reference: str, title: str) -> Table:
     """
     from qtdog.report.render import Cell, Table
     from qtdog.report.tables import estimate_text, interval_text, points_text
-    from qtdog.runs.statistics import average, by_target
+    from qtdog.runs.statistics import average_over_targets, by_target
     from qtdog.sweep.results import targets_of
 
     targets = targets_of(cells)
@@ -162,7 +162,7 @@ def study_table(cells: Values, reference: str, title: str) -> Table:
     headers = ["method", *targets, "average", "runs", f"− {reference}", "95 % interval"]
     rows = []
     for method, values in cells.items():
-        estimates = [*by_target(values, targets).values(), average(values, targets)]
+        estimates = [*by_target(values, targets).values(), average_over_targets(values, targets)]
         one = compared.get(method)
         difference = ["", ""] if one is None else [f"{points_text(one.mean)} (n={one.n})", interval_text(one)]
         texts = [method, *map(estimate_text, estimates), str(len(values)), *difference]

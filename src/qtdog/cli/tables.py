@@ -155,11 +155,11 @@ def _comparison(
     from qtdog.core.errors import RunError
     from qtdog.report.render import render
     from qtdog.report.tables import comparison_table
-    from qtdog.runs.aggregate import compare
+    from qtdog.runs.aggregate import compare_methods
 
     tables = []
     for group in groups:
-        tried = [compare(group, names, name, split=split, pooled=pooled) for name in selections]
+        tried = [compare_methods(group, names, name, split=split, pooled=pooled) for name in selections]
         made = [one for one in tried if one is not None]
         if not made:
             raise RunError(f"'{names[0]}' and '{names[1]}' have no unseen domain, trial and seed in common")

@@ -217,7 +217,7 @@ def _place_of(name: str) -> tuple[str, str]:
     raise ConfigError(unknown("option", name, dict.fromkeys(known)))
 
 
-def merge(trees: Iterable[Mapping[str, Any]]) -> Tree:
+def merge_trees(trees: Iterable[Mapping[str, Any]]) -> Tree:
     """Return one tree in which later trees override earlier ones, key by key."""
     merged: Tree = {}
     for tree in trees:
@@ -233,7 +233,7 @@ def build_config(trees: Iterable[Mapping[str, Any]]) -> Config:
         ConfigError: an unknown section, key or value (with the nearest match), or a value out of range.
     """
     try:
-        return Config.model_validate(merge(trees))
+        return Config.model_validate(merge_trees(trees))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
 

@@ -53,7 +53,7 @@ BROKEN = (
 )
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     """One file of an archive: its name, its declared size, and how to open it."""
 
     name: str
@@ -95,7 +95,7 @@ def unpack(path: Path, folder: Path, progress: Progress = None) -> int:
     return len(sizes)
 
 
-def _members(path: Path, limit: int) -> contextlib.AbstractContextManager[Callable[[], Iterator[Member]]]:
+def _members(path: Path, limit: int) -> contextlib.AbstractContextManager[Callable[[], Iterator[ArchiveMember]]]:
     if path.name.lower().endswith(".zip"):
         return _zip_members(path)
     suffix = next(suffix for suffix in TAR_READERS if path.name.lower().endswith(suffix))
@@ -103,13 +103,13 @@ def _members(path: Path, limit: int) -> contextlib.AbstractContextManager[Callab
 
 
 @contextlib.contextmanager
-def _zip_members(path: Path) -> Iterator[Callable[[], Iterator[Member]]]:
+def _zip_members(path: Path) -> Iterator[Callable[[], Iterator[ArchiveMember]]]:
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         if sum(info.compress_size for info in infos) > path.stat().st_size:
             raise DataError(f"{path.name} is refused: its members overlap")
 
-        def members() -> Iterator[Member]:
+        def members() -> Iterator[ArchiveMember]:
             for info in infos:
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -117,25 +117,27 @@ def _zip_members(path: Path) -> Iterator[Callable[[], Iterator[Member]]]:
                 if info.flag_bits & 1:
                     raise DataError(f"{path.name} is refused: '{info.filename}' is encrypted")
                 if not info.is_dir():
-                    yield Member(info.filename, info.file_size, lambda info=info: archive.open(info))
+                    yield ArchiveMember(info.filename, info.file_size, lambda info=info: archive.open(info))
 
         yield members
 
 
 @contextlib.contextmanager
-def _tar_members(path: Path, reader: Callable[[Path], Any], limit: int) -> Iterator[Callable[[], Iterator[Member]]]:
+def _tar_members(
+    path: Path, reader: Callable[[Path], Any], limit: int
+) -> Iterator[Callable[[], Iterator[ArchiveMember]]]:
     with reader(path) as plain:
         bounded = _Bounded(plain, path.name, limit)
         archive = tarfile.TarFile(fileobj=cast(Any, bounded))
 
-        def members() -> Iterator[Member]:
+        def members() -> Iterator[ArchiveMember]:
             for info in archive:
                 cast(Any, archive).members = []  # else tarfile keeps all of them in memory
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
                     raise DataError(f"{path.name} is refused: '{info.name}' is a link, a device or sparse")
-                yield Member(info.name, info.size, lambda info=info: _opened(archive, info))
+                yield ArchiveMember(info.name, info.size, lambda info=info: _opened(archive, info))
             while bounded.read(CHUNK_BYTES):  # the checksum of the compression stands behind the end of the tar
                 pass
 
@@ -173,12 +175,12 @@ class _Bounded:
             raise DataError(f"{self._name} is refused: it would unpack to more than {self._limit:,} bytes")
 
 
-def _check(path: Path, members: Iterator[Member], limit: int) -> list[int]:
+def _check(path: Path, members: Iterator[ArchiveMember], limit: int) -> list[int]:
     """The declared sizes of all files, after everything that can be seen before writing was checked."""
     sizes: list[int] = []
     total, seen = 0, set[str]()
     for member in members:
-        key = safe_name(member.name, path.name).casefold()
+        key = safe_member_name(member.name, path.name).casefold()
         if key in seen:
             raise DataError(f"{path.name} is refused: '{member.name}' is in it twice")
         seen.add(key)
@@ -194,14 +196,14 @@ def _check(path: Path, members: Iterator[Member], limit: int) -> list[int]:
     return sizes
 
 
-def safe_name(name: str, archive: str = "the archive") -> str:
+def safe_member_name(name: str, archive: str = "the archive") -> str:
     """Return a member's relative path, with forward slashes.
 
     Raises:
         DataError: it would leave the folder, or is no name.
 
     Example:
-        >>> safe_name("./photos/a.jpg")
+        >>> safe_member_name("./photos/a.jpg")
         'photos/a.jpg'
     """
     path = PurePosixPath(name.replace("\\", "/"))
@@ -221,15 +223,15 @@ def _require_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def _write_all(members: Iterator[Member], folder: Path, n: int, progress: Progress) -> None:
+def _write_all(members: Iterator[ArchiveMember], folder: Path, n: int, progress: Progress) -> None:
     for done, member in enumerate(members, start=1):
         _write(member, folder)
         if progress is not None and (done % 100 == 0 or done == n):
             progress(done, n)
 
 
-def _write(member: Member, folder: Path) -> None:
-    name = safe_name(member.name)
+def _write(member: ArchiveMember, folder: Path) -> None:
+    name = safe_member_name(member.name)
     if any(part in JUNK or part.startswith("._") for part in PurePosixPath(name).parts):
         return
     target = folder / name

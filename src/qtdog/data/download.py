@@ -114,9 +114,9 @@ def download(
     if target.is_file():
         part.n_saved = target.stat().st_size
     # a part is worth most at its own address; sorting is stable, so that the others keep their order
-    for url in sorted(archive.urls, key=lambda url: resolve(url) != part.url):
+    for url in sorted(archive.urls, key=lambda url: download_address(url) != part.url):
         with clear_disk_errors(target):
-            reason = "" if target.is_file() else _fetch(resolve(url), part, progress, timeout_s)
+            reason = "" if target.is_file() else _fetch(download_address(url), part, progress, timeout_s)
         found = sha256_file(target) if target.is_file() and not reason else ""
         if found and sha256 in ("", found):
             return Downloaded(target, url, found, target.stat().st_size, part.n_saved)
@@ -129,11 +129,11 @@ def download(
     raise DataError(f"{archive.file} could not be downloaded:\n  {listed}")
 
 
-def resolve(url: str) -> str:
+def download_address(url: str) -> str:
     """Return the address that is really asked: `gdrive:ID` is a file on Google Drive.
 
     Example:
-        >>> resolve("gdrive:abc")
+        >>> download_address("gdrive:abc")
         'https://drive.usercontent.google.com/download?id=abc&export=download&confirm=t'
     """
     kind, _, name = url.partition(":")
@@ -246,7 +246,7 @@ def _copy(part: _Part, response: HTTPResponse, place: tuple[int, int | None], pr
     return done
 
 
-def describe(found: Downloaded) -> dict[str, str | int]:
+def download_record(found: Downloaded) -> dict[str, str | int]:
     """Return a download as JSON: file, url, sha256, n_bytes, n_saved."""
     told = asdict(found)
     return {"file": found.path.name} | {key: told[key] for key in ("url", "sha256", "n_bytes", "n_saved")}

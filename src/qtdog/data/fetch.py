@@ -21,7 +21,7 @@ from qtdog.core.files import clear_disk_errors, lock_file, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.archive import is_archive, unpack
 from qtdog.data.cards import DatasetCard, data_root
-from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, describe, download
+from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, download, download_record
 from qtdog.data.import_layouts import adopt, require_new
 
 KNOWN = "fetched.json"
@@ -106,7 +106,7 @@ def _unpack_and_place(work: Path, files: list[Downloaded], card: DatasetCard, ta
         for file in files:
             _unpack_one(file.path, loose, steps.unpack)
         now = datetime.datetime.now(datetime.UTC).date().isoformat()
-        origin: dict[str, Any] = {"dataset": card.name, "date": now, "files": [describe(file) for file in files]}
+        origin: dict[str, Any] = {"dataset": card.name, "date": now, "files": [download_record(file) for file in files]}
         return adopt(loose, target, card, "move", origin, progress=steps.place)
     except DataError as error:
         raise DataError(f"{error} What was downloaded is in {work}; remove it to download it anew.") from error

@@ -191,11 +191,11 @@ def hash_of(path: Path) -> str:
         return ""
 
 
-def compare(listed: dict[str, str], found: Iterable[tuple[str, str]]) -> Changes:
+def compare_hashes(listed: dict[str, str], found: Iterable[tuple[str, str]]) -> Changes:
     """Return how the files that were found (path, hash or "" if unreadable) differ from the listed ones.
 
     Example:
-        >>> compare({"a": "1", "b": "2"}, [("b", "3"), ("c", "4")])
+        >>> compare_hashes({"a": "1", "b": "2"}, [("b", "3"), ("c", "4")])
         Changes(missing=['a'], changed=['b'], added=['c'])
     """
     now = dict(found)

@@ -28,7 +28,7 @@ from qtdog.data.scan import (
 CHUNK_BYTES = 1 << 16
 
 
-class Record(NamedTuple):
+class ImageFile(NamedTuple):
     """One image: its domain and class, and its path relative to the data set's folder (with forward slashes)."""
 
     domain: str
@@ -47,7 +47,7 @@ class FileDataset(DomainDataset):
     """
 
     def __init__(
-        self, card: DatasetCard, root: Path, records: list[Record], classes: tuple[str, ...] | None = None
+        self, card: DatasetCard, root: Path, records: list[ImageFile], classes: tuple[str, ...] | None = None
     ) -> None:
         self.card = card
         self.root = root
@@ -187,9 +187,9 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     return dataset
 
 
-def _scan(root: Path, passed: PassedOver) -> tuple[dict[str, list[str]], list[Record]]:
+def _scan(root: Path, passed: PassedOver) -> tuple[dict[str, list[str]], list[ImageFile]]:
     classes: dict[str, list[str]] = {}
-    records: list[Record] = []
+    records: list[ImageFile] = []
     for domain in _folders(str(root), passed):
         labels = _folders(f"{root}/{domain}", passed)
         name = composed(domain)
@@ -198,7 +198,7 @@ def _scan(root: Path, passed: PassedOver) -> tuple[dict[str, list[str]], list[Re
         for label in labels:
             place, class_name = f"{domain}/{label}/", composed(label)
             below = names_below(f"{root}/{domain}/{label}", passed)
-            records += [Record(name, class_name, place + image) for image in below]
+            records += [ImageFile(name, class_name, place + image) for image in below]
     if not all(map(str.isascii, {label for labels in classes.values() for label in labels} | set(classes))):
         records.sort(key=lambda record: record[:2])  # names of different Unicode forms come together
     return classes, records
@@ -223,7 +223,7 @@ def _explain_link(path: str) -> str:
     return f"{text}: a whole domain or class would be missing. Mount the disk, or remove the link."
 
 
-def _refuse_split_folders(root: Path, records: list[Record]) -> None:
+def _refuse_split_folders(root: Path, records: list[ImageFile]) -> None:
     """DOMAIN/SPLIT/CLASS/image (Dassl, JiGen): the parts of a split would become classes."""
     if not all(record.label.lower() in SPLIT_FOLDERS and record.key.count("/") > 2 for record in records):
         return
@@ -235,7 +235,7 @@ def _refuse_split_folders(root: Path, records: list[Record]) -> None:
     )
 
 
-def _level_notes(root: Path, classes: Iterable[str], records: list[Record]) -> list[str]:
+def _level_notes(root: Path, classes: Iterable[str], records: list[ImageFile]) -> list[str]:
     """Say what suggests that the folder is a level too high, or that its domains are the parts of a split."""
     notes = []
     if {domain.lower() for domain in classes} <= set(SPLIT_FOLDERS):
@@ -268,7 +268,7 @@ def _explain_nothing_found(root: Path) -> str:
     return f"{root} has no domains, it is empty of folders: {layout}"
 
 
-def _require_images_everywhere(root: Path, classes: dict[str, list[str]], records: list[Record]) -> None:
+def _require_images_everywhere(root: Path, classes: dict[str, list[str]], records: list[ImageFile]) -> None:
     empty = sorted(set(classes) - {record.domain for record in records})
     if empty:
         folders = ", ".join(str(root / name) for name in empty)

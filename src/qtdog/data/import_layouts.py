@@ -30,44 +30,44 @@ class ImagePlace(NamedTuple):
     key: str
 
 
-class Layout(NamedTuple):
+class FolderLayout(NamedTuple):
     """What was found in a folder: how it is laid out, in words, and its images in the order of their keys."""
 
     name: str
     images: list[ImagePlace]
 
 
-def find_layout(folder: Path, card: DatasetCard) -> Layout:
+def find_layout(folder: Path, card: DatasetCard) -> FolderLayout:
     """Return the images of a data set of folders that lie somewhere below `folder`.
 
     Raises:
         DataError: the domains are not there, a class is unknown, or a listed image is missing.
     """
     if card.kind == "camera-traps" and (lists := _annotation_lists(folder)):
-        return Layout("Caltech camera traps with annotations", _ordered(_camera_traps(folder, lists, card)))
+        return FolderLayout("Caltech camera traps with annotations", _ordered(_camera_traps(folder, lists, card)))
     root, domains = _find_domains(folder, card)
     lists = _image_lists(folder)
     if card.kind == "listed-folders" and lists:
-        return Layout("the authors' lists (TLlib)", _ordered(_listed(domains, lists, card)))
+        return FolderLayout("the authors' lists (TLlib)", _ordered(_listed(domains, lists, card)))
     splits = any(part.name.lower() in SPLIT_FOLDERS for part in subfolders(next(iter(domains.values()))))
     name = "DOMAIN/SPLIT/CLASS/image (Dassl)" if splits else "DOMAIN/CLASS/image (DomainBed, TLlib)"
     found = [image for domain, path in domains.items() for image in _domain(path, domain, card)]
     if not found:
         raise DataError(f"{root} has the domains of {card.name}, but no images in them")
-    return Layout(name, _ordered(found))
+    return FolderLayout(name, _ordered(found))
 
 
 NO_CARD = DatasetCard("own", "a folder of which nothing is known")
 
 
-def _own_layout(folder: Path) -> Layout:
+def _own_layout(folder: Path) -> FolderLayout:
     """The images of a folder DOMAIN/SPLIT/CLASS/image of which nothing else is known, or DOMAIN/CLASS/image."""
     found = []
     for domain in subfolders(folder):
         found += _domain(domain, composed(domain.name), NO_CARD, exact=True)
     if not found:
         raise DataError(f"{folder} has no images in folders DOMAIN/SPLIT/CLASS or DOMAIN/CLASS")
-    return Layout("DOMAIN/SPLIT/CLASS/image", _ordered(found))
+    return FolderLayout("DOMAIN/SPLIT/CLASS/image", _ordered(found))
 
 
 def _ordered(images: list[ImagePlace]) -> list[ImagePlace]:
@@ -246,14 +246,14 @@ def require_new(target: Path) -> None:
         raise DataError(f"{text}, give another folder (--to), or remove it")
 
 
-def _layout(source: Path, card: DatasetCard) -> Layout:
+def _layout(source: Path, card: DatasetCard) -> FolderLayout:
     if not source.is_dir():
         raise DataError(f"{source} is no folder")
     if card.kind in ("colored-mnist", "rotated-mnist"):
-        return Layout("MNIST's four files", [ImagePlace(path, path.name) for path in find_mnist(source)])
+        return FolderLayout("MNIST's four files", [ImagePlace(path, path.name) for path in find_mnist(source)])
     if card.kind in MARKERS:
         root = _find_marked(source, card, MARKERS[card.kind])
-        return Layout("WILDS", [ImagePlace(root / key, key) for key in files_below(root)])
+        return FolderLayout("WILDS", [ImagePlace(root / key, key) for key in files_below(root)])
     return _own_layout(source) if card.domains is None else find_layout(source, card)
 
 

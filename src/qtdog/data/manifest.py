@@ -11,7 +11,7 @@ from typing import Any
 from qtdog.core.errors import DataError, nearest
 from qtdog.data.cards import DatasetCard, match_card
 from qtdog.data.dataset import composed, is_missing
-from qtdog.data.image_folder import FileDataset, Record, require_domains, require_path
+from qtdog.data.image_folder import FileDataset, ImageFile, require_domains, require_path
 
 DOMAIN = "domain"
 SUFFIXES = (".csv", ".jsonl")
@@ -40,7 +40,7 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
     """
     require_path(path, "manifest")
     root = path.parent
-    records: dict[str, Record] = {}
+    records: dict[str, ImageFile] = {}
     both = False
     for line, row in _rows(path, domain_column.strip().lower()):
         record = _record(row, f"{path}, line {line}")
@@ -129,7 +129,7 @@ def _missing(root: Path, key: str) -> str:
     return f"{text}; between folders goes a /" if "\\" in key else text
 
 
-def _twice(first: Record, second: Record) -> str:
+def _twice(first: ImageFile, second: ImageFile) -> str:
     if first.label == second.label:
         domains = "" if first.domain == second.domain else f", in the domains '{first.domain}' and '{second.domain}'"
         return f"{second.key} is listed twice{domains}; an image has one line"
@@ -145,7 +145,7 @@ def _refuse_joined_classes(path: Path, labels: set[str]) -> None:
                 raise DataError(f"{path}: the class '{label}' looks like {len(parts)} classes: {MULTI_LABEL}")
 
 
-def _record(row: dict[str, Any], where: str) -> Record:
+def _record(row: dict[str, Any], where: str) -> ImageFile:
     label = row["class"] if "class" in row else row["label"]
     if isinstance(label, (list, dict)):
         raise DataError(f"{where}: the class is a list: {MULTI_LABEL}")
@@ -162,4 +162,4 @@ def _record(row: dict[str, Any], where: str) -> Record:
     if Path(key).is_absolute() or PureWindowsPath(key).drive or ".." in Path(key).parts:
         text = f"path '{key}' is absolute or leaves the manifest's folder"
         raise DataError(f"{where}: {text}; give paths relative to it, without '..'")
-    return Record(composed(str(values[DOMAIN]).strip()), composed(str(label).strip()), Path(key).as_posix())
+    return ImageFile(composed(str(values[DOMAIN]).strip()), composed(str(label).strip()), Path(key).as_posix())

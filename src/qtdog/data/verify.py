@@ -16,7 +16,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.cards import check_counts
 from qtdog.data.dataset import ID_TEST, ID_VAL, SPLIT_NAMES, TEST, TRAIN, VAL, DomainDataset, map_samples
 from qtdog.data.decode import HINT
-from qtdog.data.file_index import Changes, compare, files_below, hash_of, read_hashes
+from qtdog.data.file_index import Changes, compare_hashes, files_below, hash_of, read_hashes
 from qtdog.data.image_folder import FileDataset
 from qtdog.data.splits import training_obstacles
 from qtdog.data.text import TextDataset
@@ -216,7 +216,9 @@ def _changes(dataset: DomainDataset, contents: list[str]) -> Changes | None:
     if root is None or listed is None:
         return None
     known = dict(zip(dataset.keys, contents, strict=True)) if isinstance(dataset, FileDataset) else {}
-    return compare(listed, ((key, known[key] if key in known else hash_of(root / key)) for key in files_below(root)))
+    return compare_hashes(
+        listed, ((key, known[key] if key in known else hash_of(root / key)) for key in files_below(root))
+    )
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def verify_texts(dataset: TextDataset, root: Path | None = None) -> TextReport:
     listed = None if root is None else read_hashes(root)
     changes = None
     if root is not None and listed is not None:
-        changes = compare(listed, ((key, hash_of(root / key)) for key in files_below(root)))
+        changes = compare_hashes(listed, ((key, hash_of(root / key)) for key in files_below(root)))
     where = {part: dataset.indices(part) for part in SPLIT_NAMES}
     return TextReport(
         n_texts=len(dataset),

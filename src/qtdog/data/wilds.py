@@ -12,7 +12,7 @@ import numpy as np
 from qtdog.core.errors import DataError
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import ID_TEST, ID_VAL, TEST, TRAIN, VAL
-from qtdog.data.image_folder import FileDataset, Record, require_path
+from qtdog.data.image_folder import FileDataset, ImageFile, require_path
 from qtdog.data.text import TextDataset
 
 CAMELYON17_COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
@@ -21,7 +21,7 @@ LABELS = ("normal", "tumor")
 
 
 class _Patch(NamedTuple):
-    record: Record
+    record: ImageFile
     part: int
 
 
@@ -62,7 +62,7 @@ def _patch(row: dict[str, str], where: str) -> _Patch:
         raise DataError(f"{where} is no patch: {error}") from error
     part = UNSEEN.get(center, (TRAIN, ID_VAL)[min(split, 1)])
     key = f"patches/{slide}/patch_{slide}_{place}.png"
-    return _Patch(Record(f"hospital_{center}", LABELS[tumor], key), part)
+    return _Patch(ImageFile(f"hospital_{center}", LABELS[tumor], key), part)
 
 
 REVIEW_COLUMNS = ("reviewerID", "overall", "reviewText")

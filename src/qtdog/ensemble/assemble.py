@@ -19,9 +19,9 @@ from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
-from qtdog.ensemble.evaluation import EvaluationSet, Scores, calibrate, mean_accuracy
 from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load
+from qtdog.ensemble.scoring import EvaluationSet, Scores, calibrate, mean_accuracy
 from qtdog.ensemble.weight_averaging import Recipe, average_members, check_recipe
 from qtdog.models.network import Network, to_device_
 from qtdog.packing.ensemble_file import save_ensemble
@@ -31,7 +31,7 @@ from qtdog.training.finalize import environment
 
 
 @dataclass(frozen=True)
-class Cost:
+class EnsembleCost:
     """The cost of a model beside one run and one network.
 
     Attributes:
@@ -45,7 +45,7 @@ class Cost:
     inference_passes: int
 
 
-def cost(members: Sequence[Member], *, one_model: bool, extra_steps: int = 0) -> Cost:
+def cost(members: Sequence[Member], *, one_model: bool, extra_steps: int = 0) -> EnsembleCost:
     """Return the cost of a model made from `members`.
 
     Five runs that share the first 40 % of their steps cost 0.4 + 5 · 0.6 = 3.4 runs.
@@ -59,7 +59,7 @@ def cost(members: Sequence[Member], *, one_model: bool, extra_steps: int = 0) ->
     shared = sum(step for _, step in {member.forked_from for member in members})
     one_run = sum(member.config.train.steps for member in members) / len(members)
     steps = own + shared + extra_steps
-    return Cost(steps, steps / one_run, 1 if one_model else len(members))
+    return EnsembleCost(steps, steps / one_run, 1 if one_model else len(members))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EnsembleScores:
         return {"source": mean_accuracy(self.source, 0), "test": mean_accuracy(self.test, 0)}
 
 
-def describe(members: Sequence[Member], scores: EnsembleScores, folder: Path) -> dict[str, Any]:
+def describe_ensemble(members: Sequence[Member], scores: EnsembleScores, folder: Path) -> dict[str, Any]:
     """Return what `result.json` says of the protocol, the accuracies and the members.
 
     Args:
@@ -188,7 +188,7 @@ def assemble(
     else:
         members = best_first(members)
         made = _keep_members(members, spec, evaluation_set)
-    result = {"kind": spec.kind} | describe(members, made.scores, spec.file.parent)
+    result = {"kind": spec.kind} | describe_ensemble(members, made.scores, spec.file.parent)
     result |= asdict(made.cost) | made.details | {"environment": environment()}
     write_atomic(spec.result_file, json.dumps(result, indent=1))
     return result
@@ -241,7 +241,7 @@ class _Made:
     """An ensemble that was written to its file."""
 
     scores: EnsembleScores
-    cost: Cost
+    cost: EnsembleCost
     details: dict[str, Any]
 
 

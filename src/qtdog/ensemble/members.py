@@ -14,7 +14,7 @@ from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.runs.finished import KINDS
 from qtdog.runs.folder import RunFolder
-from qtdog.training.load import STRUCTURE, ModelInfo, read_info
+from qtdog.training.load_model import STRUCTURE, ModelInfo, read_info
 
 ALIKE = (*STRUCTURE, "source_domains", "target_domain")
 

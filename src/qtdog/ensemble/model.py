@@ -16,7 +16,15 @@ from qtdog.models.network import Network, to_device_
 from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel
 from qtdog.runs.finished import KINDS
-from qtdog.training.load import STRUCTURE, LoadedModel, ModelInfo, Preprocessing, build_networks, load_model, read_info
+from qtdog.training.load_model import (
+    STRUCTURE,
+    LoadedModel,
+    ModelInfo,
+    Preprocessing,
+    build_networks,
+    load_model,
+    read_info,
+)
 
 BATCH = 64
 

@@ -20,8 +20,8 @@ from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import BATCH, EnsembleModel
 from qtdog.ensemble.uncertainty import Uncertainty, uncertainty
-from qtdog.models.text import make_tokenizer
-from qtdog.training.load import LoadedModel
+from qtdog.models.text_backbones import make_tokenizer
+from qtdog.training.load_model import LoadedModel
 
 AnyModel = LoadedModel | EnsembleModel
 Row = dict[str, Any]

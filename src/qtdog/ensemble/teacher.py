@@ -13,7 +13,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.model import EnsembleModel, load
 from qtdog.models.backbones import preprocessing
 from qtdog.objectives.distill import Teacher
-from qtdog.training.load import LoadedModel
+from qtdog.training.load_model import LoadedModel
 
 
 def load_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:

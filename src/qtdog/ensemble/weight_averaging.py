@@ -14,8 +14,8 @@ from qtdog.conversion.save import bake
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.ensemble.evaluation import EvaluationSet, mean_accuracy
 from qtdog.ensemble.members import Member, check_one_start
+from qtdog.ensemble.scoring import EvaluationSet, mean_accuracy
 from qtdog.models.network import Network, to_device_
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
@@ -25,7 +25,7 @@ from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.components import RunState
 from qtdog.training.finalize import final_network_
 from qtdog.training.fork import latent_weights, load_plain_
-from qtdog.training.load import empty_network
+from qtdog.training.load_model import empty_network
 from qtdog.training.loop import TrainingRun, train
 
 State = dict[str, Tensor]
@@ -63,7 +63,7 @@ def read_latent(member: Member, warn: Callable[[str], None]) -> Latent:
     return Latent(bake(network).rest, frozenset(name for name, _ in network.named_buffers()))
 
 
-def average(states: Sequence[Mapping[str, Tensor]], buffers: AbstractSet[str] = frozenset()) -> State:
+def average_weights(states: Sequence[Mapping[str, Tensor]], buffers: AbstractSet[str] = frozenset()) -> State:
     """Return the mean of the weights, name by name: θ = (1/m) Σ_k θ_k, summed in float64.
 
     Source: Ramé et al. (NeurIPS 2022), Eq. 1; Wortsman et al., "Model soups" (ICML 2022).
@@ -77,7 +77,7 @@ def average(states: Sequence[Mapping[str, Tensor]], buffers: AbstractSet[str] = 
             their mean to none.
 
     Example:
-        >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}])
+        >>> average_weights([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}])
         {'w': tensor([2.])}
     """
     first = states[0]
@@ -303,7 +303,7 @@ def _score(network: Network, evaluation_set: EvaluationSet) -> float:
 
 
 def _mean_of_members(latents: Sequence[Latent], used: Sequence[int]) -> State:
-    return average([latents[index].state for index in used], latents[0].buffers)
+    return average_weights([latents[index].state for index in used], latents[0].buffers)
 
 
 def _network(member: Member, latents: Sequence[Latent], used: Sequence[int], config: Config | None) -> Network:

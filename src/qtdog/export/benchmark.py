@@ -15,7 +15,7 @@ from qtdog.core.errors import ConfigError, FormatError
 from qtdog.core.machine import n_cores
 from qtdog.export.benchmark_machine import cpu_features
 from qtdog.export.benchmark_statistics import Timing, Turn, pareto, summarise
-from qtdog.export.benchmark_worker import WORKER, Job, ModelFacts, Worker
+from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker
 from qtdog.export.images import LabelledImages
 from qtdog.export.runtimes import RUNTIMES, runtimes_for
 from qtdog.training.finalize import environment
@@ -133,7 +133,7 @@ def bench(
     """
     threads = plan.threads or n_cores()
     jobs = [
-        Job(path, name, threads, plan.batch, plan.image_size)
+        BenchmarkJob(path, name, threads, plan.batch, plan.image_size)
         for path in (model_file(path) for path in files)
         for name in choose_runtimes(path, plan.runtimes)
     ]

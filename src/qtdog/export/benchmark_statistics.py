@@ -102,8 +102,8 @@ def summarise(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timin
         p95_s=float(np.quantile(calls, 0.95)),
         images_per_s=float(batch * calls.size / calls.sum()),
         cpu_s=float(np.median([turn.mean_cpu_s for turn in turns])),
-        ratio=spread([ours.mean_s / base.mean_s for ours, base in pairs]),
-        cpu_ratio=spread([ours.mean_cpu_s / base.mean_cpu_s for ours, base in pairs]),
+        ratio=ratio_spread([ours.mean_s / base.mean_s for ours, base in pairs]),
+        cpu_ratio=ratio_spread([ours.mean_cpu_s / base.mean_cpu_s for ours, base in pairs]),
         n_calls=int(calls.size),
         n_rounds=len(turns),
         round_s=tuple(turn.mean_s for turn in turns),
@@ -111,11 +111,11 @@ def summarise(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timin
     )
 
 
-def spread(ratios: Sequence[float]) -> Spread:
+def ratio_spread(ratios: Sequence[float]) -> Spread:
     """Return median and quartiles.
 
     Example:
-        >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> ratio_spread([1.0, 2.0, 3.0, 4.0, 5.0])
         Spread(median=3.0, low=2.0, high=4.0)
     """
     low, median, high = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))

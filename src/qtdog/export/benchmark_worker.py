@@ -19,7 +19,6 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-import qtdog
 from qtdog.core.errors import ConfigError, ModelError, QtdogError, RunError
 from qtdog.core.random import numpy_stream
 from qtdog.export.benchmark_machine import Operators, count_operators, peak_memory, reset_peak_memory
@@ -43,7 +42,7 @@ WORKER = (
     sys.executable,
     "-P",
     "-c",
-    f"import sys; sys.path.append({str(Path(qtdog.__file__).parents[1])!r}); "
+    f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
     "from qtdog.export.benchmark_worker import main; main(int(sys.argv[1]))",
 )
 """The command that starts the process of a model; the number of the pipe's file descriptor is added."""
@@ -53,7 +52,7 @@ LIBRARIES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "torch"
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchmarkJob:
     """What a worker opens.
 
     Attributes:
@@ -108,7 +107,7 @@ class Worker:
         QtdogError: the model cannot be opened, or cannot take such images.
     """
 
-    def __init__(self, job: Job, command: Sequence[str] = WORKER) -> None:
+    def __init__(self, job: BenchmarkJob, command: Sequence[str] = WORKER) -> None:
         self.job = job
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         self._pipe, there = Pipe()
@@ -183,7 +182,7 @@ def main(descriptor: int) -> None:
 
 
 def serve(pipe: Connection) -> None:
-    """Receive a `Job`, open its model, send `ModelFacts`, and answer requests until the other side closes the pipe.
+    """Receive a `BenchmarkJob`, open its model, send `ModelFacts`, answer requests until the other side closes the pipe.
 
     The request "time" is answered by a `Turn`; images by logits and, of a cascade, how many members were asked on
     average; later turns are timed on these images. An error that a user can cause is sent in the place of an answer.
@@ -211,7 +210,7 @@ class ModelUnderTest:
         FormatError, ModelError: it cannot be opened.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchmarkJob) -> None:
         for name in LIBRARIES.get(job.runtime, ()):
             with contextlib.suppress(ImportError):  # opening the file says what is missing
                 importlib.import_module(name)
@@ -229,7 +228,7 @@ class ModelUnderTest:
         # the kernel's counters are exact to some pages only: a model may fit into memory that was free already
         self.opened = ModelFacts(self.model.info, size, open_s, peak, max(peak - before, 0), _operators(self.model))
 
-    def _warm_up(self, job: Job) -> None:
+    def _warm_up(self, job: BenchmarkJob) -> None:
         try:
             for _ in range(MIN_CALLS):
                 self.model.run(self.images)

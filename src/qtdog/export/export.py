@@ -24,7 +24,7 @@ from qtdog.export.integer_weight import IntegerWeight, refit
 from qtdog.export.onnx_ensemble import join
 from qtdog.export.onnx_graph import COMPUTED, find_codes, member_graphs, store_integers_
 from qtdog.export.packed_source import PackedSource
-from qtdog.export.parity import Parity, compare
+from qtdog.export.parity import Parity, measure_parity
 from qtdog.export.runtimes import open_packed_source, open_points, open_runtime
 
 Watch = Callable[[str], Progress]
@@ -205,7 +205,7 @@ def verify_export(
     """
     threads = torch.get_num_threads()
     packed = open_packed_source(source, threads)
-    parity = compare(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
+    parity = measure_parity(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
     problems = parity.problems(kind.limits)
     if problems:
         text = f"{out} was not written: as {kind.title} it does not answer like the packed model"

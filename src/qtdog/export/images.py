@@ -12,7 +12,7 @@ from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.dataset import DomainDataset, map_samples
-from qtdog.training.load import ModelInfo
+from qtdog.training.load_model import ModelInfo
 
 
 @dataclass(frozen=True)

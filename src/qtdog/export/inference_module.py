@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtdog.ensemble.cascade import is_settled, run_cascade
 from qtdog.models.network import Network
-from qtdog.training.load import Preprocessing
+from qtdog.training.load_model import Preprocessing
 
 
 class AnswerHead(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qtdog.core.errors import FormatError, extra
-from qtdog.training.load import Preprocessing
+from qtdog.training.load_model import Preprocessing
 
 EXTRAS = {
     "onnx": "onnx",

@@ -13,7 +13,7 @@ from qtdog.export.inference_module import ASKED, OUTPUTS, InferenceModule
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
-from qtdog.training.load import STRUCTURE, ModelInfo, build_networks, read_info
+from qtdog.training.load_model import STRUCTURE, ModelInfo, build_networks, read_info
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Parity:
         return found
 
 
-def compare(packed: Ask, exported: Ask, images: LabelledImages, progress: Progress = None) -> Parity:
+def measure_parity(packed: Ask, exported: Ask, images: LabelledImages, progress: Progress = None) -> Parity:
     """Return how an exported file compares with the packed model on the same images.
 
     Args:
@@ -108,7 +108,7 @@ def compare(packed: Ask, exported: Ask, images: LabelledImages, progress: Progre
         >>> def ask(images):
         ...     return {"logits": np.stack([images.reshape(-1), np.full(len(images), 1.5)], 1).astype(np.float32)}
         >>> images = LabelledImages(pixels, np.array([1, 1, 0, 0]), ("a",))
-        >>> found = compare(ask, lambda x: {"logits": -ask(x)["logits"]}, images)
+        >>> found = measure_parity(ask, lambda x: {"logits": -ask(x)["logits"]}, images)
         >>> found.agreement_frac, found.accuracy_packed, found.problems(FLOAT)[0]
         (0.0, 1.0, 'the same class on 0.00%, expected at least 99.9%')
     """

@@ -25,7 +25,7 @@ from qtdog.models.featurizers import (
     wrong_size_error,
 )
 from qtdog.models.network import Network
-from qtdog.models.text import TEXT_BACKBONES, TextFeaturizer
+from qtdog.models.text_backbones import TEXT_BACKBONES, TextFeaturizer
 from qtdog.models.weights import load_weights_, read_weight_file
 
 

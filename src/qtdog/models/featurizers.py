@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from qtdog.core.errors import ModelError
 from qtdog.core.registry import Registry
-from qtdog.models.text import TEXT_BACKBONES, build_text_featurizer
+from qtdog.models.text_backbones import TEXT_BACKBONES, build_text_featurizer
 
 # Backbones of plug-ins: (channels, image_size) → a module that maps images in [0, 1] to features (n, d).
 OWN_BACKBONES: Registry[Callable[[int, int], nn.Module]] = Registry("backbone of a plug-in")

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qtdog.core.errors import ModelError
 from qtdog.models.backbones import create_network
-from qtdog.models.text import TEXT_BACKBONES
+from qtdog.models.text_backbones import TEXT_BACKBONES
 
 BACKWARD = 2  # the backward pass takes about twice the forward pass: once for the inputs, once for the weights
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qtdog.core.errors import ModelError, nearest
 from qtdog.core.files import sha256_file
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg
-from qtdog.models.text import TEXT_BACKBONES
+from qtdog.models.text_backbones import TEXT_BACKBONES
 
 # Parts of a tag that name a corpus. Where several are in one tag, they were trained on one after another.
 CORPORA = {

@@ -72,7 +72,7 @@ class Distill(Objective):
         """Return the weighted sum of both losses."""
         domains = view.own_outputs(batch)
         with torch.no_grad():
-            taught = self._teacher(batch.images)
+            teacher_logits = self._teacher(batch.images)
         student = torch.cat([domain.logits for domain in domains])
-        soft = distillation_loss(student.float(), taught.float(), self.temperature)
+        soft = distillation_loss(student.float(), teacher_logits.float(), self.temperature)
         return self.weight * soft + (1 - self.weight) * self.loss(view.joined(domains))

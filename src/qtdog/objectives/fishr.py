@@ -40,7 +40,7 @@ def gradient_variance(domain: DomainOutputs) -> Tensor:
     return errors.square().T @ inputs.square() / n - (errors.T @ inputs / n).square()
 
 
-def spread(variances: Tensor) -> Tensor:
+def variance_penalty(variances: Tensor) -> Tensor:
     """Return the mean over domains and weights of (v_d − mean over domains of v)².
 
     Source: Ramé et al., ICML 2022, divided by the number of weights, as in DomainBed.
@@ -52,7 +52,7 @@ def spread(variances: Tensor) -> Tensor:
         A scalar.
 
     Example:
-        >>> spread(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> variance_penalty(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         tensor(0.5000)
     """
     return variances.var(0, correction=0).mean()
@@ -62,8 +62,8 @@ def spread(variances: Tensor) -> Tensor:
 class Fishr(Objective):
     """Equal variances of the classifier's gradients in all domains: Fishr (Ramé et al., ICML 2022).
 
-    L = CE + weight · `spread` of ṽ_d = v̄_d / (1 − ema), where v̄_d ← ema · v̄_d + (1 − ema) · v_d is the moving average,
-    from 0, of `gradient_variance`. The gradient flows through the present v_d, and the division by 1 − ema makes it
+    L = CE + weight · `variance_penalty` of ṽ_d = v̄_d / (1 − ema), where v̄_d ← ema · v̄_d + (1 − ema) · v_d is the moving
+    average, from 0, of `gradient_variance`. The gradient flows through the present v_d, and the division by 1 − ema makes it
     independent of `ema`. For the first `anneal_steps` steps the penalty does not count but the average moves. All of
     this as in DomainBed, which also starts Adam anew when the penalty sets in; an objective knows no optimizer, so here
     Adam goes on with the moments that it has.
@@ -103,4 +103,4 @@ class Fishr(Objective):
         loss = erm_loss(domains)
         if batch.step < self.number("anneal_steps"):
             return loss
-        return loss + self.number("weight") * spread(average / (1 - ema))
+        return loss + self.number("weight") * variance_penalty(average / (1 - ema))

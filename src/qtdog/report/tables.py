@@ -10,7 +10,7 @@ from typing import Any
 from qtdog.report.render import MISSING, Cell, Table, no_formula
 from qtdog.runs.aggregate import GAP, SOURCE, Aggregate, MethodSummary
 from qtdog.runs.finished import unseen
-from qtdog.runs.statistics import Comparison, Condition, Estimate, average, by_target, replicate
+from qtdog.runs.statistics import Comparison, Condition, Estimate, average_over_targets, by_target, replicate
 
 
 def percent(value: float | None) -> str:
@@ -165,7 +165,7 @@ def target_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[li
     for method, runs in results.items():
         accuracies, sources = (_by_condition(runs, key) for key in ("test_accuracy", "source_accuracy"))
         per_target = [one.mean for one in by_target(accuracies, targets).values()]
-        averages = [average(values, targets).mean for values in (accuracies, sources)]
+        averages = [average_over_targets(values, targets).mean for values in (accuracies, sources)]
         rows.append([method, *map(percent, [*per_target, *averages]), size_text(runs[0]["size"])])
     return headers, rows
 

@@ -15,7 +15,7 @@ from qtdog.runs.statistics import (
     Condition,
     Estimate,
     Replicate,
-    average,
+    average_over_targets,
     by_target,
     compare_pairs,
     complete,
@@ -174,10 +174,10 @@ def summarize(measured: Measured, targets: Sequence[str], split: str = "whole") 
 
     on_target = values(lambda one: one.on(split))
     cells = by_target(on_target, targets)
-    cells[AVERAGE] = average(on_target, targets)
+    cells[AVERAGE] = average_over_targets(on_target, targets)
     cells[WORST] = estimate(min(row) for row in complete(on_target, targets))
-    cells[SOURCE] = average(values(lambda one: one.source), targets)
-    cells[GAP] = average(values(lambda one: _gap(one, split)), targets)
+    cells[SOURCE] = average_over_targets(values(lambda one: one.source), targets)
+    cells[GAP] = average_over_targets(values(lambda one: _gap(one, split)), targets)
     return cells
 
 
@@ -237,7 +237,7 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def compare(
+def compare_methods(
     runs: Sequence[FinishedRun], names: tuple[str, str], selection: str, *, split: str = "whole", pooled: bool = False
 ) -> Comparison | None:
     """Return the comparison of two rows of a table; None if they have no pair under this selection.

@@ -53,7 +53,7 @@ def estimate(values: Iterable[float | None]) -> Estimate:
     return Estimate(mean, spread / math.sqrt(n) if n > 1 else None, n)
 
 
-class Member(NamedTuple):
+class TrialSeed(NamedTuple):
     """One training run behind a model: its data split and its seed."""
 
     trial: int
@@ -69,7 +69,7 @@ class Replicate:
         draw: number of the draw in a random search; None outside one.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[TrialSeed, ...]
     draw: int | None = None
 
     @property
@@ -94,7 +94,7 @@ def replicate(members: Iterable[tuple[int, int]], draw: int | None = None) -> Re
         >>> replicate([(0, 2), (0, 0), (0, 1)]).members
         (Member(trial=0, seed=0), Member(trial=0, seed=1), Member(trial=0, seed=2))
     """
-    return Replicate(tuple(Member(*one) for one in sorted(set(members))), draw)
+    return Replicate(tuple(TrialSeed(*one) for one in sorted(set(members))), draw)
 
 
 class Condition(NamedTuple):
@@ -109,7 +109,7 @@ def by_target(values: Mapping[Condition, float], targets: Sequence[str]) -> dict
     return {t: estimate(value for condition, value in values.items() if condition.target == t) for t in targets}
 
 
-def average(values: Mapping[Condition, float], targets: Sequence[str]) -> Estimate:
+def average_over_targets(values: Mapping[Condition, float], targets: Sequence[str]) -> Estimate:
     """Return the average over unseen domains: the mean of the domains' means, each counting alike.
 
     So DomainBed has it. The standard error is that of the replicates' own averages, and is given only where every

@@ -23,7 +23,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.machine import n_cores
 from qtdog.sweep.journal import Outcome, state_folder
 from qtdog.sweep.plan import Task
-from qtdog.sweep.worker import failure, open_dataset, quiet_callbacks, run_task
+from qtdog.sweep.worker import failure, open_study_dataset, quiet_callbacks, run_task
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -256,7 +256,7 @@ def _be_worker(task: Task, setup: WorkerSetup, gpu: str, answer: connection.Conn
             print(f"{task.name} on GPU {gpu}", flush=True)
         torch.set_num_threads(setup.threads)
         task.load_plugins()  # one of them may make the data set
-        dataset = open_dataset(setup.source)
+        dataset = open_study_dataset(setup.source)
         outcome = run_task(task, setup.out, dataset, quiet_callbacks(setup.loggers, task.folder(setup.out)))
     except Exception as error:
         outcome = failure(task, error, time.perf_counter() - started)

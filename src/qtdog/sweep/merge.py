@@ -33,7 +33,7 @@ class Merged:
     busy: list[str] = field(default_factory=list)
 
 
-def merge(sources: Sequence[Path], out: Path) -> Merged:
+def merge_folders(sources: Sequence[Path], out: Path) -> Merged:
     """Copy every run that is missing in `out`, or has come farther elsewhere, from the folders `sources`.
 
     A run is finished or not, never half: it is copied under another name and then renamed.

@@ -20,8 +20,8 @@ from qtdog.sweep.study import (
     Point,
     Scalar,
     Study,
-    describe,
     expand,
+    label_text,
     raise_all,
     rank_of,
     skips_unreadable,
@@ -62,7 +62,7 @@ class Task:
         step: of a fork point, the updates to make; of a run, those that it takes over from `fork_from`.
         fork_from: the folder whose checkpoint it starts from; "" to train from step 0.
         updates_from: the run that makes this one's updates with its own (`share_updates`); "" if none does.
-        companions: of such a run, the names and configurations of those whose updates it makes.
+        shared_runs: of such a run, the names and configurations of those whose updates it makes.
         ensemble: its members, of an ensemble.
         plugins: path and text of the plug-ins that it needs.
     """
@@ -75,7 +75,7 @@ class Task:
     step: int = 0
     fork_from: str = ""
     updates_from: str = ""
-    companions: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
+    shared_runs: tuple[tuple[str, Config], ...] = field(default=(), repr=False)
     ensemble: EnsembleMembers | None = None
     plugins: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
@@ -104,7 +104,7 @@ class Task:
             "step": self.step,
             "fork_from": self.fork_from,
             "updates_from": self.updates_from,
-            "companions": [[name, config.model_dump(mode="json")] for name, config in self.companions],
+            "shared_runs": [[name, config.model_dump(mode="json")] for name, config in self.shared_runs],
             "ensemble": ensemble,
             "plugins": [list(plugin) for plugin in self.plugins],
         }
@@ -117,7 +117,7 @@ class Task:
             "config": None if tree["config"] is None else Config.model_validate(tree["config"]),
             "ensemble": ensemble and EnsembleMembers(**ensemble | {"members": tuple(ensemble["members"])}),
             "labels": tuple(tree["labels"]),
-            "companions": tuple((name, Config.model_validate(one)) for name, one in tree["companions"]),
+            "shared_runs": tuple((name, Config.model_validate(one)) for name, one in tree["shared_runs"]),
             "plugins": tuple((path, text) for path, text in tree.get("plugins", ())),
         }
         return cls(**tree | parsed)
@@ -180,8 +180,8 @@ def share_updates(runs: Sequence[Task]) -> list[Task]:
     changed: dict[str, Task] = {}
     for group in groups.values():
         first, *others = sorted(group, key=lambda run: run.rank)
-        companions = tuple((run.name, run.config) for run in others if run.config is not None)
-        changed[first.name] = replace(first, companions=companions)
+        shared_runs = tuple((run.name, run.config) for run in others if run.config is not None)
+        changed[first.name] = replace(first, shared_runs=shared_runs)
         changed |= {run.name: replace(run, updates_from=first.name) for run in others}
     return [changed.get(run.name, run) for run in runs]
 
@@ -195,9 +195,9 @@ def keep_sharing(tasks: Sequence[Task]) -> list[Task]:
         >>> alone[0].updates_from, both[1].updates_from
         ('', 'a')
     """
-    if not any(task.updates_from or task.companions for task in tasks):
+    if not any(task.updates_from or task.shared_runs for task in tasks):
         return list(tasks)
-    return share_updates([replace(task, updates_from="", companions=()) for task in tasks])
+    return share_updates([replace(task, updates_from="", shared_runs=()) for task in tasks])
 
 
 def _without_averager(config: Config) -> Config:
@@ -307,7 +307,7 @@ def _ensembles(study: Study, one: Ensemble, runs: Sequence[Task], errors: list[s
             missing = [str(seed) for seed in group if seed not in by_seed]
             labels: Labels = {"method": one.name, **dict(rest), "seed": group[0]}
             if missing:
-                errors.append(f"ensemble '{one.name}': no run {describe(dict(rest))} seed={', '.join(missing)}")
+                errors.append(f"ensemble '{one.name}': no run {label_text(dict(rest))} seed={', '.join(missing)}")
                 continue
             members = tuple(by_seed[seed].name for seed in group)
             rank = max(rank_of(study.order, labels), *(by_seed[seed].rank for seed in group))
@@ -337,7 +337,7 @@ def _in_order(tasks: Sequence[Task]) -> list[Task]:
     return list(ordered.values())
 
 
-def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
+def select_tasks(tasks: Sequence[Task], pattern: str) -> list[Task]:
     """Return the tasks whose labels or name contain all words of `pattern`, and what they need.
 
     A word `name=value` means just that label; another is looked for in the method and the folder name.
@@ -348,7 +348,7 @@ def select(tasks: Sequence[Task], pattern: str) -> list[Task]:
     Example:
         >>> labels = {"a1": {"method": "lsq+sma", "seed": 1}, "b2": {"method": "sma", "seed": 1}}
         >>> tasks = [Task(name, "run", 0, (one,)) for name, one in labels.items()]
-        >>> [[task.name for task in select(tasks, words)] for words in ("sma seed=1", "method=sma")]
+        >>> [[task.name for task in select_tasks(tasks, words)] for words in ("sma seed=1", "method=sma")]
         [['a1', 'b2'], ['b2']]
     """
     words = pattern.split()

@@ -113,7 +113,7 @@ class RayEngine:
                 self._submit(task, task_files(task, self._out))
                 return None
             if content:
-                unpack(content, self._out / name)
+                unpack_folder(content, self._out / name)
             return Outcome(**answer)
         except ray.exceptions.TaskCancelledError:
             return Outcome(name, "stopped")
@@ -163,9 +163,9 @@ def run_task_with_files(
     """
     with tempfile.TemporaryDirectory(prefix="qtdog-") as name:
         for folder, content in files.items():
-            unpack(content, Path(name) / folder)
+            unpack_folder(content, Path(name) / folder)
         # Only this run's folder goes back: runs that share its updates train by themselves.
-        answer = run_task_from_json(tree | {"companions": []}, name, source, threads)
+        answer = run_task_from_json(tree | {"shared_runs": []}, name, source, threads)
         made = Path(name) / tree["name"]
         return answer, pack(made) if made.is_dir() else b""
 
@@ -208,7 +208,7 @@ def _without_temporary(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return None if name == ".lock" or name.endswith(".tmp") else info
 
 
-def unpack(content: bytes, folder: Path) -> None:
+def unpack_folder(content: bytes, folder: Path) -> None:
     """Make `folder` hold what `pack` packed, all at once; what it held before is replaced.
 
     Raises:

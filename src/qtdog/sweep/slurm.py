@@ -16,7 +16,7 @@ SIGNAL_S = 120  # before a job's time is over
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What Slurm shall give each run.
 
     Attributes:
@@ -73,7 +73,7 @@ class SlurmEngine:
         ConfigError: submitit is not installed, or there is no Slurm here.
     """
 
-    def __init__(self, out: Path, source: str, *, workers: int, job: Job, cluster: str = "slurm") -> None:
+    def __init__(self, out: Path, source: str, *, workers: int, job: SlurmJob, cluster: str = "slurm") -> None:
         submitit = import_submitit()
         self.slots = workers
         self._out, self._source, self._job = out.absolute(), source, job

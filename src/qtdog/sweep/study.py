@@ -55,7 +55,7 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Layer(Part):
+class StudyLayer(Part):
     """Presets, and on top of them single values by dotted key."""
 
     presets: list[str] = Field(default=[], description="names of presets, or YAML files; later ones win")
@@ -72,7 +72,7 @@ class Search(Part):
     )
 
 
-class Method(Layer):
+class Method(StudyLayer):
     """One method: what it sets beside the base, and axes of its own."""
 
     about: str = ""
@@ -110,7 +110,7 @@ class Study(Part):
     about: str = ""
     data: str | None = Field(default=None, description="as --data takes it; the command line wins")
     plugins: list[str] = Field(default=[], description="plug-in files, beside the study or in the present folder")
-    base: Layer = Layer()
+    base: StudyLayer = StudyLayer()
     methods: dict[str, Method] = Field(min_length=1)
     grid: Axes = Field(default={}, description="values by section.key (or target, trial, seed): all combinations")
     search: Search | None = None
@@ -220,7 +220,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _fields(path: list[str]) -> list[str]:
-    kinds: dict[str, type[BaseModel]] = {"base": Layer, "methods": Method, "ensembles": Ensemble}
+    kinds: dict[str, type[BaseModel]] = {"base": StudyLayer, "methods": Method, "ensembles": Ensemble}
     kind = kinds.get(path[0], Study) if path else Study
     return list((Search if path[-1:] == ["search"] else kind).model_fields)
 
@@ -378,7 +378,7 @@ def _layers(study: Study, method: Method, dataset: DomainDataset, source: str) -
     return [first, *own, place, *_assigned(study.base), *_assigned(method)]
 
 
-def _assigned(layer: Layer) -> list[Tree]:
+def _assigned(layer: StudyLayer) -> list[Tree]:
     return [_tree(key, value) for key, value in layer.set.items()]
 
 
@@ -420,11 +420,11 @@ def _values(axis: str, values: Sequence[Any], dataset: DomainDataset) -> list[An
     return list(dataset.domains) if list(values) == ["all"] else [str(value) for value in values]
 
 
-def describe(labels: Labels) -> str:
+def label_text(labels: Labels) -> str:
     """Return labels as text for people.
 
     Example:
-        >>> describe({"method": "lsq", "target": "75", "seed": 0})
+        >>> label_text({"method": "lsq", "target": "75", "seed": 0})
         'lsq target=75 seed=0'
     """
     rest = " ".join(f"{name}={value}" for name, value in labels.items() if name != "method")

@@ -19,8 +19,8 @@ from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished
-from qtdog.ensemble.evaluation import open_evaluation_set
 from qtdog.ensemble.members import read_member, share_splits
+from qtdog.ensemble.scoring import open_evaluation_set
 from qtdog.ensemble.teacher import load_teacher
 from qtdog.ensemble.weight_averaging import Recipe
 from qtdog.runs.folder import RunFolder
@@ -102,7 +102,7 @@ def _run(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks)
     folder = RunFolder(task.folder(out))
     start = _checkpoint(task, out, callbacks)
     teacher = load_teacher(task.config, dataset)
-    companions = [SharedRun(config, RunFolder(out / name)) for name, config in task.companions]
+    shared_runs = [SharedRun(config, RunFolder(out / name)) for name, config in task.shared_runs]
     result = run(
         task.config,
         dataset,
@@ -111,7 +111,7 @@ def _run(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks)
         callbacks=callbacks,
         fork_from=start,
         teacher=teacher,
-        shared_runs=companions,
+        shared_runs=shared_runs,
     )
     return float(result["trained_s"])
 
@@ -156,7 +156,7 @@ _WORK: dict[str, Callable[[Task, Path, DomainDataset, RunCallbacks], Any]] = {
 
 
 @lru_cache(maxsize=2)
-def open_dataset(source: str) -> DomainDataset:
+def open_study_dataset(source: str) -> DomainDataset:
     """Return the data set that a source opens, once per process."""
     return open_any(source, min_domains=1)
 
@@ -176,4 +176,4 @@ def run_task_from_json(tree: dict[str, Any], out: str, source: str, threads: int
     torch.set_num_threads(threads)
     task = Task.from_json(tree)
     task.load_plugins()  # one of them may make the data set
-    return asdict(run_task(task, Path(out), open_dataset(source), quiet_callbacks((), Path(out))))
+    return asdict(run_task(task, Path(out), open_study_dataset(source), quiet_callbacks((), Path(out))))

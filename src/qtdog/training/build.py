@@ -28,7 +28,7 @@ from qtdog.training import swad  # noqa: F401  (registers its averager)
 from qtdog.training.averagers import AVERAGERS, Averager
 from qtdog.training.components import Components, Trainable
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
-from qtdog.training.load import read_any_weights
+from qtdog.training.load_model import read_any_weights
 from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs
 from qtdog.training.step_rules import STEP_RULES
 

@@ -30,7 +30,7 @@ from qtdog.core.random import numpy_stream
 from qtdog.data.loader import Indices
 from qtdog.data.text import TextDomains
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.text import vocabulary
+from qtdog.models.text_backbones import vocabulary
 from qtdog.packing.sizes import file_sizes
 from qtdog.quantizers.ptq import Fixed
 from qtdog.quantizers.registry import works_after_training
@@ -40,7 +40,7 @@ from qtdog.runs.selection import select
 from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.components import Components, RunState
 from qtdog.training.evaluation import group_scores
-from qtdog.training.load import load_model
+from qtdog.training.load_model import load_model
 
 CALIBRATION_BATCH = 32
 

@@ -18,7 +18,7 @@ from qtdog.data.decoded_cache import content_sha256, open_cache
 from qtdog.data.input_cache import InputCache
 from qtdog.data.splits import DomainSplits, make_splits, training_obstacles
 from qtdog.data.text import TextDomains, open_tokens
-from qtdog.models.text import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
+from qtdog.models.text_backbones import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from qtdog.data.open import open_readable
 from qtdog.models.backbones import create_network, known_name
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network, to_device_
-from qtdog.models.text import TEXT_BACKBONES, check_words
+from qtdog.models.text_backbones import TEXT_BACKBONES, check_words
 from qtdog.models.weights import read_weight_file
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.layout import KEY, read_header
