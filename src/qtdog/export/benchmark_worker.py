@@ -182,7 +182,7 @@ def main(descriptor: int) -> None:
 
 
 def serve(pipe: Connection) -> None:
-    """Receive a `BenchmarkJob`, open its model, send `ModelFacts`, answer requests until the other side closes the pipe.
+    """Receive a `BenchmarkJob`, open its model, send `ModelFacts`, answer requests until the other side closes it.
 
     The request "time" is answered by a `Turn`; images by logits and, of a cascade, how many members were asked on
     average; later turns are timed on these images. An error that a user can cause is sent in the place of an answer.

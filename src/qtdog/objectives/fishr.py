@@ -63,8 +63,8 @@ class Fishr(Objective):
     """Equal variances of the classifier's gradients in all domains: Fishr (Ramé et al., ICML 2022).
 
     L = CE + weight · `variance_penalty` of ṽ_d = v̄_d / (1 − ema), where v̄_d ← ema · v̄_d + (1 − ema) · v_d is the moving
-    average, from 0, of `gradient_variance`. The gradient flows through the present v_d, and the division by 1 − ema makes it
-    independent of `ema`. For the first `anneal_steps` steps the penalty does not count but the average moves. All of
+    average, from 0, of `gradient_variance`. The gradient flows through the present v_d, and the division by 1 − ema
+    makes it independent of `ema`. For the first `anneal_steps` steps the penalty does not count but the average moves. All of
     this as in DomainBed, which also starts Adam anew when the penalty sets in; an objective knows no optimizer, so here
     Adam goes on with the moments that it has.
 
