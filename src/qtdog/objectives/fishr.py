@@ -64,9 +64,9 @@ class Fishr(Objective):
 
     L = CE + weight · `variance_penalty` of ṽ_d = v̄_d / (1 − ema), where v̄_d ← ema · v̄_d + (1 − ema) · v_d is the moving
     average, from 0, of `gradient_variance`. The gradient flows through the present v_d, and the division by 1 − ema
-    makes it independent of `ema`. For the first `anneal_steps` steps the penalty does not count but the average moves. All of
-    this as in DomainBed, which also starts Adam anew when the penalty sets in; an objective knows no optimizer, so here
-    Adam goes on with the moments that it has.
+    makes it independent of `ema`. For the first `anneal_steps` steps the penalty does not count but the average
+    moves. All of this as in DomainBed, which also starts Adam anew when the penalty sets in; an objective knows no
+    optimizer, so here Adam goes on with the moments that it has.
 
     Where the classifier is quantized, its gradients are those of the quantized weights. The averages are kept in
     checkpoints.
