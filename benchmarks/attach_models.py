@@ -61,7 +61,7 @@ class UNet(nn.Module):
 class Recurrent(nn.Module):
     """A classifier of token sequences: embedding, two recurrent layers in both directions, head."""
 
-    def __init__(self, cell: type[nn.RNNBase]) -> None:
+    def __init__(self, cell: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(10_000, 128)
         self.cell = cell(128, 256, num_layers=2, bidirectional=True, batch_first=True)

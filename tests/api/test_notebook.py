@@ -1,5 +1,8 @@
 """`qtdog.train`, its results and `qtdog.load`, as a notebook has them."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import subprocess

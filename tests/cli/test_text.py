@@ -1,5 +1,8 @@
 """A model of text from its file alone, where the hub cannot be reached; what works on it, and what is refused."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportIndexIssue=false
+
 from __future__ import annotations
 
 import csv

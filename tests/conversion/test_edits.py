@@ -1,5 +1,12 @@
 """What is saved is what was computed: edits of computed weights, things on top of a quantizer, and refusals at once."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportArgumentType=false
+# pyright: reportCallIssue=false
+# pyright: reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false
+
 import numpy as np
 import pytest
 import torch

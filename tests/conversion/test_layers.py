@@ -1,3 +1,8 @@
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false
+
 import warnings
 
 import pytest

@@ -1,5 +1,11 @@
 """State travels: a state dict, a copy, an average or a cast of an attached model answers as the model does."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportArgumentType=false
+# pyright: reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false
+# pyright: reportPrivateImportUsage=false
+
 import copy
 
 import pytest

@@ -1,5 +1,8 @@
 """What is counted, what is passed over and said, and what is refused: links, suffixes, junk, levels, names."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+# pyright: reportIndexIssue=false
+
 import dataclasses
 import json
 

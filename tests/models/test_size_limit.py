@@ -1,5 +1,8 @@
 """Opening a small file takes little memory and time, whatever network and image size it names."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,8 @@
 """The index is a cache of the run folders, and can only be read."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

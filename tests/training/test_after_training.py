@@ -1,5 +1,8 @@
 """Whole runs whose quantizer works after training: what ships, what is measured, what the target cannot change."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,8 @@
 """Plug-ins: members from outside, named by the user, part of the configuration, never run by a received folder."""
 
+# attributes of modules and options that are not there are what is tested
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from pathlib import Path

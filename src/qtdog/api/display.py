@@ -93,9 +93,9 @@ class TrainingBar(RunCallback):
         """Move the bar."""
         self._n_images += n_images
         now = time.perf_counter()
+        rate = self._n_images / max(now - self._started, 1e-9)
         if now - self._shown > 0.1 or step == self._steps:
             self._shown = now
-            rate = self._n_images / (now - self._started)
             self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
         if self._progress.disable and now - self._line > LINE_EVERY_S:
             self._line = now

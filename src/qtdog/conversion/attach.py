@@ -464,7 +464,8 @@ def _refuse_unsavable(model: nn.Module) -> None:
 class ComputedWeight(Tensor):
     """The weight of an enabled layer, computed at this use: a change in place would be lost, so it raises."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors, at no cost
+    # operations return plain tensors, at no cost
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -503,7 +504,7 @@ def _guard_(module: nn.Module, tensor_name: str) -> None:
         value = computed.fget(self)
         if value is self.parametrizations[tensor_name].original or torch.compiler.is_compiling():
             return value
-        if is_transformed(value) or torch.jit.is_tracing():
+        if is_transformed(value) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return value
         return value.as_subclass(ComputedWeight)
 

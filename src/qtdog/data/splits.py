@@ -88,7 +88,8 @@ def training_obstacles(dataset: DomainDataset, *, frac: float = 0.2) -> list[str
     """
     found = []
     if len(dataset.classes) < 2:
-        found.append(f"all images have the class '{dataset.classes[0]}': there is nothing to tell apart")
+        only = f"all images have the class '{dataset.classes[0]}'" if dataset.classes else "there is no class"
+        found.append(f"{only}: there is nothing to tell apart")
     for domain, n in zip(dataset.domains, dataset.counts().sum(axis=1).tolist(), strict=True):
         if dataset.official_split is None and int(n * frac) == 0:
             found.append(_too_few(domain, n, frac))

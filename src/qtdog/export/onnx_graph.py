@@ -140,12 +140,12 @@ def _translate_network(network: nn.Module, example: torch.Tensor, source: Packed
         if not fused:
             raise
     for module in fused:
-        module.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]
+        module.__dict__["fused_attn"] = False
     try:
         return translate(network, (example,), ["logits"], source)
     finally:
         for module in fused:
-            module.fused_attn = True  # pyright: ignore[reportAttributeAccessIssue]
+            module.__dict__["fused_attn"] = True
 
 
 def translate(

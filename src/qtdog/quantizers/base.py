@@ -49,7 +49,8 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
 
 def is_transformed(tensor: Tensor) -> bool:
     """Return whether `torch.func` (vmap, grad, …) is transforming the function that has this tensor."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def ranged(spec: QuantSpec, range: str) -> QuantSpec:
@@ -290,7 +291,9 @@ class Quantizer(nn.Module, ABC):
         """Return whether the buffers differ from their placeholders: for a state dict from before `enabled_share`."""
         return False
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         """Load, and read a state dict that lacks `enabled_share` as it was meant."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys: list[str] = args[2]

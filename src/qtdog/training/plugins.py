@@ -102,10 +102,12 @@ def register(axis: str, name: str) -> Callable[[Member], Member]:
 
     def enter(member: Member) -> Member:
         plugin = _loading.get() or _of_python(member)
-        entered: Any = member
-        if axis == "quantizer" and isinstance(member, type) and issubclass(member, Quantizer):
-            about = (inspect.getdoc(member) or "").partition("\n")[0]
-            entered = QuantizerKind(member, about, frozenset(getattr(member, "READS", ())))
+        given: Any = member
+        entered = given
+        if axis == "quantizer" and isinstance(given, type) and issubclass(given, Quantizer):
+            make: Any = given
+            about = (inspect.getdoc(given) or "").partition("\n")[0]
+            entered = QuantizerKind(make, about, frozenset(getattr(member, "READS", ())))
         AXES[axis].add_foreign(name, entered)
         _origins[axis, name] = plugin
         return member
