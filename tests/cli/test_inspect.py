@@ -33,6 +33,16 @@ def test_one_model_and_its_weights(qtdog, run):
         assert text in found.out
 
 
+def test_weights_that_are_left_in_float_are_named_with_their_share(qtdog, tmp_path):
+    one = model(0)
+    rest = one.rest | {"head.weight": torch.ones(10, 200)}
+    save_packed(tmp_path / "model.safetensors", one.quantized, rest, one.metadata)
+    table = qtdog("inspect", tmp_path).out
+    assert "20.0 % of all values: head.weight (20.0 %)" in table  # 2,000 of 8,000 + 16 + 2,000
+    left = json.loads(qtdog("inspect", tmp_path, "--json").out)["left_in_float"]
+    assert left == {"head.weight": pytest.approx(2000 / 10016)}
+
+
 def test_an_ensemble(qtdog, tmp_path):
     save_ensemble(tmp_path / "two.safetensors", [model(0), model(1)], {"kind": "eoq"})
     found = qtdog("inspect", tmp_path / "two.safetensors")

@@ -210,3 +210,11 @@ def test_too_few_images_are_refused(source, photos, tmp_path):
     one = LabelledImages(photos.pixels[:1], photos.labels[:1], photos.domains)
     with pytest.raises(DataError, match="at least 2"):
         export(source("test_resnet"), tmp_path / "m.onnx", "onnx", one)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
+def test_a_graph_tells_nothing_of_the_place_where_it_was_made(kind, source, photos, tmp_path):
+    """No path and no line of a source file: they are of one machine, and change the bytes."""
+    content = export(source("digits_cnn"), tmp_path / "m.onnx", kind, photos).path.read_bytes()
+    assert b".py" not in content
+    assert b"qtdog/" not in content

@@ -11,7 +11,8 @@ from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
 from qtdog.models.backbones import create_network, known_name
 from qtdog.models.weights import read_weight_file
-from qtdog.training.load_model import ModelInfo, Preprocessing, empty_network, read_any_weights
+from qtdog.packing.packed_file import save_packed
+from qtdog.training.load_model import ModelInfo, Preprocessing, empty_network, load_model, read_any_weights
 
 
 @pytest.mark.parametrize("wrong", [0.0, -0.2, float("nan"), float("inf")])
@@ -63,3 +64,23 @@ def test_a_file_outlives_the_tag_of_its_weights_but_not_its_architecture():
     gone = info.model_copy(update={"backbone": "resnet18x_of_2031"})
     with pytest.raises(ModelError, match=r"every model of timm \d+\.\d+"):
         empty_network(gone, n_features=512)
+
+
+def test_an_unknown_backbone_names_the_timm_that_wrote_the_file(tmp_path):
+    """A file that names an architecture of another timm says which version reads it."""
+    info = {
+        "backbone": "a_network_of_the_future",
+        "classes": ["a", "b"],
+        "preprocessing": {"image_size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "source_domains": ["x"],
+        "target_domain": None,
+        "accuracy": {"source": None, "test": None},
+        "pretraining": "none",
+        "bits": None,
+        "step": 1,
+        "config_hash": "0" * 12,
+        "timm": "99.1",
+    }
+    save_packed(tmp_path / "model.safetensors", {}, {"classifier.weight": torch.ones(2, 4)}, info)
+    with pytest.raises(ModelError, match=r"written with timm 99\.1, here is \d"):
+        load_model(tmp_path / "model.safetensors")

@@ -207,12 +207,28 @@ def inspect_file(
     size = asdict(ensemble_sizes(path) if is_ensemble(path) else file_sizes(path))
     layout = read_layout(path)[1]
     rows = _weights(path) if weights else []
+    left = _left_in_float(path)
     if as_json:
-        print_json({"model": str(path), "metadata": layout.metadata, "size": size, "weights": rows})
+        print_json(
+            {"model": str(path), "metadata": layout.metadata, "size": size, "weights": rows, "left_in_float": left}
+        )
         return
-    _show(layout, size)
+    _show(layout, size, left)
     if weights:
         _show_weights(rows)
+
+
+def _left_in_float(path: Path) -> dict[str, float]:
+    """Return the weights of two or more dimensions that the file holds in float, with their share of all its values."""
+    from qtdog.packing.packed_file import read_contents
+    from qtdog.packing.reader import read_layout
+
+    contents = read_contents(path, read_layout(path)[1])
+    rest = {id(value): (name, value) for name, value in contents.rest.items()}.values()
+    codes = {id(value): value.codes.numel() for value in contents.quantized.values()}
+    n_all = sum(codes.values()) + sum(value.numel() for _, value in rest)
+    found = {name: value.numel() / n_all for name, value in rest if value.dim() > 1 and value.is_floating_point()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _weights(path: Path) -> list[dict[str, Any]]:
@@ -233,7 +249,7 @@ def _weights(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _show(layout: Layout, size: dict[str, Any]) -> None:
+def _show(layout: Layout, size: dict[str, Any], left: dict[str, float]) -> None:
     from qtdog.cli.console import print_table
 
     about, ensemble = layout.metadata, layout.metadata.get("ensemble")
@@ -246,6 +262,10 @@ def _show(layout: Layout, size: dict[str, Any]) -> None:
         ["bits per code", f"{size['bits_per_code']:.3f}, their entropy {size['entropy_bits_per_code']:.3f}"],
         ["file ÷ bound", f"{size['over_entropy']:.3f}"],
     ]
+    if layout.quantized and left:
+        listed = ", ".join(f"{name} ({100 * share:.1f} %)" for name, share in list(left.items())[:5])
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        rows.append(["weights in float", f"{100 * sum(left.values()):.1f} % of all values: {listed}{more}"])
     print_table(["", kind], rows)
 
 

@@ -359,6 +359,20 @@ def save_onnx(source: PackedSource, graph: Any, path: Path, info: ExportInfo) ->
     path.write_bytes(to_bytes(source, graph, info))
 
 
+def _remove_traces_(graph: Any) -> None:
+    """Remove what the exporter notes of our source files: paths of this machine, which also change the bytes."""
+    for node in graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    _remove_traces_(inner)
+    for value in graph.value_info:
+        value.ClearField("metadata_props")
+    graph.ClearField("doc_string")
+
+
 def to_bytes(source: PackedSource, graph: Any, info: ExportInfo) -> bytes:
     """Return the content of the .onnx file.
 
@@ -370,6 +384,9 @@ def to_bytes(source: PackedSource, graph: Any, info: ExportInfo) -> bytes:
     graph.producer_name = "qtdog"
     with quiet():
         proto = ir.to_proto(graph)
+    _remove_traces_(proto.graph)
+    for function in proto.functions:
+        _remove_traces_(function)
     if proto.ByteSize() > MAX_BYTES:
         raise ModelError(f"{source.path}: as ONNX it would take {proto.ByteSize()} bytes; one file holds {MAX_BYTES}")
     return proto.SerializeToString()

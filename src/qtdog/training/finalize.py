@@ -30,6 +30,7 @@ from qtdog.core.random import numpy_stream
 from qtdog.data.loader import Indices
 from qtdog.data.text import TextDomains
 from qtdog.models.feature_layers import make_feature_layer
+from qtdog.models.featurizers import FeaturizerSpec
 from qtdog.models.text_backbones import vocabulary
 from qtdog.packing.sizes import file_sizes
 from qtdog.quantizers.ptq import Fixed
@@ -235,7 +236,7 @@ def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
     }
     if isinstance(dataset, TextDomains):
         how |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
-    return {
+    metadata: dict[str, Any] = {
         "backbone": config.model.backbone,
         "head": config.model.head,
         "feature_layer": config.model.feature_layer if layer.SAVED else "none",
@@ -252,6 +253,9 @@ def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
         "selection": config.train.selection,
         "config_hash": config_hash(config),
     }
+    if FeaturizerSpec(config.model.backbone, channels, size).is_timm:
+        metadata["timm"] = timm.__version__
+    return metadata
 
 
 def verify_model_file(components: Components, folder: RunFolder) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class ModelInfo(_Untrusted):
         feature_layer: what the network has besides its backbone, a name of `models.feature_layers.FEATURE_LAYERS`.
         feature_params: its hyper-parameters.
         head: what the classifier stands on, as `model.head` says it.
+        timm: version of timm that built the backbone; "" for one of our own, or in a file from before it was kept.
     """
 
     backbone: str
@@ -96,6 +98,7 @@ class ModelInfo(_Untrusted):
     feature_layer: str = "none"
     feature_params: dict[str, bool | int | float | str] = {}
     head: Literal["linear", "text"] = "linear"
+    timm: str = Field(default="", max_length=100)
 
 
 class LoadedModel(nn.Module):
@@ -187,8 +190,14 @@ def _outline(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
     shape = stored["classifier.weight"].shape if "classifier.weight" in stored else ()
     if len(shape) != 2 or 0 in shape:
         raise ModelError(f"{path} does not fit: it has no 'classifier.weight' of shape (classes, features)")
-    with torch.device("meta"):
-        outline = empty_network(info, n_features=shape[1])
+    try:
+        with torch.device("meta"):
+            outline = empty_network(info, n_features=shape[1])
+    except ModelError as error:
+        if info.timm in ("", timm.__version__):
+            raise
+        text = f"the file was written with timm {info.timm}, here is {timm.__version__}: install that one"
+        raise ModelError(f"{path}: {error} ({text})") from error
     tensors = {id(value): value.codes for value in packed.quantized.values()}
     tensors |= {id(value): value for value in packed.rest.values()}
     n_values = sum(value.numel() for value in tensors.values())
