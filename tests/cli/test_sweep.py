@@ -79,7 +79,7 @@ def test_a_dry_run_estimates_from_finished_runs_and_starts_nothing(qtdog, half_d
     assert done.code == 0, done.err
     assert "missing: 2 runs" in done.out
     assert "2 finished runs" in done.out
-    assert "with 8 workers like those of this machine" in " ".join(done.out.split())
+    assert "on 8 workers like those of this machine" in " ".join(done.out.split())
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 2
 
 

@@ -176,7 +176,8 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, resources: Resou
     throughput = Throughput(plan.tasks, folder)
     step_s = step_times(plan, tasks, throughput, resources.threads)
     rows = _rows(missing, step_s, throughput.overhead, resources.workers)
-    title = f"what is missing, with {resources.workers} workers like those of this machine"
+    workers = "1 worker" if resources.workers == 1 else f"{resources.workers} workers"
+    title = f"what is missing, on {workers} like those of this machine"
     print_table(["what", "estimate"], rows, title=title)
     source = f"{throughput.n} finished runs" if throughput.n else "a few steps made just now"
     out.print(f"Step times: {source}; overhead of evaluations and start: {throughput.overhead:.2f}.", highlight=False)
