@@ -54,7 +54,7 @@ def test_wrong_candidates(text):
         ({"quantizer": {"name": "noise-fresh"}}, "leaves the weights in float"),
         ({"quantizer": {"name": "gptq"}}, "works after training"),
         ({"quantizer": {"start_step": 0}}, "must be at least 1"),
-        ({"train": {"selection": "oracle"}}, "looks at the unseen domain"),
+        ({"train": {"selection": "oracle"}, "data": {"target": "75"}}, "looks at the unseen domain"),
     ],
 )
 def test_what_could_not_be_tried_is_refused(changes, message, digits):

@@ -113,8 +113,11 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+CODE_IN_INIT = ("qtdog", "sweep")  # the names of the library; a package that is called like its function
+
+
 def package_inits() -> list[Path]:
-    return [path for path in python_files("src") if path.name == "__init__.py" and path.parent.name != "qtdog"]
+    return [path for path in python_files("src") if path.name == "__init__.py" and path.parent.name not in CODE_IN_INIT]
 
 
 def text_files() -> list[Path]:

@@ -136,7 +136,7 @@ def test_analyses_of_weights_and_answers_work_on_text(qtdog, trained, tmp_path, 
     [
         (("analyze", "cam", "RUN"), "reads text: it has no feature maps to show"),
         (("export", "MODEL", "--out", "OUT.onnx"), "reads text; only models of images can be exported"),
-        (("bench", "MODEL", "--data", "DATA"), "is a data set of texts, and images are wanted here"),
+        (("bench", "MODEL", "--data", "DATA"), "reads text; only models of images can be exported or timed"),
         (("bits", "--data", "DATA", "--target", "unseen", "--backbone", NAME), "has only one, 'seen'"),
     ],
 )

@@ -67,4 +67,4 @@ def test_a_shared_weight_has_one_name_with_and_without_quantizers():
         model[1].weight = model[0].weight
     attach(attached)
     names = set(plain_names(attached).values())
-    assert names == set(plain_names(plain).values()) | {"0.weight@log_scale"}
+    assert names == set(plain_names(plain).values()) | {"0.weight@log_scale", "0.weight@set_share"}

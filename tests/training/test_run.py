@@ -108,7 +108,7 @@ def test_weights_and_step_sizes_move_and_optimizer_state_survives(short_config, 
     config = resolve(short_config(), digits)
     parts = build_components(config, digits)
     assert parts.quantizer is not None
-    params = dict(parts.network.named_parameters())
+    params = {name: p for name, p in parts.network.named_parameters() if p.requires_grad}
     batches = {step: parts.batches.batch(step) for step in range(4)}
     for step in (0, 1):
         update(parts, batches[step], step)

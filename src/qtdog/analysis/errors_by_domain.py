@@ -234,7 +234,7 @@ def measure_errors(
         figures += draw_mistakes(surest_mistakes(shown, n_mistakes), images, run, folder, f"mistakes-{n + 1}")
     write_table(folder / CONFUSION, table)
     result = AnalysisResult(
-        kind="domain_errors",
+        kind="errors",
         title="Where the runs err",
         settings={"n_images": n_images, "seed": seed},
         runs=[run.to_json() for run in runs],

@@ -39,8 +39,9 @@ def choice_table(choice: Choice) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows, a row per candidate; the recommended one has a star.
 
     Example:
-        >>> from qtdog.analysis.bit_plan import Trial, choose
-        >>> trials = [Trial(4, domain, accuracy, 0.25, 0.1, 1.0, 2000) for domain, accuracy in [("a", 0.5), ("b", 0.7)]]
+        >>> from qtdog.analysis.bit_plan import BitTrial, choose
+        >>> measured = [("a", 0.5), ("b", 0.7)]
+        >>> trials = [BitTrial(4, domain, accuracy, 0.25, 0.1, 1.0, 2000) for domain, accuracy in measured]
         >>> choice_table(choose(trials))[1]
         [['4 *', '50.0', '70.0', '60.0 ± 10.0', '0.0 ± 0.0', '0.25 ± 0.07', '0.002 MB']]
     """

@@ -126,9 +126,9 @@ def refit(weight: Floats, axis: int = 0) -> IntegerWeight:
     """Return the nearest of 127 levels of each output channel's range, for a weight that no grid of codes explains.
 
     Example:
-        >>> found = refit(np.array([[1.0, -0.5]], dtype=np.float32))
+        >>> found = refit(np.array([[1.0, -0.25]], dtype=np.float32))
         >>> found.codes.tolist()
-        [[63, -32]]
+        [[63, -16]]
     """
     others = tuple(dim for dim in range(weight.ndim) if dim != axis)
     scale = _positive(np.abs(weight).max(others) / np.float32(SAFE - 1))

@@ -102,7 +102,7 @@ def read_packed_source(path: Path, *, cascade: bool = False) -> PackedSource:
 def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
     info = read_info(path, packed.metadata)
     if info.preprocessing.max_tokens:
-        raise ModelError(f"{path} reads text; only models of images can be exported")
+        raise ModelError(f"{path} reads text; only models of images can be exported or timed")
     return info
 
 

@@ -92,7 +92,7 @@ def replicate(members: Iterable[tuple[int, int]], draw: int | None = None) -> Re
 
     Example:
         >>> replicate([(0, 2), (0, 0), (0, 1)]).members
-        (Member(trial=0, seed=0), Member(trial=0, seed=1), Member(trial=0, seed=2))
+        (TrialSeed(trial=0, seed=0), TrialSeed(trial=0, seed=1), TrialSeed(trial=0, seed=2))
     """
     return Replicate(tuple(TrialSeed(*one) for one in sorted(set(members))), draw)
 
