@@ -8,6 +8,7 @@ import os
 # another process is busy. Set before torch is imported; processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def digits() -> RotatedDigits:
 def three_digits(digits: RotatedDigits) -> DomainSubset:
     """Three domains of the digits: two sources and the target 75."""
     return DomainSubset(digits, ["0", "15", "75"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_plugins_of_other_modules() -> Any:
+    """What a test module plugs in is gone after it: other tests run over all members of an axis."""
+    yield
+    plugins = sys.modules.get("qtdog.training.plugins")
+    if plugins is not None:
+        plugins.forget_plugins()
 
 
 @pytest.fixture

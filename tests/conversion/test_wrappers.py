@@ -6,6 +6,7 @@
 import copy
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,12 @@ def fully_shard_(model: nn.Module) -> nn.Module:
 
 
 def spawn(target, n: int, *args) -> None:
-    torch.multiprocessing.start_processes(target, args=args, nprocs=n, start_method="spawn")
+    root = str(Path(__file__).parents[2])  # the new processes import this file by its name below the root
+    sys.path.insert(0, root)
+    try:
+        torch.multiprocessing.start_processes(target, args=args, nprocs=n, start_method="spawn")
+    finally:
+        sys.path.remove(root)
 
 
 def test_ddp_of_two_processes_trains_one_model_that_is_that_of_the_joined_batch(tmp_path):

@@ -113,13 +113,22 @@ def main() -> None:
     try:
         args, plugins = take_plugins(sys.argv[1:])
         if plugins:
-            from qtdog.training.plugins import name_plugins
-
-            name_plugins(plugins)
-        app(args)
+            _run_with_plugins(args, plugins)
+        else:
+            app(args)
     except QtdogError as error:
         fail(str(error))
         sys.exit(error.exit_code)
+
+
+def _run_with_plugins(args: list[str], plugins: list[str]) -> None:
+    from qtdog.training.plugins import name_plugins
+
+    name_plugins(plugins)
+    try:
+        app(args)
+    finally:  # a program that calls this one twice means them for this command alone
+        name_plugins([])
 
 
 if __name__ == "__main__":

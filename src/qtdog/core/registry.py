@@ -47,6 +47,12 @@ class Registry(Generic[T]):
         self._members[name] = member
         self._foreign.add(name)
 
+    def remove_foreign(self) -> None:
+        """Remove the members that plug-ins entered."""
+        for name in self._foreign:
+            self._members.pop(name, None)
+        self._foreign.clear()
+
     def register(self, name: str) -> Callable[[Member], Member]:
         """Return a decorator that enters its function or class, a T, under `name`."""
 

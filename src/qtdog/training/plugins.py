@@ -183,12 +183,20 @@ def _line_of(error: Exception, path: str) -> str:
 
 
 def name_plugins(paths: Sequence[str | Path]) -> None:
-    """Run plug-in files for all runs of this process (`--plugin`).
+    """Run plug-in files for all further runs of this process (`--plugin`), instead of those that were named before.
 
     Raises:
         ConfigError: as in `load_plugins`.
     """
-    _named[:] = list(dict.fromkeys([*_named, *load_plugins(paths)]))
+    _named[:] = list(dict.fromkeys(load_plugins(paths)))
+
+
+def forget_plugins() -> None:
+    """Remove every plug-in from this process: from its axes, and from what further runs name."""
+    for registry in AXES.values():
+        registry.remove_foreign()
+    for known in (_loaded, _origins, _named):
+        known.clear()
 
 
 def named_plugins(more: Sequence[Plugin] = ()) -> list[Plugin]:
