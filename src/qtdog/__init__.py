@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import qtdog.api.analyses as analyze  # noqa: F401
     from qtdog.api.datasets import Dataset as Dataset
     from qtdog.api.notebook import RunResult as RunResult
     from qtdog.api.notebook import RunResults as RunResults
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qtdog.training.plugins import register as register
     from qtdog.training.step_rules import StepRule as StepRule
 
-# Name → module, or module:name where it is called otherwise there.
+# Name → module, or module:name where it is called otherwise there, or "module:" for the module itself.
 _HOMES = {
     "Averager": "qtdog.training.averagers",
     "FeatureLayer": "qtdog.models.feature_layers",
@@ -64,6 +65,7 @@ _HOMES = {
     "RunResult": "qtdog.api.notebook",
     "RunResults": "qtdog.api.notebook",
     "TrainedModel": "qtdog.api.trained_model",
+    "analyze": "qtdog.api.analyses:",  # a module: a function for each question
     "attach": "qtdog.conversion.attach",
     "attached": "qtdog.conversion.attach",
     "load": "qtdog.api.trained_model",
@@ -84,10 +86,11 @@ except metadata.PackageNotFoundError:  # run from a source tree that is not inst
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qtdog' has no attribute '{name}'")
-    module, _, inside = _HOMES[name].partition(":")
+    module, colon, inside = _HOMES[name].partition(":")
     if name == "sweep":  # the package has the name of the function, and is called like it
         return importlib.import_module("qtdog.sweep")
-    value = getattr(importlib.import_module(module), inside or name)
+    home = importlib.import_module(module)
+    value = home if colon and not inside else getattr(home, inside or name)
     globals()[name] = value
     return value
 

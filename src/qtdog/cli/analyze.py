@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qtdog.analysis.analyzed_run import AnalyzedRun
+    from qtdog.api.analyses import Analysis
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, as 'qtdog train' wrote them.", metavar="RUNS...")]
@@ -23,81 +23,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print analysis.json.")]
 OUT = Path("analyses")
 
 
-def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its method and settings, and what else tells it from the others.
-
-    Raises:
-        ConfigError: a run is named twice.
-        RunError: no folder of a run.
-    """
-    from collections import Counter
-
-    from qtdog.analysis.analyzed_run import read_run_folder
-    from qtdog.core.errors import ConfigError
-    from qtdog.runs.finished import method_name, settings_of
-    from qtdog.runs.labels import setting_labels
-
-    twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
-    if twice:
-        raise ConfigError(f"{twice[0]} is named twice")
-    configs = [read_run_folder(path)[1] for path in paths]
-    trees = [config.model_dump(mode="json") for config in configs]
-    names = setting_labels([method_name(tree) for tree in trees], [settings_of(tree) for tree in trees])
-    for details in (
-        [f", {config.data.target} unseen" for config in configs],
-        [f", trial {config.data.trial}" for config in configs],
-        [f", seed {config.train.seed}" for config in configs],
-        [f" ({path.name or path})" for path in paths],
-    ):
-        names = _distinct(names, details)
-    return names
-
-
-def _distinct(names: Sequence[str], details: Sequence[str]) -> list[str]:
-    """Return names, each with its detail where runs of the same name differ in it."""
-    found: dict[str, set[str]] = {}
-    for name, detail in zip(names, details, strict=True):
-        found.setdefault(name, set()).add(detail)
-    return [name + detail if len(found[name]) > 1 else name for name, detail in zip(names, details, strict=True)]
-
-
-def analyzed_runs(paths: Sequence[Path], data: str | None) -> list[AnalyzedRun]:
-    """Return the runs, their models on the device of this machine.
-
-    Raises:
-        RunError, DataError, FormatError, ModelError: as in `analysis.analyzed_run.open_analyzed_runs`.
-    """
-    from accelerate import Accelerator
-
-    from qtdog.analysis.analyzed_run import open_analyzed_runs
-    from qtdog.cli.console import CountingBar
-
-    device = Accelerator().device
-    return open_analyzed_runs(paths, labels_of(paths), data=data, device=device, progress=CountingBar("reading images"))
-
-
 @contextlib.contextmanager
-def stoppable(folder: Path) -> Iterator[Callable[[], None]]:
-    """Yield a function that raises Interrupted once Ctrl-C was pressed; what is measured by then is kept.
+def told_interrupt() -> Iterator[None]:
+    """Turn Ctrl-C, which Python has as KeyboardInterrupt, into a message and the exit code that shells expect.
 
     Raises:
         Interrupted: with a text that says how to go on.
     """
     from qtdog.core.errors import Interrupted
-    from qtdog.training.signals import StopRequest
 
     try:
-        with StopRequest() as stop:
-            yield stop.check_interrupt
-    except Interrupted as error:
-        again = Interrupted(f"stopped; what is measured is kept in {folder}, and the same command goes on from there")
-        again.exit_code = error.exit_code
-        raise again from error
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error)) from error
 
 
 def _show(
-    result: dict[str, Any],
-    folder: Path,
+    found: Analysis,
     columns: Sequence[str],
     *,
     as_json: bool,
@@ -106,6 +48,7 @@ def _show(
     """Print some columns and rows of the numbers of an analysis, its notes, and where its files are; or all as JSON."""
     from qtdog.cli.console import err, out, print_json, print_table
 
+    result, folder = found.result, found.folder
     if as_json:
         print_json(result)
         return
@@ -148,15 +91,13 @@ def cam(
 
       qtdog analyze cam runs/float runs/lsq --stage -2 --images 64 --shown 4
     """
-    from qtdog.analysis.gradcam import CamPlan, measure_cam
-    from qtdog.cli.console import CountingBar
+    from qtdog.api.analyses import cam as measure
 
-    plan = CamPlan(domain, images, shown, stage, seed)
-    folder = out / "cam"
-    with stoppable(folder) as check:
-        result = measure_cam(analyzed_runs(runs, data), plan, folder, progress=CountingBar("maps"), check=check)
+    options = {"domain": domain, "num_shown": shown, "stage": stage, "num_images": images}
+    with told_interrupt():
+        found = measure(runs, **options, seed=seed, data=data, out=out)
     columns = ["run", "n_images", "deletion", "random_deletion", "insertion", "random_insertion"]
-    _show(result, folder, columns, as_json=as_json)
+    _show(found, columns, as_json=as_json)
 
 
 RADII = "Radii in the units of the weights, separated by commas; '' for none."
@@ -184,19 +125,16 @@ def flatness(
 
       qtdog analyze flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
     """
-    from qtdog.analysis.flatness import FlatnessPlan, measure_flatness
-    from qtdog.cli.console import CountingBar
+    from qtdog.api.analyses import flatness as measure
 
-    asked = {"absolute": parse_numbers(radii, "--radii"), "filter": parse_numbers(filter_radii, "--filter-radii")}
-    gammas = {kind: values for kind, values in asked.items() if values}
-    plan = FlatnessPlan(gammas, directions, images, seed)
-    folder = out / "flatness"
-    with stoppable(folder) as check:
-        bar = CountingBar("passes over the images")
-        result = measure_flatness(analyzed_runs(runs, data), plan, folder, progress=bar, check=check)
+    absolute, shares = parse_numbers(radii, "--radii"), parse_numbers(filter_radii, "--filter-radii")
+    options = {"num_directions": directions, "radii": absolute, "filter_radii": shares, "num_images": images}
+    with told_interrupt():
+        found = measure(runs, **options, seed=seed, data=data, out=out)
     columns = ["run", "on", "radius", "gamma", "increase", "standard_error"]
-    some = {kind: few(values) for kind, values in gammas.items()}  # all of them are in the table on disk
-    _show(result, folder, columns, as_json=as_json, shown=lambda row: row["gamma"] in some[row["radius"]])
+    # all of them are in the table on disk
+    some = {"absolute": few(absolute), "filter": few(shares)}
+    _show(found, columns, as_json=as_json, shown=lambda row: row["gamma"] in some[row["radius"]])
 
 
 def few(values: Sequence[float]) -> set[float]:
@@ -206,7 +144,7 @@ def few(values: Sequence[float]) -> set[float]:
         >>> sorted(few([0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60]))
         [15, 30, 45, 60]
     """
-    return {values[(len(values) - 1) * k // 4] for k in range(1, 5)}
+    return {values[(len(values) - 1) * k // 4] for k in range(1, 5)} if values else set()
 
 
 def parse_numbers(text: str, option: str) -> tuple[float, ...]:
@@ -257,24 +195,13 @@ def hessian(
 
       qtdog analyze hessian runs/float runs/lsq --images 32 --probes 0
     """
-    from qtdog.analysis.hessian import HessianPlan, measure_hessian
-    from qtdog.cli.console import CountingBar
+    from qtdog.api.analyses import hessian as measure
 
-    plan = HessianPlan(
-        on=on.value,
-        n_images=images,
-        max_vectors=vectors,
-        error_frac=error,
-        n_eigenvalues=eigenvalues,
-        n_probes=probes,
-        seed=seed,
-    )
-    folder = out / "hessian"
-    with stoppable(folder) as check:
-        bar = CountingBar("vectors, eigenvalues and probes")
-        result = measure_hessian(analyzed_runs(runs, data), plan, folder, progress=bar, check=check)
+    options = {"num_vectors": vectors, "error": error, "num_eigenvalues": eigenvalues, "num_probes": probes}
+    with told_interrupt():
+        found = measure(runs, on=on.value, **options, num_images=images, seed=seed, data=data, out=out)
     columns = ["run", "trace", "standard_error", "image_error", "n_vectors", "top_eigenvalue", "residual"]
-    _show(result, folder, columns, as_json=as_json)
+    _show(found, columns, as_json=as_json)
 
 
 def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
@@ -287,14 +214,13 @@ def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
 
       qtdog analyze noise runs/lsq runs/lsq-4bit --json
     """
-    from qtdog.analysis.quantization_noise import ALL, measure_noise
-    from qtdog.cli.console import CountingBar
+    from qtdog.analysis.quantization_noise import ALL
+    from qtdog.api.analyses import noise as measure
 
-    folder = out / "noise"
-    with stoppable(folder) as check:
-        result = measure_noise(runs, labels_of(runs), folder, progress=CountingBar("layers"), check=check)
+    with told_interrupt():
+        found = measure(runs, out=out)
     columns = ["run", "layer", "n", "kl", "floor", "excess", "mean", "std", "clipped_frac", "moved_frac"]
-    _show(result, folder, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
+    _show(found, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
 
 
 def errors(
@@ -314,16 +240,13 @@ def errors(
 
       qtdog analyze errors runs/lsq --images 256 --mistakes 12
     """
-    from qtdog.analysis.errors_by_domain import measure_errors
-    from qtdog.cli.console import CountingBar
+    from qtdog.api.analyses import errors as measure
 
-    folder = out / "errors"
-    with stoppable(folder) as check:
-        bar = CountingBar("domains")
-        options = {"n_images": images, "n_mistakes": mistakes, "seed": seed}
-        result = measure_errors(analyzed_runs(runs, data), folder, **options, progress=bar, check=check)
+    options = {"num_images": images, "num_mistakes": mistakes, "seed": seed}
+    with told_interrupt():
+        found = measure(runs, **options, data=data, out=out)
     columns = ["run", "source_accuracy", "target_accuracy", "gap", "worst_domain", "worst_class", "worst_cell"]
-    _show(result, folder, columns, as_json=as_json)
+    _show(found, columns, as_json=as_json)
 
 
 def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = False) -> None:
@@ -335,12 +258,11 @@ def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = F
     Example:
       qtdog analyze stability runs/float runs/lsq runs/lsq-swad
     """
-    from qtdog.analysis.stability import measure_stability
+    from qtdog.api.analyses import stability as measure
 
-    folder = out / "stability"
-    result = measure_stability(runs, labels_of(runs), folder, seed=seed)
+    found = measure(runs, seed=seed, out=out)
     columns = ["run", "n_checkpoints", "target_std", "largest_drop", "spearman", "spearman_low", "spearman_high"]
-    _show(result, folder, [*columns, "selected", "best"], as_json=as_json)
+    _show(found, [*columns, "selected", "best"], as_json=as_json)
 
 
 REACH = "Around one run: share of each filter's length. Between two: how far beyond them, as a share of their distance."
@@ -365,16 +287,13 @@ def surface(
 
       qtdog analyze surface runs/float runs/lsq --out analyses/between
     """
-    from qtdog.analysis.loss_surface import SurfacePlan, measure_surface
-    from qtdog.cli.console import CountingBar
+    from qtdog.api.analyses import surface as measure
 
-    plan = SurfacePlan(2 if plane else 1, points, reach, images, seed)
-    folder = out / "surface"
-    with stoppable(folder) as check:
-        bar = CountingBar("points of the surface")
-        result = measure_surface(analyzed_runs(runs, data), plan, folder, progress=bar, check=check)
-    columns = [name for name in ("x", "y", "sources", "target") if name in result["numbers"][0]]
-    _show(result, folder, columns, as_json=as_json, shown=lambda row: row["y"] == 0)
+    options = {"plane": plane, "points": points, "reach": reach, "num_images": images}
+    with told_interrupt():
+        found = measure(runs, **options, seed=seed, data=data, out=out)
+    columns = [name for name in ("x", "y", "sources", "target") if name in found.numbers[0]]
+    _show(found, columns, as_json=as_json, shown=lambda row: row["y"] == 0)
 
 
 analyze_app = typer.Typer(
