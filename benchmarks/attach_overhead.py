@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import qtdog
-from qtdog.conversion.attach import ComputedWeight, sites
+from qtdog.conversion.attach import sites
+from qtdog.quantizers.computed_weight import ComputedWeight
 
 REPEATS = 200
 

@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.core.registry import import_members
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, ObjectiveSetting
 from qtdog.training.components import Trainable
-
-import_members("qtdog.objectives")
 
 N_DOMAINS, N, N_FEATURES, N_CLASSES = 3, 6, 5, 4
 

@@ -29,10 +29,6 @@ from qtdog.core.files import safe_name, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import IN_PYTHON, open_any, without_unreadable
-from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
-from qtdog.ensemble.members import fitting_kind, read_member, share_splits
-from qtdog.ensemble.scoring import open_evaluation_set
-from qtdog.ensemble.teacher import load_teacher
 from qtdog.report.render import markdown
 from qtdog.report.tables import cost_table, target_table
 from qtdog.runs.finished import KINDS, method_name
@@ -163,6 +159,11 @@ def join_members(
     Raises:
         ConfigError, RunError: as in `ensemble.assemble.assemble`.
     """
+    # one run needs none of this
+    from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
+    from qtdog.ensemble.members import fitting_kind, read_member, share_splits
+    from qtdog.ensemble.scoring import open_evaluation_set
+
     members = [read_member(folder) for folder in folders]
     kind = fitting_kind(members)
     name = members[0].config.data.target.replace("/", "_")
@@ -362,7 +363,11 @@ def train_runs(
         start = None
         if fork_point is not None and folder.read_result() is None:
             start = fork_point.checkpoint(config, dataset, callbacks)
-        teacher = load_teacher(config, dataset)
+        teacher = None
+        if config.objective.teacher:
+            from qtdog.ensemble.teacher import load_teacher  # one run without a teacher needs no ensembles
+
+            teacher = load_teacher(config, dataset)
         told = replace(callbacks, callback=with_loggers(loggers, folder.path, callbacks.callback))
         result = run(config, dataset, folder, resume=resume, callbacks=told, fork_from=start, teacher=teacher)
         if fork_point is not None:

@@ -32,7 +32,8 @@ from qtdog.core.quantized import MAX_BITS, MIN_BITS
 from qtdog.core.random import derive
 from qtdog.packing.layout import DTYPE_NAMES
 from qtdog.packing.packed_file import load_packed
-from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions, is_transformed
+from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
+from qtdog.quantizers.computed_weight import guard_
 from qtdog.quantizers.registry import QUANTIZERS, check_options, works_after_training
 
 GRANULARITIES = ("channel", "layer")
@@ -339,7 +340,7 @@ def _register_(layer: Layer, quantizer: Quantizer) -> None:
     if not layer.weight.requires_grad:
         quantizer.requires_grad_(False)
     register_parametrization(layer.module, layer.tensor_name, quantizer.to(layer.weight.device))
-    _guard_(layer.module, layer.tensor_name)
+    guard_(layer.module, layer.tensor_name)
 
 
 def attached(model: nn.Module) -> Attached:
@@ -459,69 +460,6 @@ def _refuse_unsavable(model: nn.Module) -> None:
             )
         if value.is_floating_point() and not value.is_meta and torch.isnan(value).any():
             raise ConfigError(f"'{name}' holds NaN, which the packed file cannot hold")
-
-
-class ComputedWeight(Tensor):
-    """The weight of an enabled layer, computed at this use: a change in place would be lost, so it raises."""
-
-    # operations return plain tensors, at no cost
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
-
-    @property
-    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The values, which are no more writable."""
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self._refuse_()
-
-    def detach(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the values, which are no more writable."""
-        return super().detach().as_subclass(ComputedWeight)
-
-    def _refuse_(self, *args: object, **kwargs: object) -> Any:
-        raise ModelError(
-            "the weight of an enabled quantizer is computed at each use, so a change in place would be lost: assign "
-            "`layer.weight = value`, or change the weight behind it, `attached(model).weights_()[layer name]`"
-        )
-
-
-_HARMLESS = ("requires_grad_", "share_memory_", "detach_")
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_ASSIGNING = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
-for _name in dir(Tensor):
-    if _name in _ASSIGNING or (_name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS):
-        setattr(ComputedWeight, _name, ComputedWeight._refuse_)
-
-
-def _guard_(module: nn.Module, tensor_name: str) -> None:
-    """Let `module.weight` be a `ComputedWeight` where a quantizer computes it; recurrent layers use what it returns."""
-    cls: Any = type(module)  # made by torch for this module (and its copies) alone
-    computed = getattr(cls, tensor_name)
-
-    def get(self: Any) -> Tensor:
-        value = computed.fget(self)
-        if value is self.parametrizations[tensor_name].original or torch.compiler.is_compiling():
-            return value
-        if is_transformed(value) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return value
-        return value.as_subclass(ComputedWeight)
-
-    assign = cls.__setattr__
-
-    def set_attribute(self: Any, name: str, value: Any) -> None:
-        assign(self, name, value.detach() if name == tensor_name and isinstance(value, nn.Parameter) else value)
-
-    setattr(cls, tensor_name, property(get, computed.fset))
-    cls.__setattr__ = set_attribute  # torch would take a Parameter for a new one of that name
-    if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, which would go on to be the float ones
-        module.__dict__.pop("_flat_weights", None)
-        cls._flat_weights = property(_flat_weights, lambda self, value: None)
-
-
-def _flat_weights(self: Any) -> list[Tensor | None]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
 class _StepSizeWatch:

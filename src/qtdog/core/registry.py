@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +20,13 @@ Member = TypeVar("Member")
 class Registry(Generic[T]):
     """A table of named members of one axis (objectives, quantizers, …).
 
+    Where the members of an axis are the files of a package, each is imported when it is asked for: first the file of
+    the member's name, and all files if that does not enter it. A new member is just a file.
+
+    Args:
+        kind: what a member is, for errors.
+        package: whose modules register the members; "" if they are registered elsewhere.
+
     Example:
         >>> letters = Registry[str]("letter")
         >>> letters.add("a", "alpha")
@@ -28,8 +35,9 @@ class Registry(Generic[T]):
         'alpha'
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, package: str = "") -> None:
         self.kind = kind
+        self._package = package  # empty once all its modules are imported
         self._members: dict[str, T] = {}
         self._foreign: set[str] = set()
 
@@ -42,6 +50,7 @@ class Registry(Generic[T]):
 
     def add_foreign(self, name: str, member: T) -> None:
         """Enter a plug-in's member; it may take the name of another plug-in's (ConfigError for a built-in one's)."""
+        self._import_all()
         if name in self._members and name not in self._foreign:
             raise ConfigError(f"{self.kind} '{name}' is built in; choose another name")
         self._members[name] = member
@@ -64,9 +73,21 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Return the member called `name`; ConfigError with the nearest match if there is none."""
+        if name not in self._members and self._package:
+            stem = name.replace("-", "_")
+            if stem.isidentifier() and importlib.util.find_spec(f"{self._package}.{stem}") is not None:
+                importlib.import_module(f"{self._package}.{stem}")
+        if name not in self._members:
+            self._import_all()
         if name not in self._members:
             raise ConfigError(unknown(self.kind, name, self._members))
         return self._members[name]
+
+    def _import_all(self) -> None:
+        package, self._package = self._package, ""
+        if package:
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                importlib.import_module(f"{package}.{module.name}")
 
     def name_of(self, member: object) -> str:
         """Return the name under which a class or function is registered; its own if it is not (a subclass, say)."""
@@ -74,13 +95,8 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, sorted."""
+        self._import_all()
         return iter(sorted(self._members))
-
-
-def import_members(package: str) -> None:
-    """Import every module of a package, so that each member of an axis enters its name: a new one is just a file."""
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
 
 
 Value = bool | int | float | str

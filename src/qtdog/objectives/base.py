@@ -228,4 +228,4 @@ class Objective(nn.Module):
         return self.loss(view.outputs(batch))
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective")
+OBJECTIVES: Registry[type[Objective]] = Registry("objective", "qtdog.objectives")

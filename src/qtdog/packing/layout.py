@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ class Entry:
         """Codes of the weight."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def scale(self) -> TensorInfo:
         """Its step sizes: one, or one per index of the axis (in each group)."""
         return TensorInfo("F32", (self.spec.n_scales(self.shape),))

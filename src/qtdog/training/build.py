@@ -14,7 +14,6 @@ from qtdog.conversion.attach import Attached, attach
 from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
-from qtdog.core.registry import import_members
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.models.backbones import create_network, preprocessing
@@ -31,8 +30,6 @@ from qtdog.training.evaluation import EvaluationInputs, Evaluator
 from qtdog.training.load_model import read_any_weights
 from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs
 from qtdog.training.step_rules import STEP_RULES
-
-import_members("qtdog.objectives")  # each file registers its objective
 
 
 def make_accelerator(config: Config) -> Accelerator:

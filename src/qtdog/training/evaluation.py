@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,20 @@ def group_accuracy(
     return GroupAccuracy(float(np.mean(correct)), float(np.percentile(own, percentile)), float(own.min()), len(own))
 
 
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold a network in evaluation mode and compute each quantized weight once in the block, not once per batch."""
+    was_training = network.training
+    if any(module.training for module in network.modules()):
+        network.eval()
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        if was_training:
+            network.train()
+
+
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
@@ -89,17 +104,11 @@ def evaluate(
         accelerator: where to compute, and with whom to add up.
         check_interrupt: called before each batch; may raise to break off.
     """
-    was_training = network.training
-    network.eval()
     totals = torch.zeros(3, dtype=torch.float64)
-    try:
-        # Quantize each weight once per evaluation, not once per batch.
-        with parametrize.cached():
-            for images, labels in batches:
-                check_interrupt()
-                totals += _batch_totals(network, images.to(accelerator.device), labels.to(accelerator.device))
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        for images, labels in batches:
+            check_interrupt()
+            totals += _batch_totals(network, images.to(accelerator.device), labels.to(accelerator.device))
     correct, loss, n = _sum_over_processes(totals, accelerator)
     return Score(correct / n, loss / n, int(n))
 
@@ -165,8 +174,10 @@ class Evaluator:
         self, step: int, selectable: bool, train_loss: float | None, check_interrupt: Callable[[], None] = lambda: None
     ) -> Record:
         """Return the record of this moment."""
-        source = {domain: self.score(part, check_interrupt) for domain, part in self.protocol.selection_sets().items()}
-        test, test_in = self._test_scores(check_interrupt)
+        with evaluating(self.network):
+            parts = self.protocol.selection_sets()
+            source = {domain: self.score(part, check_interrupt) for domain, part in parts.items()}
+            test, test_in = self._test_scores(check_interrupt)
         return Record(SourceRecord(step, selectable, source), test, test_in, train_loss)
 
     def _test_scores(self, check_interrupt: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Score]]:
