@@ -1,4 +1,4 @@
-"""The presets of the paper's tables: valid, with names that exist, options that are read and values of the paper."""
+"""The shipped studies of the paper's tables: valid, with names that exist, and with the values of the paper."""
 
 import ast
 from collections.abc import Iterator
@@ -6,60 +6,71 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from qtdog.api.paper import PaperRow, PaperTable, choose_rows, find_table, paper_tables
+from qtdog.api.paper import TRIALS, Cost, count_runs, find_study, narrow, shipped_studies
 from qtdog.core.config import Config
-from qtdog.core.config_io import build_config, load_preset, paper_part, preset_names
+from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
 from qtdog.data.cards import CARDS
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
+from qtdog.models.flops import training_flops
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.sweep.expected import expected_rows
+from qtdog.sweep.plan import make_plan
+from qtdog.sweep.study import Study, expand_without_data
 from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 
 SOURCE = Path(__file__).parents[2] / "src" / "qtdog"
-TABLES = paper_tables()
-ROWS = [(table, row) for table in TABLES for row in table.rows]
+TABLES = {
+    f"{name}-{dataset}": study.on_dataset(dataset)
+    for name, study in shipped_studies().items()
+    for dataset in study.datasets
+}
 
 
-BASES = {table.preset: load_preset(table.preset) for table in TABLES}
+def configs_of(study: Study) -> dict[str, Config]:
+    """Return the configuration of each method of a study on its first target."""
+    once = study.model_copy(update={"grid": study.grid | {TRIALS: [0]}})
+    domains = CARDS[study.data or ""].domains or ("unseen",)
+    return {str(labels["method"]): config for labels, config in expand_without_data(once, domains[:1])}
 
 
-def config_of(table: PaperTable, row: PaperRow) -> Config:
-    return build_config([BASES[table.preset], row.change])
+def test_every_shipped_study_is_a_table_of_expected_values():
+    assert len(TABLES) == 28
+    assert all(study.expected for study in TABLES.values())
+    named = {preset for study in TABLES.values() for preset in study.base.presets}
+    assert named == {name for name in preset_names() if name.startswith("paper/")}
 
 
-def test_every_file_is_a_table_and_no_other_preset_says_anything_of_the_paper():
-    files = {f"paper/{path.stem}" for path in (SOURCE / "presets" / "paper").iterdir()}
-    assert files == {table.preset for table in TABLES}
-    assert not [name for name in preset_names() if name not in files and paper_part(name)]
+@pytest.mark.parametrize("table", TABLES)
+def test_every_method_is_a_configuration_of_members_that_exist(table: str):
+    study = TABLES[table]
+    card, configs = CARDS[study.data or ""], configs_of(study)
+    for config in configs.values():
+        preprocessing(config.model.backbone)
+        make_feature_layer(config.model.feature_layer, config.model.feature_params)
+        for registry, section in ((OBJECTIVES, config.objective), (STEP_RULES, config.step_rule)):
+            assert set(section.params) <= set(registry[section.name].HYPERPARAMETERS)
+        AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+        assert config.quantizer.name == "none" or QUANTIZERS[config.quantizer.name]
+        assert config.data.target in (card.domains or ("unseen",))
+    for row in expected_rows(study):
+        domains = [name.partition("/")[2] for name in row.values]
+        assert set(filter(None, domains)) <= set(card.domains or ())
+        assert all(10 <= value < 100 for value in row.values.values())
+        config = configs.get(row.name)
+        assert config is None or ("in_domain" in row.values) == (config.data.test_mode == "in-domain")
 
 
-@pytest.mark.parametrize(
-    ("table", "row"), ROWS, ids=[f"{table.preset}-{row.method}-{next(iter(row.values))}" for table, row in ROWS]
-)
-def test_every_row_is_a_configuration_of_members_that_exist(table: PaperTable, row: PaperRow):
-    config = config_of(table, row)
-    assert config.data.source in list(CARDS)
-    preprocessing(config.model.backbone)
-    make_feature_layer(config.model.feature_layer, config.model.feature_params)
-    for registry, section in ((OBJECTIVES, config.objective), (STEP_RULES, config.step_rule)):
-        assert set(section.params) <= set(registry[section.name].HYPERPARAMETERS)
-    AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
-    assert config.quantizer.name == "none" or QUANTIZERS[config.quantizer.name]
-    target, domains = config.data.target, CARDS[config.data.source].domains or ("unseen",)
-    assert target in ("all", *domains)
-    named = [name.partition("/")[2] for name in row.values]
-    assert set(filter(None, named)) <= set(CARDS[config.data.source].domains or ())
-    assert all(10 <= value < 100 for value in row.values.values())
-    assert ("in_domain" in row.values) == (config.data.test_mode == "in-domain") or row.missing
-
-
-def test_rows_of_a_table_differ():
-    for table in TABLES:
-        trained = [config_of(table, row).model_dump_json() + str(row.members) for row in table.rows if not row.missing]
-        assert len(set(trained)) == len(trained), table.preset
+def test_methods_of_a_table_differ_and_ensembles_have_the_members_of_the_paper():
+    for name, study in TABLES.items():
+        trained = [config.model_dump_json() for config in configs_of(study).values()]
+        assert len(set(trained)) == len(trained), name
+        members = {row.name: row.members for row in expected_rows(study) if row.members > 1}
+        assert members.items() <= {"ERM ensemble": 6, "EoA": 6, "EoQ": 5}.items(), name
 
 
 def settings_of(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -79,49 +90,50 @@ def unread(settings: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def test_every_option_that_a_preset_sets_is_read_somewhere():
-    trees = [load_preset(name) for name in preset_names()] + [row.change for _, row in ROWS]
-    settings = {setting for tree in trees for setting in settings_of(tree)}
+    settings = {setting for name in preset_names() for setting in settings_of(load_preset(name))}
+    for study in TABLES.values():
+        keys = [key for layer in (study.base, *study.methods.values()) for key in layer.set]
+        settings |= {(section, key) for section, _, key in (text.partition(".") for text in keys)}
     assert len(settings) > 15
     assert unread(settings) == set()
     assert unread({("train", "no_such_option_anywhere")})
 
 
 @pytest.mark.parametrize(
-    ("preset", "method", "measure", "value"),
+    ("table", "method", "measure", "value"),
     [
-        ("paper/table01-pacs", "ERM", "unseen", 84.7),
-        ("paper/table01-pacs", "EoQ", "unseen", 89.3),
-        ("paper/table01-vlcs", "SWAD", "unseen", 79.1),
-        ("paper/table01-officehome", "MIRO", "unseen", 70.5),
-        ("paper/table01-terraincognita", "QT-DoG", "unseen", 50.8),
-        ("paper/table01-domainnet", "DiWA", "unseen", 47.7),
-        ("paper/domains-pacs", "QT-DoG", "unseen/sketch", 82.3),
-        ("paper/quantizers-pacs", "INQ", "in_domain", 97.1),
-        ("paper/bits-pacs", "2 bits", "unseen", 82.8),
-        ("paper/bits-terraincognita", "float", "unseen", 47.2),
-        ("paper/scale-pacs", "per layer", "unseen", 86.3),
-        ("paper/start-pacs", "step 4000", "unseen", 85.1),
-        ("paper/table15-pacs", "noise 5e-6", "unseen", 85.6),
-        ("paper/combination-terraincognita", "MixStyle + QT-DoG", "unseen", 47.7),
-        ("paper/deit-pacs", "QT-DoG", "unseen", 86.2),
-        ("paper/clip-officehome", "CLIPood", "unseen", 87.0),
-        ("paper/resnext-vlcs", "EoQ", "mean_of_five", 72.9),
-        ("paper/table12-terraincognita", "QT-DoG", "in_domain", 91.1),
-        ("paper/amazon", "QT-DoG", "percentile_10_out", 55.9),
-        ("paper/camelyon17", "ERM", "source", 93.2),
+        ("table01-PACS", "ERM", "unseen", 84.7),
+        ("table01-PACS", "EoQ", "unseen", 89.3),
+        ("table01-VLCS", "SWAD", "unseen", 79.1),
+        ("table01-OfficeHome", "MIRO", "unseen", 70.5),
+        ("table01-TerraIncognita", "QT-DoG", "unseen", 50.8),
+        ("table01-DomainNet", "DiWA", "unseen", 47.7),
+        ("domains-PACS", "QT-DoG", "unseen/sketch", 82.3),
+        ("quantizers-PACS", "INQ", "in_domain", 97.1),
+        ("bits-PACS", "2 bits", "unseen", 82.8),
+        ("bits-TerraIncognita", "float", "unseen", 47.2),
+        ("scale-PACS", "per layer", "unseen", 86.3),
+        ("start-PACS", "step 4000", "unseen", 85.1),
+        ("table15-PACS", "noise 5e-6", "unseen", 85.6),
+        ("combination-TerraIncognita", "MixStyle + QT-DoG", "unseen", 47.7),
+        ("deit-PACS", "QT-DoG", "unseen", 86.2),
+        ("clip-OfficeHome", "CLIPood", "unseen", 87.0),
+        ("resnext-VLCS", "EoQ", "mean_of_five", 72.9),
+        ("table12-TerraIncognita", "QT-DoG", "in_domain", 91.1),
+        ("amazon-Amazon", "QT-DoG", "percentile_10_out", 55.9),
+        ("camelyon17-Camelyon17", "ERM", "source", 93.2),
     ],
 )
-def test_values_are_those_of_the_paper(preset: str, method: str, measure: str, value: float):
-    table = next(table for table in TABLES if table.preset == preset)
-    assert value in [row.values.get(measure) for row in table.rows if row.method == method]
+def test_values_are_those_of_the_paper(table: str, method: str, measure: str, value: float):
+    assert value in [row.values.get(measure) for row in expected_rows(TABLES[table]) if row.title == method]
 
 
 def test_the_main_table_has_the_published_means():
     means = {"CORAL": 64.1, "QT-DoG": 66.2, "EoQ": 68.4, "SWAD": 66.9, "MIRO": 65.9}
-    main = [table for table in TABLES if table.study == "table01"]
+    main = [study for name, study in TABLES.items() if name.startswith("table01")]
     assert len(main) == 5
     for method, mean in means.items():
-        values = [row.values["unseen"] for table in main for row in table.rows if row.method == method]
+        values = [study.expected[method]["unseen"] for study in main]
         assert sum(values) / 5 == pytest.approx(mean, abs=0.051), method
 
 
@@ -133,24 +145,62 @@ def test_the_published_settings():
 
 
 def test_finding_a_table():
-    assert find_table("scale", None).dataset == "PACS"
-    assert find_table("table01", "office-home").preset == "paper/table01-officehome"
+    assert find_study("scale")[1] == "PACS"
+    assert find_study("table01", "office-home")[0].data == "office-home"
     with pytest.raises(ConfigError, match=r"unknown table 'table1'; did you mean 'table1"):
-        find_table("table1", None)
+        find_study("table1")
     with pytest.raises(ConfigError, match=r"deit has several data sets: add --dataset, one of PACS, TerraIncognita"):
-        find_table("deit", None)
+        find_study("deit")
     with pytest.raises(ConfigError, match=r"unknown data set of scale 'vlcs'"):
-        find_table("scale", "vlcs")
+        find_study("scale", "vlcs")
+
+
+def test_a_study_of_ones_own_may_have_expected_values(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    tree = {"name": "mine", "data": "pacs", "methods": {"lsq": {}}}
+    file.write_text(yaml.safe_dump(tree | {"expected": {"lsq": 80}}))
+    study, dataset = find_study(str(file))
+    assert (study.expected, dataset) == ({"lsq": {"unseen": 80.0}}, "pacs")
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="says nothing of what is expected"):
+        find_study(str(file))
+    file.write_text(yaml.safe_dump(tree | {"expected": {"lsk": 80}}))
+    with pytest.raises(ConfigError, match="unknown method 'lsk'; did you mean 'lsq'"):
+        find_study(str(file))
+    file.write_text(yaml.safe_dump(tree | {"expected": {"lsq": {"unsen": 80}}}))
+    with pytest.raises(ConfigError, match="unknown measure 'unsen'; did you mean 'unseen'"):
+        find_study(str(file))
 
 
 def test_choosing_methods():
-    table = find_table("quantizers", None)
-    assert [row.method for row in choose_rows(table, ["lsq"])] == ["LSQ", "LSQ"]
-    assert len(list(choose_rows(table, []))) == len(table.rows)
-    with pytest.raises(ConfigError, match="no method 'LSK'; did you mean 'LSQ'"):
-        list(choose_rows(table, ["LSK"]))
+    study, _ = find_study("quantizers")
+    assert [row.title for row in expected_rows(study, ["lsq"])] == ["LSQ", "LSQ"]
+    assert [row.name for row in expected_rows(study, ["LSQ in domain"])] == ["LSQ in domain"]
+    assert len(expected_rows(study)) == 8
+    with pytest.raises(ConfigError, match="no method 'LSK'; did you mean 'LSQ"):
+        expected_rows(study, ["LSK"])
 
 
-def test_a_measure_that_nobody_knows_is_refused():
-    with pytest.raises(ValueError, match="unknown measure 'unsen'; did you mean 'unseen'"):
-        PaperRow(method="x", values={"unsen": 1.0})
+def test_a_study_of_several_data_sets_is_no_plan_of_one():
+    with pytest.raises(ConfigError, match="table12 is of several data sets"):
+        make_plan(shipped_studies()["table12"])
+
+
+def test_members_of_an_ensemble_are_the_first_trials_of_its_method():
+    study, _ = find_study("table01", "PACS")
+    rows = expected_rows(study, ["QT-DoG", "EoQ"])
+    narrowed = narrow(study, rows, 2, [{"data": {"target": "sketch"}, "train": {"steps": 3000}}])
+    runs = count_runs(narrowed, rows, 2)
+    assert [(run.method, run.config.data.trial, run.config.train.seed) for run in runs] == [
+        ("QT-DoG", 0, 0),
+        ("QT-DoG", 1, 1),
+        *(("EoQ", seed, seed) for seed in range(5)),
+    ]
+    assert {(run.config.data.target, run.config.train.steps, run.n_sources) for run in runs} == {("sketch", 3000, 3)}
+
+
+def test_arithmetic_is_counted():
+    assert training_flops("resnet50", channels=3, size=224) == pytest.approx(3 * 2 * 4.09e9, rel=0.01)
+    text = training_flops("distilbert-base-uncased", channels=3, size=100)
+    assert text == pytest.approx(3 * 2 * 100 * 42.5e6, rel=0.01)  # 66.4 M weights without 23.8 M of words
+    assert Cost(1, 1, 3.6e15).hours(1) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""`qtdog reproduce`: the tables of the paper, our runs beside its numbers."""
+"""`qtdog reproduce`: a study with expected values, such as a table of the paper; our runs beside its numbers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from qtdog.api.paper import Job, Line, Question
-    from qtdog.data.dataset import DomainDataset
+from qtdog.cli.options import Gpus, Threads, Workers
 
-STUDY = "Which table, like table01; leave it out to list them."
+if TYPE_CHECKING:
+    from qtdog.api.paper import PlannedRun
+    from qtdog.sweep.expected import Line
+    from qtdog.sweep.plan import Plan
+    from qtdog.sweep.study import Study
+
+STUDY = "Which table, like table01, or a study file with expected values; leave it out to list the tables."
 DATASET = "Which data set of the table, as the paper or 'qtdog data list' calls it."
 DATA = "Where the data set lies. Default: as for 'qtdog train --data NAME'."
 ONLY = "Only this method of the table; may be given several times."
-TRIALS = "Splits and seeds per method and unseen domain. An ensemble has one of each member's instead."
+TRIALS = "Splits and seeds per method and unseen domain. An ensemble has one of each member's instead. Default 3."
 DRY_RUN = "Show what is there and what the missing runs would cost; run nothing."
-SPEED = "For the estimate: 10¹² operations per second that your device sustains in training."
-OUT = "Folder of the run folders; what is there already is not run again."
+SPEED = "For the estimate: 10¹² operations per second that your device sustains in training. Default 10."
+OUT = "Folder of the run folders; what is there already is not run again. Default: runs."
 SET = "Change the setting, for example to try it out; it is then not the paper's."
 
 
@@ -35,6 +39,9 @@ def reproduce(
     speed: Annotated[float, typer.Option(min=0.001, metavar="TFLOPS", help=SPEED)] = 10.0,
     assign: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help=SET)] = None,
     out: Annotated[Path, typer.Option(help=OUT)] = Path("runs"),
+    workers: Workers = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a table of the QT-DoG paper, as far as it is missing, and print our numbers beside the paper's.
@@ -48,96 +55,81 @@ def reproduce(
 
       qtdog reproduce table01 --dataset PACS --only ERM --only QT-DoG --trials 1
     """
-    from qtdog.api.paper import Question, choose_rows, find_table, measure
-    from qtdog.cli.console import warn
+    from qtdog.api.paper import count_runs, find_study, narrow, planned_runs
+    from qtdog.cli.sweep import EngineOptions, drive, make_engine, raise_failed
     from qtdog.core.config_io import parse_assignment
+    from qtdog.sweep.expected import compare_with_expected, expected_rows, row_lines
 
     if study is None:
         show_tables(as_json=as_json)
         return
-    table = find_table(study, dataset)
-    changes = [parse_assignment(text) for text in assign or ()]
-    if data is not None:
-        changes.append({"data": {"source": data}})
-    question = Question(table, list(choose_rows(table, only or [])), trials, out, changes)
-    found = open_data(question, may_be_missing=dry_run)
-    if not dry_run:
-        run_missing(question, found)
-    lines, jobs = measure(question, found, make=not dry_run, warn=warn)
+    found, dataset_name = find_study(study, dataset)
+    rows = expected_rows(found, only or [])
+    wanted = narrow(found, rows, trials, [parse_assignment(text) for text in assign or ()])
+    plan = open_study(wanted, data, may_be_missing=dry_run) if wanted.methods else None
+    if plan is None:
+        runs = count_runs(wanted, rows, trials) if wanted.methods else []
+        lines = [line for row in rows for line in row_lines(row, [], 0)]
+    else:
+        if not dry_run:
+            options = EngineOptions(workers=workers, threads=threads, gpus=gpus)
+            raise_failed(plan, drive(plan, plan.tasks, out, lambda: make_engine(options, plan, out)))
+        lines = compare_with_expected(plan, out, rows, trials)
+        runs = planned_runs(plan, out, rows, trials)
     if as_json:
-        _print_json(question, lines, jobs, speed)
+        _print_json(study, dataset_name, lines, runs, speed)
         return
-    _show(question, lines, changed=bool(assign))
+    _show(f"{dataset_name}: {found.about} (%)", lines, changed=bool(assign))
     if dry_run:
-        show_cost(jobs, speed, found)
+        show_cost(runs, speed)
 
 
 def show_tables(*, as_json: bool) -> None:
     """Print the tables that can be reproduced."""
-    from qtdog.api.paper import paper_tables
+    from qtdog.api.paper import shipped_studies
     from qtdog.cli.console import print_json, print_table
+    from qtdog.sweep.expected import expected_rows
 
-    tables = paper_tables()
+    studies = shipped_studies()
     if as_json:
-        print_json([table.model_dump() for table in tables])
+        tables = [
+            {"study": name, "dataset": dataset, "title": study.about}
+            | {"rows": [asdict(row) for row in expected_rows(study.on_dataset(dataset))]}
+            for name, study in studies.items()
+            for dataset in study.datasets
+        ]
+        print_json(tables)
         return
-    studies = {table.study: table for table in tables}
-    rows = []
-    for study, one in studies.items():
-        datasets = [table.dataset for table in tables if table.study == study]
-        rows.append([study, ", ".join(datasets), one.title])
+    rows = [[name, ", ".join(study.datasets), study.about] for name, study in studies.items()]
     print_table(["table", "data sets", "what"], rows)
 
 
-def open_data(question: Question, *, may_be_missing: bool) -> DomainDataset | None:
-    """Return the data set of a table, and warn if it is another; None if it is not here and that does not matter.
+def open_study(study: Study, data: str | None, *, may_be_missing: bool) -> Plan | None:
+    """Return the plan of a study, and warn if its data is another; None if it is not here and that does not matter.
 
     Raises:
         DataError: it is not here, or is malformed.
     """
     from qtdog.cli.console import CountingBar, warn
-    from qtdog.core.config_io import load_preset
     from qtdog.core.errors import DataError
-    from qtdog.data.open import open_readable
+    from qtdog.sweep.plan import make_plan
 
-    asked, meant = question.config(question.rows[0]).data, load_preset(question.table.preset)["data"]["source"]
-    source = asked.source
     try:
-        found = open_readable(source, skip_unreadable=asked.skip_unreadable, progress=CountingBar("reading images"))
+        plan = make_plan(study, data, CountingBar("reading images"))
     except DataError:
-        if may_be_missing and source == meant:
+        if may_be_missing and data in (None, study.data):
             return None
         raise
-    if found.card.name != meant:
-        warn(f"{source} is not {meant}: ours is not a reproduction of these numbers")
-    return found
+    if plan.dataset.card.name != study.data:
+        warn(f"{plan.source} is not {study.data}: ours is not a reproduction of these numbers")
+    return plan
 
 
-def run_missing(question: Question, dataset: DomainDataset | None) -> None:
-    """Make the runs that are missing, one after another.
-
-    Raises:
-        Interrupted: a signal asked to stop; everything so far is kept.
-    """
-    from qtdog.api.experiment import Planned
-    from qtdog.api.paper import plan_jobs
-    from qtdog.cli.console import err
-    from qtdog.cli.train import train_shown
-
-    missing = {job.folder.path: job for job in plan_jobs(question, dataset) if job.result is None}
-    for place, job in enumerate(missing.values(), start=1):
-        config = job.config
-        text = f"{place} of {len(missing)}: {job.row.method}, unseen {config.data.target}, trial {config.data.trial}"
-        err.print(text, highlight=False, markup=False, soft_wrap=True)
-        train_shown(dataset, [Planned(config, job.folder)], resume=True)
-
-
-def _show(question: Question, lines: Sequence[Line], *, changed: bool) -> None:
-    from qtdog.api.paper import HEADERS
+def _show(title: str, lines: Sequence[Line], *, changed: bool) -> None:
     from qtdog.cli.console import out, print_table, warn
+    from qtdog.sweep.expected import HEADERS
 
-    table = question.table
-    print_table(HEADERS, [line.cells() for line in lines], title=f"{table.dataset}: {table.title} (%)")
+    print_table(HEADERS, [line.cells() for line in lines], title=title)
     out.print("ours: mean ± standard error over trials; single models on 80 % of the unseen domain, ensembles on all")
     for method, note in {line.method: line.note for line in lines if line.note}.items():
         out.print(f"{method}: {note}", soft_wrap=True, highlight=False)
@@ -145,36 +137,36 @@ def _show(question: Question, lines: Sequence[Line], *, changed: bool) -> None:
         warn("--set changed the setting: ours is not a reproduction of these numbers")
 
 
-def show_cost(jobs: Sequence[Job], speed: float, dataset: DomainDataset | None) -> None:
+def show_cost(runs: Sequence[PlannedRun], speed: float) -> None:
     """Print the runs and what the missing ones would cost."""
     from qtdog.api.paper import cost_of
     from qtdog.cli.console import out, print_table
 
-    rows: dict[Path, list[str]] = {}
-    for job in jobs:
-        data, state = job.config.data, "missing" if job.result is None else "done"
-        folder = str(job.folder.path) if dataset is not None else "–"
-        row = rows.setdefault(job.folder.path, [job.row.method, data.target, str(data.trial), state, folder])
-        if job.row.method not in row[0].split(", "):
-            row[0] += f", {job.row.method}"
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        data, state = run.config.data, "done" if run.is_done else "missing"
+        cells = [run.method, data.target, str(data.trial), state, "–" if run.folder is None else str(run.folder)]
+        row = rows.setdefault(run.config.model_dump_json(), cells)
+        if run.method not in row[0].split(", "):
+            row[0] += f", {run.method}"
     print_table(["method", "unseen", "trial", "", "folder"], list(rows.values()))
-    cost = cost_of(jobs)
+    cost = cost_of(runs)
     text = f"{cost.n_runs} of {len(rows)} runs are missing: {cost.n_images:,} images, {cost.flops / 1e15:,.0f} PFLOP"
     out.print(f"{text}, about {cost.hours(speed):,.1f} h at {speed:g} TFLOP/s (--speed)", highlight=False)
-    if dataset is None:
+    if any(run.folder is None for run in runs):
         out.print("The data is not here: which runs are finished, and the names of their folders, is not known.")
 
 
-def _print_json(question: Question, lines: Sequence[Line], jobs: Sequence[Job], speed: float) -> None:
+def _print_json(table: str, dataset: str, lines: Sequence[Line], runs: Sequence[PlannedRun], speed: float) -> None:
     from qtdog.api.paper import cost_of
     from qtdog.cli.console import print_json
 
-    cost = cost_of(jobs)
-    runs = [
-        {"method": job.row.method, "target": job.config.data.target, "trial": job.config.data.trial}
-        | {"folder": str(job.folder.path), "done": job.result is not None}
-        for job in jobs
+    cost = cost_of(runs)
+    listed = [
+        {"method": run.method, "target": run.config.data.target, "trial": run.config.data.trial}
+        | {"folder": None if run.folder is None else str(run.folder), "done": run.is_done}
+        for run in runs
     ]
-    told = {"table": question.table.study, "dataset": question.table.dataset}
-    found = [asdict(line) | {"difference": line.difference} for line in lines]
-    print_json(told | {"lines": found, "runs": runs, "missing": asdict(cost) | {"hours": cost.hours(speed)}})
+    numbers = [asdict(line) | {"difference": line.difference} for line in lines]
+    missing = asdict(cost) | {"hours": cost.hours(speed)}
+    print_json({"table": table, "dataset": dataset, "lines": numbers, "runs": listed, "missing": missing})

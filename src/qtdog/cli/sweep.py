@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qtdog.sweep.journal import Outcome
     from qtdog.sweep.local import Resources
     from qtdog.sweep.plan import Plan, Task
-    from qtdog.sweep.runner import Engine
+    from qtdog.sweep.runner import Engine, SweepProgress
     from qtdog.sweep.slurm import SlurmJob
 
 
@@ -416,6 +416,19 @@ def sweep_tasks(
         ConfigError: a mistake in what is to be done; nothing was started.
         Interrupted, RunError: as in `sweep.runner.Driver.run`, or something failed.
     """
+    from qtdog.cli.console import out
+    from qtdog.sweep.runner import unfinished
+
+    progress = drive(plan, tasks, folder, engine, limit=limit)
+    left = len(unfinished(plan.tasks, folder))
+    out.print(f"{len(plan.tasks) - left} of {len(plan.tasks)} done in {folder}", highlight=False, markup=False)
+    raise_failed(plan, progress)
+
+
+def drive(
+    plan: Plan, tasks: Sequence[Task], folder: Path, engine: Callable[[], Engine], *, limit: int | None = None
+) -> SweepProgress:
+    """Do what is missing of some tasks and show how it goes (errors as in `sweep_tasks`, but for failed tasks)."""
     from qtdog.cli.console import CountingBar
     from qtdog.cli.sweep_progress import progress_display
     from qtdog.cli.train import warn_skipped
@@ -426,22 +439,17 @@ def sweep_tasks(
     check_tasks(unfinished(tasks, folder), plan.dataset, CountingBar("decoding images"))
     save_labels(plan.study.name, plan.labels, folder)
     with progress_display(folder) as display:
-        progress = Driver(tasks, folder, engine(), display, limit=limit).run()
-    conclude(plan, progress.failed, progress.blocked(), folder)
+        return Driver(tasks, folder, engine(), display, limit=limit).run()
 
 
-def conclude(plan: Plan, failed: dict[str, Outcome], blocked: list[Task], folder: Path) -> None:
-    """Say how a sweep ended, and leave with an error if something failed."""
-    from qtdog.cli.console import out
+def raise_failed(plan: Plan, progress: SweepProgress) -> None:
+    """Leave with an error that lists the failed tasks and those that wait for them, if any failed."""
     from qtdog.cli.sweep_progress import failure_lines
     from qtdog.core.errors import RunError
-    from qtdog.sweep.runner import unfinished
 
-    left = len(unfinished(plan.tasks, folder))
-    out.print(f"{len(plan.tasks) - left} of {len(plan.tasks)} done in {folder}", highlight=False, markup=False)
-    if failed:
-        lines = failure_lines(plan.tasks, failed, blocked)
-        raise RunError("\n".join([f"{len(failed)} failed; the same command tries them again:", *lines]))
+    if progress.failed:
+        lines = failure_lines(plan.tasks, progress.failed, progress.blocked())
+        raise RunError("\n".join([f"{len(progress.failed)} failed; the same command tries them again:", *lines]))
 
 
 DEFAULT = "run"

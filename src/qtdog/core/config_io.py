@@ -36,26 +36,28 @@ SHORT_NAMES = {
     "lr": ("optimizer", "lr"),
     "skip_unreadable": ("data", "skip_unreadable"),
 }
-METHODS = "methods"  # the file of the presets that change a few values each
-PAPER = "paper"  # both the folder of the presets of the paper's tables and their part that is no configuration
+PRESETS = resources.files("qtdog") / "presets"
+# Files that hold a table of presets: their prefix in the names. `defaults` of a table lie below each of its rows.
+TABLES = {"methods": "", "paper": "paper/"}
 
 
 def preset_names() -> list[str]:
     """Return the names of the presets that are shipped, sorted; those of the paper's tables begin with "paper/"."""
-    folder = resources.files("qtdog") / "presets"
-    files = (
-        prefix + entry.name.removesuffix(".yaml")
-        for prefix, part in (("", folder), (f"{PAPER}/", folder / PAPER))
-        for entry in part.iterdir()
-        if entry.name.endswith(".yaml")
-    )
-    return sorted([*(name for name in files if name != METHODS), *_methods()])
+    files = [entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")]
+    return sorted([*(name for name in files if name not in TABLES), *_rows()])
 
 
 @cache
-def _methods() -> dict[str, dict[str, Any]]:
-    """Return the presets that are rows of one file: what each sets, and `about`."""
-    return yaml.safe_load((resources.files("qtdog") / "presets" / f"{METHODS}.yaml").read_text(encoding="utf-8"))
+def _rows() -> dict[str, dict[str, Any]]:
+    """Return the presets that are rows of a table: what each sets, and `about`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for file, prefix in TABLES.items():
+        table = yaml.safe_load((PRESETS / f"{file}.yaml").read_text(encoding="utf-8"))
+        defaults = table.pop("defaults", {})
+        for name, row in table.items():
+            about = row.pop("about")
+            rows[prefix + name] = merge_trees([defaults, row]) | {"about": about}
+    return rows
 
 
 def load_preset(name: str) -> Tree:
@@ -69,7 +71,11 @@ def load_preset(name: str) -> Tree:
         if not path.is_file():
             raise ConfigError(f"configuration file {path} does not exist")
         return {key: part for key, part in _parse(path.read_text(), name).items() if not isinstance(part, list)}
-    return {section: values for section, values in _shipped(name).items() if section != PAPER}
+    if name not in preset_names():
+        raise ConfigError(unknown("preset", name, preset_names()))
+    if name in _rows():
+        return {section: dict(values) for section, values in _rows()[name].items() if section != "about"}
+    return _parse((PRESETS / f"{name}.yaml").read_text(), name)
 
 
 def preset_plugins(name: str) -> list[str]:
@@ -86,28 +92,11 @@ def preset_plugins(name: str) -> list[str]:
     return [str(path.parent / str(one) if (path.parent / str(one)).is_file() else one) for one in named]
 
 
-def paper_part(name: str) -> Tree:
-    """Return what a shipped preset says of the paper: the part that is no configuration; empty if it says nothing.
-
-    Raises:
-        ConfigError: no such preset.
-    """
-    return _shipped(name).get(PAPER, {})
-
-
-def _shipped(name: str) -> Tree:
-    if name not in preset_names():
-        raise ConfigError(unknown("preset", name, preset_names()))
-    if name in _methods():
-        return {section: dict(values) for section, values in _methods()[name].items() if section != "about"}
-    return _parse((resources.files("qtdog") / "presets" / f"{name}.yaml").read_text(), name)
-
-
 def preset_description(name: str) -> str:
-    """Return what a shipped preset says of itself: the comment lines at its head, or `about` of a method."""
-    if name in _methods():
-        return _methods()[name]["about"]
-    lines = (resources.files("qtdog") / "presets" / f"{name}.yaml").read_text().splitlines()
+    """Return what a shipped preset says of itself: the comment lines at its head, or `about` of a table's row."""
+    if name in _rows():
+        return _rows()[name]["about"]
+    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
     head = []
     for line in lines:
         if not line.startswith("#"):

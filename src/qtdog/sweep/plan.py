@@ -20,6 +20,7 @@ from qtdog.sweep.study import (
     Point,
     Scalar,
     Study,
+    axis_keys,
     expand,
     label_text,
     raise_all,
@@ -262,9 +263,12 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
         progress: of reading images.
 
     Raises:
-        ConfigError: as in `expand`, or members of an ensemble that the study has no run of.
+        ConfigError: as in `expand`, members of an ensemble that the study has no run of, or several data sets.
         DataError: as in `data.open.open_readable` and `expand`.
     """
+    if study.datasets:
+        named = ", ".join(study.datasets)
+        raise ConfigError(f"study {study.name} is of several data sets: qtdog reproduce FILE --dataset, one of {named}")
     source = data or study.data or "rotated-digits"
     dataset = open_readable(source, skip_unreadable=skips_unreadable(study), min_domains=1, progress=progress)
     runs = _runs(expand(study, dataset, source, progress))
@@ -293,26 +297,32 @@ def _runs(points: Sequence[Point]) -> list[Task]:
 
 def _ensembles(study: Study, one: Ensemble, runs: Sequence[Task], errors: list[str]) -> list[Task]:
     """Return the tasks of one ensemble of the study: one for each group of seeds and combination of other axes."""
-    found: dict[tuple[tuple[str, Scalar], ...], dict[Scalar | None, Task]] = {}
+    found: dict[tuple[str, tuple[tuple[str, Scalar], ...]], dict[Scalar | None, Task]] = {}
     for run in runs:
         for labels in run.labels:
             if labels["method"] == one.method and not rank_of([one.grid], labels):
-                rest = tuple((name, value) for name, value in labels.items() if name not in ("method", "seed"))
-                found.setdefault(rest, {})[labels.get("seed")] = run
+                axis = _seed_axis(labels)
+                rest = tuple((name, value) for name, value in labels.items() if name not in ("method", axis))
+                found.setdefault((axis, rest), {})[labels.get(axis)] = run
     if not found:
         errors.append(f"ensemble '{one.name}': the study has no run of method '{one.method}' that it means")
     tasks = []
-    for rest, by_seed in found.items():
+    for (axis, rest), by_seed in found.items():
         for group in one.members:
             missing = [str(seed) for seed in group if seed not in by_seed]
-            labels: Labels = {"method": one.name, **dict(rest), "seed": group[0]}
+            labels: Labels = {"method": one.name, **dict(rest), axis: group[0]}
             if missing:
-                errors.append(f"ensemble '{one.name}': no run {label_text(dict(rest))} seed={', '.join(missing)}")
+                errors.append(f"ensemble '{one.name}': no run {label_text(dict(rest))} {axis}={', '.join(missing)}")
                 continue
             members = tuple(by_seed[seed].name for seed in group)
             rank = max(rank_of(study.order, labels), *(by_seed[seed].rank for seed in group))
             tasks.append(_ensemble_task(one, members, labels, rank))
     return tasks
+
+
+def _seed_axis(labels: Labels) -> str:
+    """Return the axis that sets the seed of training, perhaps with other values."""
+    return next((name for name in labels if "train.seed" in axis_keys(name)), "seed")
 
 
 def _ensemble_task(one: Ensemble, members: tuple[str, ...], labels: Labels, rank: int) -> Task:

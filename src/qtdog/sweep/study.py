@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from qtdog.core.config import Config
@@ -75,7 +75,8 @@ class Search(Part):
 class Method(StudyLayer):
     """One method: what it sets beside the base, and axes of its own."""
 
-    about: str = ""
+    about: str = Field(default="", description="what differs from what the name says; printed below its table")
+    title: str = Field(default="", description="its name in a table of expected values, where not its own")
     grid: Axes = Field(default={}, description="axes that the method has instead of the study's, or besides")
     search: Search | None = None
 
@@ -95,6 +96,44 @@ def _groups(given: Any) -> Any:
     """Return groups of seeds: one group if `given` is a list of numbers or a span."""
     values = expand_values(given)
     return values if all(isinstance(value, list) for value in values) else [values]
+
+
+# What a study may say that is known of its methods, and what tables call it.
+EXPECTED_MEASURES = {
+    "unseen": "unseen domain",
+    "unseen_all": "unseen domain, all of it",
+    "in_domain": "in domain, last 20 % of each source",
+    "source": "held-out part of the sources",
+    "percentile_10_in": "10th percentile over known reviewers",
+    "percentile_10_out": "10th percentile over unseen reviewers",
+    "mean_of_five": "unseen domain, mean of five data sets",
+}
+
+
+def _measures(value: Any) -> Any:
+    """Return values by measure: a number alone is the accuracy on the unseen domain."""
+    return {"unseen": value} if isinstance(value, int | float) else value
+
+
+def _known_measures(values: dict[str, float]) -> dict[str, float]:
+    for name in values:
+        if name.partition("/")[0] not in EXPECTED_MEASURES:
+            raise ValueError(unknown("measure", name, EXPECTED_MEASURES))
+    return values
+
+
+# Measure, or measure/domain → accuracy in %.
+ExpectedValues = Annotated[
+    dict[str, float], BeforeValidator(_measures), AfterValidator(_known_measures), Field(min_length=1)
+]
+
+
+class StudyDataset(StudyLayer):
+    """What is particular to one data set in a study of several."""
+
+    data: str = Field(description="as --data takes it")
+    methods: dict[str, StudyLayer] = Field(default={}, description="what a method has here besides")
+    expected: dict[str, ExpectedValues] = Field(default={}, description="known accuracies by method and measure, %")
 
 
 class Study(Part):
@@ -118,6 +157,34 @@ class Study(Part):
     share_averaged: bool = Field(default=False, description="train runs that differ only in their averager once")
     ensembles: list[Ensemble] = []
     order: list[Axes] = Field(default=[], description="which runs come first, by method, target, seed, …")
+    expected: dict[str, ExpectedValues] = Field(default={}, description="known accuracies by method and measure, %")
+    not_run: dict[str, str] = Field(default={}, description="methods with expected values that are no runs: why")
+    datasets: dict[str, StudyDataset] = Field(default={}, description="the data sets that the study is made on, each")
+
+    def on_dataset(self, name: str) -> Study:
+        """Return the study on one of its data sets; `name` is one of `datasets` (KeyError if it is not).
+
+        Example:
+            >>> pacs = {"data": "pacs", "expected": {"m": 85}}
+            >>> tree = {"name": "a", "methods": {"m": {}}, "datasets": {"PACS": pacs}}
+            >>> study = Study.model_validate(tree).on_dataset("PACS")
+            >>> study.name, study.data, study.expected
+            ('a-PACS', 'pacs', {'m': {'unseen': 85.0}})
+        """
+        own = self.datasets[name]
+        methods = {
+            key: method.model_copy(update=_joined(method, own.methods[key])) if key in own.methods else method
+            for key, method in self.methods.items()
+        }
+        changed = {
+            "name": f"{self.name}-{name}",
+            "data": own.data,
+            "base": self.base.model_copy(update=_joined(self.base, own)),
+            "methods": methods,
+            "expected": self.expected | own.expected,
+            "datasets": {},
+        }
+        return self.model_copy(update=changed)
 
     @model_validator(mode="after")
     def _ensembles_are_of_known_methods(self) -> Study:
@@ -151,8 +218,27 @@ class Study(Part):
             raise ValueError("\n".join(wrong))
         return self
 
+    @model_validator(mode="after")
+    def _values_are_expected_of_known_methods(self) -> Study:
+        names = [*self.methods, *(one.name for one in self.ensembles), *self.not_run]
+        wrong = []
+        for where, part in (("", self), *self.datasets.items()):
+            wrong += [f"{where} expected: {unknown('method', key, names)}" for key in part.expected if key not in names]
+        for where, part in self.datasets.items():
+            wrong += [
+                f"{where}: {unknown('method', key, self.methods)}" for key in part.methods if key not in self.methods
+            ]
+        if wrong:
+            raise ValueError("\n".join(line.strip() for line in wrong))
+        return self
+
     def _axes(self) -> list[Axes]:
         return [self.grid, *(method.grid for method in self.methods.values())]
+
+
+def _joined(layer: StudyLayer, upper: StudyLayer) -> dict[str, Any]:
+    """Return presets and values of a layer with another one on top."""
+    return {"presets": [*layer.presets, *upper.presets], "set": layer.set | upper.set}
 
 
 def axis_keys(axis: str) -> list[str]:
@@ -220,7 +306,12 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _fields(path: list[str]) -> list[str]:
-    kinds: dict[str, type[BaseModel]] = {"base": StudyLayer, "methods": Method, "ensembles": Ensemble}
+    kinds: dict[str, type[BaseModel]] = {
+        "base": StudyLayer,
+        "methods": Method,
+        "ensembles": Ensemble,
+        "datasets": StudyDataset,
+    }
     kind = kinds.get(path[0], Study) if path else Study
     return list((Search if path[-1:] == ["search"] else kind).model_fields)
 
@@ -321,7 +412,7 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
         except ConfigError as error:
             errors.append(f"method '{name}': {error}")
             continue
-        for place, labels, trees in _grid(study, method, dataset, shared):
+        for place, labels, trees in _grid(study, method, dataset.domains, shared):
             labels = {"method": name} | labels
             try:
                 config = resolve(build_config([*shared, *trees]), dataset, progress, content=content)
@@ -334,6 +425,25 @@ def expand(study: Study, dataset: DomainDataset, source: str, progress: Progress
             rows.append((rank, place, number, Point(labels, config, rank)))
     raise_all(errors)
     return [row[-1] for row in sorted(rows, key=lambda row: row[:-1])]
+
+
+def expand_without_data(study: Study, domains: Sequence[str]) -> list[tuple[Labels, Config]]:
+    """Return labels and configuration of every run of a study whose data is not here: to count them.
+
+    Args:
+        study: the study.
+        domains: of its data.
+
+    Raises:
+        ConfigError: a preset, key or value that there is not.
+    """
+    runs = []
+    for name, method in study.methods.items():
+        presets = [load_preset(preset) for preset in (*study.base.presets, *method.presets)]
+        shared = [*presets, {"data": {"source": study.data}}, *_assigned(study.base), *_assigned(method)]
+        for _, labels, trees in _grid(study, method, domains, shared):
+            runs.append(({"method": name} | labels, build_config([*shared, *trees])))
+    return runs
 
 
 def study_plugins(study: Study) -> list[str]:
@@ -391,17 +501,17 @@ def _tree(key: str, value: Any) -> Tree:
 
 
 def _grid(
-    study: Study, method: Method, dataset: DomainDataset, shared: Sequence[Tree]
+    study: Study, method: Method, domains: Sequence[str], shared: Sequence[Tree]
 ) -> Iterator[tuple[tuple[int, ...], Labels, list[Tree]]]:
     """Yield place, labels and trees of each combination of the axes and draws of one method.
 
     The place is the position on each of the study's axes, so that methods take turns.
     """
     axes = study.grid | method.grid
-    choices = [[(axis, value) for value in _values(axis, axes[axis], dataset)] for axis in axes]
+    choices = [[(axis, value) for value in _values(axis, axes[axis], domains)] for axis in axes]
     search = method.search or study.search
     every = itertools.product(range(search.n if search else 1), itertools.product(*choices))
-    common = {axis: _values(axis, values, dataset) for axis, values in study.grid.items()}
+    common = {axis: _values(axis, values, domains) for axis, values in study.grid.items()}
     for draw, chosen in every:
         place = tuple(values.index(value) for axis, value in chosen if value in (values := common.get(axis, [])))
         labels: Labels = {axis: value if isinstance(value, Scalar) else str(value) for axis, value in chosen}
@@ -412,12 +522,12 @@ def _grid(
         yield (draw, *place), labels, trees
 
 
-def _values(axis: str, values: Sequence[Any], dataset: DomainDataset) -> list[Any]:
+def _values(axis: str, values: Sequence[Any], domains: Sequence[str]) -> list[Any]:
     if "data.target" not in axis_keys(axis):
         return list(values)
     if misread := [value for value in values if isinstance(value, bool)]:
         raise ConfigError(f"{axis}: {misread[0]} is no name of a domain; quote it, like 'no'")
-    return list(dataset.domains) if list(values) == ["all"] else [str(value) for value in values]
+    return list(domains) if list(values) == ["all"] else [str(value) for value in values]
 
 
 def label_text(labels: Labels) -> str:
