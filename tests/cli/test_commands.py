@@ -156,6 +156,18 @@ def test_all_targets_give_one_table_and_can_be_resumed(qtdog, model, tmp_path):
     assert (tmp_path / "all" / "results.md").read_text() == table
 
 
+def test_a_packed_file_is_the_warm_start_of_a_run_on_all_sites(qtdog, model, tmp_path):
+    root, out, _ = model
+    file = out / "model.safetensors"
+    options = ("--weights", file, "--backbone", "digits_cnn", "--quantizer", "none", "--set", "optimizer.lr=1e-30")
+    done = qtdog("train", "--data", root, "--target", "none", *options, *SHORT, "--out", tmp_path / "warm", "--json")
+    assert done.code == 0, done.err
+    old, new = load_model(file), load_model(tmp_path / "warm" / file.name)
+    assert new.info.pretraining.startswith("file model.safetensors sha256:")
+    pairs = zip(old.network.featurizer.parameters(), new.network.featurizer.parameters(), strict=True)
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-20) for one, other in pairs)  # its updates are tiny
+
+
 def test_members_differ_by_their_seed(qtdog, tmp_path):
     outcome = qtdog("train", "--target", "75", *SHORT, "--members", 2, "--seed", 5, "--out", tmp_path / "m", "--json")
     assert outcome.code == 0

@@ -7,6 +7,8 @@
 # pyright: reportPrivateImportUsage=false
 
 import copy
+import io
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from qtdog.conversion.attach import attach, attached
 from qtdog.conversion.load import load_into, plain_state_dict
@@ -238,3 +241,70 @@ def test_step_sizes_in_another_optimizer_are_fine():
     handle = attach(model)
     handle.enable()
     updates(model, first, torch.optim.SGD(handle.step_size_parameters(), lr=1e-2))
+
+
+def reloaded(model):
+    """Return the model as a file of torch brings it back."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in twin.parameters():
+            value.zero_()
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    return twin
+
+
+class Around(nn.Module):
+    def __init__(self, module, call) -> None:
+        super().__init__()
+        self.module = module
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self.module, x)
+
+
+def functional(model, x):
+    return torch.func.functional_call(model, dict(model.named_parameters()) | dict(model.named_buffers()), (x,))
+
+
+COPYING = {"copy": copy.deepcopy, "file": reloaded, "AveragedModel": AveragedModel, "ModelEmaV3": ModelEmaV3}
+HOLDING = {
+    "DataParallel": nn.DataParallel,
+    "gradient checkpointing": lambda model: Around(model, partial(checkpoint, use_reentrant=False)),
+    "functional_call": lambda model: Around(model, functional),
+}
+
+
+@settings(max_examples=20)
+@given(
+    name=st.sampled_from([*IN_TRAINING]),
+    body=st.sampled_from([*BODIES]),
+    wrapper=st.sampled_from([*COPYING, *HOLDING]),
+    bits=st.integers(2, 8),
+    granularity=st.sampled_from(["channel", "layer"]),
+)
+def test_what_is_around_a_model_changes_neither_answers_nor_file(
+    tmp_path_factory, name, body, wrapper, bits, granularity
+):
+    torch.manual_seed(0)
+    make, shape = BODIES[body]
+    model, x = make(), inputs(shape)
+    handle = attach(model, bits=bits, quantizer=name, granularity=granularity)
+    if wrapper in HOLDING:  # made early, it trains the model itself
+        wrapped = HOLDING[wrapper](model)
+        handle.enable()
+        fit(wrapped, x, quantizers=handle)
+        handle.begin_step(9, 0.999)
+    else:
+        handle.enable()
+        fit(model, x, quantizers=handle)
+        handle.begin_step(9, 0.999)
+        wrapped = COPYING[wrapper](model)
+    expected = model.eval()(x)
+    assert torch.equal(wrapped.eval()(x), expected)
+    path = tmp_path_factory.mktemp("file") / "m"
+    save(wrapped, path)
+    torch.testing.assert_close(load_into(path, make())(x), expected, rtol=0, atol=1e-6)

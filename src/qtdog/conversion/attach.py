@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -410,15 +411,30 @@ def _refuse_half_tied(model: nn.Module, chosen: Sequence[Layer]) -> None:
                 )
 
 
+# What torch shards a model with. A model can only be sharded if these modules have been imported, which takes seconds.
+SHARDING = {
+    "torch.distributed.fsdp": ("FullyShardedDataParallel", "FSDPModule"),
+    "torch.distributed.tensor": ("DTensor",),
+}
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """Refuse a model whose weights are spread over several processes.
 
     Raises:
         ConfigError: FSDP (1 or 2) or tensor parallelism has sharded it.
     """
+    kinds = tuple(
+        getattr(sys.modules[place], name)
+        for place, names in SHARDING.items()
+        if place in sys.modules
+        for name in names
+        if hasattr(sys.modules[place], name)
+    )
+    if not kinds:
+        return
     for name, module in model.named_modules():
-        sharded = [other for other, value in module._parameters.items() if type(value).__name__ == "DTensor"]
-        if sharded or type(module).__name__ == "FullyShardedDataParallel":
+        if isinstance(module, kinds) or any(isinstance(value, kinds) for value in module._parameters.values()):
             raise ConfigError(
                 f"'{name or type(module).__name__}' is sharded (FSDP or tensor parallelism): a step size needs the "
                 "whole weight. Use DistributedDataParallel, which keeps weights whole"

@@ -122,10 +122,9 @@ def _graph(
     codes = [find_codes(graph, member.quantized) for graph, member in zip(graphs, source.members, strict=True)]
     if calibration is not None:
         computed = [refit_computed_(graph, found) for graph, found in zip(graphs, codes, strict=True)]
-        rounded, n_integer, n_products = _quantize_(graphs, codes, module, calibration, watch("calibrating"))
-        if not n_integer:
-            text = f"{source.path}: none of its {n_products} products could become integer"
-            raise ModelError(f"{text}: their weights are not those that were quantized. Export it to a float format")
+        rounded, n_integer, n_products = _quantize_(
+            graphs, codes, module, calibration, source.path, watch("calibrating")
+        )
         done = {"calibration": _calibration(calibration), "integer_products": (n_integer, n_products)}
         info = info.model_copy(update=done | {"notes": _notes(rounded, sum(computed))})
     for graph, found in zip(graphs, codes, strict=True):
@@ -139,22 +138,28 @@ def _quantize_(
     codes: list[dict[str, IntegerWeight]],
     module: InferenceModule,
     images: LabelledImages,
+    path: Path,
     progress: Progress,
 ) -> tuple[list[str], int, int]:
     """Make each member compute in integers, in place.
 
     Returns:
         The weights that had to be rounded again, products in integers, and all products.
+
+    Raises:
+        ModelError: no product can become integer.
     """
+    plans = [plan_int8(graph, found) for graph, found in zip(graphs, codes, strict=True)]
+    n_integer, n_products = sum(len(plan.nodes) for plan in plans), sum(plan.n_products for plan in plans)
+    if not n_integer:
+        text = f"{path}: none of its {n_products} products could become integer: no convolution (of other than the"
+        raise ModelError(f"{text} transposed kind) or matrix product has weights with codes. Export to a float format")
     rounded: list[str] = []
-    n_integer = n_products = 0
-    for index, (graph, found) in enumerate(zip(graphs, codes, strict=True)):
-        plan = plan_int8(graph, found)
+    for index, (graph, found, plan) in enumerate(zip(graphs, codes, plans, strict=True)):
         names = list(plan.points)
         read = _reader(module, open_points(graph, names))
         ranges = calibrate_activations(names, read, images.pixels, progress=_part(progress, index, len(graphs)))
         rounded += [f"members.{index}.{name}" for name in quantize_(graph, plan, found, ranges)]
-        n_integer, n_products = n_integer + len(plan.nodes), n_products + plan.n_products
     return rounded, n_integer, n_products
 
 

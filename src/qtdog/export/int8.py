@@ -14,7 +14,7 @@ from torch import Tensor
 from qtdog.core.progress import Progress
 from qtdog.export.info import library
 from qtdog.export.integer_weight import SAFE, IntegerWeight, seven_bits
-from qtdog.export.onnx_graph import LINEAR, constant, weight_sources
+from qtdog.export.onnx_graph import LINEAR, PRODUCTS, constant, weight_sources
 
 CLIPS = ("Relu", "Clip")
 
@@ -54,7 +54,7 @@ def plan_int8(model: Any, weights: Collection[str]) -> Int8Plan:
     """
     plan, ends = Int8Plan(), set[str]()
     for node in model.graph:
-        plan.n_products += node.op_type in LINEAR and weight_sources(node.inputs[1]) is not None
+        plan.n_products += node.op_type in PRODUCTS and weight_sources(node.inputs[1]) is not None
         if node.op_type in LINEAR and node.inputs[1].name in weights:
             plan.nodes.append(node)
             plan.add(node.inputs[0])

@@ -132,13 +132,14 @@ def member_graphs(source: PackedSource, module: InferenceModule, progress: Progr
 
 
 def _translate_network(network: nn.Module, example: torch.Tensor, source: PackedSource) -> Any:
-    """Translate a network; if that fails, once more without timm's fused attention, which knows no position bias."""
+    """Translate a network, without timm's fused attention where that has a position bias or cannot be translated."""
     fused = [module for module in network.modules() if getattr(module, "fused_attn", False)]
-    try:
-        return translate(network, (example,), ["logits"], source)
-    except ModelError:
-        if not fused:
-            raise
+    if all(getattr(module, "rel_pos", None) is None for module in fused):  # the fused form has no such bias in ONNX
+        try:
+            return translate(network, (example,), ["logits"], source)
+        except ModelError:
+            if not fused:
+                raise
     for module in fused:
         module.__dict__["fused_attn"] = False
     try:
@@ -195,7 +196,9 @@ def _fill_(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 LINEAR = ("Conv", "Gemm", "MatMul")
-"""Operators of convolutions and matrix products; their second input is the weight."""
+"""Convolutions and matrix products that can compute in integers; their second input is the weight."""
+PRODUCTS = (*LINEAR, "ConvTranspose")
+"""All operators of that kind."""
 COMPUTED = "qtdog_computed_weights"
 """Under this key a graph says which initializers were computed from weights with codes."""
 NO_LIMIT = 2**31
