@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,13 @@ from torch import nn
 import qtdog
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import load_preset, preset_plugins
-from qtdog.core.errors import ConfigError, ModelError, RunError
+from qtdog.core.errors import ConfigError, FormatError, ModelError, RunError
 from qtdog.core.progress import StopAfter
-from qtdog.runs.folder import RunFolder
-from qtdog.sweep.local import LocalEngine, Resources
 from qtdog.sweep.plan import Task, make_plan
-from qtdog.sweep.runner import is_done
 from qtdog.sweep.study import read_study
-from qtdog.training.plugins import load_plugins
+from qtdog.sweep.worker import run_task
+from qtdog.training.plugins import AXES, forget_plugins, load_entry_points, load_plugins, member_origins
+from qtdog.training.run import RunCallbacks
 
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "image_size": 12, "eval_every": 2, "progress": False}
 LOSS = """
@@ -119,8 +121,8 @@ def test_mistakes_name_file_and_line(tmp_path: Path):
         load_plugins([tmp_path / "missing.py"])
 
 
-def test_a_study_takes_plugins_to_its_workers(tmp_path: Path):
-    write(tmp_path, "study-loss")
+def test_a_study_takes_the_text_of_its_plugins_to_its_workers(tmp_path: Path):
+    file = write(tmp_path, "study-loss")
     (tmp_path / "study.yaml").write_text(
         "name: own\nplugins: [study_loss.py]\n"
         "base: {set: {data.image_size: 12, data.batch_size: 4, train.steps: 2, train.eval_every: 2}}\n"
@@ -130,17 +132,10 @@ def test_a_study_takes_plugins_to_its_workers(tmp_path: Path):
     (task,) = plan.tasks
     assert Task.from_json(task.to_json()) == task
     assert task.config is not None
-    assert task.config.plugins.files == (str(tmp_path / "study_loss.py"),)
-    (tmp_path / "study_loss.py").unlink()  # what is sent is its text
-    engine = LocalEngine(tmp_path / "out", plan.source, Resources(1, 1))
-    engine.start(task)
-    outcomes = []
-    while not outcomes:
-        outcomes = engine.poll(1)
-    engine.close()
-    assert [(one.status, one.reason) for one in outcomes] == [("done", "")]
-    assert is_done(task, tmp_path / "out")
-    assert RunFolder(tmp_path / "out" / task.name).read_result() is not None
+    assert task.config.plugins.files == (str(file),)
+    text = file.read_text()
+    file.unlink()  # what is sent is its text
+    assert task.to_json()["plugins"] == [[str(file), text]]
 
 
 def test_a_preset_file_names_plugins_beside_it(tmp_path: Path):
@@ -149,3 +144,220 @@ def test_a_preset_file_names_plugins_beside_it(tmp_path: Path):
     preset.write_text("plugins: [beside.py]\nobjective: {name: beside}\n")
     assert preset_plugins(str(preset)) == [str(file)]
     assert load_preset(str(preset)) == {"objective": {"name": "beside"}}
+
+
+ALL = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import qtdog
+from qtdog.quantizers.base import encode
+
+
+@qtdog.register("objective", "own-loss")
+class Loss(qtdog.Objective):
+    def loss(self, domains):
+        return torch.stack([cross_entropy(domain.logits, domain.labels) for domain in domains]).max()
+
+
+@qtdog.register("quantizer", "own-grid")
+class Grid(qtdog.Quantizer):
+    "Rounded to steps of the largest weight."
+
+    def __init__(self, weight, spec, options=None):
+        super().__init__(spec)
+
+    def enable_(self, weight):
+        self.enabled = True
+
+    def scale(self, weight):
+        return self.spec.rows(weight.detach()).abs().amax(1).clamp(min=1e-6) / self.spec.qmax
+
+    def forward(self, weight):
+        if not self.enabled:
+            return weight
+        return weight + (encode(weight, self.scale(weight), self.spec).dequantize() - weight).detach()
+
+    def quantized(self, weight):
+        return encode(weight, self.scale(weight), self.spec)
+
+
+@qtdog.register("averager", "own-mean")
+class Mean(qtdog.Averager):
+    def __init__(self, params, start):
+        super().__init__(params, start)
+        self.mean = None
+
+    def after_step(self, step, network):
+        now = {name: value.detach().clone() for name, value in network.state_dict().items()
+               if value.is_floating_point()}
+        self.mean = now if self.mean is None else {name: self.mean[name].lerp(now[name], 0.5) for name in now}
+
+    def evaluated(self):
+        return self.mean
+
+    def state(self):
+        return dict(self.mean or {}), {}
+
+    def restore(self, tensors, extra):
+        self.mean = dict(tensors) or None
+
+
+@qtdog.register("step-rule", "own-clip")
+class Clip(qtdog.StepRule):
+    def __call__(self, update):
+        update.optimizer.zero_grad()
+        loss = update.backward()
+        nn.utils.clip_grad_norm_(update.network.parameters(), 1.0)
+        update.optimizer.step()
+        return loss
+
+
+class Scaled(nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.inside, self.gain = inside, nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return self.inside(images) * self.gain
+
+
+@qtdog.register("feature-layer", "own-gain")
+class Gain(qtdog.FeatureLayer):
+    SAVED = True
+
+    def install_(self, network, image_shape):
+        network.featurizer = Scaled(network.featurizer)
+
+
+@qtdog.register("augmentation", "own-flip")
+def flip(images, generator):
+    mask = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mask[:, None, None, None], images.flip(2), images)
+
+
+@qtdog.register("backbone", "own-net")
+def net(channels, image_size):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+
+@qtdog.register("dataset", "own-data")
+def data():
+    pixels = torch.randint(0, 255, (60, 12, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = [i % 2 for i in range(60)]
+    return qtdog.Dataset(list(pixels.numpy()), [i // 20 for i in range(60)], labels=labels, classes=["a", "b"],
+                         name="own")
+"""
+OWN: dict[str, Any] = {
+    "data": "own-data", "target": "2", "objective": "own-loss", "quantizer": "own-grid", "averager": "own-mean",
+    "step_rule": "own-clip", "feature_layer": "own-gain", "augment": "own-flip", "backbone": "own-net",
+    "weights": "none", "start_step": 2, "checkpoint_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def all_axes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, qtdog.RunResult]:
+    """Return a file with a member of every axis, and a run that uses all of them."""
+    folder = tmp_path_factory.mktemp("all")
+    file = folder / "all_axes.py"
+    file.write_text(ALL)
+    result = qtdog.train(out=folder / "run", plugins=[file], **OWN | SMALL)
+    assert isinstance(result, qtdog.RunResult)
+    return file, result
+
+
+@pytest.fixture
+def anew() -> Any:
+    """Return a function that begins a process anew, as far as plug-ins go; the file is needed again after it."""
+    yield forget_plugins
+    forget_plugins()
+
+
+def test_a_member_of_every_axis_trains_and_its_model_answers(all_axes: tuple[Path, qtdog.RunResult]):
+    file, result = all_axes
+    assert set(AXES) == {axis for axis, _ in member_origins()}
+    assert result.config.plugins.files == (str(file),)
+    assert result.model.info.feature_layer == "own-gain"
+    scores = result.model.evaluate("own-data", progress=False)
+    assert scores.domains["2"]["accuracy"] == result.accuracy
+
+
+def test_a_resume_a_fork_and_a_sweep_with_plugins_are_bit_identical(
+    all_axes: tuple[Path, qtdog.RunResult], tmp_path: Path
+):
+    file, whole = all_axes
+    given = {"plugins": [file], **OWN, **SMALL}
+    with pytest.raises(KeyboardInterrupt, match="stopped after 3"):
+        qtdog.train(out=tmp_path / "part", **given | {"progress": StopAfter(3)})
+    part = qtdog.train(out=tmp_path / "part", resume=True, **given)
+    forked = qtdog.train(out=tmp_path / "fork", members=2, fork_at="start", **given)
+    assert isinstance(forked, qtdog.RunResults)
+
+    (tmp_path / "study.yaml").write_text(
+        f"name: own\nplugins: [{file}]\ndata: own-data\n"
+        "base: {set: {data.image_size: 12, data.batch_size: 4, train.steps: 4, train.eval_every: 2, "
+        "train.checkpoint_every: 1, model.backbone: own-net, model.weights: none, model.feature_layer: own-gain, "
+        "data.augment: own-flip, objective.name: own-loss, averager.name: own-mean, step_rule.name: own-clip, "
+        "quantizer.name: own-grid, quantizer.start_step: 2}}\n"
+        "methods: {mine: {}}\ngrid: {target: ['2'], seed: [0]}\n"
+    )
+    plan = make_plan(read_study(tmp_path / "study.yaml"))
+    (task,) = plan.tasks
+    assert task.name == config_hash(whole.config)
+    run_task(task, tmp_path / "sweep", plan.dataset, RunCallbacks())
+    swept = qtdog.RunResult.read(tmp_path / "sweep" / task.name)
+    for other in (part, forked[0], swept):
+        assert isinstance(other, qtdog.RunResult)
+        assert other.result["model_sha256"] == whole.result["model_sha256"]
+
+
+def test_a_model_names_its_plugin_when_it_is_loaded_without_it(
+    all_axes: tuple[Path, qtdog.RunResult], tmp_path: Path, anew: Any
+):
+    file, result = all_axes
+    assert [(one.name, one.sha256) for one in result.model.info.plugins] == [
+        ("all_axes.py", hashlib.sha256(ALL.encode()).hexdigest())
+    ]
+    anew()
+    file.with_name("all_axes.py.txt").write_text(file.read_text())  # nothing is found by its name either
+    for text in ("feature layer that is not known here", r"made with all_axes\.py \([0-9a-f]{12}\)", "--plugin FILE"):
+        with pytest.raises(FormatError, match=text):
+            qtdog.load(result.folder)
+    assert member_origins() == {}  # the copy in the run folder was not run
+
+    changed = tmp_path / "all_axes.py"
+    changed.write_text(ALL + "\n# another text\n")
+    load_plugins([changed])
+    with pytest.warns(UserWarning, match="another version of the plug-in of backbone 'own-net'"):
+        qtdog.load(result.folder)
+    anew()
+    load_plugins([file])
+    qtdog.load(result.folder)
+
+
+class Point:
+    """An entry point as importlib.metadata has them."""
+
+    name, module, value, dist = "mine", "installed_plugin_of_a_test", "installed_plugin_of_a_test", None
+
+    def load(self) -> Any:
+        """Import the module."""
+        return importlib.import_module(self.module)
+
+
+def test_an_installed_package_offers_plugins_as_entry_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: Any
+):
+    (tmp_path / "installed_plugin_of_a_test.py").write_text(LOSS.format(name="installed-loss", factor=1.0))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    anew()
+    load_entry_points(points=[Point()])
+    result = qtdog.train(target="75", objective="installed-loss", out=tmp_path / "run", **SMALL)
+    assert isinstance(result, qtdog.RunResult)
+    assert result.config.plugins.files == ("installed_plugin_of_a_test",)
+    sys.modules.pop("installed_plugin_of_a_test")
+
+    (tmp_path / "installed_plugin_of_a_test.py").write_text("raise ValueError('broken')")
+    with pytest.raises(ConfigError, match=r"the plug-in of package installed_plugin_of_a_test failed: ValueError"):
+        load_entry_points(points=[Point()])

@@ -36,7 +36,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.fork import reseeded
 from qtdog.training.loggers import with_loggers
-from qtdog.training.plugins import load_plugins, with_plugins
+from qtdog.training.plugins import load_entry_points, load_plugins, with_plugins
 from qtdog.training.protocol import dataset_layer, resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 
@@ -230,6 +230,7 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     Raises:
         ConfigError, DataError: as in `build_config` and `open_dataset`.
     """
+    load_entry_points()
     load_plugins(plugin_files(request))
     flags = option_tree(request.flags)
     own = [load_preset(given) if isinstance(given, str) else given for given in request.presets]

@@ -132,13 +132,14 @@ def _looks_like_a_name(source: str) -> bool:
 
 
 def _explain_unknown(source: str) -> str:
-    close = nearest(source, CARDS)
+    names = [*CARDS, *OWN_DATASETS]
+    close = nearest(source, names)
     hint = f"did you mean '{close}'? " if close else ""
     try:
         require_path(Path(source), "the path")
     except DataError as error:
-        return f"'{source}' is not a known data set: {hint}Known: {', '.join(CARDS)}. As a folder: {error}"
-    return f"'{source}' is not a known data set: {hint}Known: {', '.join(CARDS)}"
+        return f"'{source}' is not a known data set: {hint}Known: {', '.join(names)}. As a folder: {error}"
+    return f"'{source}' is not a known data set: {hint}Known: {', '.join(names)}"
 
 
 def _open_benchmark(name: str, root: Path, min_domains: int) -> DomainDataset:

@@ -30,7 +30,7 @@ from qtdog.sweep.study import (
 )
 from qtdog.training.build import AVERAGERS
 from qtdog.training.fork import fork_obstacle, fork_point_config
-from qtdog.training.plugins import load_plugin_text, load_plugins, named_plugins
+from qtdog.training.plugins import load_entry_points, load_plugin_text, load_plugins, named_plugins
 
 Kind = Literal["fork_point", "run", "ensemble"]
 
@@ -125,6 +125,7 @@ class Task:
 
     def load_plugins(self) -> None:
         """Run the plug-ins that it needs in this process (ConfigError if one fails)."""
+        load_entry_points()
         for path, text in self.plugins:
             load_plugin_text(path, text)
 
@@ -269,6 +270,8 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     if study.datasets:
         named = ", ".join(study.datasets)
         raise ConfigError(f"study {study.name} is of several data sets: qtdog reproduce FILE --dataset, one of {named}")
+    load_entry_points()
+    plugins_named = load_plugins(study_plugins(study))  # first: one of them may make the data set
     source = data or study.data or "rotated-digits"
     dataset = open_readable(source, skip_unreadable=skips_unreadable(study), min_domains=1, progress=progress)
     runs = _runs(expand(study, dataset, source, progress))
@@ -277,7 +280,7 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     raise_all(errors)
     tasks = share_fork_points(runs) if study.share_prefix else runs
     tasks = share_updates(tasks) if study.share_averaged else tasks
-    plugins = tuple((one.path, one.text) for one in named_plugins(load_plugins(study_plugins(study))))
+    plugins = tuple((one.path, one.text) for one in named_plugins(plugins_named))
     tasks = [replace(task, plugins=plugins) for task in _in_order([*tasks, *ensembles])]
     return Plan(study, source, dataset, tuple(tasks))
 

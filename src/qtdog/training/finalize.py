@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,10 @@ def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
     }
     if FeaturizerSpec(config.model.backbone, channels, size).is_timm:
         metadata["timm"] = timm.__version__
+    if config.plugins.sha256:
+        pairs = zip(config.plugins.files, config.plugins.sha256, strict=True)
+        # names alone: folders of this machine are nobody's business
+        metadata["plugins"] = [{"name": Path(file).name, "sha256": digest} for file, digest in pairs]
     return metadata
 
 

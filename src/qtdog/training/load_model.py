@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.layout import KEY, read_header
 from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.runs.folder import RunFolder
+from qtdog.training.plugins import load_entry_points, origin_of
 
 
 class _Untrusted(BaseModel):
@@ -61,6 +63,13 @@ class Preprocessing(_Untrusted):
         return words
 
 
+class PluginNote(_Untrusted):
+    """A plug-in that a run was made with: to be compared and named in messages, never a reason to run one."""
+
+    name: str = Field(max_length=200)
+    sha256: str = Field(max_length=64)
+
+
 # What the members of one ensemble have in common, by attribute of `ModelInfo`.
 STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
 
@@ -83,6 +92,7 @@ class ModelInfo(_Untrusted):
         feature_params: its hyper-parameters.
         head: what the classifier stands on, as `model.head` says it.
         timm: version of timm that built the backbone; "" for one of our own, or in a file from before it was kept.
+        plugins: those that the run was made with.
     """
 
     backbone: str
@@ -99,6 +109,7 @@ class ModelInfo(_Untrusted):
     feature_params: dict[str, bool | int | float | str] = {}
     head: Literal["linear", "text"] = "linear"
     timm: str = Field(default="", max_length=100)
+    plugins: tuple[PluginNote, ...] = Field(default=(), max_length=100)
 
 
 class LoadedModel(nn.Module):
@@ -169,6 +180,7 @@ def build_networks(path: Path, members: Sequence[PackedModel], info: ModelInfo) 
     Raises:
         ModelError: the backbone is not known here, is far larger than the content, or does not fit it.
     """
+    _compare_plugins(path, info)
     outline = _outline(path, members[0], info)
     for member in members:
         check_fits(member, outline, path)
@@ -184,6 +196,32 @@ def build_networks(path: Path, members: Sequence[PackedModel], info: ModelInfo) 
     return networks
 
 
+def _compare_plugins(path: Path, info: ModelInfo) -> None:
+    """Warn if the code that rebuilds the network is not the text that the file was made with."""
+    load_entry_points()
+    made_with = {one.sha256 for one in info.plugins}
+    found = {f"{axis} '{name}'": origin_of(axis, name) for axis, name in (
+        ("backbone", info.backbone), ("feature-layer", info.feature_layer),
+    )}  # fmt: skip
+    others = {what: here for what, here in found.items() if here is not None and here.sha256 not in made_with}
+    if others:
+        here = ", ".join(dict.fromkeys(f"{one.name} ({one.sha256[:12]})" for one in others.values()))
+        text = f"{path} was made with another version of the plug-in of {' and '.join(others)}"
+        before = _listed(info.plugins) or "none"
+        warnings.warn(f"{text}: with {before}, and here is {here}. It may answer otherwise", stacklevel=4)
+
+
+def _listed(plugins: Sequence[PluginNote]) -> str:
+    return ", ".join(f"{one.name} ({one.sha256[:12]})" for one in plugins)
+
+
+def _plugins_in_words(plugins: Sequence[PluginNote]) -> str:
+    if not plugins:
+        return ""
+    advice = "if you trust such a file, name it: --plugin FILE.py (in Python qtdog.load_plugins)"
+    return f". It was made with {_listed(plugins)}; {advice}"
+
+
 def _outline(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
     """Return the network that a file names without memory for its values, after checking its size and width."""
     stored = {name: value.codes for name, value in packed.quantized.items()} | packed.rest
@@ -194,6 +232,8 @@ def _outline(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
         with torch.device("meta"):
             outline = empty_network(info, n_features=shape[1])
     except ModelError as error:
+        if info.plugins:
+            raise ModelError(f"{path}: {error}{_plugins_in_words(info.plugins)}") from error
         if info.timm in ("", timm.__version__):
             raise
         text = f"the file was written with timm {info.timm}, here is {timm.__version__}: install that one"
@@ -298,10 +338,12 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
     if not len(info.preprocessing.mean) == len(info.preprocessing.std) == info.preprocessing.channels:
         raise FormatError(f"{path}: mean and std must have {info.preprocessing.channels} entries, one per channel")
     _check_text(path, info)
+    load_entry_points()
     try:
         layer = make_feature_layer(info.feature_layer, info.feature_params)
     except ConfigError as error:
-        raise FormatError(f"{path} has a feature layer that is not known here: {error}") from error
+        told = _plugins_in_words(info.plugins)
+        raise FormatError(f"{path} has a feature layer that is not known here: {error}{told}") from error
     if info.feature_layer != "none" and not layer.SAVED:
         raise FormatError(f"{path}: the feature layer '{info.feature_layer}' is for training only, and in no file")
     return info

@@ -15,12 +15,12 @@ import hashlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from qtdog.core.config import Config, PluginsConfig
 from qtdog.core.errors import ConfigError, QtdogError, unknown
@@ -204,17 +204,33 @@ def named_plugins(more: Sequence[Plugin] = ()) -> list[Plugin]:
     return list(dict.fromkeys([*_named, *more]))
 
 
-def load_entry_points() -> None:
-    """Run the plug-ins of installed packages, once in a process.
+class EntryPoint(Protocol):
+    """What is read of an entry point of an installed package (`importlib.metadata.EntryPoint`)."""
+
+    value: str
+    module: str
+    dist: Any
+
+    def load(self) -> Any:
+        """Import what it names."""
+        ...
+
+
+def load_entry_points(points: Iterable[EntryPoint] | None = None) -> None:
+    """Run the plug-ins of installed packages.
+
+    Args:
+        points: some entry points; None for those of all installed packages, once in a process.
 
     Raises:
         ConfigError: one failed; the text names its package.
     """
     global _entry_points_loaded
-    if _entry_points_loaded:
-        return
-    _entry_points_loaded = True
-    for point in metadata.entry_points(group=ENTRY_POINTS):
+    if points is None:
+        if _entry_points_loaded:
+            return
+        _entry_points_loaded = True
+    for point in metadata.entry_points(group=ENTRY_POINTS) if points is None else points:
         about = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
         try:
             module = import_module(point.module)
@@ -286,6 +302,11 @@ def keep_plugins(config: Config, folder: Path) -> None:
         if plugin is not None and plugin.text:
             name = plugin.name if plugin.name.endswith(".py") else f"{plugin.name}.py"
             write_atomic(folder / "plugins" / f"{digest[:12]}-{name}", plugin.text)
+
+
+def origin_of(axis: str, name: str) -> Plugin | None:
+    """Return the plug-in that entered a member of an axis; None for a built-in one."""
+    return _origins.get((axis, name))
 
 
 def member_origins() -> dict[tuple[str, str], str]:
