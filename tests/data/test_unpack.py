@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -205,3 +206,92 @@ def test_a_name_is_safe_or_refused(name):
 
 def test_what_is_no_archive_is_known():
     assert [is_archive(name) for name in ("a.ZIP", "a.tar.xz", "a.gz", "a.txt")] == [True, True, False, False]
+
+
+def tar_header(name, size=0, kind=b"0"):
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[124:136] = b"%011o\0" % size
+    header[156:157] = kind
+    header[257:265] = b"ustar\x0000"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def zip_of(*names):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x" * 100)
+    return bytearray(stream.getvalue())
+
+
+def far_offset():
+    content = zip_of("a", "b")
+    struct.pack_into("<I", content, content.index(b"PK\1\2") + 42, 0xFFFFFFF0)
+    return content
+
+
+def negative_place():
+    content = zip_of("a")
+    struct.pack_into("<I", content, content.index(b"PK\5\6") + 16, 0xFFFF)
+    return content
+
+
+PAX_A = b"9 path=a\n" + bytes(503)
+END = bytes(1024)
+BAD_ARCHIVES = {
+    "a file that is a folder too.zip": (zip_of("a", "a/b"), "as a file and as a folder"),
+    "a folder that is a file too.zip": (zip_of("a/b", "A"), "as a file and as a folder"),
+    "a far offset.zip": (far_offset(), "damaged"),
+    "a negative place.zip": (negative_place(), "damaged"),
+    "headers of headers.tar": ((tar_header(b"p", 9, b"x") + PAX_A) * 1500 + tar_header(b"ok") + END, "another header"),
+    "a large header.tar": (
+        tar_header(b"p", 65537, b"x") + bytes(66048) + tar_header(b"ok") + END,
+        "a header of 65,537",
+    ),
+    "digits.tar": (tar_header(b"p", 199, b"x") + b"9" * 199 + bytes(313) + tar_header(b"ok") + END, "no records"),
+    "a negative length.tar": (tar_header(b"p", 9, b"x") + b"-9 path=a\n".ljust(512, b"\0") + END, "no records"),
+    "a size that is none.tar": (
+        tar_header(b"p", 12, b"x") + b"12 size=1e9\n".ljust(512, b"\0") + tar_header(b"ok") + END,
+        "the size '1e9'",
+    ),
+    "sparse.tar": (
+        tar_header(b"p", 22, b"x") + b"22 GNU.sparse.major=1\n".ljust(512, b"\0") + tar_header(b"ok") + END,
+        "is sparse",
+    ),
+    "a global name.tar": (tar_header(b"p", 9, b"g") + PAX_A + tar_header(b"ok") + END, "names its files"),
+    "a link.tar": (tar_header(b"ok", 0, b"2") + END, "is a link"),
+    "a header alone.tar": (tar_header(b"p", 9, b"x") + PAX_A + END, "ends in the middle"),
+    "half a header.tar": (tar_header(b"ok") + bytes(100), "ends in the middle"),
+    "a missing end of a file.tar": (tar_header(b"ok", 9999) + bytes(512), "ends in the middle|shorter"),
+    "nothing.tar": (b"", "no tar archive"),
+    "another checksum.tar": (tar_header(b"ok").replace(b"ok", b"no") + END, "checksum"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), [(name, *case) for name, case in BAD_ARCHIVES.items()])
+def test_a_bad_archive_is_one_line(name, content, reason, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        unpack(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_form_of_tar_is_read(form, tmp_path):
+    names = ["a", "b/" + "c" * 90 + "/" + "d" * 99, "e/ä€", "f/empty", *(f"g/{i}" for i in range(20))]
+    names += [] if form == tarfile.USTAR_FORMAT else ["h" * 200 + "/" + "i" * 200 + "/j"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=form, pax_headers={"comment": "all"}) as archive:
+        folder = tarfile.TarInfo("g")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for n, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name.endswith("empty") else 700 * n + 1
+            info.mtime = 1.5
+            archive.addfile(info, io.BytesIO(bytes([n]) * info.size))
+    assert unpack(tmp_path / "x.tar", tmp_path / "out") == len(names)
+    for n, name in enumerate(names):
+        content = (tmp_path / "out" / name).read_bytes()
+        assert content == (b"" if name.endswith("empty") else bytes([n]) * (700 * n + 1))

@@ -31,7 +31,8 @@ def records(config: Config, *, level: float = 0.6) -> list[Record]:
     for step in range(20, config.train.steps + 1, 20):
         base = level + 0.2 * step / config.train.steps - (0.15 if start is not None and step == start + 20 else 0)
         key = (config.quantizer.name, data.trial, config.train.seed, step)
-        source = {d: Score(round(base + 0.1 + 0.03 * swing(d, *key), 4), 0.5, 100) for d in DOMAINS if d != data.target}
+        on_sources = {d: min(1.0, round(base + 0.1 + 0.03 * swing(d, *key), 4)) for d in DOMAINS if d != data.target}
+        source = {domain: Score(accuracy, 0.5, 100) for domain, accuracy in on_sources.items()}
         target = round(base - 0.1 + 0.05 * swing(data.target, *key), 4)
         # 500 images of the target, 400 of them in the 80 % split
         test, test_in = {data.target: Score(target, 0.9, 500)}, {data.target: Score(round(target + 0.004, 4), 0.9, 400)}

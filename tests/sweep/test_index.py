@@ -126,14 +126,19 @@ def test_failures_and_their_reasons_are_found(copied):
     assert row == {"folder": task.name, "error": "no luck"}
 
 
-def test_foreign_and_damaged_files_are_no_runs(copied):
+def test_a_damaged_run_is_named_and_a_foreign_file_is_none(copied):
     _, out = copied
     before = ask(refresh(out))
     for name, text in (("a", "]["), ("b", "[1]"), ("c", "data: 3")):
         (out / name).mkdir()
         (out / name / "config.yaml").write_text(text)
-        (out / name / "result.json").write_text(text)
     assert ask(refresh(out)) == before
+    for name in "abc":
+        (out / name / "result.json").write_text((out / name / "config.yaml").read_text())
+    found = {row["folder"]: row for row in ask(refresh(out))}
+    assert [found.pop(name)["state"] for name in "abc"] == ["damaged"] * 3
+    assert list(found.values()) == before
+    assert "result.json" in str(ask(refresh(out), "folder = 'a'")[0]["error"])
 
 
 ATTACKS = [

@@ -15,9 +15,12 @@ from typing import Any
 
 from qtdog.core.errors import FormatError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.safe_text import csv_line, no_formula, read_json, read_text
 
 POINTS = "points.csv"
 SETTINGS = "settings.json"
+MAX_POINTS_BYTES = 512 * 2**20
+MAX_SETTINGS_BYTES = 16 * 2**20
 Row = dict[str, str]
 
 
@@ -55,11 +58,11 @@ class Measurements:
         if self.file.is_file():
             self._read()
         else:
-            write_atomic(self.file, _line(self.columns))
+            write_atomic(self.file, csv_line(self.columns))
         self._done = {self._key_of(row) for row in self.rows}
 
     def _read(self) -> None:
-        text = self.file.read_text()
+        text = read_text(self.file, MAX_POINTS_BYTES, kind=FormatError)
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             write_atomic(self.file, whole)
@@ -92,7 +95,7 @@ class Measurements:
         """
         rows = [[_text(part) for part in (*key, *values)] for key, values in pairs]
         with clear_disk_errors(self.file), self.file.open("a") as stream:
-            stream.write("".join(map(_line, rows)))
+            stream.write("".join(map(csv_line, rows)))
             stream.flush()
             os.fsync(stream.fileno())
         added = [dict(zip(self.columns, cells, strict=True)) for cells in rows]
@@ -118,8 +121,8 @@ def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         >>> file.read_text()
         'run,loss\nfloat,0.5\n'
     """
-    lines = [_line(list(rows[0]))] if rows else []
-    write_atomic(file, "".join([*lines, *(_line([_text(cell) for cell in row.values()]) for row in rows)]))
+    lines = [csv_line(rows[0])] if rows else []
+    write_atomic(file, "".join([*lines, *(csv_line(row.values()) for row in rows)]))
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -129,9 +132,11 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         write_atomic(file, json.dumps(settings, indent=1))
         return
     try:
-        kept = json.loads(file.read_text())
-    except ValueError as error:
-        raise FormatError(f"{file} is not valid JSON ({error}); choose another --out") from error
+        kept = read_json(file, max_bytes=MAX_SETTINGS_BYTES, kind=FormatError)
+    except FormatError as error:
+        raise FormatError(f"{error}; choose another --out") from error
+    if not isinstance(kept, dict):
+        raise FormatError(f"{file} is no object of settings; choose another --out")
     names = [name for name in {**kept, **settings} if kept.get(name) != settings.get(name)]
     if names:
         changes = "\n  ".join(f"{name}: {kept.get(name)!r} → {settings.get(name)!r}" for name in names)
@@ -139,13 +144,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
-
-
-def _line(cells: Sequence[str]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerow(cells)
-    return stream.getvalue()
+    """Return a cell as its file has it, so that what is read can be compared with what is asked for."""
+    return "" if value is None else repr(value) if isinstance(value, float) else no_formula(str(value))
 
 
 OUTCOME = "analysis.json"

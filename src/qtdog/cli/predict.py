@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -146,14 +144,11 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> str:
     import json
 
+    from qtdog.core.safe_text import csv_line
     from qtdog.report.render import markdown
 
     if style is Format.JSON:
         return json.dumps(list(rows), indent=1) + "\n"
     if style is Format.TABLE:
         return markdown(names, _cells(rows)) + "\n"
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return "".join(map(csv_line, [names, *(row.values() for row in rows)]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -111,7 +109,7 @@ def checked_datasets(run_set: RunSet, *, per_dataset: bool) -> list[str]:
 
 
 def say_left_out(run_set: RunSet) -> None:
-    """Say to standard error which runs are not finished, and how many lines of DomainBed's files do not count."""
+    """Say to standard error which runs are not finished or damaged, and how many lines of DomainBed do not count."""
     from qtdog.cli.console import warn
 
     if run_set.unfinished:
@@ -119,6 +117,8 @@ def say_left_out(run_set: RunSet) -> None:
         warn(f"left out, not finished: {len(run_set.unfinished)} ({listed})")
     for reason, n in run_set.left_out.items():
         warn(f"left out: {n} {reason}")
+    for sentence in run_set.damaged:
+        warn(f"left out: {sentence}")
 
 
 def _tables(
@@ -244,7 +244,7 @@ def runs(
 
       qtdog runs "state = 'failed'" --columns method,target,seed,error
     """
-    from qtdog.cli.console import print_json
+    from qtdog.cli.console import print_json, warn
     from qtdog.core.errors import ConfigError, RunError
     from qtdog.runs.index import ask, refresh
 
@@ -254,7 +254,10 @@ def runs(
         raise RunError(f"{out} is no folder; --out takes the folder that holds the runs")
     every = as_json or columns.strip() == "all"
     names = [] if every else [name.strip() for name in columns.split(",") if name.strip()]
-    found = ask(refresh(out), condition, columns=names, order=order)
+    index = refresh(out)
+    found = ask(index, condition, columns=names, order=order)
+    for row in ask(index, "state = 'damaged'", columns=["error"]):
+        warn(f"damaged: {row['error']}")
     if as_json:
         print_json(found)
     elif as_csv:
@@ -265,16 +268,10 @@ def runs(
 
 def csv_text(rows: list[IndexRow], names: list[str]) -> str:
     """Return rows as CSV with a head; a cell that a spreadsheet would run as a formula gets a quote before it."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(names or (list(rows[0]) if rows else []))
-    for row in rows:
-        writer.writerow([_harmless(value) for value in row.values()])
-    return stream.getvalue()
+    from qtdog.core.safe_text import csv_line
 
-
-def _harmless(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+    head = names or (list(rows[0]) if rows else [])
+    return "".join(map(csv_line, [head, *(row.values() for row in rows)]))
 
 
 def _show(rows: list[IndexRow], names: list[str]) -> None:

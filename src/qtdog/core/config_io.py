@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, nearest, unknown
+from qtdog.core.safe_text import MAX_YAML_BYTES, parse_yaml, read_text
 
 Tree = dict[str, Any]
 # Short name of an option (a flag of the command line, an argument of `qtdog.train`) → its section and key.
@@ -70,7 +71,7 @@ def load_preset(name: str) -> Tree:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"configuration file {path} does not exist")
-        return {key: part for key, part in _parse(path.read_text(), name).items() if not isinstance(part, list)}
+        return {key: part for key, part in _parse(_text(path), name).items() if not isinstance(part, list)}
     if name not in preset_names():
         raise ConfigError(unknown("preset", name, preset_names()))
     if name in _rows():
@@ -86,7 +87,7 @@ def preset_plugins(name: str) -> list[str]:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return []
-    named = _parse(path.read_text(), name).get("plugins", {})
+    named = _parse(_text(path), name).get("plugins", {})
     if not isinstance(named, list):
         return []
     return [str(path.parent / str(one) if (path.parent / str(one)).is_file() else one) for one in named]
@@ -105,15 +106,19 @@ def preset_description(name: str) -> str:
     return " ".join(head)
 
 
+def _text(path: Path) -> str:
+    return read_text(path.resolve(), MAX_YAML_BYTES, kind=ConfigError)
+
+
 def _parse(text: str, name: str) -> Tree:
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree, texts = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    tree = tree or {}
     is_tree = isinstance(tree, dict) and all(isinstance(part, dict) for key, part in tree.items() if key != "plugins")
     if not is_tree or not isinstance(tree.get("plugins", {}), dict | list):
         raise ConfigError(f"{name} must hold sections with keys, like 'train:' and below it 'steps: 100'")
-    texts = yaml.load(text, Loader=yaml.BaseLoader)
     parts = {section: values for section, values in tree.items() if isinstance(values, dict)}
     lists = {section: values for section, values in tree.items() if isinstance(values, list)}
     return lists | {section: _with_texts(section, values, texts.get(section)) for section, values in parts.items()}
@@ -155,8 +160,8 @@ def parse_assignment(text: str) -> Tree:
     if not (equals and dot and section and key):
         raise ConfigError(f"--set takes section.key=value, like --set train.steps=100; got '{text}'")
     try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        read = parse_yaml(value)[0]
+    except ValueError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from error
     glued = [name for name, one in read.items() if one is None and ":" in str(name)] if isinstance(read, dict) else []
     if glued:

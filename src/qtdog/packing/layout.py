@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from qtdog.core.errors import FormatError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
+from qtdog.core.safe_text import check_json_extent
 from qtdog.packing.codecs import BITS
 
 
@@ -33,10 +33,7 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-MAX_NESTING = 64
 MAX_JSON_ITEMS = 2**20
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_BRACKET = re.compile(r"[\[\]{}]")
 
 
 def parse(text: str) -> Any:
@@ -52,28 +49,11 @@ def parse(text: str) -> Any:
         ...
         ValueError: the key 'a' appears twice
     """
-    check_extent(text)
+    check_json_extent(text, max_items=MAX_JSON_ITEMS)
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def check_extent(text: str) -> None:
-    """Refuse a JSON text whose value would take far more memory than its length says.
-
-    Raises:
-        ValueError: nesting deeper than 64, or more than 2^20 items (commas and opening brackets outside of strings).
-    """
-    bare = _STRING.sub("", text)
-    n_items = bare.count(",") + bare.count("[") + bare.count("{")
-    if n_items > MAX_JSON_ITEMS:
-        raise ValueError(f"it has {n_items} items, and {MAX_JSON_ITEMS} are the limit")
-    depth = 0
-    for match in _BRACKET.finditer(bare):
-        depth += 1 if match[0] in "[{" else -1
-        if depth > MAX_NESTING:
-            raise ValueError("it is nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -363,7 +343,7 @@ def _grid(entry: Entry) -> dict[str, Any]:
 def _text(tree: dict[str, Any], layout: Layout) -> str:
     try:
         text = canonical(tree | {"aliases": layout.aliases, "metadata": layout.metadata})
-        check_extent(text)
+        check_json_extent(text, max_items=MAX_JSON_ITEMS)
         return text
     except (TypeError, ValueError) as error:
         raise FormatError(f"the metadata cannot be written as JSON: {error}") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from qtdog.core.safe_text import csv_line, one_line
 
 MISSING = "–"
 MARKS = {"best": "*", "second": "+"}
@@ -99,7 +98,7 @@ def to_text(tables: Sequence[Table], width: int | None = None) -> str:
 
 def _text(table: Table, width: int | None) -> str:
     marks = ["* best, + second of the column."] if table.marked else []
-    about = [_one_line(line) for line in [table.title, *table.notes, *marks] if line]
+    about = [one_line(line) for line in [table.title, *table.notes, *marks] if line]
     if width is not None:
         about = [part for line in about for part in textwrap.wrap(line, max(width, 20)) or [""]]
     return "\n".join([*about, *([""] if about else []), text_grid(table, width)])
@@ -108,8 +107,8 @@ def _text(table: Table, width: int | None) -> str:
 def text_grid(table: Table, width: int | None = None) -> str:
     """Return header, rule and rows of a table as text, as in `to_text`."""
     space = " " if table.marked else ""
-    cells = [[_one_line(cell.text) + MARKS.get(cell.mark, space) for cell in row] for row in table.rows]
-    lines = [[f"{_one_line(name)}{space}" for name in table.headers], *cells]
+    cells = [[one_line(cell.text) + MARKS.get(cell.mark, space) for cell in row] for row in table.rows]
+    lines = [[f"{one_line(name)}{space}" for name in table.headers], *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.headers))]
     right = [i > 0 and _reads_as_numbers([row[i] for row in table.rows]) for i in range(len(widths))]
     grids = []
@@ -138,11 +137,6 @@ def _column_groups(widths: Sequence[int], width: int | None) -> list[list[int]]:
         groups[-1].append(i)
         used += 2 + widths[i]
     return groups
-
-
-def _one_line(value: str) -> str:
-    """Return text that cannot reach the terminal as more than characters of one line."""
-    return "".join(character if character.isprintable() else "?" for character in value)
 
 
 def to_markdown(tables: Sequence[Table], width: int | None = None) -> str:
@@ -238,24 +232,9 @@ def escape_latex(value: str) -> str:
 def to_csv(tables: Sequence[Table], width: int | None = None) -> str:
     """Return the tables as they are shown, one after another, separated by commas."""
     del width
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    for table in tables:
-        writer.writerow(map(no_formula, table.headers))
-        writer.writerows([no_formula(cell.text) for cell in row] for row in table.rows)
-    return stream.getvalue()
-
-
-def no_formula(value: str) -> str:
-    """Return text that no spreadsheet takes for a formula; numbers stay numbers.
-
-    Example:
-        >>> no_formula("=1+1"), no_formula("−0.4"), no_formula("+0.4")
-        ("'=1+1", '-0.4', '+0.4')
-    """
-    value = value.replace("−", "-")
-    number = re.fullmatch(r"[+-]?\d+(\.\d+)?( … [+-]?\d+(\.\d+)?)?", value)
-    return value if number or value[:1] not in ("=", "+", "-", "@") else f"'{value}"
+    lines = [row for table in tables for row in [table.headers, *([cell.text for cell in row] for row in table.rows)]]
+    # the minus sign of typesetting would make a text of a number
+    return "".join(csv_line(text.replace("−", "-") for text in line) for line in lines)
 
 
 FORMATS: dict[str, Callable[..., str]] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtdog.report.render import MISSING, Cell, Table, no_formula
+from qtdog.core.safe_text import csv_line
+from qtdog.report.render import MISSING, Cell, Table
 from qtdog.runs.aggregate import GAP, SOURCE, Aggregate, MethodSummary
 from qtdog.runs.finished import unseen
 from qtdog.runs.statistics import Comparison, Condition, Estimate, average_over_targets, by_target, replicate
@@ -135,17 +134,15 @@ def numbers_csv(tables: Sequence[Aggregate]) -> str:
     The columns are `dataset`, `split`, `selection`, `method`, `column`, `mean`, `standard_error`, `n`, and of the row
     `trials`, `models`, `steps`, `passes`, `bytes`.
     """
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    lines = [csv_line(CSV_COLUMNS)]
     for numbers in tables:
         for row in numbers.rows:
             cost = [row.n_trials, row.n_models, row.cost.training_steps, row.cost.passes, row.cost.size.get("bytes")]
             for name in numbers.columns:
                 cell = row.cells[name]
                 about = [numbers.dataset, numbers.split, numbers.selection, row.method, name]
-                writer.writerow([*map(no_formula, about), _number(cell.mean), _number(cell.error), cell.n, *cost])
-    return stream.getvalue()
+                lines.append(csv_line([*about, _number(cell.mean), _number(cell.error), cell.n, *cost]))
+    return "".join(lines)
 
 
 def _number(value: float | None) -> str:

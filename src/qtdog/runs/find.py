@@ -10,7 +10,7 @@ from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.runs.domainbed import plain, read_domainbed
+from qtdog.runs.domainbed import DomainBedRuns, plain, read_domainbed
 from qtdog.runs.finished import (
     AVERAGED_AT_END,
     KINDS,
@@ -22,11 +22,9 @@ from qtdog.runs.finished import (
     unseen,
 )
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.record import Record
+from qtdog.runs.record import Record, check_result
 from qtdog.runs.statistics import replicate
 from qtdog.runs.study_names import read_labels, state_folder, study_files, study_method
-
-MAX_RUN_BYTES = 64 * 1024**2  # of a result or the metrics of one run: longer is no run's
 
 
 def read_run(path: Path) -> FinishedRun | None:
@@ -36,16 +34,16 @@ def read_run(path: Path) -> FinishedRun | None:
         RunError: its files are not what a run writes; the text names the file.
     """
     folder = RunFolder(path)
-    for file in (folder.result_file, folder.metrics_file, folder.config_file):
-        if file.is_file() and file.stat().st_size > MAX_RUN_BYTES:
-            raise RunError(f"{file} has {file.stat().st_size:,} bytes: no run writes that much. Leave it out")
     result = folder.read_result()
     if result is None:
         return None
-    if not isinstance(result, dict):
-        raise RunError(
-            f"{folder.result_file} does not hold what a finished run writes (it is a list or a number). Leave it out"
-        )
+    if folder.model_file.is_file() and not folder.model_file.stat().st_size:
+        raise RunError(f"{folder.model_file} is empty: the run is not finished. Go on with --resume, or leave it out")
+    try:
+        check_result(result)
+    except ValueError as error:
+        text = f"{folder.result_file} does not hold what a finished run writes: {error}"
+        raise RunError(f"{text}. Leave it out") from error
     try:
         config = _config(folder)
         return _ensemble(path, result) if config is None else _run(folder, config, result)
@@ -57,7 +55,7 @@ def _config(folder: RunFolder) -> Config | None:
     try:
         return folder.read_config()
     except ConfigError as error:
-        raise RunError(f"{folder.config_file} cannot be read: {error}") from error
+        raise RunError(f"{folder.config_file} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _run(folder: RunFolder, config: Config, result: Mapping[str, Any]) -> FinishedRun:
@@ -169,11 +167,13 @@ class RunSet:
         runs: by name of the method, unseen domain, trial and seed: names of folders are hashes, and say nothing.
         unfinished: folders of runs that have no result yet.
         left_out: reason → number of lines or runs that were passed over.
+        damaged: a sentence for each run or file that is not what it should be, with its path.
     """
 
     runs: list[FinishedRun] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def datasets(self) -> list[str]:
@@ -191,29 +191,52 @@ class RunSet:
 def find_runs(paths: Sequence[Path]) -> RunSet:
     """Return everything finished in or below the paths: runs, ensembles and `results.jsonl` files.
 
-    What a study calls a run (`.sweep/studies` beside it) is among its `names`.
+    What a study calls a run (`.sweep/studies` beside it) is among its `names`. A run or file that is damaged is passed
+    over, and said in `damaged`.
 
     Raises:
-        RunError: a path that does not exist, files that are not what they should be, or nothing finished at all.
+        RunError: a path that does not exist, or nothing finished at all; what is damaged is listed.
     """
     folders, files = _candidates(paths)
     run_set = RunSet()
     names = StudyNames()
     for folder in folders:
-        run = read_run(folder)
+        try:
+            run = read_run(folder)
+        except RunError as error:
+            run_set.damaged.append(str(error))
+            continue
         if run is not None:
             run_set.runs.append(replace(run, names=names.of(folder)))
         elif not is_shared_steps(folder):
             run_set.unfinished.append(folder)
-    domainbed = read_domainbed(*files)
+    domainbed = _read_all_domainbed(files, run_set.damaged)
     run_set.runs += domainbed.runs
     run_set.left_out += domainbed.left_out
     if not run_set.runs:
         waiting = f"; {len(run_set.unfinished)} runs there are not finished" if run_set.unfinished else ""
         listed = ", ".join(str(path) for path in paths[:3])
-        raise RunError(f"no finished run, ensemble or {DOMAINBED_FILE} in {listed}{waiting}")
+        if len(run_set.damaged) == 1 and not run_set.unfinished:
+            raise RunError(run_set.damaged[0])
+        damaged = "".join(f"\n{line}" for line in run_set.damaged)
+        raise RunError(f"no finished run, ensemble or {DOMAINBED_FILE} in {listed}{waiting}{damaged}")
     run_set.runs.sort(key=lambda run: (run.method.lower(), run.target, run.replicate.members))
     return run_set
+
+
+def _read_all_domainbed(files: Sequence[Path], damaged: list[str]) -> DomainBedRuns:
+    """Return what DomainBed's files hold together (their runs with two unseen domains belong to others' runs)."""
+    whole = list(files)
+    while True:
+        try:
+            return read_domainbed(*whole)
+        except RunError as error:
+            guilty = next((file for file in whole if str(error).startswith(f"{file}, ")), None)
+            guilty = guilty or next((file for file in whole if str(error).startswith(f"{file} ")), None)
+            if guilty is None:
+                raise
+            whole.remove(guilty)
+            damaged.append(str(error))
 
 
 def _candidates(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:

@@ -7,16 +7,21 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import build_config, differences, load_preset, to_yaml
 from qtdog.core.errors import CollapseError, FolderInUseError, RunError
-from qtdog.core.files import clear_disk_errors, lock_file, write_atomic
+from qtdog.core.files import clear_disk_errors, lock_file, sha256_file, write_atomic
+from qtdog.core.safe_text import parse_json, read_json, read_text, require_regular
 from qtdog.runs.record import Record
 
+MAX_RESULT_BYTES = 16 * 2**20
+MAX_METRICS_BYTES = 64 * 2**20
+MAX_EVALUATIONS = 50_000
+MAX_LINE_ITEMS = 2**14
 ASKED_TIMES = 200  # that a lock is tried while others only ask whether it is held
 
 
@@ -70,6 +75,7 @@ class RunFolder:
         """Return the saved configuration, or None if the folder has none."""
         if not self.config_file.is_file():
             return None
+        require_regular(self.config_file)
         return build_config([load_preset(str(self.config_file))])
 
     def claim(self, config: Config, *, resume: bool) -> None:
@@ -98,8 +104,13 @@ class RunFolder:
         if config_hash(saved) != config_hash(config):
             changes = "\n  ".join(differences(saved, config))
             raise RunError(f"{self.path} holds a run of another configuration:\n  {changes}\nChoose another --out.")
-        if not resume and self.read_result() is None:
+        if resume:
+            return
+        result = self.read_result()
+        if result is None:
             raise RunError(f"{self.path} holds an unfinished run; add --resume to go on, or choose another --out")
+        if problem := self.model_problem(result):
+            raise RunError(f"{problem}: add --resume to make it again, or choose another --out")
 
     def _has_begun(self) -> bool:
         """Return whether something was saved that another configuration would destroy."""
@@ -117,13 +128,41 @@ class RunFolder:
             write_atomic(self.path / "skipped.json", json.dumps(listed, indent=1) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the result of a finished run, or None."""
+        """Return what `result.json` says, or None if there is none; whether the model is there is `finished_result`'s.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         if not self.result_file.is_file():
             return None
         try:
-            return json.loads(self.result_file.read_text())
-        except ValueError as error:
-            raise RunError(f"{self.result_file} is not valid JSON ({error}); delete it and --resume") from error
+            result = read_json(self.result_file, max_bytes=MAX_RESULT_BYTES)
+        except RunError as error:
+            raise RunError(f"{error}; delete it and --resume") from error
+        if not isinstance(result, dict):
+            found = type(result).__name__
+            raise RunError(f"{self.result_file} does not hold what a finished run writes, but a {found}. Leave it out")
+        return result
+
+    def finished_result(self) -> dict[str, Any] | None:
+        """Return the result of a finished run: its model file is there, and the very one that the run wrote.
+
+        Raises:
+            RunError: `result.json` is damaged.
+        """
+        result = self.read_result()
+        return None if result is None or self.model_problem(result) else result
+
+    def model_problem(self, result: Mapping[str, Any]) -> str:
+        """Return what is wrong with the model file of a finished run; empty if nothing is."""
+        if not self.model_file.is_file():
+            return f"{self.model_file} is missing"
+        if not self.model_file.stat().st_size:
+            return f"{self.model_file} is empty"
+        written = result.get("model_sha256")
+        if isinstance(written, str) and sha256_file(self.model_file) != written:
+            return f"{self.model_file} is not the file that the run wrote"
+        return ""
 
     @contextlib.contextmanager
     def diagnosis(self) -> Iterator[None]:
@@ -146,12 +185,23 @@ class RunFolder:
         write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read_metrics(self) -> list[Record]:
-        """Return the evaluations so far; a last line that a crash cut off is left out."""
+        """Return the evaluations so far; a last line that a crash cut off is left out.
+
+        Raises:
+            RunError: another line is none that a run writes.
+        """
+        if not self.metrics_file.is_file():
+            return []
+        lines = read_text(self.metrics_file, MAX_METRICS_BYTES).splitlines()
+        if len(lines) > MAX_EVALUATIONS:
+            raise RunError(f"{self.metrics_file} is damaged: {len(lines):,} evaluations, no run makes that many")
         records = []
-        if self.metrics_file.is_file():
-            for line in self.metrics_file.read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    records.append(Record.from_json(json.loads(line)))
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(Record.from_json(parse_json(line, max_items=MAX_LINE_ITEMS)))
+            except ValueError as error:
+                if number < len(lines):
+                    raise RunError(f"{self.metrics_file} is damaged: line {number}: {error}") from error
         return records
 
 
@@ -204,7 +254,8 @@ def last_line(file: Path) -> dict[str, Any]:
         lines = stream.read().splitlines()
     for line in reversed(lines):
         try:
-            return json.loads(line)
+            found = parse_json(line.decode(), max_items=MAX_LINE_ITEMS)
         except ValueError:
             continue
+        return found if isinstance(found, dict) else {}
     return {}

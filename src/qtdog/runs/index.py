@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import ConfigError, RunError, unknown
+from qtdog.core.safe_text import read_json
 from qtdog.runs.find import SMALL_FILES, is_shared_steps, read_run, run_folders, sweep_folders
 from qtdog.runs.finished import FinishedRun
 from qtdog.runs.folder import RunFolder, last_line
@@ -55,28 +59,34 @@ COLUMNS = {
     "error": "TEXT",
     "config": "TEXT",
 }
-ROW_VERSION = 4  # of what `read_row` computes, so that an older index is read anew
+MODEL_FILE = "model.safetensors"
+MAX_DIAGNOSIS_BYTES = 16 * 2**20
+ROW_VERSION = 5  # of what `read_row` computes, so that an older index is read anew
 
 
 def signature(folder: Path) -> str:
-    """Return what changes whenever a run folder's row could: times and sizes of its small files."""
+    """Return what changes whenever a run folder's row could: which its small files are, their times and sizes.
+
+    The time of the last change of the inode is none that a program can set: a file that got the size and the date of
+    another one is seen.
+    """
     parts = [f"v{ROW_VERSION}"]
-    for name in SMALL_FILES:
+    for name in (*SMALL_FILES, MODEL_FILE):
         try:
-            stat = (folder / name).stat()
-            parts.append(f"{name}:{stat.st_mtime_ns}:{stat.st_size}")
+            stat = (folder / name).lstat()
+            parts.append(f"{name}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_size}")
         except OSError:
             continue
     return " ".join(parts)
 
 
 def read_row(folder: Path, failure: str = "") -> IndexRow | None:
-    """Return what is known of the run or ensemble in a folder; None if it holds neither, or files that are damaged.
+    """Return what is known of the run or ensemble in a folder; None if it holds neither.
 
     Accuracies are fractions, of the model file. `mean_after_start` and `std_after_start` (of the population) are over
     the evaluations after the start step, of a float run after 40 % of the steps; None where such evaluations are not of
-    what is saved (`runs.selection.apply_selection`). `step` is that of the last evaluation, `state` one of done, failed
-    and unfinished.
+    what is saved (`runs.selection.apply_selection`). `step` is that of the last evaluation. `state` is one of done,
+    failed, unfinished and damaged; `error` says which file of a damaged run is not what it should be.
 
     Args:
         folder: of the run.
@@ -86,14 +96,22 @@ def read_row(folder: Path, failure: str = "") -> IndexRow | None:
         run = read_run(folder)
         config = RunFolder(folder).read_config() if run is None else run.config
         reason = failure or _collapse(folder)
-    except (OSError, RunError, ConfigError):
-        return None
+    except (RunError, ConfigError) as error:
+        if not _looks_like_run(folder):
+            return None
+        return {"folder": str(folder), "kind": "run", "state": "damaged", "error": " ".join(str(error).split())}
     if run is not None:
         return finished_row(run)
     if config is None:
         return None
     row = _config_row(config) | _folder_row(folder)
     return row | {"state": "failed" if reason else "unfinished", "error": reason or None}
+
+
+def _looks_like_run(folder: Path) -> bool:
+    """Return whether a folder has more of a run than a `config.yaml`, which other programs have too."""
+    others = (*SMALL_FILES, MODEL_FILE, ".lock", "checkpoint")
+    return any((folder / name).exists() for name in others if name != "config.yaml")
 
 
 def finished_row(run: FinishedRun) -> IndexRow:
@@ -106,7 +124,8 @@ def finished_row(run: FinishedRun) -> IndexRow:
 
 def _folder_row(folder: Path) -> IndexRow:
     kind = "fork_point" if is_shared_steps(folder) else "run"
-    return {"folder": str(folder), "kind": kind, "step": last_line(RunFolder(folder).metrics_file).get("step")}
+    step = last_line(RunFolder(folder).metrics_file).get("step")
+    return {"folder": str(folder), "kind": kind, "step": step if is_index_number(step) else None}
 
 
 def _collapse(folder: Path) -> str:
@@ -114,10 +133,7 @@ def _collapse(folder: Path) -> str:
     file = RunFolder(folder).diagnosis_file
     if not file.is_file():
         return ""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise RunError(f"{file} is not valid JSON ({error})") from error
+    content = read_json(file, max_bytes=MAX_DIAGNOSIS_BYTES)
     return str(content.get("text", "")) if isinstance(content, Mapping) else ""
 
 
@@ -182,25 +198,41 @@ def index_file(root: Path) -> Path:
 def refresh(root: Path) -> Path | sqlite3.Connection:
     """Bring the index of all runs below `root` up to date and return its file; only what changed is read again.
 
-    Where the folder cannot be written, an index in memory is made and returned instead.
+    An index that is damaged, of another version, or not of the schema that this program writes (it may have come with a
+    received folder) is made anew. Where the folder cannot be written, or its disk is full, an index in memory is made
+    and returned instead.
 
     The view `runs` has a row for each run and each study (or method of one) that names it; `study` and `method` are
     NULL where none does.
     """
     file = index_file(root)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        database = _open(file)
+    for _ in range(2):
         try:
-            _fill(database, root)
-        finally:
-            database.close()
-    except (OSError, sqlite3.OperationalError):
-        database = sqlite3.connect(":memory:")
-        database.executescript(SCHEMA)
-        _fill(database, root)
-        return database
-    return file
+            _require_own_file(file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            database = _open(file)
+            try:
+                _fill(database, root)
+            finally:
+                database.close()
+            return file
+        except (OSError, sqlite3.OperationalError):  # not writable, full, or in use
+            break
+        except sqlite3.DatabaseError:  # damaged where the check did not look
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+    database = sqlite3.connect(":memory:")
+    database.executescript(SCHEMA)
+    _fill(database, root)
+    return database
+
+
+def _require_own_file(file: Path) -> None:
+    """Remove a link in the place of the index, and a folder with one: what is written there would lie elsewhere."""
+    if file.is_symlink():
+        file.unlink()
+    if file.parent.is_symlink():
+        raise OSError(f"{file.parent} is a link")
 
 
 def _fill(database: sqlite3.Connection, root: Path) -> None:
@@ -210,14 +242,14 @@ def _fill(database: sqlite3.Connection, root: Path) -> None:
 
 
 def _open(file: Path) -> sqlite3.Connection:
-    """Return the database; a damaged one, or one of another version, is thrown away."""
+    """Return the database; one that is damaged, of another version or of another schema is thrown away."""
     for attempt in (1, 2):
         database = sqlite3.connect(file, timeout=30)
         try:
             version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version == INDEX_VERSION:
+            if version == INDEX_VERSION and _schema(database) == own_schema() and _is_whole(database):
                 return database
-            if version == 0 and not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            if version == 0 and not _schema(database):
                 database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 return database
         except sqlite3.OperationalError:  # not writable, or in use: not damaged
@@ -228,7 +260,26 @@ def _open(file: Path) -> sqlite3.Connection:
                 raise
         database.close()
         file.unlink(missing_ok=True)
-    raise sqlite3.DatabaseError(f"{file} cannot be made")
+    raise sqlite3.OperationalError(f"{file} cannot be made")
+
+
+def _schema(database: sqlite3.Connection) -> set[tuple[str, str, str]]:
+    return set(database.execute("SELECT type, name, coalesce(sql, '') FROM sqlite_master").fetchall())
+
+
+@cache
+def own_schema() -> set[tuple[str, str, str]]:
+    """Return what an index has, as SQLite describes it: no trigger, and no view but ours."""
+    database = sqlite3.connect(":memory:")
+    try:
+        database.executescript(SCHEMA)
+        return _schema(database)
+    finally:
+        database.close()
+
+
+def _is_whole(database: sqlite3.Connection) -> bool:
+    return database.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
 
 
 def _refresh_folders(database: sqlite3.Connection, root: Path) -> None:
@@ -236,7 +287,7 @@ def _refresh_folders(database: sqlite3.Connection, root: Path) -> None:
     failures = {out: read_failure_reasons(out) for out in sweep_folders(root)}
     seen = set()
     for folder in run_folders(root):
-        name = str(folder.relative_to(root))
+        name = _storable(str(folder.relative_to(root)))
         failure = failures.get(folder.parent, {}).get(folder.name, "")
         now = f"{signature(folder)} {failure}"
         seen.add(name)
@@ -251,8 +302,22 @@ def _refresh_folders(database: sqlite3.Connection, root: Path) -> None:
 
 def _insert(database: sqlite3.Connection, row: IndexRow) -> None:
     names = ", ".join(row)
-    values = ", ".join("?" for _ in row)
-    database.execute(f"INSERT INTO folders ({names}) VALUES ({values})", tuple(row.values()))
+    marks = ", ".join("?" for _ in row)
+    values = tuple(_storable(value) for value in row.values())
+    database.execute(f"INSERT INTO folders ({names}) VALUES ({marks})", values)
+
+
+def _storable(value: Any) -> Any:
+    """Return what SQLite takes: text that is UTF-8 (file names need not be), integers of 64 bits."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    too_large = isinstance(value, int) and not isinstance(value, bool) and not is_index_number(value)
+    return str(value) if too_large else value
+
+
+def is_index_number(value: object) -> bool:
+    """Return whether a value is an integer that SQLite can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _refresh_labels(database: sqlite3.Connection, root: Path) -> None:
@@ -261,7 +326,7 @@ def _refresh_labels(database: sqlite3.Connection, root: Path) -> None:
         prefix = out.relative_to(root)
         for file in study_files(out):
             rows = [
-                (str(prefix / name), file.stem, labels.get("method"), json.dumps(labels))
+                tuple(map(_storable, (str(prefix / name), file.stem, labels.get("method"), json.dumps(labels))))
                 for name, several in read_labels(file).items()
                 for labels in several
             ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,115 @@ class Record:
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Record:
-        """Return the record that `to_json` wrote."""
-        source, test, test_in = (
-            {domain: Score(**score) for domain, score in line[part].items()} for part in ("source", "test", "test_in")
-        )
-        return cls(SourceRecord(line["step"], line["selectable"], source), test, test_in, line["train_loss"])
+        """Return the record that `to_json` wrote.
+
+        Raises:
+            ValueError: it is another one; the text names the first field.
+        """
+        if not isinstance(line, Mapping):
+            raise ValueError("it is no object")
+        source, test, test_in = (_scores(line, part) for part in ("source", "test", "test_in"))
+        if not source:
+            raise ValueError("'source' names no domain")
+        if not isinstance(line.get("selectable"), bool):
+            raise ValueError("'selectable' is neither true nor false")
+        loss = checked_number(line, "train_loss", optional=True)
+        step = int(checked_number(line, "step", low=0, whole=True) or 0)
+        return cls(SourceRecord(step, line["selectable"], source), test, test_in, loss)
+
+
+def _scores(line: Mapping[str, Any], part: str) -> dict[str, Score]:
+    found = line.get(part)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"'{part}' does not map domains to scores")
+    scores = {}
+    for domain, score in found.items():
+        if not isinstance(score, Mapping) or set(score) != {"accuracy", "loss", "n"}:
+            raise ValueError(f"'{part}' does not map domains to accuracy, loss and n")
+        accuracy = checked_number(score, "accuracy", low=0, high=1)
+        loss = checked_number(score, "loss")
+        scores[domain] = Score(accuracy or 0.0, loss or 0.0, int(checked_number(score, "n", low=0, whole=True) or 0))
+    return scores
+
+
+def checked_number(
+    values: Mapping[str, Any],
+    key: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    whole: bool = False,
+    optional: bool = False,
+) -> Any:
+    """Return the number that some read values have under a key, None if it is optional and missing or null.
+
+    Raises:
+        ValueError: it is none, or out of range; NaN counts as a number where no range is asked for.
+    """
+    value = values.get(key)
+    if value is None and optional:
+        return None
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    bounded = low > -math.inf or high < math.inf
+    if not number or (bounded and not low <= value <= high) or (isinstance(value, int) and abs(value) > MAX_COUNT):
+        what = "whole number" if whole else "number"
+        raise ValueError(f"'{key}' is no {what} that a run writes: {str(value)[:40]!r}")
+    return value
+
+
+MAX_COUNT = 10**15
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+_Amount = Annotated[float, Field(ge=0, le=MAX_COUNT)]
+_Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Size(_Fields):
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+    bytes: _Count
+
+
+class _Member(_Fields):
+    folder: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+    trial: _Count
+    seed: _Count
+
+
+class _Result(_Fields):
+    """What tables and reports read of a `result.json`, of the types that a run or ensemble writes."""
+
+    selection: str
+    test_mode: str
+    target_domain: str | None = None
+    dataset: str | None = None
+    model_sha256: str | None = None
+    kind: str | None = None
+    source_accuracy: _Fraction | None = None
+    test_accuracy: _Fraction | None = None
+    test_accuracy_80: dict[str, _Fraction] = {}
+    selected_step: _Count | None = None
+    forked_from_step: _Count | None = None
+    training_steps: _Count | None = None
+    inference_passes: _Amount | None = None
+    training_runs: _Amount | None = None
+    trained_s: _Amount | None = None
+    size: _Size
+    environment: dict[str, Any] = {}
+    members: list[_Member] = []
+
+
+def check_result(result: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what tables and reports read of a `result.json` is of the types that a run writes."""
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"'{where}': {first['msg']} (found {str(first['input'])[:40]!r})") from error
 
 
 def merge_scores(parts: list[Score]) -> Score:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from qtdog.core.errors import RunError
+from qtdog.core.safe_text import read_json
+
 Scalar = bool | int | float | str
 Labels = dict[str, Scalar]  # what a study calls one of its runs: method, target, seed and its other axes
+MAX_LABELS_BYTES = 64 * 2**20
 REPLICATES = ("seed", "trial", "draw")
 
 
@@ -27,10 +30,17 @@ def read_labels(file: Path) -> dict[str, list[Labels]]:
     Nothing if the file is not there or damaged.
     """
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = read_json(file, max_bytes=MAX_LABELS_BYTES)
+    except RunError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) and all(map(_are_labels, content.values())) else {}
+
+
+def _are_labels(several: object) -> bool:
+    return isinstance(several, list) and all(
+        isinstance(one, dict) and all(isinstance(value, bool | int | float | str) for value in one.values())
+        for one in several
+    )
 
 
 def read_failure_reasons(out: Path) -> dict[str, str]:
@@ -38,8 +48,8 @@ def read_failure_reasons(out: Path) -> dict[str, str]:
     reasons = {}
     for file in sorted((state_folder(out) / "failed").glob("*.json")):
         try:
-            reasons[file.stem] = str(json.loads(file.read_text())["reason"])
-        except (OSError, ValueError, KeyError, TypeError):
+            reasons[file.stem] = str(read_json(file, max_bytes=MAX_LABELS_BYTES)["reason"])
+        except (RunError, KeyError, TypeError, IndexError):
             continue
     return reasons
 

@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qtdog.core.errors import RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.safe_text import parse_json, read_json, read_text
 from qtdog.runs.study_names import Labels, read_labels, state_folder
 
+MAX_FAILURE_BYTES = 2**20
+MAX_JOURNAL_BYTES = 64 * 2**20
 Status = Literal["done", "failed", "busy", "stopped", "disk", "lost"]
 
 
@@ -51,8 +55,8 @@ def read_failures(out: Path) -> dict[str, Outcome]:
     found = {}
     for file in sorted((state_folder(out) / "failed").glob("*.json")):
         try:
-            found[file.stem] = Outcome(**json.loads(file.read_text()))
-        except (ValueError, TypeError):
+            found[file.stem] = Outcome(**read_json(file, max_bytes=MAX_FAILURE_BYTES))
+        except (RunError, TypeError):
             continue
     return found
 
@@ -73,9 +77,9 @@ def read_journal(out: Path) -> dict[str, dict[str, Any]]:
     So is the line of a task whose training was resumed or shared: its time is that of the last start only.
     """
     file, found = state_folder(out) / "journal.jsonl", {}
-    for text in file.read_text().splitlines() if file.is_file() else ():
+    for text in read_text(file, MAX_JOURNAL_BYTES).splitlines() if file.is_file() else ():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             if line["seconds"] >= line["trained_s"]:
                 found[line["name"]] = line
         except (ValueError, KeyError, TypeError):

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
@@ -21,6 +20,7 @@ from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.core.registry import HyperParameter
+from qtdog.core.safe_text import MAX_YAML_BYTES, parse_yaml, read_text
 from qtdog.data.dataset import DomainDataset
 from qtdog.runs.study_names import Labels, Scalar
 from qtdog.training.build import OBJECTIVES, STEP_RULES
@@ -260,9 +260,8 @@ def read_study(path: Path) -> Study:
     if not path.is_file():
         raise ConfigError(f"the study file {path} does not exist")
     try:
-        text = path.read_text()
-        tree, texts = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree, texts = parse_yaml(read_text(path.resolve(), MAX_YAML_BYTES, kind=ConfigError))
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path} must hold keys like 'name:', 'methods:' and 'grid:'")
