@@ -48,7 +48,7 @@ def main(names: list[str]) -> None:
             nn.functional.cross_entropy(model(images), labels).backward()  # noqa: B023
             optimizer.step()  # noqa: B023
 
-        found = list(sites(model))
+        found = sites(model)
         values = [site.quantizer(site.weight) for site in found]
 
         def check() -> None:

@@ -39,7 +39,7 @@ LAYERS = {
 
 def recorded(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     attach(model, quantizer="obc")
-    with torch.no_grad(), HessianRecorder(model, list(sites(model))) as recorder:
+    with torch.no_grad(), HessianRecorder(model, sites(model)) as recorder:
         model(inputs)
     return recorder.hessians
 
@@ -105,7 +105,7 @@ def test_batches_and_the_layers_that_share_a_weight_add_up():
     model[1].weight = model[0].weight
     attach(model, quantizer="obc")
     batches = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), HessianRecorder(model, [next(sites(model))]) as recorder:
+    with torch.no_grad(), HessianRecorder(model, sites(model)[:1]) as recorder:
         middle = [model[0](batch) for batch in batches]
         for batch in middle:
             model[1](batch)
@@ -139,7 +139,7 @@ class Tricky(nn.Module):
 def test_the_inputs_of_another_layer_are_not_taken_for_ones_own():
     model = nn.Sequential(Tricky())
     attach(model, quantizer="obc", exclude=["0.inner"])
-    with torch.no_grad(), HessianRecorder(model, list(sites(model))) as recorder:
+    with torch.no_grad(), HessianRecorder(model, sites(model)) as recorder:
         model(torch.ones(2, 4))
     assert recorder.hessians == {}
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_seen_is_left_out(make, inputs, seen):
 def test_nothing_is_watched_after_the_context():
     model = nn.Sequential(nn.Linear(2, 2))
     attach(model, quantizer="obc")
-    with HessianRecorder(model, list(sites(model))) as recorder:
+    with HessianRecorder(model, sites(model)) as recorder:
         pass
     model(torch.ones(1, 2))
     assert recorder.hessians == {}

@@ -92,7 +92,7 @@ class Displaced:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        if next(sites(network), None) is not None:
+        if sites(network):
             raise ModelError("only plain weights are moved: load the shipped file, or bake them into a network")
         self.parameters = list(network.parameters())
         self._start: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +61,9 @@ class Site(NamedTuple):
     on_top: tuple[str, ...] = ()
 
 
-def sites(model: nn.Module) -> Iterator[Site]:
-    """Yield every quantized weight of a model, a shared one once per name that it has."""
+def sites(model: nn.Module) -> list[Site]:
+    """Return every quantized weight of a model, a shared one once per name that it has."""
+    found = []
     for name, module in model.named_modules(remove_duplicate=False):
         if not is_parametrized(module):
             continue
@@ -69,7 +71,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
         for tensor_name, parametrizations in lists.items():
             if is_weight_name(tensor_name) and isinstance(parametrizations[0], Quantizer):
                 dot = f"{name}." if name else ""
-                yield Site(
+                site = Site(
                     name=layer_name(name, tensor_name),
                     plain_name=dot + tensor_name,
                     prefix=f"{dot}parametrizations.{tensor_name}.",
@@ -77,6 +79,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
                     weight=parametrizations.original,
                     on_top=tuple(type(other).__name__ for other in list(parametrizations)[1:]),
                 )
+                found.append(site)
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,17 @@ class Attached:
     @property
     def enabled(self) -> bool:
         """Whether every quantizer is enabled."""
-        return all(quantizer.enabled for quantizer in self.layers.values())
+        return all(map(attrgetter("enabled"), self.layers.values()))
 
     @property
     def packs(self) -> bool:
         """Whether some weight lies on a grid now, so that a file saved now holds codes."""
-        return any(quantizer.packs for quantizer in self.layers.values())
+        return any(map(attrgetter("packs"), self.layers.values()))
 
     @property
     def selectable(self) -> bool:
         """Whether a checkpoint taken now may be selected: enabled, and INQ has frozen its last weight."""
-        return all(quantizer.selectable for quantizer in self.layers.values())
+        return all(map(attrgetter("selectable"), self.layers.values()))
 
     def enable(self) -> None:
         """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing.
@@ -182,7 +186,7 @@ class Attached:
     @property
     def coverage(self) -> Coverage:
         """How much of the model is quantized, and what stays in float."""
-        found = list(sites(self.model))
+        found = sites(self.model)
         own = [parameter for site in found for parameter in site.quantizer.parameters()]
         return coverage(self.model, [site.weight for site in found], own)
 
@@ -277,7 +281,7 @@ def attach(
         True
     """
     _checked_granularity(granularity)
-    if next(sites(model), None) is not None:
+    if sites(model):
         raise ConfigError("the model carries quantizers already; find them with attached(model)")
     refuse_sharded(model)
     _refuse_unsavable(model)
@@ -350,7 +354,7 @@ def attached(model: nn.Module) -> Attached:
     Raises:
         ConfigError: it carries none.
     """
-    if next(sites(model), None) is None:
+    if not sites(model):
         raise ConfigError("the model carries no quantizers; attach(model) first")
     return Attached(model)
 

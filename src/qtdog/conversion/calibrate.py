@@ -52,7 +52,7 @@ class HessianRecorder(TorchFunctionMode):
         >>> from qtdog.conversion.attach import attach, sites
         >>> model = nn.Linear(2, 1, bias=False)
         >>> _ = attach(model, quantizer="obc")
-        >>> with HessianRecorder(model, list(sites(model))) as recorder:
+        >>> with HessianRecorder(model, sites(model)) as recorder:
         ...     _ = model(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
         >>> recorder.hessians["weight"].tolist()
         [[[2.0, 4.0], [4.0, 10.0]]]
@@ -326,7 +326,7 @@ def plan_passes(model: nn.Module, layers: Iterable[Site], most_bytes: int) -> li
         >>> from qtdog.conversion.attach import attach
         >>> model = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8), nn.Linear(9, 1), nn.Linear(5, 1))
         >>> _ = attach(model, quantizer="obc")
-        >>> [[site.name for site in group] for group in plan_passes(model, list(sites(model)), 8 * 8 * 8)]
+        >>> [[site.name for site in group] for group in plan_passes(model, sites(model), 8 * 8 * 8)]
         [['0'], ['1', '3']]
     """
     passes: list[list[Site]] = []

@@ -26,6 +26,7 @@ class Registry(Generic[T]):
     Args:
         kind: what a member is, for errors.
         package: whose modules register the members; "" if they are registered elsewhere.
+        members: the first ones.
 
     Example:
         >>> letters = Registry[str]("letter")
@@ -35,10 +36,10 @@ class Registry(Generic[T]):
         'alpha'
     """
 
-    def __init__(self, kind: str, package: str = "") -> None:
+    def __init__(self, kind: str, package: str = "", members: Mapping[str, T] | None = None) -> None:
         self.kind = kind
         self._package = package  # empty once all its modules are imported
-        self._members: dict[str, T] = {}
+        self._members: dict[str, T] = dict(members or {})
         self._foreign: set[str] = set()
 
     def add(self, name: str, member: T) -> T:

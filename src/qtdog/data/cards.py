@@ -109,27 +109,23 @@ class DatasetCard:
         return self.expected_total or (sum(self.expected_counts.values()) if self.expected_counts else None)
 
 
-CARDS: Registry[DatasetCard] = Registry("data set")
 UNCHECKED = "a count that was not compared with another source: the copy may be right"
 FOLDER_KINDS = ("folders", "listed-folders", "camera-traps")
 """Those that lie on disk as ROOT/DOMAIN/CLASS/image, whatever they were downloaded as."""
 
-ROTATED_DIGITS = CARDS.add(
-    "rotated-digits",
-    DatasetCard(
-        name="rotated-digits",
-        title="Rotated digits: 1,797 handwritten digits, each rotated by one of six angles (degrees)",
-        source="scikit-learn's load_digits (UCI optical recognition of handwritten digits, test set)",
-        licence="CC BY 4.0 (UCI Machine Learning Repository)",
-        paper="Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998",
-        domains=("0", "15", "30", "45", "60", "75"),
-        classes=tuple("0123456789"),
-        expected_counts={"0": 300, "15": 300, "30": 300, "45": 299, "60": 299, "75": 299},
-        counts_from="the division is made here",
-        channels=1,
-        augment="none",
-        preset="digits",
-    ),
+ROTATED_DIGITS = DatasetCard(
+    name="rotated-digits",
+    title="Rotated digits: 1,797 handwritten digits, each rotated by one of six angles (degrees)",
+    source="scikit-learn's load_digits (UCI optical recognition of handwritten digits, test set)",
+    licence="CC BY 4.0 (UCI Machine Learning Repository)",
+    paper="Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998",
+    domains=("0", "15", "30", "45", "60", "75"),
+    classes=tuple("0123456789"),
+    expected_counts={"0": 300, "15": 300, "30": 300, "45": 299, "60": 299, "75": 299},
+    counts_from="the division is made here",
+    channels=1,
+    augment="none",
+    preset="digits",
 )
 
 
@@ -151,10 +147,13 @@ def read_card(text: str) -> DatasetCard:
     return DatasetCard(**tree)
 
 
-for _file in sorted((resources.files("qtdog") / "data" / "benchmarks").iterdir(), key=lambda file: file.name):
-    if _file.name.endswith(".yaml"):
-        CARDS.add(_file.name.removesuffix(".yaml"), read_card(_file.read_text(encoding="utf-8")))
+def _shipped() -> dict[str, DatasetCard]:
+    files = sorted((resources.files("qtdog") / "data" / "benchmarks").iterdir(), key=lambda file: file.name)
+    cards = [file for file in files if file.name.endswith(".yaml")]
+    return {file.name.removesuffix(".yaml"): read_card(file.read_text(encoding="utf-8")) for file in cards}
 
+
+CARDS: Registry[DatasetCard] = Registry("data set", members={"rotated-digits": ROTATED_DIGITS, **_shipped()})
 PACS = CARDS["pacs"]
 
 

@@ -38,12 +38,37 @@ class QuantizerKind:
     reads: frozenset[str] = frozenset()
 
 
-QUANTIZERS: Registry[QuantizerKind] = Registry("quantizer")
+def _kind(make: QuantizerFactory, about: str, reads: str = "") -> QuantizerKind:
+    return QuantizerKind(make, about, frozenset(reads.split()))
 
 
-def add(name: str, make: QuantizerFactory, about: str, reads: str = "") -> None:
-    """Enter a quantizer under `name`; `reads` lists its options, separated by spaces."""
-    QUANTIZERS.add(name, QuantizerKind(make, about, frozenset(reads.split())))
+_CALIBRATED = "init range calibration_images damping"
+_MEMBERS = {
+    "lsq": _kind(
+        LSQ, "Learned step sizes (Esser et al., 2020): the paper's main quantizer.", "step_mode init range rounding"
+    ),
+    "ste": _kind(STE, "Plain straight-through rounding to a min-max grid that follows the weight.", "range rounding"),
+    "dorefa": _kind(DoReFa, "tanh(w) on a grid without a zero (Zhou et al., 2016)."),
+    "inq": _kind(INQ, "Powers of two, frozen share by share (Zhou et al., 2017).", "stages"),
+    "noise-accumulated": _kind(AccumulatedNoise, "Control: U(-a, a) added to the weights at every step.", "amplitude"),
+    "noise-fresh": _kind(FreshNoise, "Control: U(-a, a) on clean weights in training.", "amplitude"),
+    "noise-matched": _kind(MatchedNoise, "Control: U(-s/2, s/2) in training, s as LSQ starts.", "init"),
+    "noise-then-round": _kind(
+        NoiseThenRound, "Control: noise as noise-matched in training, rounded afterwards.", "init range"
+    ),
+    "freeze": _kind(Freeze, "Control: the layers stop training and stay in float."),
+    "released": _kind(Released, "Control: rounded once and frozen, as the paper's released code does."),
+    "rtn": _kind(Fixed, "After training: rounded to nearest, the control for gptq and obc.", "init range"),
+    "gptq": _kind(
+        partial(Fixed, needs_images=True), "After training: column by column (Frantar et al., ICLR 2023).", _CALIBRATED
+    ),
+    "obc": _kind(
+        partial(Fixed, needs_images=True),
+        "After training: weight by weight (Frantar et al., NeurIPS 2022): the paper's comparison.",
+        _CALIBRATED,
+    ),
+}
+QUANTIZERS: Registry[QuantizerKind] = Registry("quantizer", members=_MEMBERS)
 
 
 def check_options(name: str, options: QuantizerOptions) -> None:
@@ -63,33 +88,3 @@ def check_options(name: str, options: QuantizerOptions) -> None:
 def works_after_training(name: str) -> bool:
     """Return whether the quantizer called `name` works on the finished float model, not during training."""
     return name in AFTER_TRAINING
-
-
-add("lsq", LSQ, "Learned step sizes (Esser et al., 2020): the paper's main quantizer.", "step_mode init range rounding")
-add("ste", STE, "Plain straight-through rounding to a min-max grid that follows the weight.", "range rounding")
-add("dorefa", DoReFa, "tanh(w) on a grid without a zero (Zhou et al., 2016).")
-add("inq", INQ, "Powers of two, frozen share by share (Zhou et al., 2017).", "stages")
-add("noise-accumulated", AccumulatedNoise, "Control: U(-a, a) added to the weights at every step.", "amplitude")
-add("noise-fresh", FreshNoise, "Control: U(-a, a) on clean weights in training.", "amplitude")
-add("noise-matched", MatchedNoise, "Control: U(-s/2, s/2) in training, s as LSQ starts.", "init")
-add(
-    "noise-then-round",
-    NoiseThenRound,
-    "Control: noise as noise-matched in training, rounded afterwards.",
-    "init range",
-)
-add("freeze", Freeze, "Control: the layers stop training and stay in float.")
-add("released", Released, "Control: rounded once and frozen, as the paper's released code does.")
-add("rtn", Fixed, "After training: rounded to nearest, the control for gptq and obc.", "init range")
-add(
-    "gptq",
-    partial(Fixed, needs_images=True),
-    "After training: column by column (Frantar et al., ICLR 2023).",
-    "init range calibration_images damping",
-)
-add(
-    "obc",
-    partial(Fixed, needs_images=True),
-    "After training: weight by weight (Frantar et al., NeurIPS 2022): the paper's comparison.",
-    "init range calibration_images damping",
-)

@@ -32,7 +32,7 @@ def plain_names(network: nn.Module, objective: nn.Module | None = None) -> dict[
     the objective `objective:NAME`. So a run can go on from the state of another that differs in its quantizer.
     """
     names = {id(value): name for name, value in network.named_parameters()}
-    for site in reversed(list(sites(network))):  # the first name of a shared weight counts, as in the plain network
+    for site in reversed(sites(network)):  # the first name of a shared weight counts, as in the plain network
         names[id(site.weight)] = site.plain_name
         names |= {id(value): f"{site.plain_name}@{name}" for name, value in site.quantizer.named_parameters()}
     if objective is not None:

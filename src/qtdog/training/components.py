@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -104,7 +104,17 @@ class Components:
     @property
     def selectable(self) -> bool:
         """Whether a checkpoint taken now may be shipped: a quantized run ships only quantized ones."""
-        return self.config.start_step is None or self.quantizer is None or self.quantizer.selectable
+        return self.start_step is None or self.quantizer is None or self.quantizer.selectable
+
+    @cached_property
+    def start_step(self) -> int | None:
+        """The step at which quantization begins; None for never."""
+        return self.config.start_step
+
+    @cached_property
+    def decay_from(self) -> int:
+        """The step from which a schedule lets the learning rate fall."""
+        return self.config.decay_from
 
     @property
     def view(self) -> ModelView:

@@ -169,10 +169,10 @@ def _save(run: TrainingRun, callback: RunCallback) -> None:
 def begin_step(components: Components, step: int) -> None:
     """Set the learning rates of one step, start quantization if it is the step, prepare its quantizers."""
     config = components.config
-    factor = lr_factor(config.optimizer.schedule, step, decay_from=config.decay_from, steps=config.train.steps)
+    factor = lr_factor(config.optimizer.schedule, step, decay_from=components.decay_from, steps=config.train.steps)
     for group, lr in zip(components.optimizer.param_groups, components.base_lrs, strict=True):
         group["lr"] = lr * factor
-    start = config.start_step
+    start = components.start_step
     if components.quantizer is None or start is None or step < start:
         return
     if step == start:

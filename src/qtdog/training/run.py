@@ -148,11 +148,15 @@ def train_in_folder(
     if until is not None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": until})})
     with (
-        open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from) as followers,
+        contextlib.ExitStack() as locks,
         StopRequest() as stop,
         folder.diagnosis(),
         contextlib.ExitStack() as ending,
     ):
+        followers = []
+        if shared_runs:
+            opened = open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from)
+            followers = locks.enter_context(opened)
         check_interrupt = interrupt_check(components, stop)
         run = TrainingRun(components, state, folder, _health_check(components, callbacks.warn))
         for one in followers:
@@ -161,8 +165,9 @@ def train_in_folder(
             for one in [run, *followers]:
                 assert one.folder is not None
                 one.folder.rewrite_metrics(one.state.lines)
-        shared = SharedUpdates(run, followers, check_interrupt)
-        callback = CallbackList([shared, user])  # what the others have is settled before the user may stop the run
+        callback = user
+        if followers:  # what the others have is settled before the user may stop the run
+            callback = CallbackList([SharedUpdates(run, followers, check_interrupt), user])
         callback.on_start(config, state.step)
         ending.callback(callback.on_end)
         train(run, until=until, callback=callback, check_interrupt=check_interrupt)
