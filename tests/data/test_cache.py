@@ -195,10 +195,10 @@ def test_what_is_decoded_is_what_was_hashed(image_tree, folder, monkeypatch):
     dataset = open_folder(image_tree)
     path, inner = dataset.path(4), FileDataset.read_hashed
 
-    def replaced_meanwhile(self, i, size):
+    def replaced_meanwhile(self, i, *how):
         if i == 4:
             Image.new("RGB", (20, 24), (9, 8, 7)).save(path)
-        return inner(self, i, size)
+        return inner(self, i, *how)
 
     monkeypatch.setattr(FileDataset, "read_hashed", replaced_meanwhile)
     with pytest.raises(DataError, match=r"the image indoor/.*/4\.png changed while the data set was read"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     read = FileDataset.read_hashed
 
-    def spy(self: FileDataset, i: int, size: int) -> np.ndarray:
+    def spy(self: FileDataset, i: int, *how: Any) -> Any:
         keys.append(self.keys[i])
-        return read(self, i, size)
+        return read(self, i, *how)
 
     monkeypatch.setattr(FileDataset, "read_hashed", spy)
     return keys

@@ -38,6 +38,23 @@ def test_without_sizes_all_images_are_of_one_domain():
     assert not torch.equal(context(images()), context(images(), [3, 4]))
 
 
+@pytest.mark.parametrize(("group", "sizes"), [(3, [3, 3, 1]), (7, [7]), (100, [7]), (1, [1] * 7)])
+def test_groups_share_a_context_where_no_domains_are_given(group, sizes):
+    torch.manual_seed(0)
+    grouped, plain = (Context(channels=1, n_context=2, width=4, group=n).double().eval() for n in (group, 0))
+    grouped.load_state_dict(plain.state_dict())
+    batch = images().double()
+    torch.testing.assert_close(grouped(batch), plain(batch, sizes), rtol=1e-6, atol=1e-7)
+    assert torch.equal(grouped(batch, [3, 4]), plain(batch, [3, 4]))
+
+
+def test_a_group_exports_with_any_number_of_images():
+    context = Context(channels=1, n_context=1, width=4, group=3).eval()
+    exported = torch.export.export(context, (images(5),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    for n in (4, 7):
+        torch.testing.assert_close(exported.module()(images(n)), context(images(n)))
+
+
 def test_the_backbone_takes_the_context_as_a_channel_and_keeps_its_names():
     plain, network = create("none"), create()
     assert network.featurizer.get_parameter("0.weight").shape == (16, 2, 3, 3)

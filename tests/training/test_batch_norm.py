@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.config import Config
-from qtdog.core.errors import Interrupted
+from qtdog.core.errors import ConfigError, Interrupted
 from qtdog.core.progress import StopAfter
+from qtdog.data.dataset import DomainSubset
 from qtdog.runs.folder import RunFolder
 from qtdog.training import batch_norm as module
 from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
@@ -150,3 +151,11 @@ def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, di
     ends = [latest_checkpoint(RunFolder(tmp_path / name).checkpoints, print) for name in ("whole", "bare")]
     networks = [end.tensors["network"] for end in ends if end is not None]
     assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+
+
+def test_a_batch_of_one_value_per_channel_is_refused_with_advice(config, digits, tmp_path):
+    data = config.data.model_copy(update={"batch_size": 1, "target": "none"})
+    alone = DomainSubset(digits, ["0"])
+    config = resolve(config.model_copy(update={"data": data.model_copy(update={"content": ""})}), alone)
+    with pytest.raises(ConfigError, match=r"one value per channel: take a larger batch.* model\.freeze_bn=true"):
+        run(config, alone, RunFolder(tmp_path / "r"))

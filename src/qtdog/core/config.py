@@ -52,6 +52,10 @@ class DataConfig(Section):
     )
     max_tokens: int = Field(default=512, ge=4, le=512, description="tokens of a text; longer ones are cut")
     augment: str = Field(default="domainbed", description="training augmentation: 'domainbed', 'none', or a plug-in's")
+    crop: Literal["cached", "original"] = Field(
+        default="cached",
+        description="what augment=domainbed cuts its crops from: the cached square, or the image at its own aspect",
+    )
     batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
     focus: str = Field(
         default="",
@@ -319,6 +323,8 @@ def config_hash(config: Config) -> str:
     tree = config.model_dump(mode="json", exclude_defaults=True)
     for section, keys in NOT_HASHED.items():
         tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
+    if config.data.augment != "domainbed":
+        tree["data"].pop("crop", None)  # nothing is cropped
     if config.model.weights_sha256:
         tree["model"].pop("weights", None)  # the content of the file stands for it
     if config.quantizer.name == "none":

@@ -159,12 +159,17 @@ class AugmentParameters:
         )
 
 
-def draw_parameters(generator: torch.Generator, n: int, size: int) -> AugmentParameters:
-    """Return DomainBed's random augmentation for n images of `size` x `size` pixels.
+def draw_parameters(generator: torch.Generator, n: int, size: int | Tensor) -> AugmentParameters:
+    """Return DomainBed's random augmentation for n images of `size` x `size` pixels, or of sizes of their own.
 
     Random resized crop (area 0.7 to 1, aspect 3/4 to 4/3), flip with probability 1/2, jitter of brightness, contrast
     and saturation by factors U(0.7, 1.3) and of the hue by U(-0.3, 0.3), in random order, and grey with probability
     0.1.
+
+    Args:
+        generator: of all draws, whose number depends on n alone.
+        n: images.
+        size: height = width of all, or int64 (n, 2), height and width of each.
 
     Example:
         >>> draw_parameters(torch.Generator().manual_seed(0), 5, 32).crop.shape
@@ -179,19 +184,28 @@ def draw_parameters(generator: torch.Generator, n: int, size: int) -> AugmentPar
     return AugmentParameters(crop, flip, factors, order, grey)
 
 
-def _draw_crops(generator: torch.Generator, n: int, size: int) -> Tensor:
-    """The first of ten tries that fits into the image, as torchvision draws it; the whole image if none does."""
+def _draw_crops(generator: torch.Generator, n: int, size: int | Tensor) -> Tensor:
+    """The first of ten tries that fits into the image, as in torchvision; if none does, the largest central one."""
+    sizes = torch.full((n, 2), size) if isinstance(size, int) else size
+    rows, columns = sizes.to(torch.float64)[:, :, None].unbind(1)
     uniform = torch.rand((4, n, TRIES), generator=generator, dtype=torch.float64)
-    area = size * size * (SCALE[0] + (SCALE[1] - SCALE[0]) * uniform[0])
+    area = rows * columns * (SCALE[0] + (SCALE[1] - SCALE[0]) * uniform[0])
     log_low, log_high = math.log(RATIO[0]), math.log(RATIO[1])
     ratio = torch.exp(log_low + (log_high - log_low) * uniform[1])
     width, height = torch.sqrt(area * ratio).round(), torch.sqrt(area / ratio).round()
-    fits = (width <= size) & (height <= size)
-    top, left = (uniform[2] * (size - height + 1)).floor(), (uniform[3] * (size - width + 1)).floor()
+    fits = (width <= columns) & (height <= rows)
+    top, left = (uniform[2] * (rows - height + 1)).floor(), (uniform[3] * (columns - width + 1)).floor()
     tries = torch.stack([top, left, height, width], dim=2)
     first = tries[torch.arange(n), fits.int().argmax(dim=1)]
-    whole = torch.tensor([0, 0, size, size], dtype=torch.float64)
-    return torch.where(fits.any(dim=1, keepdim=True), first, whole).to(torch.int64)
+    return torch.where(fits.any(dim=1, keepdim=True), first, _central(rows, columns)).to(torch.int64)
+
+
+def _central(rows: Tensor, columns: Tensor) -> Tensor:
+    """The largest central crop whose aspect lies in `RATIO`: top, left, height, width, float64 (n, 4)."""
+    height = torch.minimum(rows, (columns / RATIO[0]).round())
+    width = torch.minimum(columns, (rows * RATIO[1]).round())
+    top, left = ((rows - height) / 2).floor(), ((columns - width) / 2).floor()
+    return torch.cat([top, left, height, width], dim=1)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -218,9 +232,10 @@ CHUNK_PIXELS = 1 << 18
 
 
 def augment(
-    images: Tensor,
+    images: Tensor | Sequence[Tensor],
     parameters: AugmentParameters,
     *,
+    size: int | None = None,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     pool: BufferPool | None = None,
@@ -228,8 +243,9 @@ def augment(
     """Return augmented images, (x - mean) / std, float32 (n, C, H, W) in channels-last memory.
 
     Args:
-        images: uint8 (n, H, W, C) with C = 3 or 1; not changed.
+        images: uint8 (n, H, W, C) with C = 3 or 1, or n images (H, W, C) of sizes of their own; not changed.
         parameters: one row per image (`draw_parameters`).
+        size: height = width of the result; default: those of the images, which then are all alike.
         mean: per channel, or one for all; with the default mean and std the result is in [0, 1].
         std: likewise.
         pool: where the memory comes from; default: fresh memory.
@@ -241,7 +257,9 @@ def augment(
         torch.Size([2, 3, 32, 32])
     """
     pool = pool or BufferPool()
-    n, height, width, channels = images.shape
+    n, (height, width, channels) = len(images), images.shape[1:] if isinstance(images, Tensor) else images[0].shape
+    if size is not None:
+        height = width = size
     n_together = max(1, CHUNK_PIXELS // (height * width))
     workspace = pool.take(((channels + N_SPARE) * n_together * height * width,), torch.float32)
     result = pool.take((n, height, width, channels), torch.float32)
@@ -261,13 +279,13 @@ def _groups(order: Tensor, most: int) -> list[Tensor]:
     return [part for value in code.unique() for part in torch.nonzero(code == value)[:, 0].split(most)]
 
 
-def _crop(images: Tensor, rows: Tensor, group: AugmentParameters, planes: Tensor) -> None:
+def _crop(images: Tensor | Sequence[Tensor], rows: Tensor, group: AugmentParameters, planes: Tensor) -> None:
     """Crop, resize back (in uint8, as the original does on PIL images) and flip; write planes in [0, WHITE]."""
-    size = images.shape[1:3]
+    size = planes.shape[2:]
     by_image = planes.numpy()
     draws = zip(rows.tolist(), group.crop.tolist(), group.flip.tolist(), strict=True)
     for place, (row, (top, left, height, width), flip) in enumerate(draws):
-        crop = images[row : row + 1, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        crop = images[row][None, top : top + height, left : left + width].permute(0, 3, 1, 2)
         resized = interpolate(crop, size=size, mode="bilinear", antialias=True)[0].numpy()
         # NumPy converts, separates the colours and flips (a negative stride) in one pass; torch would need two.
         np.copyto(by_image[:, place], resized[:, :, ::-1] if flip else resized)

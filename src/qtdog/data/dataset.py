@@ -30,6 +30,7 @@ N_THREADS = 4
 BLOCK = 16
 """So many images go to a thread at once: handing over a small one takes longer than reading it."""
 T = TypeVar("T")
+Resize = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 
 
 class DomainDataset(ABC):
@@ -90,13 +91,18 @@ class DomainDataset(ABC):
         """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
         return to_square(self.read(i), size)
 
-    def read_hashed(self, i: int, size: int) -> tuple[npt.NDArray[np.uint8], str]:
-        """Return image i as `read_resized` does, and `sample_sha256` of the very content that it was made from.
+    def read_hashed(self, i: int, size: int, resize: Resize = to_square) -> tuple[npt.NDArray[np.uint8], str]:
+        """Return image i, resized to `size`, and `sample_sha256` of the very content that it was made from.
+
+        Args:
+            i: which image.
+            size: of the result, in pixels.
+            resize: (pixels, size) → pixels; default: to a square, as `read_resized` does.
 
         Raises:
             DataError: the image cannot be read.
         """
-        return self.read_resized(i, size), self.sample_sha256(i)
+        return resize(self.read(i), size), self.sample_sha256(i)
 
     def indices(self, domain: str) -> npt.NDArray[np.int64]:
         """Return the positions of a domain's images, ascending (DataError if there is no such domain)."""
@@ -313,9 +319,9 @@ class ImageSubset(DomainDataset):
         """Return chosen image i as uint8 (size, size, C) (DataError if it cannot be read)."""
         return self._dataset.read_resized(self._indices[i], size)
 
-    def read_hashed(self, i: int, size: int) -> tuple[npt.NDArray[np.uint8], str]:
-        """Return chosen image i as `read_resized` does, and the sha256 of the content that it was made from."""
-        return self._dataset.read_hashed(self._indices[i], size)
+    def read_hashed(self, i: int, size: int, resize: Resize = to_square) -> tuple[npt.NDArray[np.uint8], str]:
+        """Return chosen image i, resized, and the sha256 of the content that it was made from."""
+        return self._dataset.read_hashed(self._indices[i], size, resize)
 
     def files(self) -> tuple[str, list[str]] | None:
         """Return the whole data set's folder and the files of the chosen images, or None if images are no files."""

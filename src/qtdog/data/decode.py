@@ -29,6 +29,8 @@ SPARE = 2
 MAX_DECODE_BYTES = 1 << 31
 """Memory that decoding one image may take."""
 MAX_FILE_BYTES = 1 << 30
+LONGEST = 2
+"""So many times as long as wide is an image at most of which `to_shorter_side` keeps everything."""
 FULL_RANGE = 1 << 14
 """A 16-bit image whose largest value is smaller holds 12 or fewer bits, or is very dark: nobody can tell which."""
 HINT = (
@@ -203,6 +205,29 @@ def to_square(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     return resized.reshape(size, size, channels)
+
+
+def to_shorter_side(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """Return uint8 (H, W, C) with its aspect kept and a shorter side of at most `side`: Lanczos, never enlarged.
+
+    Lanczos keeps the fine detail that a second resize needs. Of an image more than twice as long as wide only the
+    central 2 : 1 remains: no crop of `data.augment.draw_parameters` takes anything else of it.
+
+    Example:
+        >>> to_shorter_side(np.zeros((30, 90, 1), dtype=np.uint8), 10).shape
+        (10, 20, 1)
+    """
+    height, width, channels = pixels.shape
+    tall, wide = min(height, LONGEST * width), min(width, LONGEST * height)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    pixels = pixels[top : top + tall, left : left + wide]
+    if min(tall, wide) <= side:
+        return pixels
+    scale = side / min(tall, wide)
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if channels == 1 else pixels))
+    target = (max(side, round(wide * scale)), max(side, round(tall * scale)))
+    resized = np.asarray(image.resize(target, Image.Resampling.LANCZOS))
+    return resized.reshape(*resized.shape[:2], channels)
 
 
 def decode_resized(path: Path, size: int, channels: int = 3) -> npt.NDArray[np.uint8]:

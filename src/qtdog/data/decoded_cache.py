@@ -24,8 +24,8 @@ from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, lock_file, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool, normalise
-from qtdog.data.dataset import N_THREADS, DomainDataset, map_samples
-from qtdog.data.decode import DECODE_VERSION
+from qtdog.data.dataset import N_THREADS, DomainDataset, Resize, map_samples
+from qtdog.data.decode import DECODE_VERSION, to_square
 from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
 from qtdog.data.input_cache import Indices, InputCache, cache_root
 
@@ -71,11 +71,11 @@ def copy_cached_rows(handle: int, rows: Rows, hashes: Hashes, caches: Path) -> P
         positions that no cache holds, ascending, int64.
     """
     left = np.arange(rows.n)
-    for place in _newest_first(caches, rows):
+    for place in caches_newest_first(caches, rows):
         if not len(left):
             break
         try:
-            found = _places(_read_hashes(place, rows), hashes[left])
+            found = find_rows(_read_hashes(place, rows), hashes[left])
             _copy(place / IMAGES, handle, found[found >= 0], left[found >= 0], rows.row_bytes)
         except OSError:  # removed meanwhile, or damaged: its rows are decoded
             continue
@@ -83,7 +83,8 @@ def copy_cached_rows(handle: int, rows: Rows, hashes: Hashes, caches: Path) -> P
     return left
 
 
-def _newest_first(caches: Path, rows: Rows) -> list[Path]:
+def caches_newest_first(caches: Path, rows: Rows) -> list[Path]:
+    """Return the folders of finished caches that hold such rows, the newest first."""
     notes: list[tuple[int, Path]] = []
     for path in caches.glob(f"*/{rows.note}"):
         with contextlib.suppress(FileNotFoundError):
@@ -101,7 +102,7 @@ def _read_hashes(place: Path, rows: Rows) -> Hashes:
     return np.fromfile(note, dtype=np.uint8).reshape(-1, HASH_BYTES)
 
 
-def _places(known: Hashes, wanted: Hashes) -> Positions:
+def find_rows(known: Hashes, wanted: Hashes) -> Positions:
     """Return the row of `known` that equals each row of `wanted`, or -1."""
     if not len(known):
         return np.full(len(wanted), -1)
@@ -216,10 +217,10 @@ def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder:
         DataError: an image cannot be read.
         RunError: the cache folder cannot be written.
     """
-    return _content(dataset, progress, folder or cache_root())[0]
+    return content_and_hashes(dataset, progress, folder or cache_root())[0]
 
 
-def _content(dataset: DomainDataset, progress: Progress, folder: Path) -> tuple[str, Hashes | None]:
+def content_and_hashes(dataset: DomainDataset, progress: Progress, folder: Path) -> tuple[str, Hashes | None]:
     """Return the data set's content, and the sha256 of each image's file if images are files."""
     files = dataset.files()
     if files is not None:
@@ -259,7 +260,7 @@ def open_cache(
     """
     folder = folder or cache_root()
     rows = Rows(len(dataset), image_size, dataset.card.channels)
-    content, hashes = _content(dataset, progress, folder)
+    content, hashes = content_and_hashes(dataset, progress, folder)
     key = hashlib.sha256(json.dumps([content, image_size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
     place = folder / "decoded" / key[:24]
     file = place / IMAGES
@@ -298,7 +299,7 @@ def _decode(
 
     def write(i: int) -> None:
         try:
-            pixels = np.ascontiguousarray(_read(dataset, i, rows.size, None if hashes is None else hashes[i]))
+            pixels = np.ascontiguousarray(read_as_hashed(dataset, i, rows.size, hashes))
         except DataError as error:
             with lock:
                 errors.append(str(error))
@@ -314,20 +315,25 @@ def _decode(
                 break
             if progress is not None:
                 progress(n_reused + start + len(part), rows.n)
-    if errors:
-        _refuse(errors)
+    refuse_unreadable(errors)
 
 
-def _read(dataset: DomainDataset, i: int, size: int, expected: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8]:
-    if expected is None:
-        return dataset.read_resized(i, size)
-    pixels, found = dataset.read_hashed(i, size)
-    if bytes.fromhex(found) != expected.tobytes():
+def read_as_hashed(
+    dataset: DomainDataset, i: int, size: int, hashes: Hashes | None, resize: Resize = to_square
+) -> npt.NDArray[np.uint8]:
+    """Return image i, resized; what is decoded must be what was hashed, if it was (DataError)."""
+    if hashes is None:
+        return dataset.read_resized(i, size) if resize is to_square else resize(dataset.read(i), size)
+    pixels, found = dataset.read_hashed(i, size, resize)
+    if bytes.fromhex(found) != hashes[i].tobytes():
         raise DataError(f"the image {dataset.keys[i]} changed while the data set was read; start again")
     return pixels
 
 
-def _refuse(errors: list[str]) -> None:
+def refuse_unreadable(errors: list[str]) -> None:
+    """Raise DataError with the first images that cannot be read, if there are any."""
+    if not errors:
+        return
     if len(errors) == 1:
         raise DataError(errors[0])
     listed = "\n  ".join(sorted(errors)[:MAX_LISTED])

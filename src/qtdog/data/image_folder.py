@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError, nearest
 from qtdog.data.cards import DatasetCard, match_card
-from qtdog.data.dataset import DomainDataset, check_domain_names, composed, look_alikes, sample_arrays
+from qtdog.data.dataset import DomainDataset, Resize, check_domain_names, composed, look_alikes, sample_arrays
 from qtdog.data.decode import HINT, FileGoneError, decode, decode_bytes, decode_resized, read_file, to_square
 from qtdog.data.scan import (
     IMAGE_SUFFIXES,
@@ -76,11 +76,11 @@ class FileDataset(DomainDataset):
         """Return image i as uint8 (size, size, C), resized without cropping (DataError if unreadable)."""
         return decode_resized(self.path(i), size, self.card.channels)
 
-    def read_hashed(self, i: int, size: int) -> tuple[npt.NDArray[np.uint8], str]:
-        """Return image i as `read_resized` does, and the hex sha256 of the bytes that it was decoded from."""
+    def read_hashed(self, i: int, size: int, resize: Resize = to_square) -> tuple[npt.NDArray[np.uint8], str]:
+        """Return image i, resized, and the hex sha256 of the bytes that it was decoded from."""
         content = read_file(self.path(i))
         pixels = decode_bytes(content, str(self.path(i)), self.card.channels, size)
-        return to_square(pixels, size), hashlib.sha256(content).hexdigest()
+        return resize(pixels, size), hashlib.sha256(content).hexdigest()
 
     def sample_signature(self, i: int) -> str:
         """Return the folder of the data set, and size, times, inode and device of file i, which is not read."""

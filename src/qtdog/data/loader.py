@@ -18,6 +18,7 @@ from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.random import numpy_stream, torch_stream
 from qtdog.data.augment import AUGMENTATIONS, BufferPool, augment, draw_parameters, normalise
 from qtdog.data.input_cache import InputCache
+from qtdog.data.original_cache import OriginalCache
 
 BUILT_IN = ("domainbed", "none")  # augmentations of the package
 
@@ -130,6 +131,7 @@ class TrainBatches:
         world: number of processes.
         focus: the domain that gets half of each batch; "" for equal shares.
         class_weights: how often each class is drawn within its domain (`data.loader.cumulated`); "none": as it is.
+        originals: what the crops of "domainbed" are cut from; default: the square images of the cache.
 
     Raises:
         ConfigError: the batch size cannot be shared evenly by the processes, or `focus` is none of the domains.
@@ -152,6 +154,7 @@ class TrainBatches:
         world: int = 1,
         focus: str = "",
         class_weights: Literal["none", "sqrt", "balanced"] = "none",
+        originals: OriginalCache | None = None,
     ) -> None:
         self.sizes = batch_sizes(tuple(pools), batch_size, focus)
         if any(size % world for size in self.sizes):
@@ -170,6 +173,7 @@ class TrainBatches:
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.workers = workers
+        self.originals = originals
         self.rank = rank
         self.world = world
         self._cumulated = {
@@ -186,14 +190,19 @@ class TrainBatches:
         ends = np.cumsum(self.sizes)
         parts = zip(ends - self.sizes, ends, strict=True)
         rows = np.concatenate([np.arange(first + self.rank, end, self.world) for first, end in parts])
-        indices = np.concatenate(drawn)[rows]
-        images = self._inputs(indices, step, torch.from_numpy(rows))
+        everyone = np.concatenate(drawn)
+        indices = everyone[rows]
+        images = self._inputs(everyone, step, torch.from_numpy(rows))
         sizes = tuple(size // self.world for size in self.sizes)
         return Batch(images, torch.from_numpy(self.class_index[indices]), tuple(self.pools), sizes)
 
-    def _inputs(self, indices: Indices, step: int, rows: Tensor) -> Tensor:
+    def _inputs(self, everyone: Indices, step: int, rows: Tensor) -> Tensor:
+        """Return the images at `everyone[rows]`; the rest of the global batch is that of other processes."""
+        indices = everyone[rows.numpy()]
         if self.augment == "none":
             return self.cache.network_inputs(indices, self.mean, self.std)
+        if self.augment == "domainbed" and self.originals is not None:
+            return self._crops_of_originals(self.originals, everyone, step, rows)
         images = self.cache.gather(indices, self._buffers)
         if self.augment not in BUILT_IN:
             generator = torch_stream(self.seed, "augment", step, self.rank)
@@ -201,6 +210,13 @@ class TrainBatches:
         n_global = sum(self.sizes)  # drawn for all processes, so that they see one global batch
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
         return augment(images, parameters.take(rows), mean=self.mean, std=self.std, pool=self._buffers)
+
+    def _crops_of_originals(self, originals: OriginalCache, everyone: Indices, step: int, rows: Tensor) -> Tensor:
+        sizes = originals.sizes[torch.from_numpy(everyone)]
+        parameters = draw_parameters(torch_stream(self.seed, "augment", step), len(everyone), sizes)
+        images = originals.gather(everyone[rows.numpy()])
+        how = {"mean": self.mean, "std": self.std, "pool": self._buffers}
+        return augment(images, parameters.take(rows), size=originals.image_size, **how)
 
     def stream(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
         """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.

@@ -165,6 +165,8 @@ class Context(nn.Module):
         channels: of the images.
         n_context: channels of the context.
         width: channels inside.
+        group: images that share a context where no domains are given, in their order (DomainBed evaluates in groups of
+            its training batch, 8); the last group may be smaller. 0: all that are given together.
 
     Shapes:
         (n, channels, H, W) → (n, channels + n_context, H, W)
@@ -175,8 +177,9 @@ class Context(nn.Module):
         torch.Size([5, 4, 8, 8])
     """
 
-    def __init__(self, channels: int, n_context: int, width: int) -> None:
+    def __init__(self, channels: int, n_context: int, width: int, group: int = 0) -> None:
         super().__init__()
+        self.group = group
         widths = [channels, width, width, n_context]
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(pairwise(widths)):
@@ -190,11 +193,22 @@ class Context(nn.Module):
 
         Args:
             images: shape (n, channels, H, W), domain after domain.
-            sizes: images of each domain, adding up to n; default: all are of one domain.
+            sizes: images of each domain, adding up to n; default: groups of `group`, or all are of one domain.
         """
+        if sizes is None and self.group:
+            maps = self.layers(images)
+            context = (_shares(maps.shape[0], self.group).to(maps) @ maps.flatten(1)).view_as(maps)
+            return torch.cat([images, context.to(images.dtype)], dim=1)
         parts = self.layers(images).split(list(sizes) if sizes else len(images))
         contexts = [part.mean(dim=0, keepdim=True).expand_as(part) for part in parts]
         return torch.cat([images, torch.cat(contexts).to(images.dtype)], dim=1)
+
+
+def _shares(n: int, group: int) -> Tensor:
+    """The share of image j in the mean of the group of image i, (n, n): a matrix, which exports with any n."""
+    place = torch.arange(n) // group
+    same = (place[:, None] == place[None, :]).to(torch.float32)
+    return same / same.sum(1, keepdim=True)
 
 
 @FEATURE_LAYERS.register("context")
@@ -207,6 +221,7 @@ class ContextLayer(FeatureLayer):
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "channels": HyperParameter(1, "channels of the context", low=1, high=16),
         "width": HyperParameter(64, "channels inside the context network", low=1, high=512),
+        "group": HyperParameter(0, "images that share a context in evaluation, as given; 0: the batch", 0, 4096),
     }
     SAVED = True
     LEARNS_STATISTICS = True
@@ -219,7 +234,8 @@ class ContextLayer(FeatureLayer):
 
     def install_(self, network: Network, image_shape: ImageShape) -> None:
         """Put a context network with a random start before the featurizer."""
-        network.context = Context(image_shape[0], self.extra_channels, int(self.params["width"]))
+        sizes = (self.extra_channels, int(self.params["width"]), int(self.params["group"]))
+        network.context = Context(image_shape[0], *sizes)
 
 
 def make_feature_layer(name: str, params: Mapping[str, Value]) -> FeatureLayer:

@@ -16,6 +16,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches, batch_sizes
+from qtdog.data.original_cache import OriginalCache, open_originals
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network, to_device_
@@ -87,6 +88,8 @@ def build_components(
         cache = open_inputs(
             dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
         )
+        crops_originals = data.crop == "original" and data.augment == "domainbed"
+        originals = open_originals(dataset, data.image_size, progress=progress) if crops_originals else None
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     inputs = EvaluationInputs(cache, dataset.class_index, mean, std)
@@ -97,7 +100,7 @@ def build_components(
         model=model,
         optimizer=prepared,
         quantizer=quantizer,
-        batches=_batches(config, protocol, inputs, accelerator),
+        batches=_batches(config, protocol, inputs, accelerator, originals),
         objective=objective,
         step_rule=step_rule,
         averager=averager,
@@ -220,7 +223,11 @@ def make_optimizer(
 
 
 def _batches(
-    config: Config, protocol: DomainProtocol, inputs: EvaluationInputs, accelerator: Accelerator
+    config: Config,
+    protocol: DomainProtocol,
+    inputs: EvaluationInputs,
+    accelerator: Accelerator,
+    originals: OriginalCache | None,
 ) -> TrainBatches:
     return TrainBatches(
         inputs.cache,
@@ -236,4 +243,5 @@ def _batches(
         world=accelerator.num_processes,
         focus=config.data.focus,
         class_weights=config.data.class_weights,
+        originals=originals,
     )

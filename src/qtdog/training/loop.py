@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtdog.conversion.inspect import LayerHealth, layer_health, worst
 from qtdog.core.config import Config
-from qtdog.core.errors import CollapseError, Interrupted, NonFiniteLossError
+from qtdog.core.errors import CollapseError, ConfigError, Interrupted, NonFiniteLossError
 from qtdog.core.progress import RunCallback
 from qtdog.core.random import derive
 from qtdog.data.loader import Batch
@@ -127,6 +127,7 @@ def train(
         Interrupted: the run was asked to stop; a checkpoint was written first.
         NonFiniteLossError: the loss is NaN or infinite; the last good state was kept.
         CollapseError: a quantized network fell to chance; the state was kept.
+        ConfigError: batch norm learns its statistics, and the batch has one value per channel.
     """
     callback = callback or RunCallback()
     try:
@@ -138,6 +139,14 @@ def train(
         if all(torch.isfinite(parameter).all() for parameter in run.components.network.parameters()):
             _save(run, callback)
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # batch norm's
+            raise
+        size = run.components.config.data.batch_size
+        raise ConfigError(
+            f"batch norm learns its statistics, and a batch of data.batch_size {size} gives it one value per channel: "
+            "take a larger batch or larger images, or --set model.freeze_bn=true"
+        ) from error
 
 
 def _train(run: TrainingRun, last: int, callback: RunCallback, check_interrupt: Callable[[], None]) -> None:
