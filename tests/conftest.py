@@ -8,6 +8,7 @@ import os
 # another process is busy. Set before torch is imported; processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,27 @@ def image_tree(tmp_path: Path) -> Path:
                 pixels[..., c] += 90
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[str, Any]:
+    """The functions of `tests/report/made_runs.py` by name: run folders with made-up numbers, in milliseconds."""
+    return runpy.run_path(str(Path(__file__).parent / "report" / "made_runs.py"))
+
+
+@pytest.fixture(scope="session")
+def make_run(made: dict[str, Any]) -> Callable[..., Path]:
+    """Return a function that writes the folder of a finished run with made-up numbers."""
+    return made["make_run"]
+
+
+@pytest.fixture(scope="session")
+def study(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 27 made-up runs and an ensemble, not to be changed."""
+    return made["make_study"](tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def domainbed(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up results.jsonl of DomainBed, not to be changed."""
+    return made["make_domainbed"](tmp_path_factory.mktemp("domainbed") / "results.jsonl")

@@ -76,14 +76,14 @@ def result_of(config: Config, made: Sequence[Record], dataset: str) -> dict[str,
 def make_ensemble(path: Path, members: Sequence[Path]) -> Path:
     """Write the folder of an ensemble of runs."""
     configs = [RunFolder(member).read_config() for member in members]
-    told = [
+    listed = [
         {"folder": f"../{member.name}", "trial": config.data.trial, "seed": config.train.seed}
         for member, config in zip(members, configs, strict=True)
         if config is not None
     ]
     first = json.loads((members[0] / "result.json").read_text())
     size = {"bytes": 9_000_000, "ratio": 1.5, "float32_models": 0.66}
-    result = first | {"kind": "eoq", "members": told, "size": size, "test_accuracy": first["test_accuracy"] + 0.02}
+    result = first | {"kind": "eoq", "members": listed, "size": size, "test_accuracy": first["test_accuracy"] + 0.02}
     result |= {"training_steps": 100 * len(members), "training_runs": len(members), "inference_passes": len(members)}
     path.mkdir(parents=True)
     (path / "result.json").write_text(json.dumps(result))

@@ -143,6 +143,46 @@ def test_what_was_shipped_stands_for_its_own_selection(make_run: Callable[..., P
     assert [found[name] for name in SELECTIONS if name != "source"] == [None] * 4
 
 
+def test_an_ensemble_of_several_targets_has_an_average(made: dict[str, Any], tmp_path: Path):
+    accuracy: dict[tuple[int, str], float] = {}
+    for group, seeds in enumerate(((0, 1), (2, 3))):
+        for target in TARGETS[:2]:
+            members = [
+                made["make_run"](tmp_path / f"{target}-{seed}", data={"target": target}, train={"seed": seed})
+                # which member comes first must not matter: the best one differs from target to target
+                for seed in (seeds if target == TARGETS[0] else reversed(seeds))
+            ]
+            folder = made["make_ensemble"](tmp_path / f"eoq-{target}-{group}", members)
+            accuracy[group, target] = json.loads((folder / "result.json").read_text())["test_accuracy"]
+    rows = {row.method: row for row in aggregate(find_runs([tmp_path]).runs, "source").rows}
+    row = rows["EoQ of 2: erm + lsq 7 bit"]
+    by_group = [np.mean([accuracy[group, target] for target in TARGETS[:2]]) for group in (0, 1)]
+    assert row.n_trials == 2
+    assert row.cells[AVERAGE].mean == pytest.approx(np.mean(by_group))
+    assert row.cells[AVERAGE].error == pytest.approx(np.std(by_group) / 2**0.5)
+    assert row.cells[TARGETS[0]].mean == pytest.approx(np.mean([accuracy[group, TARGETS[0]] for group in (0, 1)]))
+
+
+def test_float_and_quantized_runs_are_selected_from_the_same_window(make_run: Callable[..., Path], tmp_path: Path):
+    path = make_run(tmp_path / "float", quantizer={"name": "none"}, data={"target": "sketch"})
+    lines = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
+    early = lines[0]  # step 20 is the best by far, and before 40 % of 100 steps
+    for score in (*early["source"].values(), *early["test"].values()):
+        score["accuracy"] = 0.99
+    early["source_accuracy"] = early["test_accuracy"] = 0.99
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = json.loads((path / "result.json").read_text())
+    result |= {"selected_step": 20, "source_accuracy": 0.99, "test_accuracy": 0.99}
+    (path / "result.json").write_text(json.dumps(result))
+    (run,) = find_runs([path]).runs
+    selected = apply_selection(run, "source")
+    best = max((line for line in lines if line["step"] > 40), key=lambda line: line["source_accuracy"])
+    assert selected is not None
+    assert (selected.step, selected.target) == (best["step"], best["test_accuracy"])
+    (row,) = aggregate([run], "source").rows
+    assert row.cells["sketch"].mean == best["test_accuracy"]
+
+
 def test_an_ensemble_stands_where_its_members_were_chosen(study: Path):
     (run,) = [run for run in find_runs([study]).runs if run.kind == "ensemble"]
     assert (run.method, run.cost.n_models, run.cost.passes) == ("EoQ of 3: erm + lsq 7 bit", 3, 3)

@@ -38,6 +38,7 @@ def test_means_of_finished_runs_stand_beside_what_is_expected(
         value[labels["method"], labels["target"], labels["trial, seed"]] = 100 * value_of(result or {}, "unseen")
     every, at_75, ensemble = compare_with_expected(plan, tmp_path, rows)[:3]
     trials = [(value["lsq", "0", seed] + value["lsq", "75", seed]) / 2 for seed in (0, 1)]
+    assert every.ours is not None
     assert every.ours == pytest.approx(sum(trials) / 2)
     assert every.error == pytest.approx(abs(trials[0] - trials[1]) / 2 / 2**0.5)
     assert every.difference == pytest.approx(every.ours - 60)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.runs import index as index_module
 from qtdog.runs.aggregate import aggregate
 from qtdog.runs.find import find_runs
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.index import ask, index_file, refresh
+from qtdog.runs.index import ask, index_file, read_row, refresh
 from qtdog.runs.statistics import Condition, average_over_targets, replicate
 from qtdog.sweep.journal import Outcome, save_failure, save_labels
 from qtdog.sweep.merge import merge_folders
@@ -80,20 +80,21 @@ def test_ensembles_are_rows_and_shared_steps_are_not(copied):
     assert ask(refresh(out), "folder like 'prefix-%'") == []
 
 
-def test_only_what_changed_is_read_again_and_what_is_gone_goes(copied, monkeypatch):
+def test_only_what_changed_is_read_again_and_what_is_gone_goes(copied):
     plan, out = copied
     refresh(out.parent)
     read = []
-    real = index_module.read_row
-    monkeypatch.setattr(
-        index_module, "read_row", lambda folder, failure: read.append(folder.name) or real(folder, failure)
-    )
-    refresh(out.parent)
+
+    def noted(folder, failure):
+        read.append(folder.name)
+        return read_row(folder, failure)
+
+    refresh(out.parent, read=noted)
     assert read == []
     task = next(task for task in plan.tasks if task.kind == "run")
     result = json.loads((out / task.name / "result.json").read_text())
     (out / task.name / "result.json").write_text(json.dumps(result | {"test_accuracy": 0.125}))
-    assert ask(refresh(out.parent), "test_accuracy = 0.125")[0]["folder"] == f"tiny/{task.name}"
+    assert ask(refresh(out.parent, read=noted), "test_accuracy = 0.125")[0]["folder"] == f"tiny/{task.name}"
     assert read == [task.name]
     shutil.rmtree(out / task.name)
     assert ask(refresh(out.parent), f"folder = 'tiny/{task.name}'") == []
@@ -139,6 +140,27 @@ def test_a_damaged_run_is_named_and_a_foreign_file_is_none(copied):
     assert [found.pop(name)["state"] for name in "abc"] == ["damaged"] * 3
     assert list(found.values()) == before
     assert "result.json" in str(ask(refresh(out), "folder = 'a'")[0]["error"])
+
+
+class Unreadable(type(Path())):
+    """A path whose method has a mistake, as a program may have."""
+
+    def is_file(self):
+        raise AttributeError("a mistake in the program")
+
+
+def test_damaged_files_give_no_row_and_mistakes_of_the_program_are_not_taken_for_damage(copied):
+    plan, out = copied
+    folder = out / next(task.name for task in plan.tasks if task.kind == "run")
+    result = json.loads((folder / "result.json").read_text())
+    assert read_row(folder)["test_accuracy"] == result["test_accuracy"]
+    for change in ({"size": "large"}, {"size": {}}, {"test_accuracy_80": 3}):
+        (folder / "result.json").write_text(json.dumps(result | change))
+        assert read_row(folder) is None, change
+    (folder / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "selection"}))
+    assert read_row(folder) is None
+    with pytest.raises(AttributeError, match="a mistake in the program"):
+        read_row(Unreadable(folder))
 
 
 ATTACKS = [

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.errors import ConfigError, DataError, RunError
-from qtdog.core.files import sha256_file
+from qtdog.core.errors import ConfigError, DataError
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256
 from qtdog.data.open import open_readable
+from qtdog.runs.find import require_run
 from qtdog.runs.folder import RunFolder
 from qtdog.training.load_model import LoadedModel, load_model
 from qtdog.training.protocol import DomainProtocol, make_protocol, open_inputs
@@ -53,7 +53,7 @@ class AnalyzedRun:
         model: what it ships: plain, dequantized weights, in evaluation mode.
         dataset: the images it was made from.
         protocol: which domains are sources, which is the target, which images are held out.
-        id: of its model file, see `model_id`.
+        id: the beginning of the sha256 of its model file: what is measured of the run holds for this file.
     """
 
     label: str
@@ -89,31 +89,6 @@ def describe_run(label: str, folder: RunFolder, config: Config) -> dict[str, Any
     return {"label": label, "folder": str(folder.path), "config_hash": config_hash(config)}
 
 
-def model_id(folder: RunFolder) -> str:
-    """Return the beginning of the sha256 of a run's model file: what is measured of the run holds for this file.
-
-    Raises:
-        RunError: the run is not finished.
-    """
-    if not folder.model_file.is_file():
-        raise RunError(f"{folder.path} is not finished: it has no {folder.model_file.name}. Go on with --resume.")
-    return sha256_file(folder.model_file)[:ID_DIGITS]
-
-
-def read_run_folder(path: Path) -> tuple[RunFolder, Config]:
-    """Return the folder of a run and its configuration, whether it is finished or not.
-
-    Raises:
-        RunError: no folder of a run.
-    """
-    folder = RunFolder(path)
-    config = folder.read_config()
-    if config is None:
-        text = "has no config.yaml" if path.is_dir() else "is no folder"
-        raise RunError(f"{path} {text}; an analysis takes the folders that 'qtdog train' wrote")
-    return folder, config
-
-
 def open_analyzed_runs(
     paths: Sequence[Path],
     labels: Sequence[str],
@@ -132,31 +107,30 @@ def open_analyzed_runs(
         progress: of hashing the images.
 
     Raises:
-        RunError: no folder of a run, or a run that is not finished.
+        RunError, ConfigError: as in `runs.find.require_run`.
         DataError: the data set is not the one of a run, or the runs have different ones.
         FormatError, ModelError: as in `training.load_model.load`.
     """
-    runs = [read_run_folder(path) for path in paths]
-    ids = [model_id(folder) for folder, _ in runs]
-    source = data or runs[0][1].data.source
-    skip = any(config.data.skip_unreadable for _, config in runs)
+    runs = [require_run(path) for path in paths]
+    source = data or runs[0].config.data.source
+    skip = any(run.config.data.skip_unreadable for run in runs)
     dataset = open_readable(source, skip_unreadable=skip, progress=progress)
     content = content_sha256(dataset, progress=progress)
-    for folder, config in runs:
-        if config.data.content != content:
-            text = f"{folder.path} was trained on other images than those in {source}"
+    for run in runs:
+        if run.config.data.content != content:
+            text = f"{run.folder.path} was trained on other images than those in {source}"
             raise DataError(f"{text}: analyses compare runs on one data set (--data says where it lies)")
     return [
         AnalyzedRun(
             label=label,
-            folder=folder,
-            config=config,
-            model=load_model(folder.model_file, device=device),
+            folder=run.folder,
+            config=run.config,
+            model=load_model(run.folder.model_file, device=device),
             dataset=dataset,
-            protocol=make_protocol(config, dataset),
-            id=identity,
+            protocol=make_protocol(run.config, dataset),
+            id=run.model_sha256[:ID_DIGITS],
         )
-        for label, identity, (folder, config) in zip(labels, ids, runs, strict=True)
+        for label, run in zip(labels, runs, strict=True)
     ]
 
 

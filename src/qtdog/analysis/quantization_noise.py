@@ -13,7 +13,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from qtdog.analysis.analyzed_run import describe_run, model_id, read_run_folder
+from qtdog.analysis.analyzed_run import ID_DIGITS, describe_run
 from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
 from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
 from qtdog.core.config import Config
@@ -21,6 +21,7 @@ from qtdog.core.errors import ModelError, RunError
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.packed_file import load_packed
+from qtdog.runs.find import require_run
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
 from qtdog.training.fork import latent_weights
@@ -162,19 +163,19 @@ def measure_noise(
         check: called before each layer; may raise to break off.
 
     Raises:
-        RunError: no folder of a finished run, a run without checkpoint, or a float run.
+        RunError, ConfigError: as in `runs.find.require_run`, a run without checkpoint, or a float run.
         ModelError: a grid without a common step size.
     """
     points = Measurements(folder, ("run", "layer"), COLUMNS, {"n_bins": N_BINS})
     runs, numbers, pooled = [], [], {}
     for path, label in zip(paths, labels, strict=True):
-        run, config = read_run_folder(path)
-        identity = model_id(run)
-        _measure(run, config, identity, points, progress=progress, check=check)
+        run = require_run(path)
+        identity = run.model_sha256[:ID_DIGITS]
+        _measure(run.folder, run.config, identity, points, progress=progress, check=check)
         rows = points.of(run=identity)
         numbers += [{"run": label} | _row(row) for row in rows]
         pooled[label] = next(_counts(row) for row in rows if row["layer"] == ALL)
-        runs.append(describe_run(label, run, config) | {"model": identity})
+        runs.append(describe_run(label, run.folder, run.config) | {"model": identity})
     result = AnalysisResult(
         kind="noise",
         title="Quantization noise against the uniform law",

@@ -12,12 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-from qtdog.analysis.analyzed_run import describe_run, read_run_folder
+from qtdog.analysis.analyzed_run import describe_run
 from qtdog.analysis.figures import curve_style, escape_dollar, legend, mark_start, panels, save_figure
 from qtdog.analysis.measurements import AnalysisResult, write_result, write_table
 from qtdog.core.config import Config
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.random import numpy_stream
+from qtdog.runs.find import open_run
 from qtdog.runs.record import Record
 
 N_BOOTSTRAP = 1000
@@ -144,7 +145,7 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
     runs: list[Run] = []
     described = []
     for path, label in zip(paths, labels, strict=True):
-        run, config = read_run_folder(path)
+        run, config = open_run(path)
         records = run.read_metrics()
         if not records:
             raise RunError(f"{path} has no evaluation yet (metrics.jsonl)")

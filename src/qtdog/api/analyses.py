@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from qtdog.analysis.analyzed_run import AnalyzedRun, open_analyzed_runs, read_run_folder
+from qtdog.analysis.analyzed_run import AnalyzedRun, open_analyzed_runs
 from qtdog.analysis.errors_by_domain import measure_errors
 from qtdog.analysis.flatness import RADII, FlatnessPlan, measure_flatness
 from qtdog.analysis.gradcam import CamPlan, measure_cam
@@ -31,6 +31,7 @@ from qtdog.api.display import CountingBar, as_frame
 from qtdog.api.notebook import SIGINT_CODE, RunResult, RunResults
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.progress import Progress
+from qtdog.runs.find import open_run
 from qtdog.runs.finished import method_name, settings_of
 from qtdog.runs.labels import setting_labels
 from qtdog.training.signals import StopRequest
@@ -396,7 +397,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     twice = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is named twice")
-    configs = [read_run_folder(path)[1] for path in paths]
+    configs = [open_run(path)[1] for path in paths]
     trees = [config.model_dump(mode="json") for config in configs]
     names = setting_labels([method_name(tree) for tree in trees], [settings_of(tree) for tree in trees])
     for details in (

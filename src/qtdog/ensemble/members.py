@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.files import sha256_file
-from qtdog.packing.ensemble_file import is_ensemble
+from qtdog.core.errors import ConfigError
 from qtdog.packing.packed_file import PackedModel, load_packed
+from qtdog.runs.find import require_run
 from qtdog.runs.finished import KINDS
-from qtdog.runs.folder import RunFolder
 from qtdog.training.load_model import STRUCTURE, ModelInfo, read_info
 
 ALIKE = (*STRUCTURE, "source_domains", "target_domain")
@@ -33,7 +31,7 @@ class Member:
 
     path: Path
     config: Config
-    result: dict[str, Any] = field(repr=False)
+    result: Mapping[str, Any] = field(repr=False)
     packed: PackedModel = field(repr=False)
     info: ModelInfo
 
@@ -60,25 +58,12 @@ def read_member(path: Path) -> Member:
     """Return the finished run in a folder.
 
     Raises:
-        RunError: no run folder, a run that is not finished, or a model file that is not the run's.
-        ConfigError: the folder holds an ensemble.
+        RunError, ConfigError: as in `runs.find.require_run`.
         FormatError: its model file cannot be read.
     """
-    folder = RunFolder(path)
-    if not path.is_dir():
-        raise RunError(f"{path} is no folder; give the folders of finished runs")
-    if folder.model_file.is_file() and is_ensemble(folder.model_file):
-        raise ConfigError(f"{path} holds an ensemble; give the runs that it was made of")
-    config = folder.read_config()
-    if config is None:
-        raise RunError(f"{path} is no run folder (it has no config.yaml); give the folders of finished runs")
-    result = folder.read_result()
-    if result is None or not folder.model_file.is_file():
-        raise RunError(f"the run in {path} is not finished; go on with: qtdog train --resume --out {path}")
-    if sha256_file(folder.model_file) != result["model_sha256"]:
-        raise RunError(f"{folder.model_file} is not the file that the run wrote; train it again")
-    packed = load_packed(folder.model_file)
-    return Member(path, config, result, packed, read_info(folder.model_file, packed.metadata))
+    run = require_run(path)
+    packed = load_packed(run.folder.model_file)
+    return Member(path, run.config, run.result, packed, read_info(run.folder.model_file, packed.metadata))
 
 
 def check_alike(members: Sequence[Member]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
 from qtdog.core.errors import ConfigError, RunError
+from qtdog.core.files import sha256_file
 from qtdog.runs.domainbed import DomainBedRuns, plain, read_domainbed
 from qtdog.runs.finished import (
     AVERAGED_AT_END,
@@ -49,6 +50,57 @@ def read_run(path: Path) -> FinishedRun | None:
         return _ensemble(path, result) if config is None else _run(folder, config, result)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise RunError(f"{path} does not hold what a finished run writes ({error!r}). Leave it out") from error
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What ensembles and analyses need of one finished run.
+
+    Attributes:
+        folder: of the run.
+        config: its configuration.
+        result: what it measured (`result.json`).
+        model_sha256: of its model file, which is the one that the run wrote.
+    """
+
+    folder: RunFolder
+    config: Config
+    result: Mapping[str, Any] = field(repr=False)
+    model_sha256: str
+
+
+def require_run(path: Path) -> RunFiles:
+    """Return a finished run whose model file is the one that it wrote.
+
+    Raises:
+        RunError: no run folder, a run that is not finished, files that no run writes, or another model file.
+        ConfigError: the folder holds an ensemble.
+    """
+    run = read_run(path)
+    if run is not None and run.kind == "ensemble":
+        raise ConfigError(f"{path} holds an ensemble; give the runs that it was made of")
+    folder, config = open_run(path)
+    if run is None or not folder.model_file.is_file():
+        raise RunError(f"the run in {path} is not finished; go on with: qtdog train --resume --out {path}")
+    sha256 = sha256_file(folder.model_file)
+    if sha256 != run.result.get("model_sha256"):
+        raise RunError(f"{folder.model_file} is not the file that the run wrote; train it again")
+    return RunFiles(folder, config, run.result, sha256)
+
+
+def open_run(path: Path) -> tuple[RunFolder, Config]:
+    """Return the folder of a run and its configuration, whether it is finished or not.
+
+    Raises:
+        RunError: no folder of a run, or a configuration that cannot be read.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise RunError(f"{path} is no folder; give the folders of runs, as 'qtdog train' wrote them")
+    config = _config(folder)
+    if config is None:
+        raise RunError(f"{path} is no run folder (it has no config.yaml); give those that 'qtdog train' wrote")
+    return folder, config
 
 
 def _config(folder: RunFolder) -> Config | None:

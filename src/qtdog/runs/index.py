@@ -8,7 +8,7 @@ import math
 import re
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qtdog.runs.study_names import read_failure_reasons, read_labels, state_fold
 
 Value = str | int | float | None
 IndexRow = dict[str, Value]
+RowReader = Callable[[Path, str], IndexRow | None]
 
 # Column → SQLite type, in the order in which they are shown; study, method and labels are in a table of their own.
 COLUMNS = {
@@ -195,7 +196,7 @@ def index_file(root: Path) -> Path:
     return state_folder(root) / "index.sqlite"
 
 
-def refresh(root: Path) -> Path | sqlite3.Connection:
+def refresh(root: Path, *, read: RowReader = read_row) -> Path | sqlite3.Connection:
     """Bring the index of all runs below `root` up to date and return its file; only what changed is read again.
 
     An index that is damaged, of another version, or not of the schema that this program writes (it may have come with a
@@ -204,6 +205,10 @@ def refresh(root: Path) -> Path | sqlite3.Connection:
 
     The view `runs` has a row for each run and each study (or method of one) that names it; `study` and `method` are
     NULL where none does.
+
+    Args:
+        root: the folder.
+        read: returns the row of a folder, given why the sweep could not do it ("" if that is not known).
     """
     file = index_file(root)
     for _ in range(2):
@@ -212,7 +217,7 @@ def refresh(root: Path) -> Path | sqlite3.Connection:
             file.parent.mkdir(parents=True, exist_ok=True)
             database = _open(file)
             try:
-                _fill(database, root)
+                _fill(database, root, read)
             finally:
                 database.close()
             return file
@@ -223,7 +228,7 @@ def refresh(root: Path) -> Path | sqlite3.Connection:
                 file.unlink(missing_ok=True)
     database = sqlite3.connect(":memory:")
     database.executescript(SCHEMA)
-    _fill(database, root)
+    _fill(database, root, read)
     return database
 
 
@@ -235,9 +240,9 @@ def _require_own_file(file: Path) -> None:
         raise OSError(f"{file.parent} is a link")
 
 
-def _fill(database: sqlite3.Connection, root: Path) -> None:
+def _fill(database: sqlite3.Connection, root: Path, read: RowReader) -> None:
     with database:
-        _refresh_folders(database, root)
+        _refresh_folders(database, root, read)
         _refresh_labels(database, root)
 
 
@@ -282,7 +287,7 @@ def _is_whole(database: sqlite3.Connection) -> bool:
     return database.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
 
 
-def _refresh_folders(database: sqlite3.Connection, root: Path) -> None:
+def _refresh_folders(database: sqlite3.Connection, root: Path, read: RowReader) -> None:
     known = dict(database.execute("SELECT folder, signature FROM folders").fetchall())
     failures = {out: read_failure_reasons(out) for out in sweep_folders(root)}
     seen = set()
@@ -293,7 +298,7 @@ def _refresh_folders(database: sqlite3.Connection, root: Path) -> None:
         seen.add(name)
         if known.get(name) == now:
             continue
-        row = read_row(folder, failure)
+        row = read(folder, failure)
         database.execute("DELETE FROM folders WHERE folder = ?", (name,))
         if row is not None:
             _insert(database, row | {"folder": name, "signature": now})
