@@ -30,6 +30,8 @@ SPEAKS = RANK == "0"
 
 out = Console(quiet=not SPEAKS)
 err = Console(stderr=True, quiet=not SPEAKS)
+MEASURED_STEPS, MEASURED_S = 3, 2.0  # from which the time of a run is told
+WORTH_SAYING_S = 30.0  # of a run that is left
 LINE_EVERY_S = 30.0  # between two lines about the steps, where there is no bar
 
 
@@ -61,9 +63,17 @@ class TrainingBar(RunCallback):
 
     Attributes:
         which: said in the title, where there are several runs: "seed 1, 2 of 3".
+        about: what the runs do, said once.
+        n_after: how many like it come after this run.
     """
 
     which: str = ""
+    about: str = ""
+    n_after: int = 0
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        err.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_start(self, config: Config, step: int) -> None:
         """Show the title and an empty bar; where none can be drawn, the title alone."""
@@ -81,6 +91,8 @@ class TrainingBar(RunCallback):
         )
         self._steps, self._start, self._n_images, self._shown = config.train.steps, step, 0, 0.0
         self._started = self._line = time.perf_counter()
+        self._measured_from: tuple[int, float] | None = None
+        self._is_estimated = False
         if not shows_bars():
             err.print(title, highlight=False, markup=False, soft_wrap=True)
         self._progress = Progress(*columns, console=err, disable=not shows_bars())
@@ -94,6 +106,7 @@ class TrainingBar(RunCallback):
         self._n_images += n_images
         now = time.perf_counter()
         rate = self._n_images / max(now - self._started, 1e-9)
+        self._estimate(step, now)
         if now - self._shown > 0.1 or step == self._steps:
             self._shown = now
             self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
@@ -102,6 +115,21 @@ class TrainingBar(RunCallback):
             left = (now - self._started) / (step - self._start) * (self._steps - step)
             text = f"  step {step}/{self._steps}  loss {loss:.3f}  {rate:,.0f} images/s  {duration_text(left)} left"
             err.print(text, highlight=False, soft_wrap=True)
+
+    def _estimate(self, step: int, now: float) -> None:
+        """Say once, after some steps, how long the run will take; nothing of a short one."""
+        if self._measured_from is None:
+            self._measured_from = step, now  # the first step makes buffers, and is not counted
+        first, since = self._measured_from
+        if self._is_estimated or step - first < MEASURED_STEPS or now - since < MEASURED_S:
+            return
+        self._is_estimated = True
+        step_s = (now - since) / (step - first)
+        left_s = step_s * (self._steps - step)
+        if left_s > WORTH_SAYING_S:
+            whole = left_s + step_s * self._steps * self.n_after
+            several = f", {duration_text(whole)} with the {self.n_after} after it" if self.n_after else ""
+            self.say(f"  about {duration_text(left_s)} for this run{several} ({step_s:.2g} s per step)")
 
     def on_record(self, record: Record) -> None:
         """Show an evaluation."""

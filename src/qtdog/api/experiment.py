@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qtdog.api.display import TrainingBar
+from qtdog.api.display import TrainingBar, warn
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import (
     SHORT_NAMES,
     Tree,
     build_config,
+    is_method_preset,
     load_preset,
     option_tree,
     parse_assignment,
@@ -224,8 +225,8 @@ class Request:
 def configure(request: Request) -> tuple[DomainDataset, Config]:
     """Return the data set, of which no image is read, and the configuration that `request` describes.
 
-    Layers, later ones win: defaults, the data set's own preset (or the saved configuration of a run to resume),
-    `--preset`s, flags, `--set`s.
+    Layers, later ones win: defaults, the data set's own preset unless another whole one is given (or the saved
+    configuration of a run to resume), `--preset`s, flags, `--set`s.
 
     Raises:
         ConfigError, DataError: as in `build_config` and `open_dataset`.
@@ -241,7 +242,8 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
         dataset = open_any(build_config([*saved, *own, flags, *assigned]).data.source, min_domains=1)
     else:
         assigned.append({"data": {"source": f"{IN_PYTHON}{dataset.card.name}"}})
-    base = saved or [dataset_layer(dataset, with_preset=not own)]
+    methods_only = all(isinstance(given, str) and is_method_preset(given) for given in request.presets)
+    base = saved or [dataset_layer(dataset, with_preset=methods_only)]
     return dataset, build_config([*base, *own, flags, *assigned])
 
 
@@ -359,8 +361,8 @@ def train_runs(
     callbacks, results = callbacks or RunCallbacks(), []
     for number, planned in enumerate(plan, start=1):
         config, folder, fork_point = planned.config, planned.folder, planned.fork_point
-        if len(plan) > 1 and isinstance(callbacks.callback, TrainingBar):
-            callbacks.callback.which = f"seed {config.train.seed}, {number} of {len(plan)}"
+        if isinstance(callbacks.callback, TrainingBar) and folder.read_result() is None:
+            _introduce(callbacks.callback, config, dataset, number, plan)
         start = None
         if fork_point is not None and folder.read_result() is None:
             start = fork_point.checkpoint(config, dataset, callbacks)
@@ -376,6 +378,22 @@ def train_runs(
         about = {"method": method_name(config.model_dump()), "folder": str(folder.path)}
         results.append(result | about | {"training_steps": config.train.steps})
     return results
+
+
+def _introduce(bar: TrainingBar, config: Config, dataset: DomainDataset, number: int, plan: Sequence[Planned]) -> None:
+    """Let the bar say what the run will do, which one of several it is, and that it would take days if it would."""
+    from qtdog.api.cost import describe_run, slow_warning
+
+    left = len(plan) - number
+    bar.which = f"seed {config.train.seed}, {number} of {len(plan)}" if len(plan) > 1 else ""
+    bar.n_after = left
+    text = describe_run(config, dataset)
+    if text != bar.about:  # several runs that differ in seed or target: once
+        bar.about = text
+        bar.say(text)
+        warning = slow_warning(config, dataset, left + 1)
+        if warning:
+            warn(warning)
 
 
 def join_targets(

@@ -170,6 +170,7 @@ def bits(
     """
     given = dict(locals())
     from qtdog.cli.console import print_json
+    from qtdog.core.config_io import is_method_preset
     from qtdog.core.errors import ConfigError
 
     if (mode is Mode.MIXED) != (budget is not None):
@@ -179,8 +180,8 @@ def bits(
     with _goes_on(folder):
         report = _uniform(plan, folder) if budget is None else _mixed(plan, budget, vectors, folder)
     presets = [*(preset or ()), *([] if budget is None else [str(folder / LAYER_BITS)])]
-    if presets and not preset and dataset.card.preset:
-        presets.insert(0, dataset.card.preset)  # a preset that is given takes the place of the data set's own
+    if budget is not None and dataset.card.preset and all(map(is_method_preset, preset or ())):
+        presets.insert(0, dataset.card.preset)  # the file of bits would take the place of the data set's own
     report |= {"folder": str(folder), "use": train_line(given, presets, report["choice"])}
     _keep(folder, report)
     if as_json:

@@ -38,6 +38,7 @@ from qtdog.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from qtdog.api.experiment import Planned
     from qtdog.core.config import Config
 
 
@@ -47,6 +48,9 @@ TARGET = "Unseen domain; 'all' for each in turn; 'none' to train on every domain
 MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
 SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed. Default same."
 FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
+
+
+DRY = "Show the runs, the effective configuration and an estimate of the time; train nothing and write nothing."
 
 
 class Splits(StrEnum):
@@ -84,6 +88,7 @@ def train(
     out: RunFolderOrNone = None,
     log: Annotated[list[str] | None, panel("Run", LOG, metavar="LOGGER")] = None,
     resume: Resume = False,
+    dry: Annotated[bool, panel("Run", DRY, "--dry-run")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, select and ship one small model; measure it on a domain that it never saw.
@@ -109,6 +114,9 @@ def train(
     request = experiment.with_saved_members(request)
     dataset, plan = experiment.make_plan(request, CountingBar("reading images"))
     announce(dataset)
+    if dry:
+        dry_run(dataset, plan, as_json=as_json)
+        return
     if out is not None and len(plan) > 1:
         experiment.keep_request(out, plan, request.members)
     results = train_shown(dataset, plan, resume=resume, loggers=log or ())
@@ -120,6 +128,47 @@ def train(
         print_json({"runs": results, "ensembles": ensembles} if ensembles else single)
     else:
         show(results, ensembles)
+
+
+def dry_run(dataset: Any, plan: Sequence[Planned], *, as_json: bool) -> None:
+    """Print what would be trained and where, with which configuration, and about how long it takes here."""
+    from qtdog.api.cost import describe_run, estimate_runs, slow_warning
+    from qtdog.cli.console import out, print_json, print_table, warn
+    from qtdog.core.config_io import to_yaml
+
+    first = plan[0].config
+    runs = [
+        {"target": one.config.data.target, "seed": one.config.train.seed, "state": _state(one)}
+        | {"folder": str(one.folder.path)}
+        for one in plan
+    ]
+    missing = [one.config for one, row in zip(plan, runs, strict=True) if row["state"] != "finished"]
+    shared = sum(one.fork_point.step for one in plan if one.fork_point) * (len(plan) - 1) // len(plan)
+    estimate = estimate_runs(missing, dataset, done_steps=shared)
+    if as_json:
+        cost = None if estimate is None else {"seconds": estimate.seconds, "step_s": estimate.step_s}
+        print_json({"runs": runs, "config": first.model_dump(mode="json"), "estimate": cost})
+        return
+    out.print(to_yaml(first), highlight=False, markup=False, soft_wrap=True, end="")
+    print_table(["unseen", "seed", "state", "folder"], [[str(value) for value in row.values()] for row in runs])
+    out.print(describe_run(first, dataset), highlight=False, markup=False, soft_wrap=True)
+    text = "nothing to train" if estimate is None else f"{len(missing)} to train: {estimate}"
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    warning = slow_warning(first, dataset, len(missing)) if missing else None
+    if warning:
+        warn(warning)
+
+
+def _state(planned: Planned) -> str:
+    """Return what is in the folder of a planned run."""
+    from qtdog.core.config import config_hash
+
+    saved = planned.folder.read_config()
+    if saved is None:
+        return "new"
+    if config_hash(saved) != config_hash(planned.config):
+        return "other run there"
+    return "unfinished" if planned.folder.read_result() is None else "finished"
 
 
 def announce(dataset: Any) -> None:

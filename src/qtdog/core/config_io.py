@@ -79,6 +79,11 @@ def load_preset(name: str) -> Tree:
     return _parse((PRESETS / f"{name}.yaml").read_text(), name)
 
 
+def is_method_preset(name: str) -> bool:
+    """Return whether a preset is of a method alone, and goes on top of a data set's own preset."""
+    return name in _rows() and not name.startswith(TABLES["paper"])
+
+
 def preset_plugins(name: str) -> list[str]:
     """Return the plug-in files that a YAML file names with `plugins: [FILE.py]`, beside it or in the present folder.
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from qtdog.core.config import Config
-from qtdog.core.config_io import Tree, build_config, load_preset, preset_plugins
+from qtdog.core.config_io import Tree, build_config, is_method_preset, load_preset, preset_plugins
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
@@ -482,7 +482,7 @@ def rank_of(order: Sequence[Axes], labels: Labels) -> int:
 
 def _layers(study: Study, method: Method, dataset: DomainDataset, source: str) -> list[Tree]:
     own = [load_preset(name) for name in (*study.base.presets, *method.presets)]
-    first = dataset_layer(dataset, with_preset=not study.base.presets)
+    first = dataset_layer(dataset, with_preset=all(map(is_method_preset, study.base.presets)))
     place = {"data": {"source": source, "skip_unreadable": bool(dataset.skipped)}}
     return [first, *own, place, *_assigned(study.base), *_assigned(method)]
 
