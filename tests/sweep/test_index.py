@@ -149,16 +149,18 @@ class Unreadable(type(Path())):
         raise AttributeError("a mistake in the program")
 
 
-def test_damaged_files_give_no_row_and_mistakes_of_the_program_are_not_taken_for_damage(copied):
+def test_damaged_files_are_rows_that_say_so_and_mistakes_of_the_program_are_not_taken_for_damage(copied):
     plan, out = copied
     folder = out / next(task.name for task in plan.tasks if task.kind == "run")
     result = json.loads((folder / "result.json").read_text())
     assert read_row(folder)["test_accuracy"] == result["test_accuracy"]
-    for change in ({"size": "large"}, {"size": {}}, {"test_accuracy_80": 3}):
-        (folder / "result.json").write_text(json.dumps(result | change))
-        assert read_row(folder) is None, change
-    (folder / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "selection"}))
-    assert read_row(folder) is None
+    without = {key: result[key] for key in result if key != "selection"}
+    for damaged in (result | {"size": "large"}, result | {"size": {}}, result | {"test_accuracy_80": 3}, without):
+        (folder / "result.json").write_text(json.dumps(damaged))
+        row = read_row(folder)
+        assert row["state"] == "damaged"
+        assert "result.json" in row["error"]
+        assert "test_accuracy" not in row
     with pytest.raises(AttributeError, match="a mistake in the program"):
         read_row(Unreadable(folder))
 
