@@ -1,65 +1,123 @@
 """What the checks around a quantizer cost in a training step: the guard of computed weights, the flag, the watch.
 
-    python benchmarks/attach_overhead.py [MODEL …]
+    python benchmarks/attach_overhead.py [--models NAME …] [--rounds N]
 
-Times of the processor, medians: one access of every weight with and without the checks, as a share of a training step.
+Two answers. "Paired": two equal LSQ models, one attached, one with the same quantizers registered bare, take a step each in
+every round, in turns; the median of the ratios with its 95 % interval. "Alone": what the checks of one step take, as a
+share of the step. Times of the processor, one thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import timm
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.optimizer import Optimizer
 
 import qtdog
 from qtdog.conversion.attach import sites
+from qtdog.conversion.layers import find_layers
+from qtdog.core.quantized import QuantSpec
 from qtdog.quantizers.computed_weight import ComputedWeight
+from qtdog.quantizers.lsq import LSQ
 
+CASES = {"tf_efficientnet_lite0": (96, 32), "resnet18": (96, 32), "vit_tiny_patch16_224": (224, 8)}  # pixels, batch
 REPEATS = 200
 
 
-def median_s(run: Callable[[], object], repeats: int) -> float:
-    """Return the median processor time of a call."""
-    found = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        found.append(time.process_time() - start)
-    return statistics.median(found)
+class BareLSQ(LSQ):
+    """LSQ that does not ask whether it is enabled."""
+
+    enabled = True  # pyright: ignore[reportAssignmentType]
 
 
-def main(names: list[str]) -> None:
+def seconds(run: Callable[[], object]) -> float:
+    """Return the processor time of a call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def attach_checked(model: nn.Module) -> Optimizer:
+    """Attach as a user does."""
+    quantizers = qtdog.attach(model)
+    quantizers.enable()
+    return torch.optim.Adam(quantizers.param_groups(lr=1e-4))
+
+
+def attach_bare(model: nn.Module) -> Optimizer:
+    """Register the same quantizers without any check."""
+    step_sizes: list[nn.Parameter] = []
+    weights = list(model.parameters())
+    for layer in find_layers(model):
+        quantizer = BareLSQ(layer.weight, QuantSpec(7, layer.axis))
+        quantizer.enable_(layer.weight)
+        step_sizes.append(quantizer.log_scale)
+        register_parametrization(layer.module, layer.tensor_name, quantizer)
+    return torch.optim.Adam([{"params": weights}, {"params": step_sizes}], lr=1e-4)
+
+
+def stepping(model: nn.Module, optimizer: Optimizer, pixels: int, batch: int) -> Callable[[], None]:
+    """Return what makes one training step."""
+    images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(7, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def checks(model: nn.Module) -> Callable[[], None]:
+    """Return what makes the checks of one step and nothing else."""
+    found = sites(model)
+    values = [site.quantizer(site.weight) for site in found]
+
+    def check() -> None:
+        for site, value in zip(found, values, strict=True):
+            assert site.quantizer.enabled
+            value.as_subclass(ComputedWeight)
+
+    return check
+
+
+def main() -> None:
     """Print a line per model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=40)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in names or ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050"]:
-        model = timm.create_model(name, num_classes=7)
-        quantizers = qtdog.attach(model)
-        quantizers.enable()
-        optimizer = torch.optim.Adam(quantizers.param_groups(lr=1e-4))
-        images, labels = torch.randn(8, 3, 224, 224), torch.randint(7, (8,))
-
-        def step() -> None:
-            optimizer.zero_grad()  # noqa: B023
-            nn.functional.cross_entropy(model(images), labels).backward()  # noqa: B023
-            optimizer.step()  # noqa: B023
-
-        found = sites(model)
-        values = [site.quantizer(site.weight) for site in found]
-
-        def check() -> None:
-            for site, value in zip(found, values, strict=True):  # noqa: B023
-                assert site.quantizer.enabled
-                value.as_subclass(ComputedWeight)
-
-        step_s, check_s = median_s(step, 8), median_s(check, REPEATS)
-        times = f"step {1e3 * step_s:.0f} ms, checks {1e6 * check_s:.0f} us: {check_s / step_s:.3%}"
-        print(f"{name}: {len(found)} layers, {times}", flush=True)
+    for name in options.models:
+        steps = []
+        for attach in (attach_checked, attach_bare):
+            torch.manual_seed(0)
+            model = timm.create_model(name, num_classes=7)
+            steps.append((model, stepping(model, attach(model), *CASES[name])))
+        for _, step in steps:
+            step()
+        ratios, times = [], []
+        for turn in range(options.rounds):
+            order = (0, 1) if turn % 2 else (1, 0)
+            took = {index: seconds(steps[index][1]) for index in order}
+            ratios.append(took[0] / took[1])
+            times.append(took[0])
+        step_s = statistics.median(times)
+        error = 1.96 * 1.253 * statistics.stdev(ratios) / options.rounds**0.5  # of a median of normal values
+        check = checks(steps[0][0])
+        check_s = statistics.median(seconds(check) for _ in range(REPEATS))
+        pixels, batch = CASES[name]
+        paired = f"paired {statistics.median(ratios) - 1:+.2%} ± {error:.2%}"
+        alone = f"alone {1e6 * check_s:.0f} us, {check_s / step_s:.3%}"
+        print(f"{name}, {batch} × {pixels} px, step {1e3 * step_s:.0f} ms: {paired}; {alone}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from qtdog.conversion.attach import attach, attached
 from qtdog.conversion.inspect import layer_report
@@ -42,6 +42,29 @@ def test_an_edit_in_place_of_a_computed_weight_raises(edit, name, grad):
     attach(layer, quantizer=name, bits=4).enable()
     with torch.set_grad_enabled(grad), pytest.raises(ModelError, match="would be lost"):
         EDITS[edit](layer)
+
+
+def test_an_array_of_a_computed_weight_is_read_only():
+    layer = nn.Linear(6, 3)
+    attach(layer, bits=4).enable()
+    with pytest.raises(ValueError, match="read-only"):
+        layer.weight.detach().cpu().numpy()[0] = 1
+
+
+def mask(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("add", [mask, nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_torch_refuses_to_put_its_older_hooks_on_a_quantizer(add, enabled):
+    layer = nn.Linear(6, 3)
+    handle = attach(layer)
+    if enabled:
+        handle.enable()
+    with pytest.raises((KeyError, TypeError)):
+        add(layer)
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name not in ("gptq", "obc")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,12 @@ class ComputedWeight(Tensor):
     def detach(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the values, which are no more writable."""
         return super().detach().as_subclass(ComputedWeight)
+
+    def numpy(self, *, force: bool = False) -> npt.NDArray[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the values, read-only."""
+        values = super().numpy(force=force)
+        values.flags.writeable = False
+        return values
 
     def _refuse_(self, *args: object, **kwargs: object) -> Any:
         raise ModelError(
