@@ -2,8 +2,8 @@
 
     python benchmarks/attach_overhead.py [--models NAME …] [--rounds N]
 
-Two answers. "Paired": two equal LSQ models, one attached, one with the same quantizers registered bare, take a step each in
-every round, in turns; the median of the ratios with its 95 % interval. "Alone": what the checks of one step take, as a
+Two answers. "Paired": two equal LSQ models, one attached, one with the same quantizers registered bare, take turns, one
+step in every round; the median of the ratios with its 95 % interval. "Alone": what the checks of one step take, as a
 share of the step. Times of the processor, one thread.
 """
 

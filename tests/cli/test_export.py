@@ -10,6 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from qtdog.data.digits import RotatedDigits
+from qtdog.export.images import validation_images
+
 RUN = ("train", "--data", "rotated-digits", "--target", "75", "--steps", "6", "--image-size", "12")
 
 
@@ -29,6 +32,30 @@ def test_a_run_becomes_a_file_that_predicts_alike(qtdog, run_folder, tmp_path):
     assert set(told["parity"]["domains"]) == {"0", "15", "30", "45", "60"}
     (logits, *_) = session.run(None, {"images": np.zeros((2, 12, 12, 1), dtype=np.uint8)})
     assert np.asarray(logits).shape == (2, 10)
+
+
+def test_a_bundle_says_how_right_it_is_on_validation_images_and_on_the_unseen_domain(qtdog, run_folder, tmp_path):
+    site = tmp_path / "site"
+    outcome = qtdog("export", run_folder, "-o", site, "--bundle", "--format", "onnx", "--check", 10_000)
+    assert outcome.code == 0, outcome.err
+    assert "validation images of 0, 15, 30, 45, 60" in outcome.out
+    about = json.loads((site / "model.json").read_text())
+    scores = json.loads((run_folder / "result.json").read_text())["scores"]
+    assert about["parity"]["validation"] is True
+    counts = {domain: score["n"] for domain, score in scores["source"].items()}
+    assert about["parity"]["n_images"] == sum(counts.values())
+    right = sum(score["accuracy"] * score["n"] for score in scores["source"].values())
+    assert about["parity"]["accuracy_packed"] == pytest.approx(right / sum(counts.values()))
+    accuracy = {one["domain"]: one for one in about["accuracy"]}
+    assert set(accuracy) == {"0", "15", "30", "45", "60", "75"}
+    unseen = accuracy["75"]
+    assert (unseen["role"], unseen["accuracy"]) == ("unseen in training", scores["test"]["75"]["accuracy"])
+    assert unseen["interval"][0] < unseen["accuracy"] < unseen["interval"][1]
+    card = (site / "README.md").read_text()
+    assert f"| 75 | unseen in training | {100 * unseen['accuracy']:.1f} |" in card
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((run_folder / "model.safetensors").read_bytes())
+    assert validation_images(RotatedDigits(), alone) is None  # its run is not known
 
 
 def test_wrong_orders_say_what_to_do_and_leave_nothing(qtdog, run_folder, tmp_path):

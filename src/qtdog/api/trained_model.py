@@ -34,7 +34,7 @@ from qtdog.ensemble.scoring import score_domains
 from qtdog.export.export import Exported
 from qtdog.export.export import export as export_file
 from qtdog.export.formats import FORMATS, format_for
-from qtdog.export.images import Draw, draw_images
+from qtdog.export.images import Draw, draw_export_images
 from qtdog.export.packed_source import read_packed_source
 from qtdog.models.text_backbones import make_tokenizer
 from qtdog.runs.folder import RunFolder
@@ -268,14 +268,14 @@ class TrainedModel(nn.Module):
         if cascade and not FORMATS[name].graph:
             raise ConfigError(f"a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
         source = read_packed_source(self.path, cascade=cascade)
-        n_images = num_check + (num_calibration if FORMATS[name].integer else 0)
-        draw = Draw(n_images, seed, tuple(domains), force_target)
+        draw = Draw(num_check, seed, tuple(domains), force_target)
         bar = CountingBar("reading images") if progress else None
         given = None if data is None else str(data)
         dataset = data if isinstance(data, DomainDataset) else open_training_data([self.path], given, progress=bar)
-        images = draw_images(dataset, source.infos[0], draw, bar)
         watch = CountingBar if progress else (lambda title: None)
-        return export_file(source, out, name, images, n_calibration=num_calibration, watch=watch)
+        n_calibration = num_calibration if FORMATS[name].integer else 0
+        calibration, images = draw_export_images(dataset, source, draw, n_calibration, watch)
+        return export_file(source, out, name, images, calibration=calibration, watch=watch)
 
     def cascade(self) -> nn.Module:
         """Return an ensemble that asks members until the first ones agree confidently (ConfigError for one model)."""

@@ -14,6 +14,7 @@ MODEL = "A .safetensors file of 'qtdog train' or 'ensemble', or the folder that 
 FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
 DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
+BUNDLE = "Write a folder that runs without qtdog: model.onnx (INT8), predict.py, model.json and README.md."
 CASCADE = "Ask an ensemble's members one after another, until they agree confidently; onnx and openvino formats."
 FORCE = "Accept the domain that was held out in training. What is measured on it afterwards is no longer unseen."
 
@@ -21,7 +22,10 @@ FORCE = "Accept the domain that was held out in training. What is measured on it
 def export(
     model: Annotated[Path, typer.Argument(help=MODEL, metavar="MODEL")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; OUT.json goes beside it.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The file to write; OUT.json goes beside it. A folder with --bundle.")
+    ],
+    bundle: Annotated[bool, typer.Option("--bundle", help=BUNDLE)] = False,
     name: Annotated[str | None, typer.Option("--format", help=FORMAT)] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     domain: Annotated[list[str] | None, typer.Option(help=DOMAIN)] = None,
@@ -42,6 +46,8 @@ def export(
 
       qtdog export runs/photos-c -o model.onnx --format onnx-int8 --data photos/
 
+      qtdog export runs/photos-c -o site/ --bundle                  (then python site/predict.py photo.jpg)
+
       qtdog export runs/five/c-eoq -o five.xml --format openvino-int8 --data photos/
 
       qtdog export runs/five/c-eoq -o five.onnx --format onnx-int8 --data photos/ --cascade
@@ -49,25 +55,32 @@ def export(
     from qtdog.cli.console import CountingBar, print_json, tidy_end
     from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
+    from qtdog.export.bundle import BUNDLE_FORMATS, write_bundle
     from qtdog.export.export import export as write
     from qtdog.export.formats import FORMATS, format_for
-    from qtdog.export.images import Draw, draw_images
+    from qtdog.export.images import Draw, draw_export_images
     from qtdog.export.packed_source import read_packed_source
     from qtdog.training.load_model import open_training_data
 
-    name = format_for(name, out)
-    if out.is_dir() or not _is_place(out.parent):
-        raise ConfigError(f"--out {out}: cannot be written; give the path of a file")
+    name = (name or BUNDLE_FORMATS[0]) if bundle else format_for(name, out)
+    if bundle and not _is_place(out):
+        raise ConfigError(f"--out {out}: cannot be written; a bundle is a folder")
+    if not bundle and (out.is_dir() or not _is_place(out.parent)):
+        hint = ", or --bundle for a folder" if out.is_dir() else ""
+        raise ConfigError(f"--out {out}: cannot be written; give the path of a file{hint}")
     if cascade and not FORMATS[name].graph:
         raise ConfigError(f"--cascade: a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
     source = read_packed_source(model / "model.safetensors" if model.is_dir() else model, cascade=cascade)
-    n_images = check + (calibrate if FORMATS[name].integer else 0)
-    draw = Draw(n_images, seed, tuple(domain or ()), force_target)
+    draw = Draw(check, seed, tuple(domain or ()), force_target)
     dataset = open_training_data([source.path], data, progress=CountingBar("reading images"))
     warn_skipped(dataset)
-    images = draw_images(dataset, source.infos[0], draw, CountingBar("reading images"))
+    n_calibration = calibrate if FORMATS[name].integer else 0
+    calibration, images = draw_export_images(dataset, source, draw, n_calibration, CountingBar)
     with tidy_end():
-        made = write(source, out, name, images, n_calibration=calibrate, watch=CountingBar)
+        if bundle:
+            made = write_bundle(source, out, images, name=name, calibration=calibration, watch=CountingBar)
+        else:
+            made = write(source, out, name, images, calibration=calibration, watch=CountingBar)
     if as_json:
         print_json(made.to_json())
     else:
@@ -83,6 +96,7 @@ def _is_place(folder: Path) -> bool:
 def _show(made: Exported) -> None:
     from qtdog.cli.console import out, print_table, warn
     from qtdog.export.formats import FORMATS
+    from qtdog.export.parity import images_of
     from qtdog.report.tables import percent
 
     parity = made.parity
@@ -91,7 +105,7 @@ def _show(made: Exported) -> None:
     logits = f"{parity.max_difference['logits']:.2g} (largest logit {parity.largest_logit:.3g})"
     rows = [
         ["file", size],
-        ["compared on", f"{parity.n_images:,} images of {', '.join(parity.domains)}"],
+        ["compared on", f"{parity.n_images:,} {images_of(parity)}"],
         ["same class (%)", f"{100 * parity.agreement_frac:.2f}"],
         ["largest difference of a logit", logits],
         ["accuracy there (%)", accuracies],
@@ -106,4 +120,13 @@ def _show(made: Exported) -> None:
     for note in made.info.notes:
         warn(note)
     out.print(f"model  {made.path}", highlight=False, soft_wrap=True, markup=False)
-    out.print(f"report {made.path}.json", highlight=False, soft_wrap=True, markup=False)
+    report = made.path.with_name(f"{made.path.name}.json")
+    if report.exists():
+        out.print(f"report {report}", highlight=False, soft_wrap=True, markup=False)
+    else:
+        out.print(
+            f"bundle {made.path.parent}; run python {made.path.with_name('predict.py')} FILES_OR_FOLDERS",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )

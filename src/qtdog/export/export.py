@@ -61,6 +61,7 @@ def export(
     name: str,
     images: LabelledImages,
     *,
+    calibration: LabelledImages | None = None,
     n_calibration: int = 256,
     watch: Watch = lambda title: None,
 ) -> Exported:
@@ -72,9 +73,10 @@ def export(
         source: the packed model.
         out: the file to write; an existing one is replaced when the new one has passed.
         name: of the format, in `FORMATS`.
-        images: source images: the first `n_calibration` (at most half) set the ranges of integer activations, the
-            others are compared.
-        n_calibration: see there; not used by float formats.
+        images: source images, to compare on (`export.images.draw_export_images`).
+        calibration: source images that set the ranges of integer activations; None for the first `n_calibration` (at
+            most half) of `images`, which are not compared then. Not used by float formats.
+        n_calibration: see there.
         watch: shows how far the work is.
 
     Raises:
@@ -84,8 +86,11 @@ def export(
     """
     kind = FORMATS[name]
     _check(source, kind, images)
-    n_first = min(n_calibration, len(images.pixels) // 2)
-    calibration, check = images.split(n_first) if kind.integer else (None, images)
+    check = images
+    if not kind.integer:
+        calibration = None
+    elif calibration is None:
+        calibration, check = images.split(min(n_calibration, len(images.pixels) // 2))
     info = source.info(name)
     with clear_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

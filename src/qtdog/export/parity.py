@@ -54,6 +54,7 @@ class Parity:
         n_gained: images that only the exported file gets right.
         members: that a cascade asks on average, the packed one and the exported one; None without a cascade.
         same_members_frac: share of the images that asked as many members of both; 1 without a cascade.
+        validation: whether the images were held out from training; else the model may have been trained on them.
     """
 
     n_images: int
@@ -68,6 +69,7 @@ class Parity:
     n_gained: int
     members: tuple[float, float] | None = None
     same_members_frac: float = 1.0
+    validation: bool = False
 
     @property
     def accuracy_loss(self) -> float:
@@ -92,6 +94,17 @@ class Parity:
             loss, allowed = 100 * self.accuracy_loss, 100 * limits.accuracy_loss
             found.append(f"{loss:.2f} points of accuracy lost, expected at most {allowed:.2f} beyond chance")
         return found
+
+
+def images_of(parity: Parity) -> str:
+    """Return in words what images a file was compared on.
+
+    Example:
+        >>> images_of(Parity(9, ("a", "b"), 1, {}, 0, 1, 1, 1, 0, 0, validation=True))
+        'validation images of a, b'
+    """
+    kind = "validation images" if parity.validation else "images (some of which it was trained on)"
+    return f"{kind} of {', '.join(parity.domains)}"
 
 
 def measure_parity(packed: Ask, exported: Ask, images: LabelledImages, progress: Progress = None) -> Parity:
@@ -138,4 +151,5 @@ def measure_parity(packed: Ask, exported: Ask, images: LabelledImages, progress:
         n_gained=int((right[1] & ~right[0]).sum()),
         members=(float(one[ASKED].mean()), float(other[ASKED].mean())) if ASKED in one else None,
         same_members_frac=float(same.mean()),
+        validation=images.validation,
     )

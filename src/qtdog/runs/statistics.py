@@ -287,6 +287,25 @@ def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> 
     return mean - half, mean + half
 
 
+def share_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n independent answers.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+
+    Args:
+        share: of right answers, 0 to 1.
+        n: answers, at least 1.
+        z: quantile of the normal distribution.
+
+    Example:
+        >>> [round(bound, 3) for bound in share_interval(0.9, 100)]
+        [0.826, 0.945]
+    """
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def _p_value(differences: Sequence[float]) -> float | None:
     import numpy as np
     from scipy import stats

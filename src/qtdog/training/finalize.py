@@ -37,7 +37,7 @@ from qtdog.packing.sizes import file_sizes
 from qtdog.quantizers.ptq import Fixed
 from qtdog.quantizers.registry import works_after_training
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.record import Record
+from qtdog.runs.record import Record, Score
 from qtdog.runs.selection import select
 from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.components import Components, RunState
@@ -294,6 +294,7 @@ def _result(components: Components, state: RunState, chosen: Record) -> dict[str
         "selected_step": chosen.seen.step,
         "source_accuracy": chosen.seen.source_accuracy,
         "test_accuracy": chosen.test_accuracy,
+        "scores": {"source": _by_domain(chosen.seen.source), "test": _by_domain(chosen.test)},
         "test_accuracy_80": {domain: score.accuracy for domain, score in chosen.test_in.items()},
         "by_selection": _by_selection(state.records),
         "pretraining": components.network.pretraining,
@@ -302,6 +303,10 @@ def _result(components: Components, state: RunState, chosen: Record) -> dict[str
         "trained_s": round(state.trained_s, 2),  # of this run's own steps
         "images_per_s": round(n_images / state.trained_s, 1) if state.trained_s else None,
     }
+
+
+def _by_domain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {domain: asdict(score) for domain, score in scores.items()}
 
 
 def _by_selection(records: list[Record]) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""A folder that runs without qtdog: an ONNX model, a script of a few libraries, a description, a model card."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qtdog
+from qtdog.core.errors import ConfigError
+from qtdog.core.files import clear_disk_errors, sha256_file, sync_file, sync_folder
+from qtdog.export.export import Exported, Watch, export
+from qtdog.export.formats import FORMATS
+from qtdog.export.images import LabelledImages
+from qtdog.export.packed_source import PackedSource
+from qtdog.export.parity import images_of
+from qtdog.export.runtimes import open_runtime
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.statistics import share_interval
+from qtdog.training.finalize import environment
+
+MODEL, SCRIPT, ABOUT, CARD = "model.onnx", "predict.py", "model.json", "README.md"
+BUNDLE_FORMATS = ("onnx-int8", "onnx")
+INLINED: dict[str, tuple[str, ...]] = {
+    "core/errors.py": ("QtdogError", "DataError"),
+    "data/scan.py": (),
+    "data/decode.py": (),
+}
+"""What the script imports, by module: these classes, or all. Their text becomes part of it, so that both read alike."""
+N_TIMED = 30
+
+
+@dataclass(frozen=True)
+class MeasuredDomain:
+    """How right the packed model was on one domain.
+
+    Attributes:
+        domain: its name, or that of several.
+        role: "validation images of a source", or "unseen in training".
+        accuracy: share of right answers.
+        n: images; None where that was not kept.
+    """
+
+    domain: str
+    role: str
+    accuracy: float
+    n: int | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the accuracy (Wilson)."""
+        return None if self.n is None else share_interval(self.accuracy, self.n)
+
+
+SOURCE, UNSEEN = "validation images of a source", "unseen in training"
+
+
+def measured_domains(source: PackedSource) -> list[MeasuredDomain]:
+    """Return how right a packed model was on each domain, as the result of its run says.
+
+    A run that does not say it by domain, and a file without its run, give the means over the sources.
+    """
+    info = source.infos[0]
+    result = RunFolder(source.path.parent).finished_result() or {}
+    scores = result.get("scores", {})
+    found = [
+        MeasuredDomain(domain, role, score["accuracy"], score["n"])
+        for part, role in (("source", SOURCE), ("test", UNSEEN))
+        for domain, score in scores.get(part, {}).items()
+    ]
+    if found:
+        return found
+    single = info.accuracy if len(source.infos) == 1 else {}
+    means = {
+        "source": result.get("source_accuracy", single.get("source")),
+        "test": result.get("test_accuracy", single.get("test")),
+    }
+    names = {"source": ("mean of the sources", SOURCE), "test": (info.target_domain or "test images", UNSEEN)}
+    return [MeasuredDomain(*names[part], value) for part, value in means.items() if value is not None]
+
+
+def write_bundle(
+    source: PackedSource,
+    out: Path,
+    images: LabelledImages,
+    *,
+    name: str = BUNDLE_FORMATS[0],
+    calibration: LabelledImages | None = None,
+    watch: Watch = lambda title: None,
+) -> Exported:
+    """Write a packed model as a folder that runs without qtdog, and return what the export made.
+
+    Args:
+        source: the packed model.
+        out: the folder; what of these files it holds is replaced, all else stays.
+        images: source images to compare on, as in `export`.
+        name: of the format, one of `BUNDLE_FORMATS`.
+        calibration: as in `export`.
+        watch: shows how far the work is.
+
+    Raises:
+        ConfigError: the format is none of those.
+        DataError, ModelError, RunError: as in `export`; nothing is written then.
+    """
+    if name not in BUNDLE_FORMATS:
+        raise ConfigError(f"a bundle holds an ONNX model: its format is {' or '.join(BUNDLE_FORMATS)}, not {name}")
+    with clear_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".bundle.", suffix=".tmp", dir=out))
+        try:
+            made = export(source, draft / MODEL, name, images, calibration=calibration, watch=watch)
+            about = description(source, made)
+            (draft / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+            (draft / SCRIPT).write_text(script(), encoding="utf-8")
+            card = model_card(source, made, about, latency_ms(draft / MODEL, images.pixels[:1]))
+            (draft / CARD).write_text(card, encoding="utf-8")
+            for file in (CARD, SCRIPT, MODEL, ABOUT):  # the last one makes the others valid
+                sync_file(draft / file)
+                (draft / file).chmod(0o644)
+                (draft / file).replace(out / file)
+            sync_folder(out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return Exported(out / MODEL, made.info, made.parity, made.n_bytes, made.packed_bytes)
+
+
+def description(source: PackedSource, made: Exported) -> dict[str, Any]:
+    """Return the content of model.json."""
+    info = made.info
+    domains = [asdict(one) | {"interval": one.interval} for one in measured_domains(source)]
+    return {
+        "file": MODEL,
+        "sha256": sha256_file(made.path),
+        "format": info.format,
+        "classes": list(info.classes),
+        "preprocessing": {
+            "image_size": info.preprocessing.image_size,
+            "channels": info.preprocessing.channels,
+            "resize": "bilinear, antialiased, no crop; scaling and normalizing are inside the model",
+        },
+        "threshold": None,
+        "temperature": info.temperature,
+        "source_domains": list(info.source_domains),
+        "target_domain": info.target_domain,
+        "accuracy": domains,
+        "backbone": info.backbone,
+        "n_members": info.n_members,
+        "parity": info.model_dump(mode="json")["parity"],
+        "notes": list(info.notes),
+        "packed_sha256": sha256_file(source.path),
+        "made_by": f"qtdog {qtdog.__version__}",
+    }
+
+
+def script() -> str:
+    """Return the content of predict.py: our own reading of images and folders with the script around it, one file."""
+    root = Path(qtdog.__file__).parent
+    own = (root / "export" / "bundle_predict.py").read_text(encoding="utf-8")
+    texts = {name: (root / name).read_text(encoding="utf-8") for name in INLINED} | {"": own}
+    imports: set[str] = set()
+    bodies = []
+    for name, text in texts.items():
+        tree, wanted = ast.parse(text), INLINED.get(name, ())
+        if wanted:
+            parts = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in wanted]
+            bodies.append("\n\n\n".join(ast.get_source_segment(text, node) or "" for node in parts))
+            continue
+        heads = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        outside = (node for node in heads if not ast.unparse(node).startswith(("from qtdog", "from __future__")))
+        imports |= {ast.unparse(node) for node in outside}
+        bodies.append("\n".join(text.splitlines()[heads[-1].end_lineno :]).strip("\n"))
+    about = ast.get_docstring(ast.parse(own), clean=False)
+    order = sorted(imports, key=lambda line: (line.startswith("from"), line))
+    head = [f'"""{about}"""', "from __future__ import annotations", "\n".join(order)]
+    hint = 'HINT = "Replace or remove it."'  # ours names a command of qtdog
+    return "\n\n\n".join([*head, *bodies[:-1], hint, bodies[-1]]) + "\n"
+
+
+def latency_ms(model: Path, image: np.ndarray) -> float:
+    """Return the median time of one image in onnxruntime, one thread."""
+    opened = open_runtime(model, threads=1)
+    times = []
+    for _ in range(N_TIMED + 3):
+        start = time.perf_counter()
+        opened(image)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[3:])
+
+
+def model_card(source: PackedSource, made: Exported, about: dict[str, Any], ms: float) -> str:
+    """Return the content of README.md."""
+    info, parity = made.info, made.parity
+    bits = source.infos[0].bits
+    weights = "float weights" if bits is None else f"weights of {bits} bits"
+    networks = info.backbone if info.n_members == 1 else f"{info.n_members} × {info.backbone}"
+    size = info.preprocessing.image_size
+    target = f" `{info.target_domain}` was held out." if info.target_domain else " No domain was held out."
+    rows = [_row(one) for one in measured_domains(source)] or ["| (not known) | | | | |"]
+    unseen = any(one.role == UNSEEN for one in measured_domains(source))
+    warning = "" if unseen else "\n\nIt was measured on no domain that it had not seen: expect less at a new site."
+    threshold = about["threshold"]
+    accepted = "none was fitted; `--threshold P` sets one" if threshold is None else f"{threshold:.4f}"
+    notes = "".join(f"\n- {note}" for note in info.notes)
+    products = (
+        "" if info.integer_products is None else "\n- products in integers: {} of {}".format(*info.integer_products)
+    )
+    return f"""# {len(info.classes)} classes of photographs, {networks}
+
+Classes: {", ".join(info.classes)}.
+
+```bash
+pip install onnxruntime numpy pillow
+python {SCRIPT} photo.jpg new-site/
+```
+
+Each line is an image: path, class, probability, accepted or rejected. `--json` prints a JSON object per line.
+
+## Trained on
+
+The domains {", ".join(info.source_domains)}.{target} Images are resized to {size} × {size} pixels without cropping.
+
+## How right it is
+
+| domain | | accuracy (%) | 95 % interval | images |
+| --- | --- | --- | --- | --- |
+{chr(10).join(rows)}{warning}
+
+These are numbers of the packed model. This file was compared with it on {parity.n_images} {images_of(parity)}:
+the same class on {100 * parity.agreement_frac:.2f} %, accuracy there
+{100 * parity.accuracy_packed:.1f} → {100 * parity.accuracy_exported:.1f} %.
+
+Threshold of accepted answers: {accepted}.
+
+## Cost
+
+- size: {made.n_bytes / 1e6:.3g} MB ({FORMATS[info.format].title}, {weights})
+- time: {ms:.3g} ms per image (median of {N_TIMED}, onnxruntime, one thread, {environment()["cpu"]}){products}{notes}
+
+`{ABOUT}` holds all of this for programs, with the sha256 of `{MODEL}`. Made by {about["made_by"]}.
+"""
+
+
+def _row(one: MeasuredDomain) -> str:
+    interval = "" if one.interval is None else "{:.1f} … {:.1f}".format(*(100 * bound for bound in one.interval))
+    n = "" if one.n is None else f"{one.n:,}"
+    return f"| {one.domain} | {one.role} | {100 * one.accuracy:.1f} | {interval} | {n} |"

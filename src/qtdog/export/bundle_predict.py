@@ -1,0 +1,125 @@
+"""Classify photographs with the model that lies beside this file. It needs onnxruntime, numpy and pillow.
+
+    python predict.py photo.jpg new-site/
+    python predict.py new-site/ --json
+    python predict.py new-site/ --threshold 0.9
+
+It prints a line per image: path, class, probability, and "accepted" or "rejected", with tabs between; with --json a
+JSON object per line. An answer is accepted if its probability reaches the threshold (by default that of model.json; "-"
+where there is none). Folders are searched for images. An image that cannot be read is named on standard error, the
+others are still classified, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtdog.core.errors import DataError
+from qtdog.data.decode import decode_resized
+from qtdog.data.scan import images_below
+
+BATCH = 16
+
+
+class Classifier:
+    """The model in a folder, ready to answer.
+
+    Attributes:
+        about: what model.json says.
+        threshold: smallest probability of an accepted answer, or None.
+    """
+
+    def __init__(self, folder: Path, threshold: float | None = None) -> None:
+        import onnxruntime
+
+        self.about: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        file = folder / self.about["file"]
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.about["sha256"]:
+            raise DataError(f"{file} is damaged, or another one than model.json describes: copy the whole folder again")
+        self.threshold = self.about["threshold"] if threshold is None else threshold
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def read(self, path: Path) -> np.ndarray:
+        """Return an image file as the model takes it: uint8 (size, size, channels)."""
+        how = self.about["preprocessing"]
+        return decode_resized(path, how["image_size"], how["channels"])
+
+    def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the probability of each class, shape (n, n_classes)."""
+        return np.asarray(self._session.run(["probabilities"], {"images": np.stack(images)})[0])
+
+    def rows(self, files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+        """Yield a row for each file: image, class, probability and accepted, or image and error."""
+        files = list(files)
+        for start in range(0, len(files), BATCH):
+            rows: list[dict[str, Any]] = []
+            images = []
+            for file in files[start : start + BATCH]:
+                rows.append({"image": os.fsencode(file).decode("utf-8", errors="backslashreplace")})
+                try:
+                    images.append(self.read(file))
+                except DataError as error:
+                    rows[-1]["error"] = str(error)
+            found = iter(self.probabilities(images) if images else [])
+            for row in rows:
+                if "error" not in row:
+                    probabilities = next(found)
+                    best = int(probabilities.argmax())
+                    sure = float(probabilities[best])
+                    row |= {"class": self.about["classes"][best], "probability": sure}
+                    row["accepted"] = None if self.threshold is None else sure >= self.threshold
+                yield row
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the image files among and below some paths, in order."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist")
+        found += images_below(path) if path.is_dir() else [path]
+    return found
+
+
+def main() -> int:
+    """Print a line per image and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per line")
+    parser.add_argument("--threshold", type=float, help="smallest probability of an accepted answer")
+    options = parser.parse_args()
+    try:
+        classifier = Classifier(Path(__file__).resolve().parent, options.threshold)
+        files = find_images(options.paths)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    words = {None: "-", True: "accepted", False: "rejected"}
+    n_failed = 0
+    for row in classifier.rows(files):
+        if "error" in row:
+            n_failed += 1
+            print(row["error"], file=sys.stderr)
+        elif options.json:
+            print(json.dumps(row))
+        else:
+            print(row["image"], row["class"], f"{row['probability']:.4f}", words[row["accepted"]], sep="\t")
+    if n_failed:
+        print(f"{n_failed} of {len(files)} images could not be read", file=sys.stderr)
+    return int(n_failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""A bundle answers like `qtdog predict`, on photographs of every kind, without qtdog."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qtdog.core.errors import ConfigError, QtdogError
+from qtdog.core.files import sha256_file
+from qtdog.ensemble.prediction import find_images, predict_images
+from qtdog.export.bundle import INLINED, script, write_bundle
+from qtdog.export.bundle_predict import Classifier
+from qtdog.export.packed_source import read_packed_source
+from qtdog.training.load_model import load_model
+
+ALLOWED = ("numpy", "PIL", "onnxruntime")
+
+
+def draw_photos(folder: Path) -> None:
+    """Write photographs of every kind that cameras, phones and programs leave."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((60, 44), Image.Resampling.BICUBIC)
+    inside = folder / "Süd lager"
+    inside.mkdir(parents=True)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        coarse.save(inside / f"turned {turn}.jpg", exif=exif, quality=95)
+    coarse.convert("CMYK").save(folder / "print.jpg")
+    coarse.convert("L").save(folder / "grey.png")
+    coarse.convert("1").save(folder / "black and white.png")
+    coarse.convert("P").save(folder / "palette.png")
+    coarse.convert("P").save(folder / "transparent palette.gif", transparency=3)
+    alpha = coarse.convert("RGBA")
+    alpha.putalpha(coarse.convert("L"))
+    alpha.save(folder / "alpha.png")
+    alpha.convert("LA").save(folder / "grey alpha.png")
+    alpha.save(folder / "alpha.webp")
+    wide = (np.asarray(coarse.convert("L")).astype(np.uint16) << 8) + 7
+    Image.fromarray(wide).save(folder / "sixteen bits.png")
+    Image.fromarray(wide).save(folder / "sixteen bits.tif")
+    Image.fromarray(wide >> 6).save(folder / "ten bits.png")  # refused: nothing says which value is white
+    coarse.save(folder / "no suffix", format="PNG")
+    (folder / "broken.jpg").write_bytes((inside / "turned 1.jpg").read_bytes()[:300])
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.jpg").write_bytes((inside / "turned 1.jpg").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def bundle(packed, photos, tmp_path_factory):
+    """A bundle of a float graph, the packed file that it was made from, and photographs."""
+    folder = tmp_path_factory.mktemp("bundle")
+    draw_photos(folder / "photos")
+    source = read_packed_source(packed("test_resnet"))
+    write_bundle(source, folder / "site", photos, name="onnx")
+    return folder / "site", source.path, folder / "photos"
+
+
+def test_every_photograph_gets_the_answer_of_predict(bundle):
+    site, model, photos = bundle
+    files = find_images([photos])
+    expected = list(predict_images(load_model(model), files))
+    found = list(Classifier(site).rows(files))
+    assert len(found) == len(files) == 22
+    errors = [str(row) for row in expected if isinstance(row, QtdogError)]
+    assert len(errors) == 3
+    assert [row["error"] for row in found if "error" in row] == errors
+    for one, other in zip(expected, found, strict=True):
+        if isinstance(one, dict):
+            assert (other["image"], other["class"]) == (one["image"], one["class"])
+            assert other["probability"] == pytest.approx(one["probability"], abs=1e-4)
+    assert len({row["class"] for row in expected if isinstance(row, dict)}) > 1
+
+
+def without_qtdog(folder: Path) -> Path:
+    """Return a folder of packages that has nothing besides what the script may use."""
+    packages = folder / "packages"
+    packages.mkdir()
+    for name in (*ALLOWED, "numpy.libs", "pillow.libs", "onnxruntime.libs"):
+        found = next((Path(place) / name for place in sys.path if (Path(place) / name).is_dir()), None)
+        if found is not None:
+            (packages / name).symlink_to(found)
+    return packages
+
+
+def test_the_script_runs_where_qtdog_is_not(bundle, tmp_path):
+    site, model, photos = bundle
+    elsewhere = tmp_path / "another machine"
+    elsewhere.mkdir()
+    for file in site.iterdir():
+        (elsewhere / file.name).write_bytes(file.read_bytes())
+    start = f"import sys, runpy; sys.path.append({str(without_qtdog(tmp_path))!r}); sys.argv = sys.argv[1:]; "
+    run = [sys.executable, "-I", "-S", "-c", start + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    done = subprocess.run(
+        [*run, elsewhere / "predict.py", photos, "--json"], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "3 of 22 images could not be read" in done.stderr
+    assert "qtdog" not in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = [row for row in predict_images(load_model(model), find_images([photos])) if isinstance(row, dict)]
+    assert [(row["image"], row["class"]) for row in rows] == [(row["image"], row["class"]) for row in expected]
+    assert all(row["accepted"] is None for row in rows)
+
+
+def test_the_script_imports_three_libraries_and_names_no_command_of_ours():
+    tree = ast.parse(script())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    outside = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"__future__"}
+    assert outside - {"pillow_heif"} == set(ALLOWED)  # that one only if it is installed
+    assert all(module.endswith(".py") for module in INLINED)
+
+
+def run_script(site, *arguments, environment=None):
+    command = [sys.executable, site / "predict.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_threshold_decides_what_is_accepted_and_lines_have_tabs(bundle):
+    site, _, photos = bundle
+    about = json.loads((site / "model.json").read_text())
+    classifier = Classifier(site, threshold=0.99)
+    rows = [row for row in classifier.rows(find_images([photos])) if "error" not in row]
+    assert [row["accepted"] for row in rows] == [row["probability"] >= 0.99 for row in rows]
+    done = run_script(site, photos / "print.jpg", "--threshold", "0")
+    path, name, probability, accepted = done.stdout.rstrip("\n").split("\t")
+    assert (done.returncode, path, accepted) == (0, str(photos / "print.jpg"), "accepted")
+    assert name in about["classes"]
+    assert 0 < float(probability) <= 1
+
+
+def test_a_damaged_model_and_a_missing_path_are_told(bundle, tmp_path):
+    site, _, photos = bundle
+    assert "does not exist" in run_script(site, photos / "no.jpg").stderr
+    for file in site.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.onnx").write_bytes((site / "model.onnx").read_bytes()[:-1])
+    done = run_script(tmp_path, photos, environment=os.environ | {"PYTHONWARNINGS": "error"})
+    assert done.returncode == 2
+    assert "copy the whole folder again" in done.stderr
+
+
+def test_description_and_card_say_what_is_known(bundle):
+    site, model, _ = bundle
+    about = json.loads((site / "model.json").read_text())
+    assert about["sha256"] == sha256_file(site / "model.onnx")
+    assert about["packed_sha256"] == sha256_file(model)
+    assert about["classes"] == ["bird", "cat", "dog"]
+    card = (site / "README.md").read_text()
+    assert "`outdoor` was held out" in card
+    assert "measured on no domain that it had not seen" in card
+    assert sorted(file.name for file in site.iterdir()) == ["README.md", "model.json", "model.onnx", "predict.py"]
+
+
+def test_only_onnx_makes_a_bundle(packed, photos, tmp_path):
+    with pytest.raises(ConfigError, match="onnx-int8 or onnx, not openvino"):
+        write_bundle(read_packed_source(packed("test_resnet")), tmp_path / "site", photos, name="openvino")
+    assert not (tmp_path / "site").exists()
