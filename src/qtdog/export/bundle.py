@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-import qtdog
+from qtdog import __version__
 from qtdog.core.errors import ConfigError
 from qtdog.core.files import clear_disk_errors, sha256_file, sync_file, sync_folder
 from qtdog.export.export import Exported, Watch, export
@@ -156,13 +156,13 @@ def description(source: PackedSource, made: Exported) -> dict[str, Any]:
         "parity": info.model_dump(mode="json")["parity"],
         "notes": list(info.notes),
         "packed_sha256": sha256_file(source.path),
-        "made_by": f"qtdog {qtdog.__version__}",
+        "made_by": f"qtdog {__version__}",
     }
 
 
 def script() -> str:
     """Return the content of predict.py: our own reading of images and folders with the script around it, one file."""
-    root = Path(qtdog.__file__).parent
+    root = Path(__file__).parents[1]
     own = (root / "export" / "bundle_predict.py").read_text(encoding="utf-8")
     texts = {name: (root / name).read_text(encoding="utf-8") for name in INLINED} | {"": own}
     imports: set[str] = set()

@@ -83,7 +83,7 @@ class Classifier:
                 yield row
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def images_among(paths: Sequence[Path]) -> list[Path]:
     """Return the image files among and below some paths, in order."""
     found: list[Path] = []
     for path in paths:
@@ -93,7 +93,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def main() -> int:
+def print_answers() -> int:
     """Print a line per image and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
@@ -102,7 +102,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         classifier = Classifier(Path(__file__).resolve().parent, options.threshold)
-        files = find_images(options.paths)
+        files = images_among(options.paths)
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -122,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_answers())

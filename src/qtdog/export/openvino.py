@@ -36,7 +36,7 @@ def open_openvino(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any],
     core = openvino.Core()
     try:
         model = core.read_model(path)
-        info = parse_info(path, read_text(model, path))
+        info = parse_info(path, description_in(model, path))
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         said = str(error).strip().splitlines()[-1]
@@ -49,7 +49,7 @@ def open_openvino(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any],
     return info, run, compiled
 
 
-def read_text(model: Any, path: Path) -> str | None:
+def description_in(model: Any, path: Path) -> str | None:
     """Return the description in a model that OpenVINO has read, or None."""
     if path.suffix == ".onnx":
         onnx = library("onnx")
