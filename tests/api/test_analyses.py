@@ -32,7 +32,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> qtdog.RunResult:
             "increase",
         ),
         ("hessian", {"num_vectors": 10, "num_eigenvalues": 1, "num_probes": 0, "num_images": 1}, "trace"),
-        ("surface", {"points": 3, "num_images": 5}, "sources"),
+        ("surface", {"num_points": 3, "num_images": 5}, "sources"),
         ("noise", {}, "kl"),
         ("errors", {"num_images": 20, "num_mistakes": 2}, "gap"),
         ("cam", {"num_images": 2, "num_shown": 1}, "deletion"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,65 @@ def test_a_plugin_stands_anywhere_and_its_mistakes_are_told(qtdog: Any, tmp_path
     outcome = qtdog("list", "averagers", "--plugin", tmp_path / "none.py")
     assert outcome.code == 2
     assert "is not a Python file" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"), [(("statu", "study.yaml"), "status"), (("tabel",), "table"), (("mrege", "-o", "x"), "merge")]
+)
+def test_a_mistyped_command_of_sweep_gets_the_nearest_and_a_study_is_run(
+    qtdog: Any, words: tuple[str, ...], nearest: str
+):
+    outcome = qtdog("sweep", *words)
+    assert outcome.code == 2
+    assert f"did you mean '{nearest}'" in outcome.err
+    for study in ("none.yaml", "studies/none"):
+        assert f"the study file {study} does not exist" in qtdog("sweep", study).err
+
+
+def test_what_a_command_reads_is_runs_and_what_it_writes_is_output(qtdog: Any, tmp_path: Path):
+    for words, option in (
+        (("sweep", "status", "none.yaml", "--out", tmp_path), "--out is called --runs now"),
+        (("sweep", "merge", tmp_path, "--into", tmp_path / "new"), "--into is called --output now"),
+        (("data", "import", tmp_path, "--to", tmp_path / "new"), "--to is called --output now"),
+        (("runs", "--csv", "--out", tmp_path), "--csv is called --format csv now"),
+        (("bits", "--directions", "0"), "--directions is called --num-directions now"),
+        (("bench", tmp_path, "--rounds", "1"), "--rounds is called --num-rounds now"),
+    ):
+        assert f"note: {option}" in qtdog(*words).err
+
+
+def test_json_is_a_format_everywhere(qtdog: Any):
+    assert qtdog("list", "averagers", "--format", "json").out == qtdog("list", "averagers", "--json").out
+    assert qtdog("list", "averagers", "--format=text").out == qtdog("list", "averagers").out
+    refused = qtdog("list", "averagers", "--format", "jsn")
+    assert refused.code == 2
+    assert "did you mean 'json'" in refused.err
+
+
+def test_every_command_that_composes_lists_plugin(qtdog: Any):
+    for words in (("train",), ("bits",), ("distill",), ("dart",), ("sweep", "run"), ("sweep", "retry"), ("eval",)):
+        assert "--plugin" in qtdog(*words, "-h").out
+    assert "--plugin" not in qtdog("sweep", "merge", "-h").out
+
+
+def test_a_run_folder_is_a_model_for_every_command(qtdog: Any, tmp_path: Path):
+    run = tmp_path / "run"
+    small = ("--steps", 2, "--batch-size", 2, "--image-size", 12, "--set", "train.eval_every=2")
+    assert qtdog("train", "--target", "75", *small, "-o", run).code == 0
+    for words in (
+        ("eval", run),
+        ("eval", run, "rotated-digits"),
+        ("inspect", run),
+        ("export", run, "-o", tmp_path / "m.pt2", "--num-check", 4),
+        ("distill", run, *small[:2], "--set", "data.batch_size=2", "-o", tmp_path / "student"),
+    ):
+        outcome = qtdog(*words)
+        assert outcome.code == 0, outcome.err
+    named = qtdog("eval", run, "--data", "rotated-digits", "--json")
+    assert json.loads(named.out) == json.loads(qtdog("eval", run / "model.safetensors", "--json").out) | {
+        "model": str(run / "model.safetensors")
+    }
+    assert "two data sets are given" in qtdog("eval", run, "a", "--data", "b").err
+    for command in ("eval", "inspect", "predict", "distill"):
+        more = (tmp_path,) if command == "predict" else ()
+        assert "holds no model; did you mean" in qtdog(command, tmp_path, *more).err

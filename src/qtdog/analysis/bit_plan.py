@@ -228,7 +228,7 @@ class BitPlan:
         if self.start == 0:
             raise ConfigError("candidates share the float steps before quantization: --start-step must be at least 1")
         if self.steps_each < 1 or self.n_directions < 2 or (self.gamma is not None and self.gamma <= 0):
-            raise ConfigError("--brief-steps must be at least 1, --directions at least 2 and --gamma above 0")
+            raise ConfigError("--brief-steps must be at least 1, --num-directions at least 2 and --gamma above 0")
 
     @property
     def start(self) -> int:

@@ -200,7 +200,7 @@ class FlatnessPlan:
         try:
             check_directions(self.n_directions, antithetic=True)
         except ValueError as error:
-            raise ConfigError(f"--directions: {error}") from error
+            raise ConfigError(f"--num-directions: {error}") from error
         given = [gamma for gammas in self.gammas.values() for gamma in gammas]
         if not given or min(given) < 0:
             raise ConfigError("radii are numbers of 0 or more, and one at least: see --radii and --filter-radii")

@@ -468,9 +468,11 @@ class HessianPlan:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.max_vectors < MIN_VECTORS or self.error_frac <= 0:
-            raise ConfigError(f"--vectors must be at least {MIN_VECTORS}, and --error above 0")
+            raise ConfigError(f"--num-vectors must be at least {MIN_VECTORS}, and --error above 0")
         if self.n_probes == 1 or self.n_eigenvalues < 1:
-            raise ConfigError("--eigenvalues must be at least 1, and --probes 0, or 2 and more to know their spread")
+            raise ConfigError(
+                "--num-eigenvalues must be 1 or more, and --num-probes 0, or 2 and more to know their spread"
+            )
 
 
 @dataclass(frozen=True)

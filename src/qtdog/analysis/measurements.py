@@ -68,7 +68,7 @@ class Measurements:
             write_atomic(self.file, whole)
         reader = csv.DictReader(io.StringIO(whole))
         if tuple(reader.fieldnames or ()) != self.columns:
-            raise FormatError(f"{self.file} has other columns than {', '.join(self.columns)}; choose another --out")
+            raise FormatError(f"{self.file} has other columns than {', '.join(self.columns)}; choose another --output")
         self.rows = list(reader)
 
     def _key_of(self, row: Row) -> tuple[str, ...]:
@@ -134,13 +134,13 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     try:
         kept = read_json(file, max_bytes=MAX_SETTINGS_BYTES, kind=FormatError)
     except FormatError as error:
-        raise FormatError(f"{error}; choose another --out") from error
+        raise FormatError(f"{error}; choose another --output") from error
     if not isinstance(kept, dict):
-        raise FormatError(f"{file} is no object of settings; choose another --out")
+        raise FormatError(f"{file} is no object of settings; choose another --output")
     names = [name for name in {**kept, **settings} if kept.get(name) != settings.get(name)]
     if names:
         changes = "\n  ".join(f"{name}: {kept.get(name)!r} → {settings.get(name)!r}" for name in names)
-        raise RunError(f"{folder} holds this analysis with other settings:\n  {changes}\nChoose another --out.")
+        raise RunError(f"{folder} holds this analysis with other settings:\n  {changes}\nChoose another --output.")
 
 
 def _text(value: Any) -> str:

@@ -204,7 +204,7 @@ def surface(
     runs: Runs,
     *,
     plane: bool = False,
-    points: int = 21,
+    num_points: int = 21,
     reach: float = 0.25,
     num_images: int = 128,
     seed: int = 0,
@@ -216,8 +216,8 @@ def surface(
 
     Args:
         runs: one or two run folders, or results of `qtdog.train`.
-        plane: measure on a plane (points × points passes over the images) instead of a line.
-        points: measurements on each axis.
+        plane: measure on a plane (num_points² passes over the images) instead of a line.
+        num_points: measurements on each axis.
         reach: around one run, a share of each filter's length; between two, how far beyond them, as a share of their
             distance.
         num_images: of each domain.
@@ -231,7 +231,7 @@ def surface(
         RunError, DataError, FormatError, ModelError: as in `analysis.analyzed_run.open_analyzed_runs`.
         KeyboardInterrupt: Ctrl-C; what is measured is kept.
     """
-    plan = SurfacePlan(2 if plane else 1, points, reach, num_images, seed)
+    plan = SurfacePlan(2 if plane else 1, num_points, reach, num_images, seed)
     with _measuring(runs, Path(out) / "surface", progress) as ask:
         bar = ask.bar("points of the surface")
         result = measure_surface(ask.opened(data), plan, ask.folder, progress=bar, check=ask.check)

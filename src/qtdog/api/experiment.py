@@ -113,11 +113,11 @@ class ForkPoint:
         found = result.get("forked_from_step", 0), result.get("forked_from_seed")
         if found != (self.step, self.config.train.seed):
             text = f"{folder.path} holds a run that did not begin from the {self.step} steps in {self.folder.path}"
-            raise RunError(f"{text}; choose another --out")
+            raise RunError(f"{text}; choose another --output")
 
 
 def keep_plan(out: Path, config: Config, members: Members) -> None:
-    """Remember what several runs in one folder were asked for, so that `--resume --out` is enough to go on."""
+    """Remember what several runs in one folder were asked for, so that `--resume --output` is enough to go on."""
     tree = {"config": config.model_dump(mode="json"), "members": asdict(members)}
     write_atomic(out / "plan.json", json.dumps(tree, indent=1))
 
@@ -324,7 +324,7 @@ def _saved(request: Request) -> list[Tree]:
     saved = RunFolder(request.out).read_config()
     described = [*request.presets, *request.assignments, *(v for v in request.flags.values() if v is not None)]
     if saved is None and not described:
-        raise ConfigError(f"--resume: there is no run in {request.out}; check --out, or give the flags to start one")
+        raise ConfigError(f"--resume: there is no run in {request.out}; check --output, or give the flags to start one")
     return [] if saved is None else [saved.model_dump()]
 
 

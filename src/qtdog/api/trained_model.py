@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qtdog.api.display import CountingBar, as_frame
-from qtdog.core.errors import ConfigError, DataError, FormatError
+from qtdog.core.errors import ConfigError, DataError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decode import decode_resized, to_pixels, to_square
@@ -37,7 +36,7 @@ from qtdog.export.formats import FORMATS, format_for
 from qtdog.export.images import Draw, draw_export_images
 from qtdog.export.packed_source import read_packed_source
 from qtdog.models.text_backbones import make_tokenizer
-from qtdog.runs.folder import RunFolder
+from qtdog.runs.find import find_model
 from qtdog.training.load_model import ModelInfo, open_training_data
 
 BATCH = 64
@@ -328,24 +327,3 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> TrainedMode
     """
     file = find_model(path)
     return TrainedModel(file, load_file(file, device=device))
-
-
-def find_model(path: str | Path) -> Path:
-    """Return the model file that a path means: itself, or that in a run folder.
-
-    Raises:
-        FormatError: there is none; the text says why.
-    """
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        return path
-    file = path / "model.safetensors"
-    if not file.is_file():
-        state = "holds no model"
-        if RunFolder(path).config_file.is_file():
-            state = "holds a run that is not finished; go on with --resume (in Python resume=True)"
-        else:
-            with contextlib.suppress(StopIteration):
-                state += f"; did you mean {next(path.glob('*/model.safetensors'))}?"
-        raise FormatError(f"{path} {state}")
-    return file

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from qtdog.api.analyses import Analysis
 
 
+N_IMAGES = "Number of images of each domain; of the sources held-out ones."
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, as 'qtdog train' wrote them.", metavar="RUNS...")]
-Out = Annotated[Path, typer.Option(help="Where KIND/ is written; the same command goes on there.")]
-Data = Annotated[str | None, typer.Option(help="Where the data set lies now, if not where the runs found it.")]
-NImages = Annotated[int, typer.Option("--images", min=1, help="Images of each domain: held-out ones of the sources.")]
-Seed = Annotated[int, typer.Option(help="Of the images and all random draws.")]
+Out = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder in which KIND/ is written; the same command goes on there.")
+]
+Data = Annotated[str | None, typer.Option("--data", help="Data set, if it is not where the runs found it now.")]
+NImages = Annotated[int, typer.Option("--num-images", min=1, help=N_IMAGES)]
+Seed = Annotated[int, typer.Option(help="Seed of the images and of all random draws.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print analysis.json.")]
 OUT = Path("analyses")
 
@@ -73,7 +76,7 @@ def cam(
     runs: Runs,
     *,
     domain: Annotated[str | None, typer.Option(help="Whose images. Default: the target.")] = None,
-    shown: Annotated[int, typer.Option(min=1, help="Images that are drawn.")] = 6,
+    shown: Annotated[int, typer.Option("--num-shown", min=1, help="Number of images that are drawn.")] = 6,
     stage: Annotated[int, typer.Option(help=STAGE)] = -1,
     images: NImages = 32,
     seed: Seed = 0,
@@ -89,7 +92,7 @@ def cam(
     Examples:
       qtdog analyze cam runs/float runs/lsq
 
-      qtdog analyze cam runs/float runs/lsq --stage -2 --images 64 --shown 4
+      qtdog analyze cam runs/float runs/lsq --stage -2 --num-images 64 --num-shown 4
     """
     from qtdog.api.analyses import cam as measure
 
@@ -100,6 +103,7 @@ def cam(
     _show(found, columns, as_json=as_json)
 
 
+DIRECTIONS = "Number of random directions, in opposite pairs; both count."
 RADII = "Radii in the units of the weights, separated by commas; '' for none."
 FILTER_RADII = "Radii as shares of each filter's length; '' for none."
 
@@ -107,7 +111,7 @@ FILTER_RADII = "Radii as shares of each filter's length; '' for none."
 def flatness(
     runs: Runs,
     *,
-    directions: Annotated[int, typer.Option(help="Random directions, in opposite pairs; both count.")] = 100,
+    directions: Annotated[int, typer.Option("--num-directions", help=DIRECTIONS)] = 100,
     radii: Annotated[str, typer.Option(help=RADII)] = "0,5,10,15,20,25,30,35,40,45,50,55,60",
     filter_radii: Annotated[str, typer.Option(help=FILTER_RADII)] = "0,0.025,0.05,0.075,0.1",
     images: NImages = 256,
@@ -123,7 +127,7 @@ def flatness(
     Examples:
       qtdog analyze flatness runs/float runs/lsq
 
-      qtdog analyze flatness runs/float runs/lsq --directions 20 --images 64 --radii 0,20,40 --filter-radii 0.05
+      qtdog analyze flatness runs/float runs/lsq --num-directions 20 --num-images 64 --radii 0,20,40 --filter-radii 0.05
     """
     from qtdog.api.analyses import flatness as measure
 
@@ -165,6 +169,9 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
         raise ConfigError(f"{option} takes numbers like 0,5,10; got '{text}'") from error
 
 
+PROBES = "Number of random vectors of the spectral density; 0 for none."
+
+
 class Role(StrEnum):
     """On which images the loss is measured."""
 
@@ -176,10 +183,10 @@ def hessian(
     runs: Runs,
     *,
     on: Annotated[Role, typer.Option(help="Held-out images of the sources, or the target.")] = Role.SOURCES,
-    vectors: Annotated[int, typer.Option(help="Random vectors of the trace, at most.")] = 500,
+    vectors: Annotated[int, typer.Option("--num-vectors", help="Largest number of random vectors of the trace.")] = 500,
     error: Annotated[float, typer.Option(help="Standard error of the trace that is enough, as a share of it.")] = 0.05,
-    eigenvalues: Annotated[int, typer.Option(help="How many of the largest.")] = 3,
-    probes: Annotated[int, typer.Option(help="Random vectors of the spectral density; 0 for none.")] = 4,
+    eigenvalues: Annotated[int, typer.Option("--num-eigenvalues", help="Number of the largest eigenvalues.")] = 3,
+    probes: Annotated[int, typer.Option("--num-probes", help=PROBES)] = 4,
     images: NImages = 64,
     seed: Seed = 0,
     data: Data = None,
@@ -193,7 +200,7 @@ def hessian(
     Examples:
       qtdog analyze hessian runs/float runs/lsq
 
-      qtdog analyze hessian runs/float runs/lsq --images 32 --probes 0
+      qtdog analyze hessian runs/float runs/lsq --num-images 32 --num-probes 0
     """
     from qtdog.api.analyses import hessian as measure
 
@@ -223,11 +230,16 @@ def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
     _show(found, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
 
 
+MISTAKES = "Number of surest mistakes on the target that are drawn."
+
+
 def errors(
     runs: Runs,
     *,
-    images: Annotated[int | None, typer.Option(min=1, help="Images of each domain. Default: all.")] = None,
-    mistakes: Annotated[int, typer.Option(min=0, help="Surest mistakes on the target that are drawn.")] = 24,
+    images: Annotated[
+        int | None, typer.Option("--num-images", min=1, help="Number of images of each domain. Default: all.")
+    ] = None,
+    mistakes: Annotated[int, typer.Option("--num-mistakes", min=0, help=MISTAKES)] = 24,
     seed: Seed = 0,
     data: Data = None,
     out: Out = OUT,
@@ -238,7 +250,7 @@ def errors(
     Examples:
       qtdog analyze errors runs/float runs/lsq
 
-      qtdog analyze errors runs/lsq --images 256 --mistakes 12
+      qtdog analyze errors runs/lsq --num-images 256 --num-mistakes 12
     """
     from qtdog.api.analyses import errors as measure
 
@@ -272,7 +284,7 @@ def surface(
     runs: Runs,
     *,
     plane: Annotated[bool, typer.Option("--plane", help="A plane instead of a line: POINTS × POINTS passes.")] = False,
-    points: Annotated[int, typer.Option(help="Measurements on each axis.")] = 21,
+    points: Annotated[int, typer.Option("--num-points", help="Number of measurements on each axis.")] = 21,
     reach: Annotated[float, typer.Option(help=REACH)] = 0.25,
     images: NImages = 128,
     seed: Seed = 0,
@@ -283,13 +295,13 @@ def surface(
     """Draw the loss around a run, or along the straight line between two: is there a wall between them?
 
     Examples:
-      qtdog analyze surface runs/lsq --plane --points 11 --out analyses/around
+      qtdog analyze surface runs/lsq --plane --num-points 11 -o analyses/around
 
-      qtdog analyze surface runs/float runs/lsq --out analyses/between
+      qtdog analyze surface runs/float runs/lsq -o analyses/between
     """
     from qtdog.api.analyses import surface as measure
 
-    options = {"plane": plane, "points": points, "reach": reach, "num_images": images}
+    options = {"plane": plane, "num_points": points, "reach": reach, "num_images": images}
     with told_interrupt():
         found = measure(runs, **options, seed=seed, data=data, out=out)
     columns = [name for name in ("x", "y", "sources", "target") if name in found.numbers[0]]

@@ -19,10 +19,11 @@ FILES = "Model files: packed .safetensors, exported .onnx, .xml, .pt2 or .pte; o
 RUNTIME = (
     "onnxruntime, openvino, torch or executorch; several times: each file in each that opens it. Default: its usual."
 )
-SIZE = "Pixels. Default: what each model was trained with."
+SIZE = "Image size in pixels (square). Default: what each model was trained with."
 DATA = "Measure accuracy too, and latency on real images: of this data set, folder DOMAIN/CLASS/image or manifest."
 DOMAIN = "Domain of DATA to measure on. Default: the one held out in training."
-OUT = "Folder for bench.json and bench.png (latency against accuracy, or size)."
+OUT = "Folder to write: bench.json and bench.png (latency against accuracy, or size)."
+IMAGES = "Largest number of images to measure accuracy on."
 INTERRUPTED = 130
 
 
@@ -30,14 +31,14 @@ def bench(
     files: Annotated[list[Path], typer.Argument(help=FILES, metavar="FILE...")],
     *,
     runtime: Annotated[list[str] | None, typer.Option(help=RUNTIME)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="For each model. Default: all cores.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each model. Default: all cores.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images in one call.")] = 1,
     image_size: Annotated[int | None, typer.Option(min=8, max=1024, help=SIZE)] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every model.")] = 15,
+    rounds: Annotated[int, typer.Option("--num-rounds", min=1, help="Number of turns of every model.")] = 15,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     domain: Annotated[str | None, typer.Option(help=DOMAIN)] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to measure accuracy on, at most.")] = 1024,
-    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
+    images: Annotated[int, typer.Option("--num-images", min=1, help=IMAGES)] = 1024,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help=OUT)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure latency, throughput, memory and size of models beside one another; ratios are to the first one.
@@ -50,7 +51,7 @@ def bench(
 
       qtdog bench model.onnx model-int8.onnx --runtime onnxruntime --runtime openvino --threads 2
 
-      qtdog bench runs/float five-int8.onnx --data photos/ --out comparison/
+      qtdog bench runs/float five-int8.onnx --data photos/ -o comparison/
     """
     from qtdog.cli.console import CountingBar, print_json
     from qtdog.core.errors import ConfigError
@@ -60,7 +61,7 @@ def bench(
     if domain is not None and data is None:
         raise ConfigError("--domain says where to measure accuracy: give --data too")
     if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: a file; give a folder")
+        raise ConfigError(f"--output {out}: a file; give a folder")
     plan = BenchmarkPlan(threads, batch, image_size, rounds, tuple(runtime or ()))
     source = None if data is None else _images(files, data, domain, images)
     found = measure(files, plan, images=source, progress=CountingBar("measuring"))

@@ -112,7 +112,8 @@ START = "First quantized step; the float steps before it are shared by all candi
 BRIEF = "Quantized steps of each candidate. Default: a quarter of those of the whole run."
 GAMMA = "Radius of the flatness. Default: 5 % of the length of the float weights."
 BUDGET = "Bits per weight on average, for --mode mixed."
-VECTORS = "Random vectors of the curvature (--mode mixed)."
+DIRECTIONS = "Number of random directions of the flatness."
+VECTORS = "Number of random vectors of the curvature (--mode mixed)."
 OUT = "Folder of all runs; the same command with the same folder goes on. Default: runs/bits-<hash>."
 LAYER_BITS = "layer_bits.yaml"
 
@@ -130,9 +131,9 @@ def bits(
     candidates: Annotated[str, panel("Choice", "Bit-widths, separated by commas.")] = "8,7,6,5,4",
     brief_steps: Annotated[int | None, panel("Choice", BRIEF)] = None,
     gamma: Annotated[float | None, panel("Choice", GAMMA)] = None,
-    directions: Annotated[int, panel("Choice", "Random directions of the flatness.")] = 20,
+    directions: Annotated[int, panel("Choice", DIRECTIONS, "--num-directions")] = 20,
     budget: Annotated[float | None, panel("Choice", BUDGET)] = None,
-    vectors: Annotated[int, panel("Choice", VECTORS, min=2)] = 20,
+    vectors: Annotated[int, panel("Choice", VECTORS, "--num-vectors", min=2)] = 20,
     data: Data = None,
     target: Annotated[str | None, panel("Data", TARGET)] = None,
     trial: Trial = None,
@@ -150,7 +151,7 @@ def bits(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     seed: Seed = None,
-    out: Annotated[Path | None, panel("Run", OUT)] = None,
+    out: Annotated[Path | None, panel("Run", OUT, "--output", "-o")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose the bits for a target from the sources alone.

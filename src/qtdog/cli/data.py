@@ -24,7 +24,7 @@ YES = "Agree to the licence without being asked."
 def fetch(
     name: Annotated[str, NAME],
     *,
-    to: Annotated[Path | None, typer.Option(help=TO)] = None,
+    to: Annotated[Path | None, typer.Option("--output", "-o", help=TO)] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help=YES)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was fetched as JSON.")] = False,
 ) -> None:
@@ -37,7 +37,7 @@ def fetch(
     Examples:
       qtdog data fetch pacs
 
-      qtdog data fetch domainnet --to /data/domainnet --yes
+      qtdog data fetch domainnet -o /data/domainnet --yes
     """
     from qtdog.cli.console import err, print_json
     from qtdog.core.errors import Interrupted
@@ -133,20 +133,20 @@ def import_folder(
     name: Annotated[
         str, typer.Option("--as", help="Which data set it is: a name of 'qtdog data list'. Default: one of your own.")
     ] = "",
-    to: Annotated[Path | None, typer.Option(help=TO)] = None,
+    to: Annotated[Path | None, typer.Option("--output", "-o", help=TO)] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files; default: links, which take no space.")] = False,
 ) -> None:
     """Adopt a copy of a benchmark that you have, however it is laid out: DomainBed's way, Dassl's, or TLlib's lists.
 
     Without --as, a folder of your own that is laid out as DOMAIN/SPLIT/CLASS/image (Dassl) becomes DOMAIN/CLASS/image;
-    --to is then needed. Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the card.
+    -o is then needed. Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the card.
 
     Examples:
       qtdog data import old/PACS/kfold --as pacs
 
       qtdog data import dassl/office_home_dg --as office-home --copy
 
-      qtdog data import mine/ --to mine-for-qtdog
+      qtdog data import mine/ -o mine-for-qtdog
     """
     import datetime
 
@@ -159,7 +159,7 @@ def import_folder(
 
     require_path(folder, "the folder")
     if not name and to is None:
-        raise ConfigError("say where the data set shall lie (--to FOLDER), or which benchmark it is (--as NAME)")
+        raise ConfigError("say where the data set shall lie (-o FOLDER), or which benchmark it is (--as NAME)")
     target = to or data_root() / name
     card = CARDS[name] if name else DatasetCard(target.name, f"Images in the folder {target.name}")
     origin = {"dataset": name, "date": datetime.date.today().isoformat(), "imported_from": folder.resolve().name}

@@ -14,7 +14,7 @@ MEMBERS = 3
 
 def demo(
     *,
-    out: Annotated[Path, typer.Option(help="Where to write runs and report.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: runs and report.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=10, help="Updates per run.")] = 400,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:

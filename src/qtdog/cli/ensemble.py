@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KIND = (
     "eoq, eoa or ensemble keep all members; diwa and soup average them into one model. Default: what the members are."
 )
-OUT = "Folder, or .safetensors file, to write; result.json goes beside the file."
+OUT = "Folder or .safetensors file to write; result.json goes beside the file."
 DATA = "Where the images are now, if not where the members' configuration says."
 PICK = "Which members diwa and soup average: all, or greedily those that help on held-out source images."
 CASCADE_LOSS = "Points of accuracy on held-out source images that a cascade may cost; its threshold is chosen by that."
@@ -42,7 +42,7 @@ class Refit(StrEnum):
 def ensemble(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...")],
     *,
-    out: Annotated[Path, typer.Option(help=OUT)],
+    out: Annotated[Path, typer.Option("--output", "-o", help=OUT)],
     kind: Annotated[str | None, typer.Option(help=KIND)] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     pick: Annotated[Pick, typer.Option(help=PICK)] = Pick.UNIFORM,
@@ -54,13 +54,13 @@ def ensemble(
     """Make one model file of several finished runs, and measure it on their target and held-out source images.
 
     Examples:
-      qtdog ensemble runs/five/c-seed* --out runs/five-eoq
+      qtdog ensemble runs/five/c-seed* -o runs/five-eoq
 
-      qtdog ensemble runs/five/c-seed* --cascade-loss 0.5 --out runs/fast-eoq
+      qtdog ensemble runs/five/c-seed* --cascade-loss 0.5 -o runs/fast-eoq
 
-      qtdog ensemble runs/float/c-seed* --kind diwa --pick greedy --out runs/diwa
+      qtdog ensemble runs/float/c-seed* --kind diwa --pick greedy -o runs/diwa
 
-      qtdog ensemble runs/five/c-seed* --kind soup --tune 300 --out runs/soup
+      qtdog ensemble runs/five/c-seed* --kind soup --tune 300 -o runs/soup
     """
     from qtdog.cli.console import print_json, warn
     from qtdog.ensemble.assemble import EnsembleSpec, assemble

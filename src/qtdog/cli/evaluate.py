@@ -8,19 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
+from qtdog.cli.options import Model
+
 SKIP = "Leave out images that cannot be read, and say how many. Default: as the run did that the model comes from."
 CORRUPT = (
     "Score under this corruption instead of clean images: 'all', a family (noise, blur, weather, digital, jpeg) or one "
     "member of it; may be given several times."
 )
 SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several times. Default: all five."
+DATA = "Data set name, folder DOMAIN/CLASS/image, or manifest. Default: what the run was trained on."
 CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
-    data: Annotated[str, typer.Argument(help="Data set name, folder DOMAIN/CLASS/image, or manifest.", metavar="DATA")],
+    model: Model,
+    data_argument: Annotated[str | None, typer.Argument(help="The same as --data.", metavar="[DATA]")] = None,
     *,
+    data: Annotated[str | None, typer.Option("--data", help=DATA)] = None,
     unknown: Annotated[
         Path | None, typer.Option(help="Folder of images of unknown kinds: does the uncertainty separate them?")
     ] = None,
@@ -37,31 +41,40 @@ def evaluate(
     is perfect) of the uncertainty of these images against that of the data set.
 
     Examples:
-      qtdog eval runs/photos-c/model.safetensors photos/
+      qtdog eval runs/photos-c --data photos/
 
-      qtdog eval runs/five/c-eoq/model.safetensors photos/        (an ensemble: its cost is shown too)
+      qtdog eval runs/five/c-eoq --data photos/                   (an ensemble: its cost is shown too)
 
-      qtdog eval runs/five/c-eoq/model.safetensors photos/ --cascade
+      qtdog eval runs/five/c-eoq --data photos/ --cascade
 
-      qtdog eval model.safetensors new-site/ --unknown other-things/ --json
+      qtdog eval model.safetensors --data new-site/ --unknown other-things/ --json
 
-      qtdog eval runs/photos-c/model.safetensors photos/ --corrupt noise --corrupt jpeg
+      qtdog eval runs/photos-c --data photos/ --corrupt noise --corrupt jpeg
     """
     from qtdog.cli.console import CountingBar, out, print_json, print_table
     from qtdog.cli.ensemble import ensemble_cost, show_cost
     from qtdog.cli.train import warn_skipped
+    from qtdog.core.errors import ConfigError
     from qtdog.data.open import open_readable
     from qtdog.ensemble.model import load
     from qtdog.ensemble.prediction import as_cascade, find_images
     from qtdog.ensemble.scoring import score_domains, unknown_auroc_of
     from qtdog.ensemble.uncertainty import Uncertainty
     from qtdog.report.tables import percent
+    from qtdog.runs.find import find_model
     from qtdog.training.load_model import training_configs
 
+    if data is not None and data_argument is not None:
+        raise ConfigError(f"two data sets are given: {data_argument} and --data {data}; eval takes one")
+    model = find_model(model)
     loaded = load(model)
     threshold = as_cascade(loaded).threshold if cascade else None
     skip = skip_unreadable or any(config.data.skip_unreadable for config in training_configs(model))
-    dataset = open_readable(data, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
+    configs = training_configs(model)
+    source = data or data_argument or (configs[0].data.source if configs else None)
+    if source is None:
+        raise ConfigError(f"no run lies beside {model}, so its data set is not known: give it with --data")
+    dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
     warn_skipped(dataset)
     if corrupt or severity:
         _corrupted(loaded, dataset, corrupt or ["all"], severity or [], model=model, as_json=as_json)
@@ -71,7 +84,7 @@ def evaluate(
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
     auroc = {} if unknown is None else unknown_auroc_of(loaded, known, find_images([unknown]))
     if as_json:
-        result = {"model": str(model), "data": data, "domains": scores, "average": average} | auroc
+        result = {"model": str(model), "data": source, "domains": scores, "average": average} | auroc
         print_json(result | ensemble_cost(model, loaded))
         return
     sources = loaded.info.source_domains

@@ -7,31 +7,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtdog.cli.options import Model
+
 if TYPE_CHECKING:
     from qtdog.export.export import Exported
 
-MODEL = "A .safetensors file of 'qtdog train' or 'ensemble', or the folder that it is in."
 FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
 DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
 BUNDLE = "Write a folder that runs without qtdog: model.onnx (INT8), predict.py, model.json and README.md."
 CASCADE = "Ask an ensemble's members one after another, until they agree confidently; onnx and openvino formats."
+CALIBRATION = "Number of images that set the ranges of integer activations."
+CHECK = "Number of images that the file is compared on."
 FORCE = "Accept the domain that was held out in training. What is measured on it afterwards is no longer unseen."
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help=MODEL, metavar="MODEL")],
+    model: Model,
     *,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The file to write; OUT.json goes beside it. A folder with --bundle.")
+        Path, typer.Option("--output", "-o", help="The file to write; OUT.json goes beside it. A folder with --bundle.")
     ],
     bundle: Annotated[bool, typer.Option("--bundle", help=BUNDLE)] = False,
     name: Annotated[str | None, typer.Option("--format", help=FORMAT)] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     domain: Annotated[list[str] | None, typer.Option(help=DOMAIN)] = None,
-    calibrate: Annotated[int, typer.Option(min=1, help="Images that set the ranges of integer activations.")] = 256,
-    check: Annotated[int, typer.Option(min=1, help="Images that the file is compared on.")] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images.")] = 0,
+    calibrate: Annotated[int, typer.Option("--num-calibration", min=1, help=CALIBRATION)] = 256,
+    check: Annotated[int, typer.Option("--num-check", min=1, help=CHECK)] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of images.")] = 0,
     cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     force_target: Annotated[bool, typer.Option("--force-target", help=FORCE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -60,17 +63,18 @@ def export(
     from qtdog.export.formats import FORMATS, format_for
     from qtdog.export.images import Draw, draw_export_images
     from qtdog.export.packed_source import read_packed_source
+    from qtdog.runs.find import find_model
     from qtdog.training.load_model import open_training_data
 
     name = (name or BUNDLE_FORMATS[0]) if bundle else format_for(name, out)
     if bundle and not _is_place(out):
-        raise ConfigError(f"--out {out}: cannot be written; a bundle is a folder")
+        raise ConfigError(f"--output {out}: cannot be written; a bundle is a folder")
     if not bundle and (out.is_dir() or not _is_place(out.parent)):
         hint = ", or --bundle for a folder" if out.is_dir() else ""
-        raise ConfigError(f"--out {out}: cannot be written; give the path of a file{hint}")
+        raise ConfigError(f"--output {out}: cannot be written; give the path of a file{hint}")
     if cascade and not FORMATS[name].graph:
         raise ConfigError(f"--cascade: a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
-    source = read_packed_source(model / "model.safetensors" if model.is_dir() else model, cascade=cascade)
+    source = read_packed_source(find_model(model), cascade=cascade)
     draw = Draw(check, seed, tuple(domain or ()), force_target)
     dataset = open_training_data([source.path], data, progress=CountingBar("reading images"))
     warn_skipped(dataset)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtdog.cli.options import Model
 from qtdog.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ SHOWN = ("backbone", "classes", "bits", "dataset", "source_domains", "target_dom
 
 
 def inspect_file(
-    model: Annotated[Path, typer.Argument(help="A packed .safetensors file, or the folder of a run.", metavar="MODEL")],
+    model: Model,
     *,
     weights: Annotated[bool, typer.Option("--weights", help="List every quantized weight.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -202,8 +203,9 @@ def inspect_file(
     from qtdog.packing.ensemble_file import is_ensemble
     from qtdog.packing.reader import read_layout
     from qtdog.packing.sizes import ensemble_sizes, file_sizes
+    from qtdog.runs.find import find_model
 
-    path = model / "model.safetensors" if model.is_dir() else model
+    path = find_model(model)
     size = asdict(ensemble_sizes(path) if is_ensemble(path) else file_sizes(path))
     layout = read_layout(path)[1]
     rows = _weights(path) if weights else []

@@ -17,6 +17,7 @@ def panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
     return typer.Option(*spelling, help=text, rich_help_panel=name, **more)
 
 
+_MODEL = "Model file (.safetensors) of 'qtdog train' or 'ensemble', or the folder that it is in."
 _DATA = (
     "Data set: a name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest. Default: "
     "the embedded rotated digits."
@@ -30,7 +31,6 @@ _SET = panel(
     "--set",
     metavar="SECTION.KEY=VALUE",
 )
-_PLUGIN = "Python file that registers members of your own, such as a loss; it is run. May be given several times."
 _BACKBONE = "Backbone: any timm model, digits_cnn, mnist_cnn, or a plug-in's. Default resnet50.tv_in1k."
 _WEIGHTS = "Initial weights: 'imagenet', 'none', or a .safetensors/.pth file. Default 'imagenet'."
 _OBJECTIVE = "Training objective (see 'qtdog list objectives'). Default erm."
@@ -44,13 +44,12 @@ _RATE = "Learning rate. Default 5e-5."
 _SEED = "Seed of initialization, batches and augmentation. Default 0."
 _RESUME = "Continue from the last checkpoint. With --output alone the saved configuration is used."
 
+Model = Annotated[Path, typer.Argument(help=_MODEL, metavar="MODEL")]
 Data = Annotated[str | None, panel("Data", _DATA)]
 Trial = Annotated[int | None, panel("Data", _TRIAL)]
 ImageSize = Annotated[int | None, panel("Data", _SIZE)]
 Presets = Annotated[list[str] | None, panel("Configuration", _PRESET)]
 Assignments = Annotated[list[str] | None, _SET]
-# read by `cli.main.take_plugins` before any command; declared for --help
-Plugins = Annotated[list[str] | None, panel("Configuration", _PLUGIN, "--plugin", metavar="FILE.py")]
 Backbone = Annotated[str | None, panel("Method", _BACKBONE)]
 Weights = Annotated[str | None, panel("Method", _WEIGHTS)]
 Objective = Annotated[str | None, panel("Method", _OBJECTIVE)]
@@ -62,11 +61,12 @@ Steps = Annotated[int | None, panel("Training", _STEPS)]
 BatchSize = Annotated[int | None, panel("Training", _BATCH)]
 LearningRate = Annotated[float | None, panel("Training", _RATE)]
 Seed = Annotated[int | None, panel("Training", _SEED)]
-RunFolderOrNone = Annotated[Path | None, panel("Run", OUT)]
+RunFolderOrNone = Annotated[Path | None, panel("Run", OUT, "--output", "-o")]
 Resume = Annotated[bool, panel("Run", _RESUME, "--resume")]
 AsJson = Annotated[bool, panel("Run", "Print the results as JSON.", "--json")]
 
 
+_FOLDER = "Folder of the run folders. Default: runs/NAME of the study."
 _STUDY = "Study file: methods, a grid of targets, seeds and any configuration values."
 _ONLY = (
     "Only runs whose labels or folder contain these words, like 'lsq target=sketch seed=0', and what they need. "
@@ -88,7 +88,8 @@ class EngineName(StrEnum):
 
 
 StudyFile = Annotated[Path, typer.Argument(help=_STUDY, metavar="STUDY")]
-OutFolder = Annotated[Path | None, typer.Option(help="Folder of the run folders. Default: runs/NAME of the study.")]
+OutFolder = Annotated[Path | None, typer.Option("--output", "-o", help=_FOLDER)]
+RunsFolder = Annotated[Path | None, typer.Option("--runs", help=_FOLDER)]
 DataFolder = Annotated[str | None, typer.Option(help="Where the images are, if not where the study says.")]
 Only = Annotated[str | None, typer.Option(help=_ONLY)]
 Log = Annotated[list[str] | None, typer.Option(metavar="LOGGER", help=LOG)]

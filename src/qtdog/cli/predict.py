@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtdog.cli.options import Model
+
 if TYPE_CHECKING:
     from qtdog.data.scan import PassedOver
 
@@ -22,7 +24,7 @@ class Format(StrEnum):
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A .safetensors file of 'qtdog train' or 'ensemble'.", metavar="MODEL")],
+    model: Model,
     images: Annotated[
         list[Path], typer.Argument(help="Images, or folders of images. For text: .txt files, a text per line.")
     ],
@@ -35,7 +37,7 @@ def predict(
     cascade: Annotated[
         bool, typer.Option("--cascade", help="Run an ensemble's members only until the first ones agree confidently.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write to this file instead of the screen.")] = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
     """Write class, probability and uncertainty of each image.
 
@@ -44,9 +46,9 @@ def predict(
     An unreadable image is named on standard error, the others are still predicted, and the exit code is 1.
 
     Examples:
-      qtdog predict model.safetensors photo.jpg
+      qtdog predict runs/photos-c photo.jpg
 
-      qtdog predict model.safetensors new-site/ --format csv --out predictions.csv
+      qtdog predict model.safetensors new-site/ --format csv -o predictions.csv
 
       qtdog predict ensemble.safetensors new-site/ --reject 0.1     (no class for the least certain tenth)
 
@@ -60,7 +62,9 @@ def predict(
     from qtdog.data.scan import PassedOver
     from qtdog.ensemble.model import load
     from qtdog.ensemble.prediction import as_cascade, find_images, find_texts, predict_images, predict_texts
+    from qtdog.runs.find import find_model
 
+    model = find_model(model)
     loaded = load(model)
     show_cost(model, loaded)
     predictor: Any = as_cascade(loaded) if cascade else loaded

@@ -38,7 +38,7 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     speed: Annotated[float, typer.Option(min=0.001, metavar="TFLOPS", help=SPEED)] = 10.0,
     assign: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help=SET)] = None,
-    out: Annotated[Path, typer.Option(help=OUT)] = Path("runs"),
+    out: Annotated[Path, typer.Option("--output", "-o", help=OUT)] = Path("runs"),
     workers: Workers = None,
     threads: Threads = None,
     gpus: Gpus = None,

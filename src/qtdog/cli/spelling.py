@@ -1,39 +1,47 @@
-"""How commands and options are spelled: one name for one thing in every command, old names with a note, nearest names.
-
-The table is applied to the options of all commands when they are looked up, so that no command can depart from it.
-"""
+"""How commands and options are spelled: old names with a note, the nearest for a mistyped one; `--plugin`."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer.core import TyperGroup
 
-# What an option was called → what it is called.
+# What an option was called → what it is called: the first of these that the command has.
 RENAMED = {
-    "--out": ("--output", "-o"),
+    "--out": ("--runs", "--output"),
+    "--into": ("--output",),
+    "--to": ("--output",),
+    "--csv": ("--format=csv",),
     "--images": ("--num-images",),
     "--directions": ("--num-directions",),
     "--vectors": ("--num-vectors",),
     "--eigenvalues": ("--num-eigenvalues",),
     "--probes": ("--num-probes",),
+    "--points": ("--num-points",),
+    "--shown": ("--num-shown",),
+    "--mistakes": ("--num-mistakes",),
+    "--rounds": ("--num-rounds",),
     "--calibrate": ("--num-calibration",),
     "--check": ("--num-check",),
 }
-COUNTS = frozenset(RENAMED) - {"--out"}  # renamed only where they take a number
-READS_RUNS = ("runs",)  # commands whose --out names what they read
+PLUGIN = "Python file that registers members of your own, such as a loss; it is run. May be given several times."
+NO_MEMBERS = {"demo", "merge", "fetch", "import", "report", "runs"}  # commands that have no use for a plug-in
+JSON_OR_TEXT = ("text", "json")
 
 
 class QtdogGroup(TyperGroup):
-    """A group of commands with the names of this file."""
+    """A group of commands that reads its arguments by the rules of this file."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command, its options under their names of today."""
+        """Return a command; one that has a use for plug-ins lists `--plugin`."""
         command = super().get_command(ctx, cmd_name)
-        if command is not None:
-            for option in command.params:
-                _rename_(command, option)
+        if command is None or hasattr(command, "commands") or command.name in NO_MEMBERS:
+            return command
+        if not any("--plugin" in option.opts for option in command.params):
+            command.params.append(_plugin_option())
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -48,32 +56,52 @@ class QtdogGroup(TyperGroup):
             visible = [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
             ctx.fail(unknown("command", args[0], visible))
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command, rest if command is None else _today(command, rest)
+        return name, command, rest if command is None else _today(ctx, command, rest)
 
 
-def _rename_(command: Any, option: Any) -> None:
-    if option.param_type_name != "option":
-        return
-    for old in [name for name in option.opts if name in RENAMED]:
-        if old not in COUNTS or not getattr(option, "is_flag", False):
-            new = ("--runs",) if old == "--out" and command.name in READS_RUNS else RENAMED[old]
-            option.opts = [*new, *(name for name in option.opts if name not in (old, *new))]
+@cache
+def _plugin_option() -> Any:
+    """Return `--plugin` for --help and shell completion; `cli.main.take_plugins` reads it before any command."""
+    prototype = typer.Typer(add_completion=False)
+
+    @prototype.command()
+    def _(plugin: Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE.py", help=PLUGIN)] = None) -> None:
+        del plugin
+
+    options = typer.main.get_command(prototype).params
+    option = next(one for one in options if "--plugin" in one.opts)
+    option.expose_value = False
+    return option
 
 
-def _today(command: Any, args: list[str]) -> list[str]:
+def _today(ctx: Any, command: Any, args: list[str]) -> list[str]:
     """Return the arguments of a command with old names replaced, each told once on standard error."""
     known = {name for option in command.params if option.param_type_name == "option" for name in option.opts}
     told: set[str] = set()
     words = []
-    for place, word in enumerate(args):
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
         if word == "--":
-            return words + args[place:]
+            return [*words, word, *rest]
         old, equals, value = word.partition("=")
-        new = next((name for name in ("--runs", *RENAMED.get(old, ())) if name in known), None)
-        if old in RENAMED and old not in known and new is not None and (new != "--runs" or old == "--out"):
+        new = next((name for name in RENAMED.get(old, ()) if name.partition("=")[0] in known), None)
+        if new is not None and old not in known:
             if old not in told:
-                typer.echo(f"note: {old} is called {new} now", err=True)
+                typer.echo(f"note: {old} is called {new.replace('=', ' ')} now", err=True)
                 told.add(old)
             word = new + equals + value
+        elif old == "--format" and "--format" not in known and "--json" in known:
+            words += _format_words(ctx, value if equals else rest.pop(0) if rest else "")
+            continue
         words.append(word)
     return words
+
+
+def _format_words(ctx: Any, name: str) -> list[str]:
+    """Return what `--format NAME` means to a command that writes text or JSON."""
+    if name not in JSON_OR_TEXT:
+        from qtdog.core.errors import unknown
+
+        ctx.fail(unknown("format", name, JSON_OR_TEXT))
+    return ["--json"] if name == "json" else []

@@ -22,6 +22,7 @@ from qtdog.cli.options import (
     Only,
     OutFolder,
     Partition,
+    RunsFolder,
     StudyFile,
     Threads,
     Workers,
@@ -244,7 +245,7 @@ FRESH = "Delete what the failed runs wrote first, instead of going on from their
 def status(
     study: StudyFile,
     *,
-    out: OutFolder = None,
+    out: RunsFolder = None,
     data: DataFolder = None,
     every: Annotated[bool, typer.Option("--all", help="A line for each run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
@@ -340,12 +341,12 @@ def retry(
 def merge(
     sources: Annotated[list[Path], typer.Argument(help="Folders of run folders, from other machines.", metavar="FROM")],
     *,
-    into: Annotated[Path, typer.Option(help="The folder that shall have them all.")],
+    into: Annotated[Path, typer.Option("--output", "-o", help="Folder that shall have them all.")],
 ) -> None:
     """Copy the runs that are missing in a folder, or came farther elsewhere. The sources are not changed.
 
     Example:
-      qtdog sweep merge /mnt/other/runs/digits --into runs/digits
+      qtdog sweep merge /mnt/other/runs/digits -o runs/digits
     """
     from qtdog.cli.console import out
     from qtdog.core.errors import RunError
@@ -453,6 +454,11 @@ def raise_failed(plan: Plan, progress: SweepProgress) -> None:
 
 
 DEFAULT = "run"
+STUDY_SUFFIXES = (".yaml", ".yml")
+
+
+def _is_study(word: str) -> bool:
+    return word.startswith("-") or "/" in word or word.endswith(STUDY_SUFFIXES) or Path(word).exists()
 
 
 class SweepGroup(QtdogGroup):
@@ -460,7 +466,8 @@ class SweepGroup(QtdogGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default command before arguments that name none."""
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+        # a word that looks like neither a study nor an option is a mistyped command: the group names the nearest
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h") and _is_study(args[0]):
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.options import DataFolder, OutFolder, StudyFile
+from qtdog.cli.options import DataFolder, RunsFolder, StudyFile
 
 if TYPE_CHECKING:
     from qtdog.report.render import Table
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."
 REFERENCE = "Method that the others are compared with, over the pairs of target, trial and seed that both have."
+FORMAT = "How the tables are written. Default: by the ending of -o, else text."
+SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
 ALSO = "Count runs of an earlier table (--format json) that the folder lacks; may be given several times."
 
 
@@ -36,10 +39,11 @@ class TableFormat(StrEnum):
 def table(
     study: StudyFile,
     *,
-    out: OutFolder = None,
+    out: RunsFolder = None,
     data: DataFolder = None,
     reference: Annotated[str | None, typer.Option(help=f"{REFERENCE} Default: the study's first.")] = None,
-    format_: Annotated[TableFormat, typer.Option("--format", help="How the tables are written.")] = TableFormat.TEXT,
+    format_: Annotated[TableFormat | None, typer.Option("--format", help=FORMAT)] = None,
+    to_file: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
     plot: Annotated[Path | None, typer.Option(help=PLOT)] = None,
     also: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=ALSO)] = None,
 ) -> None:
@@ -55,9 +59,10 @@ def table(
 
       qtdog sweep table studies/digits.yaml --also laptop.json --format json
     """
-    from qtdog.cli.console import print_json, terminal_width
+    from qtdog.cli.console import terminal_width
     from qtdog.cli.sweep import open_plan
     from qtdog.core.errors import RunError
+    from qtdog.core.files import write_atomic
     from qtdog.report.render import render
     from qtdog.sweep.results import MEASURES, results, values
 
@@ -69,11 +74,17 @@ def table(
     tables = {measure: values(finished, measure) for measure in MEASURES}
     if plot:
         _plot(tables, name, plot)
-    if format_ is TableFormat.JSON:
-        print_json({measure: _numbers(cells, name) for measure, cells in tables.items()} | {"runs": _runs(finished)})
-        return
-    shown = [study_table(tables[measure], name, title) for measure, title in MEASURES.items() if tables[measure]]
-    typer.echo(render(shown, format_.value, terminal_width()), nl=False)
+    kind = format_.value if format_ else SUFFIXES.get(to_file.suffix if to_file else "", "text")
+    if kind == "json":
+        numbers = {measure: _numbers(cells, name) for measure, cells in tables.items()} | {"runs": _runs(finished)}
+        content = json.dumps(numbers, indent=1) + "\n"
+    else:
+        shown = [study_table(tables[measure], name, title) for measure, title in MEASURES.items() if tables[measure]]
+        content = render(shown, kind, terminal_width() if to_file is None else None)
+    if to_file is None:
+        typer.echo(content, nl=False)
+    else:
+        write_atomic(to_file, content)
 
 
 def _earlier(files: Sequence[Path], plan: Plan) -> dict[str, IndexRow]:

@@ -48,7 +48,7 @@ def table(
     best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=BEST)] = False,
     per_dataset: Annotated[bool, typer.Option("--per-dataset", help="A table for each of several data sets.")] = False,
     compare: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help=COMPARE)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write instead of printing.")] = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
     """Put finished runs into one table: mean ± standard error over trials, in DomainBed's layout.
 
@@ -177,8 +177,8 @@ REPORT_BEST = (
 def report(
     runs: Annotated[list[Path], typer.Argument(help=REPORT_RUNS, metavar="RUNS...")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Of the page.")] = "qtdog report",
+    out: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "qtdog report",
     bench: Annotated[Path | None, typer.Option(help="bench.json of 'qtdog bench', for accuracy over latency.")] = None,
     split: Annotated[Split | None, typer.Option(help=REPORT_SPLIT)] = None,
     best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=REPORT_BEST)] = False,
@@ -217,6 +217,14 @@ def report(
     err.print(f"report  {out.resolve()}", highlight=False, soft_wrap=True, markup=False)
 
 
+class RowFormat(StrEnum):
+    """How a list of runs is written."""
+
+    TEXT = "text"
+    CSV = "csv"
+    JSON = "json"
+
+
 CONDITION = "SQL expression over the columns, like \"objective = 'coral' and bits = 7\". Default: all runs."
 AXES = ("objective", "averager", "quantizer")
 SHOWN = (
@@ -229,18 +237,18 @@ COLUMNS = "Which columns, separated by commas; 'all' for every one. Accuracies a
 def runs(
     condition: Annotated[str, typer.Argument(help=CONDITION)] = "",
     *,
-    out: Annotated[Path, typer.Option(help="Folder below which the runs are.")] = Path("runs"),
+    out: Annotated[Path, typer.Option("--runs", help="Folder below which the runs are.")] = Path("runs"),
     columns: Annotated[str, typer.Option(help=COLUMNS, show_default=False)] = SHOWN,
     order: Annotated[str, typer.Option(help="Column to sort by, like 'test_accuracy desc'.")] = "folder",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, all columns.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json: all columns.")] = False,
+    format_: Annotated[RowFormat, typer.Option("--format", help="How the rows are written.")] = RowFormat.TEXT,
 ) -> None:
-    """Find runs. The index is a cache of the run folders (<OUT>/.sweep/index.sqlite): it may be deleted at any time.
+    """Find runs. The index is a cache of the run folders (RUNS/.sweep/index.sqlite): it may be deleted at any time.
 
     Examples:
       qtdog runs "objective = 'coral' and bits = 7"
 
-      qtdog runs "study = 'digits' and method in ('float', 'lsq')" --order "test_accuracy desc" --csv
+      qtdog runs "study = 'digits' and method in ('float', 'lsq')" --order "test_accuracy desc" --format csv
 
       qtdog runs "state = 'failed'" --columns method,target,seed,error
     """
@@ -248,10 +256,11 @@ def runs(
     from qtdog.core.errors import ConfigError, RunError
     from qtdog.runs.index import ask, refresh
 
-    if as_json and as_csv:
-        raise ConfigError("--json or --csv, not both")
+    if as_json and format_ not in (RowFormat.TEXT, RowFormat.JSON):
+        raise ConfigError(f"--json or --format {format_.value}, not both")
+    as_json = as_json or format_ is RowFormat.JSON
     if not out.is_dir():
-        raise RunError(f"{out} is no folder; --out takes the folder that holds the runs")
+        raise RunError(f"{out} is no folder; --runs takes the folder that holds the runs")
     every = as_json or columns.strip() == "all"
     names = [] if every else [name.strip() for name in columns.split(",") if name.strip()]
     index = refresh(out)
@@ -260,7 +269,7 @@ def runs(
         warn(f"damaged: {row['error']}")
     if as_json:
         print_json(found)
-    elif as_csv:
+    elif format_ is RowFormat.CSV:
         typer.echo(csv_text(found, names), nl=False)
     else:
         _show(found, names)

@@ -24,7 +24,6 @@ from qtdog.cli.options import (
     ImageSize,
     LearningRate,
     Objective,
-    Plugins,
     Presets,
     Quantizer,
     Resume,
@@ -69,7 +68,6 @@ def train(
     image_size: ImageSize = None,
     preset: Presets = None,
     assign: Assignments = None,
-    plugin: Plugins = None,
     backbone: Backbone = None,
     weights: Weights = None,
     objective: Objective = None,
@@ -98,11 +96,11 @@ def train(
 
       qtdog train --data photos/ --target hospital_c --preset pacs-lite --bits 7
 
-      qtdog train --data photos/ --target all --out runs/photos      (each domain unseen in turn, one table)
+      qtdog train --data photos/ --target all -o runs/photos      (each domain unseen in turn, one table)
 
-      qtdog train --data photos/ --target c --members 5 --fork-at start --out runs/five     (an ensemble of five)
+      qtdog train --data photos/ --target c --members 5 --fork-at start -o runs/five     (an ensemble of five)
 
-      qtdog train --resume --out runs/photos-c                       (after a crash, or Ctrl-C)
+      qtdog train --resume -o runs/photos-c                       (after a crash, or Ctrl-C)
     """
     given = dict(locals())
     from qtdog.api import experiment
@@ -260,6 +258,7 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+TEACHER = "Model file of an ensemble or of one model, or the folder that it is in."
 STUDENT_WEIGHT = "Weight of the teacher's answers; the labels have the rest. Default 0.9."
 STUDENT_TEMPERATURE = "Temperature that softens the answers of both. Default 2."
 STUDENT_QUANTIZER = "Quantizer of the student, or 'none' for a float one. Default lsq."
@@ -267,13 +266,12 @@ DISTILL_TARGET = "The unseen domain. Default: the one that the teacher held out.
 
 
 def distill(
-    teacher: Annotated[Path, typer.Argument(help="The model.safetensors of an ensemble, or of one model.")],
+    teacher: Annotated[Path, typer.Argument(help=TEACHER, metavar="TEACHER")],
     *,
     data: Data = None,
     target: Annotated[str | None, panel("Data", DISTILL_TARGET)] = None,
     preset: Presets = None,
     assign: Assignments = None,
-    plugin: Plugins = None,
     backbone: Annotated[str | None, panel("Method", "Backbone of the student. Default: the teacher's.")] = None,
     weight: Annotated[float | None, panel("Method", STUDENT_WEIGHT)] = None,
     temperature: Annotated[float | None, panel("Method", STUDENT_TEMPERATURE)] = None,
@@ -292,7 +290,7 @@ def distill(
     unseen domain are the teacher's unless given. A teacher that was trained on the unseen domain is refused.
 
     Examples:
-      qtdog distill runs/eoq/ensemble/model.safetensors --data photos/ --preset pacs-lite --out runs/student
+      qtdog distill runs/five/c-eoq --data photos/ --preset pacs-lite -o runs/student
 
       qtdog distill ensemble.safetensors --data photos/ --bits 5 --set objective.teacher_temperature=4
     """
@@ -300,7 +298,9 @@ def distill(
     from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.console import CountingBar
     from qtdog.ensemble.model import load
+    from qtdog.runs.find import find_model
 
+    teacher = find_model(teacher)
     info = load(teacher).info
     flags = {name: given[name] for name in FLAGS if name in given}
     flags["target"] = target or info.target_domain or "none"
@@ -340,7 +340,6 @@ def dart(
     target: Annotated[str | None, panel("Data", DART_TARGET)] = None,
     preset: Presets = None,
     assign: Assignments = None,
-    plugin: Plugins = None,
     branch: Annotated[list[str] | None, panel("Method", BRANCH, metavar="KEY=VALUE[;…]")] = None,
     merge_every: Annotated[int | None, panel("Method", MERGE, min=1)] = None,
     quantizer: Quantizer = None,
@@ -348,7 +347,7 @@ def dart(
     steps: Annotated[int | None, panel("Training", "Number of updates of each branch.")] = None,
     lr: LearningRate = None,
     seed: Annotated[int | None, panel("Training", "Seed of the first branch. Default 0.")] = None,
-    out: Annotated[Path, panel("Run", OUT)],
+    out: Annotated[Path, panel("Run", OUT, "--output", "-o")],
     resume: Annotated[bool, panel("Run", "Continue with what is in the folder.", "--resume")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -359,9 +358,9 @@ def dart(
     ships is one model.
 
     Examples:
-      qtdog dart --data photos/ --target c --preset pacs-lite --out runs/dart
+      qtdog dart --data photos/ --target c --preset pacs-lite -o runs/dart
 
-      qtdog dart --data photos/ --target c --branch data.augment=none --branch objective.name=coral --out runs/two
+      qtdog dart --data photos/ --target c --branch data.augment=none --branch objective.name=coral -o runs/two
     """
     given = dict(locals())
     from qtdog.api.experiment import FLAGS, Request, make_plan

@@ -230,7 +230,7 @@ def _refuse_split_folders(root: Path, records: list[ImageFile]) -> None:
     found = ", ".join(sorted({record.label for record in records}))
     raise DataError(
         f"{root} is laid out as DOMAIN/SPLIT/CLASS/image (the folders {found} are no classes), but the layout must be "
-        f"{LAYOUT}. 'qtdog data import {root} --to NEW' joins the parts in a new folder of links; "
+        f"{LAYOUT}. 'qtdog data import {root} -o NEW' joins the parts in a new folder of links; "
         "for a known benchmark, add --as NAME."
     )
 

@@ -243,7 +243,7 @@ def require_new(target: Path) -> None:
     """Raise DataError unless a folder can be made at `target`: nothing or an empty folder is there."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         text = f"{target} is there already: check it with 'qtdog data verify {target}'"
-        raise DataError(f"{text}, give another folder (--to), or remove it")
+        raise DataError(f"{text}, give another folder (--output), or remove it")
 
 
 def _layout(source: Path, card: DatasetCard) -> FolderLayout:

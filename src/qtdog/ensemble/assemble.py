@@ -205,7 +205,7 @@ def check_folder(spec: EnsembleSpec) -> None:
     if spec.result_file.is_file():
         foreign = foreign or "members" not in json.loads(spec.result_file.read_text())
     if foreign:
-        raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --out")
+        raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --output")
 
 
 def best_first(members: Sequence[Member]) -> list[Member]:

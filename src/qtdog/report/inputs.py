@@ -122,13 +122,13 @@ class BenchFile:
 
 
 def read_bench(file: Path) -> BenchFile:
-    """Return what the `bench.json` of `qtdog bench --out` says; paths in it are as from the folder one is in.
+    """Return what the `bench.json` of `qtdog bench --output` says; paths in it are as from the folder one is in.
 
     Raises:
         RunError: the file is missing or something else.
     """
     if not file.is_file():
-        raise RunError(f"{file} does not exist; --bench takes the bench.json of 'qtdog bench --out'")
+        raise RunError(f"{file} does not exist; --bench takes the bench.json of 'qtdog bench --output'")
     if file.stat().st_size > MAX_LATENCY_BYTES:
         raise RunError(f"{file} has {file.stat().st_size:,} bytes, and is no file of 'qtdog bench'")
     try:

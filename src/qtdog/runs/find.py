@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.config import AFTER_TRAINING, START_FRAC, Config
-from qtdog.core.errors import ConfigError, RunError
+from qtdog.core.errors import ConfigError, FormatError, RunError
 from qtdog.core.files import sha256_file
 from qtdog.runs.domainbed import DomainBedRuns, plain, read_domainbed
 from qtdog.runs.finished import (
@@ -81,7 +82,7 @@ def require_run(path: Path) -> RunFiles:
         raise ConfigError(f"{path} holds an ensemble; give the runs that it was made of")
     folder, config = open_run(path)
     if run is None or not folder.model_file.is_file():
-        raise RunError(f"the run in {path} is not finished; go on with: qtdog train --resume --out {path}")
+        raise RunError(f"the run in {path} is not finished; go on with: qtdog train --resume --output {path}")
     sha256 = sha256_file(folder.model_file)
     if sha256 != run.result.get("model_sha256"):
         raise RunError(f"{folder.model_file} is not the file that the run wrote; train it again")
@@ -363,3 +364,24 @@ def run_folders(root: Path) -> list[Path]:
 def sweep_folders(root: Path) -> list[Path]:
     """Return the folders at or below `root` that are those of a sweep, sorted."""
     return sorted(folder for folder in walk(root) if state_folder(folder).is_dir())
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the model file that a path means: itself, or that in a run folder.
+
+    Raises:
+        FormatError: there is none; the text says why.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    file = path / "model.safetensors"
+    if not file.is_file():
+        state = "holds no model"
+        if RunFolder(path).config_file.is_file():
+            state = "holds a run that is not finished; go on with --resume (in Python resume=True)"
+        else:
+            with contextlib.suppress(StopIteration):
+                state += f"; did you mean {next(path.glob('*/model.safetensors'))}?"
+        raise FormatError(f"{path} {state}")
+    return file

@@ -51,7 +51,7 @@ class RunFolder:
         """
         with clear_disk_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
-                raise RunError(f"{self.path} is a file; --out takes a folder")
+                raise RunError(f"{self.path} is a file; --output takes a folder")
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -67,7 +67,7 @@ class RunFolder:
         except BlockingIOError as error:
             owner = os.pread(handle, 20, 0).decode().strip() or "unknown"
             text = f"run folder {self.path} is in use by process {owner}."
-            raise FolderInUseError(f"{text} Wait for it or choose another --out.") from error
+            raise FolderInUseError(f"{text} Wait for it or choose another --output.") from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
 
@@ -103,14 +103,14 @@ class RunFolder:
             return
         if config_hash(saved) != config_hash(config):
             changes = "\n  ".join(differences(saved, config))
-            raise RunError(f"{self.path} holds a run of another configuration:\n  {changes}\nChoose another --out.")
+            raise RunError(f"{self.path} holds a run of another configuration:\n  {changes}\nChoose another --output.")
         if resume:
             return
         result = self.read_result()
         if result is None:
-            raise RunError(f"{self.path} holds an unfinished run; add --resume to go on, or choose another --out")
+            raise RunError(f"{self.path} holds an unfinished run; add --resume to go on, or choose another --output")
         if problem := self.model_problem(result):
-            raise RunError(f"{problem}: add --resume to make it again, or choose another --out")
+            raise RunError(f"{problem}: add --resume to make it again, or choose another --output")
 
     def _has_begun(self) -> bool:
         """Return whether something was saved that another configuration would destroy."""
@@ -119,7 +119,7 @@ class RunFolder:
     def _refuse_foreign_files(self) -> None:
         others = sorted(path.name for path in self.path.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
         if others:
-            raise RunError(f"{self.path} is not empty and holds no run (found {others[0]}); choose another --out")
+            raise RunError(f"{self.path} is not empty and holds no run (found {others[0]}); choose another --output")
 
     def keep_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
         """Write which images were left out and why to `skipped.json`; nothing if none was."""
