@@ -20,7 +20,7 @@ def steps(parts: Components, first: int, last: int) -> list[float]:
     losses = []
     for step in range(first, last):
         begin_step(parts, step)
-        losses.append(update(parts, parts.batches.batch(step), step))
+        losses.append(update(parts, parts.batches.batch(step), step).item())
     return losses
 
 

@@ -38,7 +38,7 @@ def make(name: str, out: Path) -> None:
     losses = []
     for step in range(N_STEPS):
         begin_step(parts, step)
-        losses.append(update(parts, parts.batches.batch(step), step))
+        losses.append(update(parts, parts.batches.batch(step), step).item())
     state = {f"network.{key}": value.contiguous() for key, value in parts.network.state_dict().items()}
     state |= {f"objective.{key}": value for key, value in parts.objective.state_dict().items()}
     if parts.accelerator.is_main_process:

@@ -110,13 +110,13 @@ class _Mixing:
     alpha: float
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        # The first draw is on the CPU: one that lies elsewhere would have to be waited for.
+        # Few numbers, drawn on the CPU: reading one that lies elsewhere would wait for the device.
         if not module.training or torch.rand(()).item() >= self.p:
             return None
-        n, device = len(output), output.device
-        concentration = torch.full((n,), self.alpha, device=device)
-        weight = Beta(concentration, concentration).sample()
-        return mix_styles(output, self.stage, weight, torch.randperm(n, device=device))
+        n = len(output)
+        concentration = torch.full((n,), self.alpha)
+        weight, partner = Beta(concentration, concentration).sample(), torch.randperm(n)
+        return mix_styles(output, self.stage, weight.to(output.device), partner.to(output.device))
 
 
 @FEATURE_LAYERS.register("mixstyle")

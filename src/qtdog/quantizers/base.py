@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -152,7 +153,7 @@ OPTION_NAMES = tuple(field.name for field in fields(QuantizerOptions))
 
 
 class ScalarReader:
-    """Reads a one-element tensor again only after it has changed: reading a GPU stalls it.
+    """Reads a one-element tensor, or a sum over one, again only after it has changed: reading a GPU stalls it.
 
     While torch traces or transforms functions, whose tensors have no values, the last value read counts.
 
@@ -160,9 +161,12 @@ class ScalarReader:
         >>> tensor, read = torch.zeros(()), ScalarReader()
         >>> read(tensor), tensor.fill_(2).item(), read(tensor)
         (0.0, 2.0, 2.0)
+        >>> read.fill_(tensor, 3), read(tensor)
+        (None, 3)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._reduce = reduce
         self._tensor: Tensor | None = None
         self._version = -1
         self._value = 0.0
@@ -172,18 +176,28 @@ class ScalarReader:
         if torch.compiler.is_compiling() or tensor.is_meta or is_transformed(tensor):
             return self._value
         if tensor.is_inference():
-            return float(tensor)
+            return self._read(tensor)
         if tensor is not self._tensor or tensor._version != self._version:
-            self._tensor, self._version, self._value = tensor, tensor._version, float(tensor)
+            self._tensor, self._version, self._value = tensor, tensor._version, self._read(tensor)
         return self._value
 
-    def __getstate__(self) -> float:
+    def _read(self, tensor: Tensor) -> float:
+        return (tensor if self._reduce is None else self._reduce(tensor)).item()
+
+    @torch.no_grad()
+    def fill_(self, tensor: Tensor, value: float) -> None:
+        """Set `tensor` to a value that need not be read then."""
+        tensor.fill_(value)
+        self._tensor, self._version, self._value = tensor, tensor._version, value
+
+    def __getstate__(self) -> tuple[float, Callable[[Tensor], Tensor] | None]:
         """Return the value alone: a copy reads its own tensor."""
-        return self._value
+        return self._value, self._reduce
 
-    def __setstate__(self, value: float) -> None:
+    def __setstate__(self, state: tuple[float, Callable[[Tensor], Tensor] | None]) -> None:
         """Begin with the value of the original."""
-        self.__init__()
+        value, reduce = state
+        self.__init__(reduce)
         self._value = value
 
 
@@ -235,10 +249,8 @@ class Quantizer(nn.Module, ABC):
     def enabled(self, value: bool) -> None:
         self._set_share_(float(value))
 
-    @torch.no_grad()
     def _set_share_(self, share: float) -> None:
-        self.enabled_share.fill_(share)
-        self._read_share(self.enabled_share)
+        self._read_share.fill_(self.enabled_share, share)
 
     @property
     def holds_codes(self) -> bool:
@@ -358,7 +370,7 @@ class Quantizer(nn.Module, ABC):
 
         The same draws in every pass of one step; without `begin_step_` (somebody's own loop) from torch's global state.
         """
-        if self._seed is None:
+        if self._seed is None or weight.is_meta:  # which has no generator
             return torch.rand_like(weight, dtype=torch.float32) - 0.5
         generator = torch.Generator(weight.device).manual_seed(self._seed)
         drawn = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)

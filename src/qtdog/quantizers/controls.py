@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.quantized import QuantSpec
-from qtdog.quantizers.base import FixedStep, Quantizer, QuantizerOptions
+from qtdog.quantizers.base import FixedStep, Quantizer, QuantizerOptions, ScalarReader
 from qtdog.quantizers.lsq import lsq_quantize
 
 
@@ -36,6 +36,7 @@ class AccumulatedNoise(Quantizer):
         super().__init__(spec)
         self.amplitude = (options or QuantizerOptions()).amplitude
         self.register_buffer("drawn_for", torch.tensor(-1, device=weight.device))
+        self._read_seed = ScalarReader()
 
     @property
     def packs(self) -> bool:
@@ -50,8 +51,8 @@ class AccumulatedNoise(Quantizer):
     def begin_step_(self, weight: Tensor, seed: int, progress: float) -> None:
         """Add the noise of this step to `weight` in place; a step that is begun again after a stop adds no more."""
         super().begin_step_(weight, seed, progress)
-        if self.drawn_for.item() != seed:
-            self.drawn_for.fill_(seed)
+        if self._read_seed(self.drawn_for) != seed:
+            self._read_seed.fill_(self.drawn_for, seed)
             weight.add_(2 * self.amplitude * self.uniform(weight))
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
-from qtdog.quantizers.base import Quantizer, QuantizerOptions
+from qtdog.quantizers.base import Quantizer, QuantizerOptions, ScalarReader
 
 # A filter whose largest weight is below this share of its layer's is dead: levels that small could not hold what
 # training makes of it, so it gets those of the layer.
@@ -121,6 +121,7 @@ class INQ(Quantizer):
         self.register_buffer("scale", start)
         self.register_buffer("codes", torch.zeros_like(like, dtype=torch.int8))
         self.register_buffer("frozen", torch.zeros_like(like, dtype=torch.bool))
+        self._count = ScalarReader(torch.count_nonzero)
 
     @property
     def packs(self) -> bool:
@@ -191,7 +192,7 @@ class INQ(Quantizer):
         return bool(self.frozen.any())
 
     def _n_frozen(self) -> int:
-        return int(self.frozen.count_nonzero())
+        return int(self._count(self.frozen))
 
     def _freeze_(self, weight: Tensor, share: float) -> None:
         """Freeze the largest magnitudes of the layer until `share` is frozen; of equal ones the first count."""

@@ -222,12 +222,10 @@ class LSQ(Quantizer):
         share = self._read_set_share(self.set_share)
         return mean if share in (0.0, 1.0) else (mean - (1 - share) * placeholder) / share
 
-    @torch.no_grad()
     def _set_share_(self, share: float) -> None:
         super()._set_share_(share)
         if self.step_mode != "frozen":
-            self.set_share.fill_(share)
-            self._read_set_share(self.set_share)
+            self._read_set_share.fill_(self.set_share, share)
 
     def step_change(self) -> Tensor | None:
         """Return each step size as a multiple of its start, float32, shape (n,); None if they are frozen."""

@@ -104,20 +104,23 @@ def evaluate(
         accelerator: where to compute, and with whom to add up.
         check_interrupt: called before each batch; may raise to break off.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
+    parts: list[tuple[Tensor, Tensor]] = []
+    n_images = 0
     with evaluating(network):
         for images, labels in batches:
             check_interrupt()
-            totals += _batch_totals(network, images.to(accelerator.device), labels.to(accelerator.device))
-    correct, loss, n = _sum_over_processes(totals, accelerator)
+            parts.append(_correct_and_loss(network, images.to(accelerator.device), labels.to(accelerator.device)))
+            n_images += len(labels)
+    # read once, at the end: each reading waits for the device
+    sums = [sum(values.tolist()) for values in map(torch.stack, zip(*parts, strict=True))] or [0.0, 0.0]
+    correct, loss, n = _sum_over_processes(torch.tensor([*sums, n_images], dtype=torch.float64), accelerator)
     return Score(correct / n, loss / n, int(n))
 
 
-def _batch_totals(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _correct_and_loss(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = network(images)
     correct = (logits.argmax(1) == labels).sum()
-    loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return torch.tensor([correct.item(), loss.item(), len(labels)], dtype=torch.float64)
+    return correct, functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def _sum_over_processes(totals: Tensor, accelerator: Accelerator) -> list[float]:

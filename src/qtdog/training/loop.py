@@ -7,9 +7,10 @@ interruption anywhere ends in a checkpoint of the state between two updates.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from qtdog.training.checkpoint import save_state
 from qtdog.training.components import Components, RunState
 from qtdog.training.step_rules import Update, keep_classifier_gradients_, lr_factor
 
+READ_EVERY = 20
+"""Updates between two readings of the loss where a reading waits for the device (a GPU)."""
+
 
 def nothing(*args: object) -> None:
     """The hook that does nothing: no interruption, no check of the quantizers' health."""
@@ -45,6 +49,9 @@ class TrainingRun:
         folder: gets its metrics and checkpoints; None to write nothing.
         check_health: called with the health of quantized layers and the evaluations so far; may raise CollapseError.
         plain_record: the last evaluation, if it was of the weights as they are; None if it was of an average.
+        losses: of the last updates, on the device, not read yet.
+        newest_loss: of the last update, on the device.
+        last_loss: the newest that was read.
     """
 
     components: Components
@@ -52,14 +59,41 @@ class TrainingRun:
     folder: RunFolder | None = None
     check_health: Callable[[list[LayerHealth], list[SourceRecord]], None] = nothing
     plain_record: Record | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    newest_loss: Tensor | None = None
+    last_loss: float = math.nan
 
-    def after_step(self, loss: float, seconds: float) -> None:
-        """Count one update of the network, which took so long."""
+    def after_step(self, loss: Tensor, seconds: float) -> None:
+        """Count one update of the network, which took so long.
+
+        Raises:
+            NonFiniteLossError: one of the last losses is NaN or infinite.
+        """
         self.state.trained_s += seconds
         self.state.step += 1
         if self.components.selectable:
             self.components.averager.after_step(self.state.step, self.components.network)
-        self.state.add_loss(loss)
+        self.newest_loss = loss
+        self.losses.append(loss)
+        if loss.device.type == "cpu" or len(self.losses) == READ_EVERY:
+            self.read_losses()
+
+    def read_losses(self) -> None:
+        """Count the losses that lie on the device: one wait for all of them.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
+        if not self.losses:
+            return
+        values = torch.stack(self.losses).tolist()
+        first = self.state.step - len(values)
+        self.losses.clear()
+        for step, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(_advice(self.components, step, value))
+            self.state.add_loss(value)
+        self.last_loss = values[-1]
 
     def evaluate(self, check_interrupt: Callable[[], None] = nothing, plain_record: Record | None = None) -> Record:
         """Evaluate the present step, keep the weights if selection prefers them, and write a line of metrics.
@@ -70,8 +104,10 @@ class TrainingRun:
 
         Raises:
             CollapseError: a quantized network fell to chance.
+            NonFiniteLossError: a loss since the last reading is NaN or infinite.
         """
         components, state = self.components, self.state
+        self.read_losses()
         averaged = components.averager.evaluated()
         with swapped(components.network, averaged):
             if averaged is not None:
@@ -94,7 +130,12 @@ class TrainingRun:
         return record
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step.
+
+        Raises:
+            NonFiniteLossError: a loss since the last reading is NaN or infinite; nothing is written then.
+        """
+        self.read_losses()
         if self.folder is not None:
             save_state(self.components, self.folder, self.state)
         self.state.saved_step = self.state.step
@@ -166,7 +207,7 @@ def _train(run: TrainingRun, last: int, callback: RunCallback, check_interrupt: 
             begin_step(components, state.step)
             loss = update(components, batch, state.step)
             run.after_step(loss, time.perf_counter() - started)
-            callback.on_step(state.step, loss, len(batch.labels) * components.accelerator.num_processes)
+            callback.on_step(state.step, run.last_loss, len(batch.labels) * components.accelerator.num_processes)
             check_interrupt()
 
 
@@ -191,11 +232,11 @@ def begin_step(components: Components, step: int) -> None:
     components.quantizer.begin_step(seed, (step - start) / (config.train.steps - start))
 
 
-def update(components: Components, batch: Batch, step: int) -> float:
-    """Make one update on `batch` and return its loss.
+def update(components: Components, batch: Batch, step: int) -> Tensor:
+    """Make one update on `batch` and return its loss, a scalar on the device, where nothing waits for it.
 
     Raises:
-        NonFiniteLossError: before anything moved.
+        NonFiniteLossError: before anything moved, if the device is the CPU; elsewhere `TrainingRun` sees it later.
     """
     accelerator = components.accelerator
     seed = derive(components.config.train.seed, "model", step, accelerator.process_index)
@@ -209,17 +250,17 @@ def update(components: Components, batch: Batch, step: int) -> float:
         loss = components.objective(components.view, moved)
         shown = accelerator.reduce(loss.detach(), reduction="mean")
         assert isinstance(shown, Tensor)
-        if not torch.isfinite(shown):
+        if shown.device.type == "cpu" and not torch.isfinite(shown):
             raise NonFiniteLossError(_advice(components, step, shown.item()))
         accelerator.backward(loss)
         if step < components.config.train.probe_steps:
             keep_classifier_gradients_(components.network, components.objective)
         return shown
 
-    return components.step_rule(Update(backward, components.optimizer, components.network)).item()
+    return components.step_rule(Update(backward, components.optimizer, components.network))
 
 
 def _advice(components: Components, step: int, loss: float) -> str:
     rate = components.config.optimizer.lr
-    text = f"the training loss became {loss} at step {step + 1}; the state before it is kept in the run folder."
+    text = f"the training loss became {loss} at step {step + 1}; the last good state is kept in the run folder."
     return f"{text} Start anew with a lower learning rate (--lr {rate / 5:g}; it was {rate:g}), or look at the data."

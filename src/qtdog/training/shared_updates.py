@@ -71,8 +71,10 @@ class SharedUpdates(RunCallback):
     def on_step(self, step: int, loss: float, n_images: int) -> None:
         """Count the update in each."""
         seconds, self._trained_s = self._leader.state.trained_s - self._trained_s, self._leader.state.trained_s
+        newest = self._leader.newest_loss
+        assert newest is not None
         for follower in self._followers:
-            follower.after_step(loss, seconds)
+            follower.after_step(newest, seconds)
 
     def on_record(self, record: object) -> None:
         """Evaluate each; the weights as they are only once for all."""
