@@ -168,7 +168,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 @pytest.mark.parametrize(("given", "hint"), [("imagnet", "Did you mean 'imagenet'?"), ("model.h5", "'model.h5'.")])
 def test_a_word_that_means_nothing(given: str, hint: str):
     with pytest.raises(
-        ModelError, match=r"--weights is 'imagenet', 'none' or a \.safetensors, \.pth, \.pt file"
+        ModelError, match=r"--weights is 'imagenet', 'package', 'none' or a \.safetensors, \.pth, \.pt file"
     ) as info:
         load(given)
     assert str(info.value).endswith(hint)

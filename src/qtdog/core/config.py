@@ -78,7 +78,8 @@ class ModelConfig(Section):
     )
     weights: str = Field(
         default="imagenet",
-        description="'imagenet' for those that the backbone's name means, 'none', or a .safetensors/.pth file",
+        description="'imagenet' for those that the backbone's name means, 'package' for a package's, 'none', or a "
+        ".safetensors/.pth file",
     )
     weights_sha256: str = Field(default="", description="of the weights' file; filled in by the run")
     head: Literal["linear", "text"] = Field(

