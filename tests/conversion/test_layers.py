@@ -129,3 +129,16 @@ def test_a_pattern_may_name_what_cannot_be_quantized():
     attach(model, exclude=["body"])
     with pytest.raises(ConfigError, match="unknown layer pattern 'bodies'"):
         attach(nn.ModuleDict({"body": pruned(), "head": nn.Linear(8, 8)}), exclude=["bodies"])
+
+
+def test_kinds_of_layers_stand_where_patterns_stand():
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Flatten())
+
+    assert list(attach(network(), exclude=["depthwise"]).layers) == ["0", "2"]
+    assert list(attach(network(), include=["pointwise"]).layers) == ["2"]
+    made = attach(network(), bits=4, layer_bits={"depthwise": 8}).layers
+    assert {name: quantizer.spec.bits for name, quantizer in made.items()} == {"0": 4, "1": 8, "2": 4}
+    assert list(attach(nn.Linear(3, 2), layer_bits={"depthwise": 8}, exclude=["pointwise"]).layers) == ["weight"]
+    with pytest.raises(ConfigError, match="did you mean 'depthwise'"):
+        attach(network(), exclude=["depthwize"])

@@ -48,7 +48,12 @@ TINY = {
     "train": {"steps": STEPS, "eval_every": MIDDLE},
 }
 # What members need, and what lets them act within three steps.
-PARAMS = {"sma": {"start": 1}, "swa": {"start": 1, "every": 1}, "swad": {"n_converge": 1, "n_tolerance": 1}}
+PARAMS = {
+    "sma": {"start": 1},
+    "ema": {"start": 1},
+    "swa": {"start": 1, "every": 1},
+    "swad": {"n_converge": 1, "n_tolerance": 1},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "inq": {"stages": (0.5, 1.0)},
     "gptq": {"calibration_images": 12},

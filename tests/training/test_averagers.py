@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from qtdog.conversion.attach import attach, sites
 from qtdog.core.errors import ConfigError
 from qtdog.quantizers.lsq import LSQ
-from qtdog.training.averagers import BMA, SMA, SWA, Average, Averager, swapped
-from qtdog.training.build import AVERAGERS
+from qtdog.quantizers.step_size_init import initial_scale
+from qtdog.training.averagers import BMA, EMA, SMA, SWA, Average, Averager, swapped
+from qtdog.training.build import AVERAGERS, build_components
 
 N_STEPS = 12
 
@@ -60,6 +63,65 @@ def test_sma_is_the_papers_recursion(t0, start):
     assert sma.kept(N_STEPS) == f"average of updates {begin} to {N_STEPS}"
 
 
+@pytest.mark.parametrize("mode", ["log", "raw", "frozen"])
+@pytest.mark.parametrize("make", [SMA, SWA])
+def test_dequantized_weights_are_averaged_and_step_sizes_refitted(make, mode):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+    handle = attach(network, bits=3, exclude=["1"], step_mode=mode)
+    handle.enable()
+    params = {"start": 1, "weights": "dequantized"} | ({"every": 1} if make is SWA else {})
+    averager, resumed, seen = make(params, 0), make(params, 0), []
+    for step in range(1, 5):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        averager.after_step(step, network)
+        seen.append(network[0].weight.detach().clone())
+    mean = torch.stack(seen).mean(0)
+    tensors, extra = averager.state()
+    resumed.restore(tensors, json.loads(json.dumps(extra)))
+    for one in (averager, resumed):
+        state = one.final() or one.evaluated()
+        assert state is not None
+        torch.testing.assert_close(state["0.parametrizations.weight.original"], mean, rtol=0, atol=1e-6)
+        with swapped(network, state):
+            layer = network[0]
+            assert isinstance(layer, nn.Linear)
+            error = (layer.weight - mean).square().sum()
+            steps = handle.layers["0"].step_sizes()
+            torch.testing.assert_close(steps, initial_scale(mean, handle.layers["0"].spec, "mse"))
+            for factor in (0.8, 0.95, 1.05, 1.25):
+                scale = (steps * factor)[:, None]
+                assert error <= ((mean / scale).round().clamp(-4, 3) * scale - mean).square().sum() * 1.02
+    assert "grids" in extra
+
+
+def test_dequantized_weights_are_for_step_sizes_that_are_free(short_config, digits):
+    averager = {"name": "sma", "params": {"weights": "dequantized"}}
+    with pytest.raises(ConfigError, match="quantizer 'ste' has no free ones"):
+        build_components(short_config(averager=averager, quantizer={"name": "ste"}), digits)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+def test_ema_is_that_of_timm(decay):
+    network = Walker()
+    ema = EMA({"start": 1, "decay": decay}, 0)
+    network.walk_(1)
+    theirs = ModelEmaV3(network, decay=decay, use_warmup=False)
+    ema.after_step(1, network)
+    for step in range(2, N_STEPS + 1):
+        network.walk_(step)
+        ema.after_step(step, network)
+        theirs.update(network, step=step)
+    found = ema.evaluated()
+    assert found is not None
+    torch.testing.assert_close(found["weight"], theirs.module.get_parameter("weight"), rtol=0, atol=1e-6)
+    assert ema.final() is None
+    assert ema.kept(N_STEPS) == f"exponential average of updates 1 to {N_STEPS}"
+
+
 @pytest.mark.parametrize(("begin", "every", "start"), [(1, 1, 0), (3, 4, 0), (3, 4, 6), (12, 5, 0)])
 def test_swa_is_the_mean_of_every_nth_update(begin, every, start):
     swa, network = SWA({"start": begin, "every": every}, start), Walker()
@@ -98,8 +160,8 @@ def test_before_its_first_update_an_averager_keeps_nothing(make):
 @pytest.mark.parametrize("name", [name for name in AVERAGERS if name != "none"])
 def test_only_floats_are_averaged_and_what_never_changes_stays(name):
     averager, network = AVERAGERS[name]({"start": 1, "every": 1} if name == "swa" else {}, 0), Walker()
-    if name == "sma":
-        averager = SMA({"start": 1}, 0)
+    if name in ("sma", "ema"):
+        averager = AVERAGERS[name]({"start": 1}, 0)
     follow(averager, network, 1, N_STEPS)
     state = averager.final() or averager.evaluated()
     assert state is not None
@@ -114,7 +176,7 @@ def test_only_floats_are_averaged_and_what_never_changes_stays(name):
 @pytest.mark.parametrize("name", list(AVERAGERS))
 @pytest.mark.parametrize("stop", [1, 5, 9])
 def test_an_averager_goes_on_bit_for_bit_from_its_saved_state(name, stop):
-    params = {"sma": {"start": 2}, "swa": {"start": 2, "every": 3}}.get(name, {})
+    params = {"sma": {"start": 2}, "ema": {"start": 2}, "swa": {"start": 2, "every": 3}}.get(name, {})
     whole, first, second = (AVERAGERS[name](params, 1) for _ in range(3))
     follow(whole, Walker(), 1, N_STEPS)
     follow(first, Walker(), 1, stop)

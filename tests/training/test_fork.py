@@ -7,15 +7,25 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
+from qtdog.conversion.attach import sites
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.progress import StopAfter
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import AVERAGERS
+from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
-from qtdog.training.fork import fork_differences, fork_obstacle, fork_point_config, reseeded
+from qtdog.training.fork import (
+    begin_fork_,
+    fork_differences,
+    fork_obstacle,
+    fork_point_config,
+    prefix_of,
+    reseeded,
+)
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.step_rules import STEP_RULES
@@ -118,7 +128,7 @@ def test_quantization_after_training_ships_what_was_chosen_before_the_fork(make,
 
 @pytest.mark.parametrize("name", list(AVERAGERS))
 def test_quantization_after_training_goes_on_with_the_average_of_the_same_float_run(name, make, three_digits, tmp_path):
-    averager = {"name": name, "params": {"start": 2} if name == "sma" else {}}
+    averager = {"name": name, "params": {"start": 2} if name in ("sma", "ema") else {}}
     train = {"steps": 7, "eval_every": 2, "checkpoint_every": 1}
     float_run = make(quantizer={"name": "none", "start_step": None}, averager=averager, train=train)
     run(float_run, three_digits, RunFolder(tmp_path / "float"))
@@ -129,6 +139,43 @@ def test_quantization_after_training_goes_on_with_the_average_of_the_same_float_
         other = make(quantizer={"name": "rtn", "start_step": None}, train=train)
         with pytest.raises(RunError, match=f"without an averager or with its own, not from one with '{name}'"):
             run(other, three_digits, RunFolder(tmp_path / "other"), fork_from=checkpoint)
+
+
+@pytest.mark.parametrize("name", ["sma", "swa", "ema"])
+def test_quantization_begins_with_the_average_of_the_float_steps(name, make, three_digits, tmp_path):
+    """Forked, resumed at the start step and behind it, and trained in one go, it is the same run, bit for bit."""
+    params = {"start": 2, "every": 1} if name == "swa" else {"start": 2}
+    config = make(averager={"name": name, "params": params}, quantizer={"start_from": "average"})
+    prefix = train_fork_point(config, three_digits, RunFolder(tmp_path / "prefix"))
+    assert prefix_of(prefix).averager == config.averager
+    _, expected = assert_fork_is_the_run(config, three_digits, tmp_path, prefix)
+    assert f"quantization having begun with: {'exponential ' * (name == 'ema')}average of updates" in expected["kept"]
+    whole = build_components(config, three_digits)
+    state = begin_fork_(whole, prefix)
+    average = whole.averager.hand_over()
+    assert average is not None
+    theirs = prefix.tensors["averager"]
+    assert all(torch.equal(average[f"{site.prefix}original"], theirs[site.plain_name]) for site in sites(whole.network))
+    assert state.selected is None
+    for n_steps in (START, START + 1):
+        broken = RunFolder(tmp_path / f"broken{n_steps}")
+        with pytest.raises(Interrupted):
+            run(config, three_digits, broken, callbacks=RunCallbacks(StopAfter(n_steps)))
+        assert run(config, three_digits, broken, resume=True)["model_sha256"] == expected["model_sha256"]
+        assert lines(broken) == lines(RunFolder(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("averager", "text"),
+    [
+        ({"name": "none"}, "averager 'none' has none that is ready"),
+        ({"name": "bma"}, "averager 'bma' has none that is ready"),
+        ({"name": "sma", "params": {"start": 100}}, "counts from update 100 on, and quantization begins at step"),
+    ],
+)
+def test_an_average_that_is_not_there_is_no_beginning(averager, text, make, three_digits):
+    with pytest.raises(ConfigError, match=text):
+        build_components(make(averager=averager, quantizer={"start_from": "average"}), three_digits)
 
 
 def test_time_of_the_prefix_is_not_counted_again(make, prefix, three_digits, tmp_path):

@@ -43,16 +43,23 @@ def recipe(digits) -> Callable[..., Config]:
 
 
 def test_the_recipes_are_known():
-    assert set(RECIPES) == {"ermpp", "lsq-sma", "miro-swad", "swad"}
+    assert set(RECIPES) == {"average-then-quantize", "ermpp", "lsq-sma", "miro-swad", "swad"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_on_the_digits(name, recipe, digits, tmp_path):
-    result = run(recipe(name, "digits", averager=TINY_AVERAGERS[name]), digits, RunFolder(tmp_path))
-    assert result["kept"].startswith("average of updates 2 to ")
+    phases = name == "average-then-quantize"
+    quantizer = {"start_step": 4} if phases else {}
+    config = recipe(name, "digits", averager=TINY_AVERAGERS[name], quantizer=quantizer)
+    result = run(config, digits, RunFolder(tmp_path))
+    if phases:
+        assert result["kept"] == "weights after update 6, quantization having begun with: average of updates 2 to 4"
+    else:
+        assert result["kept"].startswith("average of updates 2 to ")
 
 
 TINY_AVERAGERS = {
+    "average-then-quantize": {"params": {"start": 2}},
     "ermpp": {"params": {"start": 2}},
     "lsq-sma": {"params": {"start": 2}},
     "miro-swad": {"params": {"n_converge": 1, "n_tolerance": 3}},

@@ -25,7 +25,7 @@ from qtdog.conversion.layers import (
     find_layers,
     is_weight_name,
     layer_name,
-    matches,
+    means,
     select_layers,
 )
 from qtdog.conversion.load import check_fits, load_state_, without_wrapper
@@ -251,11 +251,11 @@ def attach(
     Args:
         model: the model, changed in place.
         bits: bits per weight, 2 to 8.
-        layer_bits: bits of the layers that a glob pattern means, like `{"blocks.0": 8}`; of several patterns that mean
-            a layer the last one counts.
+        layer_bits: bits of the layers that a glob pattern or a kind ("depthwise", "pointwise") means, like
+            `{"blocks.0": 8}`; of several that mean a layer the last one counts.
         granularity: one step size per output "channel" or per "layer".
-        include: glob patterns of layer names; empty means every layer.
-        exclude: glob patterns of layer names left in float; a module's name covers everything below it.
+        include: glob patterns of layer names, or kinds; empty means every layer.
+        exclude: glob patterns of layer names, or kinds, left in float; a module's name covers everything below it.
         quantizer: a name of `qtdog.quantizers.registry.QUANTIZERS`.
         like: a packed model file to go on from; it says the layers, the bits and the granularity.
         options: fields of `qtdog.quantizers.base.QuantizerOptions`, such as `step_mode="raw"`.
@@ -377,7 +377,7 @@ def bits_per_layer(layers: Sequence[Layer], bits: int, layer_bits: Mapping[str, 
     table = {layer.name: bits for layer in layers}
     for pattern, given in layer_bits.items():
         checked = _checked_bits(given)
-        table |= {layer.name: checked for layer in layers if matches(layer.name, pattern)}
+        table |= {layer.name: checked for layer in layers if means(pattern, layer)}
     first: dict[int, Layer] = {}
     for layer in layers:
         other = first.setdefault(id(layer.weight), layer)

@@ -249,14 +249,41 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
+KINDS = {
+    "depthwise": "one filter per input channel (groups = input channels > 1)",
+    "pointwise": "1 x 1 in every dimension, of all input channels",
+}
+"""Words that mean a kind of convolution wherever a pattern stands, beside the layers that bear such a name."""
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the kind of `KINDS` that a layer is of, "" for none.
+
+    Example:
+        >>> kind_of(nn.Conv2d(8, 8, 3, groups=8)), kind_of(nn.Conv2d(8, 4, 1)), kind_of(nn.Linear(8, 4))
+        ('depthwise', 'pointwise', '')
+    """
+    kernel, groups = getattr(module, "kernel_size", None), getattr(module, "groups", None)
+    if not isinstance(kernel, tuple) or not isinstance(groups, int):
+        return ""
+    if groups == getattr(module, "in_channels", 0) > 1:
+        return "depthwise"
+    return "pointwise" if groups == 1 and all(size == 1 for size in kernel) else ""
+
+
+def means(pattern: str, layer: Layer) -> bool:
+    """Return whether a pattern means a layer: by its kind (`KINDS`), or as `matches` does by its name."""
+    return kind_of(layer.module) == pattern or matches(layer.name, pattern)
+
+
 def check_pattern(pattern: str, names: Sequence[str]) -> None:
-    """Refuse a pattern that means none of the layers `names`.
+    """Refuse a pattern that means none of the layers `names`; a kind of `KINDS` may mean none.
 
     Raises:
         ConfigError: naming the nearest layer or module.
     """
-    if not any(matches(name, pattern) for name in names):
-        raise ConfigError(unknown("layer pattern", pattern, _names(names)))
+    if pattern not in KINDS and not any(matches(name, pattern) for name in names):
+        raise ConfigError(unknown("layer pattern", pattern, [*_names(names), *KINDS]))
 
 
 def select_layers(
@@ -266,8 +293,8 @@ def select_layers(
 
     Args:
         layers: to choose from.
-        include: glob patterns of layer names.
-        exclude: glob patterns of layer names.
+        include: glob patterns of layer names, or kinds (`KINDS`).
+        exclude: likewise.
         others: names of weights that cannot be quantized, which a pattern may mean too.
 
     Raises:
@@ -278,8 +305,8 @@ def select_layers(
     chosen = [
         layer
         for layer in layers
-        if (not include or any(matches(layer.name, pattern) for pattern in include))
-        and not any(matches(layer.name, pattern) for pattern in exclude)
+        if (not include or any(means(pattern, layer) for pattern in include))
+        and not any(means(pattern, layer) for pattern in exclude)
     ]
     if not chosen:
         raise ConfigError(

@@ -98,6 +98,9 @@ class ObjectiveConfig(Section):
 
     name: str = Field(default="erm", description="a name of 'qtdog list objectives'")
     params: Params = Field(default={}, description="hyper-parameters of the objective, like {weight: 1.0}")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of a label that is spread evenly over all classes"
+    )
     teacher: str = Field(default="", description="model file whose answers are learned too; see 'qtdog distill'")
     teacher_sha256: str = Field(default="", description="of the teacher's file; filled in by the run")
     teacher_weight: float = Field(
@@ -126,9 +129,18 @@ class QuantizerConfig(Section):
     name: str = Field(default="lsq", description="a name of 'qtdog list quantizers'; 'none' for a float model")
     bits: int = Field(default=7, ge=MIN_BITS, le=MAX_BITS, description="bits per weight")
     layer_bits: dict[str, int] = Field(
-        default={}, description="bits of the layers that a glob pattern means, like {'*.blocks.0': 8}; later ones win"
+        default={},
+        description="bits of the layers that a glob pattern or a kind (depthwise, pointwise) means, like "
+        "{'*.blocks.0': 8}; later ones win",
     )
-    start_step: int | None = Field(default=None, ge=0, description="first quantized step; default 40 % of the steps")
+    start_step: int | None = Field(default=None, ge=0, description="first quantized step; default: by start_frac")
+    start_frac: float = Field(
+        default=START_FRAC, gt=0, lt=1, description="where start_step is not given, as a share of the steps"
+    )
+    start_from: Literal["weights", "average"] = Field(
+        default="weights",
+        description="what quantization begins with: the weights, or the averager's average of the float steps",
+    )
     granularity: Literal["channel", "layer"] = Field(
         default="channel", description="one step size per output channel or layer"
     )
@@ -154,8 +166,10 @@ class QuantizerConfig(Section):
     damping: float = Field(
         default=0.01, gt=0, description="added to the Hessians of obc and gptq, as a share of the mean diagonal"
     )
-    include: tuple[str, ...] = Field(default=(), description="glob patterns of layer names; empty means every layer")
-    exclude: tuple[str, ...] = Field(default=("classifier",), description="glob patterns of layer names left in float")
+    include: tuple[str, ...] = Field(default=(), description="glob patterns of layer names, or kinds; empty: all")
+    exclude: tuple[str, ...] = Field(
+        default=("classifier",), description="glob patterns of layer names, or kinds, left in float"
+    )
 
 
 class OptimizerConfig(Section):
@@ -304,7 +318,7 @@ class Config(Section):
         if self.quantizer.name in ("none", *AFTER_TRAINING):
             return None
         given = self.quantizer.start_step
-        return int(START_FRAC * self.train.steps) if given is None else given
+        return int(self.quantizer.start_frac * self.train.steps) if given is None else given
 
     @property
     def decay_from(self) -> int:
@@ -331,7 +345,8 @@ def config_hash(config: Config) -> str:
     if config.quantizer.name == "none":
         tree["quantizer"] = {"name": "none"}  # a float run has no bits: `--quantizer none --bits 4` is the same run
     if config.quantizer.name in AFTER_TRAINING:
-        tree["quantizer"].pop("start_step", None)  # such a run has no start step
+        for key in ("start_step", "start_frac", "start_from"):
+            tree["quantizer"].pop(key, None)  # such a run has no start step
     tree = {name: section for name, section in tree.items() if section}
     text = json.dumps([HASH_VERSION, tree], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

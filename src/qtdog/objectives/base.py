@@ -166,6 +166,8 @@ class Objective(nn.Module):
         MIN_DOMAINS: fewest source domains that make sense.
         MIN_BATCH: fewest images per domain and step.
         EQUAL_SHARES: whether every domain must have as many images in a batch.
+        MEAN_CROSS_ENTROPY: what the cross-entropy in its `loss` is the mean over, "images" or "domains" (of their
+            means), if nothing else in it reads labels, so that these can be smoothed (`objectives.label_smoothing`).
         ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
             nobody gathers, or has parameters of its own.
         lr_factor: of the objective's own parameters.
@@ -176,6 +178,7 @@ class Objective(nn.Module):
     MIN_DOMAINS: ClassVar[int] = 1
     MIN_BATCH: ClassVar[int] = 1
     EQUAL_SHARES: ClassVar[bool] = False
+    MEAN_CROSS_ENTROPY: ClassVar[str] = ""
     ONE_PROCESS: ClassVar[bool] = False
     lr_factor: float = 1.0
 

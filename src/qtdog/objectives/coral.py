@@ -59,6 +59,7 @@ class CORAL(Objective):
     L = mean over domains of CE + weight · `coral_penalty` of the penultimate features.
     """
 
+    MEAN_CROSS_ENTROPY: ClassVar[str] = "domains"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(1.0, "of the penalty (mmd_gamma)", low=0, search=(1e-1, 10), log=True),
     }

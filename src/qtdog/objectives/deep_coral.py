@@ -46,6 +46,7 @@ class DeepCORAL(Objective):
     `coral`: it counts the means too, and covariances four times as much.
     """
 
+    MEAN_CROSS_ENTROPY: ClassVar[str] = "domains"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(1.0, "of the penalty (λ; searched as coral's)", low=0, search=(1e-1, 10), log=True),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ def erm_loss(domains: Sequence[DomainOutputs]) -> Tensor:
 @OBJECTIVES.register("erm")
 class ERM(Objective):
     """Mean cross-entropy over all images (Vapnik, 1998)."""
+
+    MEAN_CROSS_ENTROPY: ClassVar[str] = "images"
 
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
         """Return `erm_loss`."""

@@ -51,6 +51,7 @@ class MMD(Objective):
     DomainBed, without the paper's autoencoder and adversary.
     """
 
+    MEAN_CROSS_ENTROPY: ClassVar[str] = "domains"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(1.0, "of the discrepancy (mmd_gamma)", low=0, search=(1e-1, 10), log=True),
     }

@@ -28,7 +28,7 @@ from qtdog.sweep.study import (
     skips_unreadable,
     study_plugins,
 )
-from qtdog.training.build import AVERAGERS
+from qtdog.training.averagers import make_averager
 from qtdog.training.fork import fork_obstacle, fork_point_config
 from qtdog.training.plugins import load_entry_points, load_plugin_text, load_plugins, named_plugins
 
@@ -203,6 +203,8 @@ def keep_sharing(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _without_averager(config: Config) -> Config:
+    if config.quantizer.start_from == "average":  # its updates depend on the averager
+        return config
     return config.model_copy(update={"averager": Config().averager})
 
 
@@ -223,7 +225,7 @@ def _fork_point(config: Config) -> tuple[str, Config] | None:
     plain = {"schedule": "constant", "decay_from": step, "step_size_lr": 1.0}
     shared = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=plain)})
     point = fork_point_config(shared)
-    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    averager = make_averager(config)
     if fork_obstacle(point, config, averager, step):
         return None
     return f"prefix-{config_hash(point)}", point

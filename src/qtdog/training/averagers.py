@@ -1,4 +1,4 @@
-"""Averagers: which weights are kept (none, SWA, SMA, BMA); SWAD has a file of its own."""
+"""Averagers: which weights are kept (none, SWA, SMA, EMA, BMA), or begun with; SWAD has a file of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qtdog.conversion.attach import sites
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError
+from qtdog.core.quantized import QuantSpec
 from qtdog.core.registry import HyperParameter, HyperParameters, Registry, Value, fill
+from qtdog.quantizers.lsq import LSQ
+from qtdog.quantizers.step_size_init import initial_scale
 
 State = dict[str, Tensor]
 
@@ -31,10 +37,12 @@ class Averager(ABC):
             step sizes mean nothing before it.
         begin: number of the first update that counts.
         n_steps: updates of the whole run, told where its parts are put together.
+        COUNTS_FLOAT: whether weights before the start step of a quantized run count.
     """
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
     READS_HELDOUT: ClassVar[bool] = False
+    COUNTS_FLOAT: ClassVar[bool] = False
 
     def __init__(self, params: Mapping[str, Value], start: int) -> None:
         self.params = fill(f"averager '{AVERAGERS.name_of(type(self))}'", self.HYPERPARAMETERS, params)
@@ -55,6 +63,10 @@ class Averager(ABC):
 
     def final(self) -> State | None:
         """Return what ships at the end whatever selection says; None to ship the selected checkpoint."""
+        return None
+
+    def hand_over(self) -> State | None:
+        """Return the weights with which quantization begins, as it begins; None to go on with those of training."""
         return None
 
     def kept(self, step: int) -> str:
@@ -152,6 +164,14 @@ class Average:
         for name in float_names(state):
             self._pull_(name, state[name].detach(), share or self.n)
 
+    def add_network_(self, step: int, network: nn.Module, share: float | None = None) -> None:
+        """Count a network's state after update number `step`; `share` as in `add_`."""
+        self.add_(step, network.state_dict(), share)
+
+    def on_grid(self) -> State:
+        """Return what a network should have to be evaluated: the mean."""
+        return self.mean
+
     @torch.no_grad()
     def merge_(self, other: Average) -> None:
         """Count everything that `other` counted, later updates than these."""
@@ -191,6 +211,74 @@ class Average:
         return f"average of updates {self.first} to {self.last}"
 
 
+WEIGHTS = HyperParameter(
+    "latent",
+    "what is averaged: latent weights and step sizes, or dequantized weights, to which step sizes are refitted",
+    choices=("latent", "dequantized"),
+)
+STEP_SIZES = {"log": "log_scale", "raw": "scale", "frozen": "start_scale"}  # where LSQ keeps them, by mode
+
+
+class DequantizedAverage(Average):
+    """The mean of dequantized weights, on the grid that fits it with the least squared error.
+
+    The mean of weights on a grid lies between its points. What is evaluated and kept is that mean, with the step sizes
+    that round it with the least squared error (`step_size_init.mse_init`); what is not quantized is averaged as it is.
+    It is for LSQ, whose step sizes are free.
+
+    Attributes:
+        grids: prefix of a quantizer's entries in the state dict → its grid and mode, as JSON has them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids: dict[str, dict[str, Any]] = {}
+
+    @torch.no_grad()
+    def add_network_(self, step: int, network: nn.Module, share: float | None = None) -> None:
+        """Count the weights that the network computes with after update number `step`."""
+        state = dict(network.state_dict())
+        for site in sites(network):
+            if not site.quantizer.enabled:
+                continue
+            if not isinstance(site.quantizer, LSQ):
+                raise ConfigError("averages of dequantized weights refit step sizes, which only lsq has free")
+            spec = site.quantizer.spec
+            grid = {"bits": spec.bits, "axis": spec.axis, "levels": spec.levels, "groups": spec.groups}
+            self.grids[site.prefix] = grid | {"mode": site.quantizer.step_mode}
+            state[f"{site.prefix}original"] = site.quantizer.quantized(site.weight).dequantize()
+        self.add_(step, state, share)
+
+    @torch.no_grad()
+    def on_grid(self) -> State:
+        """Return the mean, with refitted step sizes; empty before the first update that counts."""
+        found = dict(self.mean)
+        if not found:
+            return found
+        for prefix, saved in self.grids.items():
+            mode, spec = saved["mode"], QuantSpec(**{key: value for key, value in saved.items() if key != "mode"})
+            scale = initial_scale(found[f"{prefix}original"], spec, "mse")
+            found[f"{prefix}0.{STEP_SIZES[mode]}"] = scale.log() if mode == "log" else scale
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the rest of what a checkpoint needs."""
+        return super().to_json() | {"grids": self.grids}
+
+    @classmethod
+    def restored(cls, prefix: str, tensors: State, saved: Mapping[str, Any]) -> DequantizedAverage:
+        """Return the average that `tensors` and `to_json` described."""
+        average = super().restored(prefix, tensors, saved)
+        assert isinstance(average, cls)
+        average.grids = {name: dict(grid) for name, grid in saved.get("grids", {}).items()}
+        return average
+
+
+def new_average(params: Mapping[str, Value]) -> Average:
+    """Return an empty average of what `params["weights"]` says."""
+    return DequantizedAverage() if params.get("weights") == "dequantized" else Average()
+
+
 @AVERAGERS.register("swa")
 class SWA(Averager):
     """The mean of every n-th update from a fixed one on; it ships whatever selection says (Izmailov et al., 2018).
@@ -213,18 +301,19 @@ class SWA(Averager):
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "start": HyperParameter(100, "first update that counts", low=0),
         "every": HyperParameter(50, "updates from one that counts to the next", low=1),
+        "weights": WEIGHTS,
     }
 
     def __init__(self, params: Mapping[str, Value], start: int) -> None:
         super().__init__(params, start)
         self.begin = max(int(self.params["start"]), start + 1)
         self.every = int(self.params["every"])
-        self.average = Average()
+        self.average = new_average(self.params)
 
     def after_step(self, step: int, network: nn.Module) -> None:
         """Count the weights if it is their turn."""
         if step >= self.begin and (step - self.begin) % self.every == 0:
-            self.average.add_(step, network.state_dict())
+            self.average.add_network_(step, network)
 
     def evaluated(self) -> State | None:
         """The weights as they are."""
@@ -232,7 +321,7 @@ class SWA(Averager):
 
     def final(self) -> State | None:
         """Return the average, or None before the first update that counts."""
-        return self.average.mean or None
+        return self.average.on_grid() or None
 
     def kept(self, step: int) -> str:
         """Return in words what ships."""
@@ -246,7 +335,7 @@ class SWA(Averager):
 
     def restore(self, tensors: State, extra: dict[str, Any]) -> None:
         """Put back what `state` returned (KeyError if something is missing)."""
-        self.average = Average.restored("", tensors, extra)
+        self.average = type(self.average).restored("", tensors, extra)
 
 
 @AVERAGERS.register("sma")
@@ -269,21 +358,26 @@ class SMA(Averager):
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "start": HyperParameter(100, "t0, the first update that counts", low=0),
+        "weights": WEIGHTS,
     }
 
     def __init__(self, params: Mapping[str, Value], start: int) -> None:
         super().__init__(params, start)
         self.begin = max(int(self.params["start"]), start + 1)
-        self.average = Average()
+        self.average = new_average(self.params)
 
     def after_step(self, step: int, network: nn.Module) -> None:
         """Count the weights, from t0 on."""
         if step >= self.begin:
-            self.average.add_(step, network.state_dict())
+            self.average.add_network_(step, network, self._share())
+
+    def _share(self) -> float | None:
+        """Return 1 / the share of the way that the mean moves to new weights; None for the plain mean."""
+        return None
 
     def evaluated(self) -> State | None:
         """Return the average so far, or None before t0."""
-        return self.average.mean or None
+        return self.average.on_grid() or None
 
     def kept(self, step: int) -> str:
         """Return in words what ships, if selection chose the evaluation after update `step`."""
@@ -297,7 +391,42 @@ class SMA(Averager):
 
     def restore(self, tensors: State, extra: dict[str, Any]) -> None:
         """Put back what `state` returned (KeyError if something is missing)."""
-        self.average = Average.restored("", tensors, extra)
+        self.average = type(self.average).restored("", tensors, extra)
+
+
+@AVERAGERS.register("ema")
+class EMA(SMA):
+    """The exponential mean of all updates from an early one on, selected in place of the weights (as in timm).
+
+    Formula: θ̂_t = d · θ̂_(t-1) + (1 - d) · θ_t for t > t0, θ̂_t0 = θ_t0 (Polyak averaging as Szegedy et al., CVPR 2016,
+    use it; timm's ModelEmaV3 without warm-up). Its mean age is 1 / (1 - d) updates. As with SMA every evaluation is
+    of the average.
+
+    Example:
+        >>> import torch
+        >>> network, ema = nn.Linear(1, 1, bias=False), EMA({"start": 1, "decay": 0.5}, 0)
+        >>> for step in (1, 2):
+        ...     _ = network.weight.data.fill_(step)
+        ...     ema.after_step(step, network)
+        >>> ema.evaluated()["weight"].item()
+        1.5
+    """
+
+    HYPERPARAMETERS: ClassVar[HyperParameters] = {
+        "start": HyperParameter(100, "t0, the first update that counts", low=0),
+        "decay": HyperParameter(
+            0.999, "d, the share of the average that stays", low=0.0, high=0.99999, search=(0.9, 0.9999)
+        ),
+        "weights": WEIGHTS,
+    }
+
+    def _share(self) -> float | None:
+        return 1 / (1 - float(self.params["decay"]))
+
+    def kept(self, step: int) -> str:
+        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        text = super().kept(step)
+        return f"exponential {text}" if text.startswith("average") else text.replace("from which sma", "from which ema")
 
 
 @AVERAGERS.register("bma")
@@ -357,3 +486,97 @@ class BMA(Averager):
     def restore(self, tensors: State, extra: dict[str, Any]) -> None:
         """Put back what `state` returned (KeyError if something is missing)."""
         self.average, self.total = Average.restored("", tensors, extra), extra["total"]
+
+
+class FloatPhase(Averager):
+    """An averager of the float steps alone: quantization begins with its average (`quantizer.start_from`).
+
+    Evaluations before the start step are of the average. At the start step the network gets it, and batch norm that
+    learns its statistics is measured anew; the optimizer's moments stay, as scales of the gradients. From there on
+    nothing is averaged, and selection chooses among the quantized weights as they are.
+
+    Args:
+        inner: averages; it counts from its own start on.
+        start: the start step.
+
+    Raises:
+        ConfigError: the inner averager weighs by the length of the run.
+    """
+
+    COUNTS_FLOAT: ClassVar[bool] = True
+
+    def __init__(self, inner: Averager, start: int) -> None:
+        if isinstance(inner, (NoAverage, BMA)):
+            name = AVERAGERS.name_of(type(inner))
+            raise ConfigError(
+                f"quantizer.start_from=average begins with the average of the float steps, and averager '{name}' has "
+                "none that is ready there: take sma, ema, swa or swad"
+            )
+        self.inner, self.start, self.begin = inner, start, inner.begin
+        self.params, self.n_steps = inner.params, inner.n_steps
+        self.began_with = ""
+
+    def after_step(self, step: int, network: nn.Module) -> None:
+        """Count the weights, up to the start step."""
+        if step <= self.start:
+            self.inner.after_step(step, network)
+
+    def after_evaluation(self, step: int, source_loss: float) -> None:
+        """Tell the inner averager, up to the start step."""
+        if step <= self.start:
+            self.inner.after_evaluation(step, source_loss)
+
+    def evaluated(self) -> State | None:
+        """Return the average so far in the float steps; then None."""
+        return None if self.began_with else self.inner.evaluated()
+
+    def hand_over(self) -> State | None:
+        """Return the average and let go of it; None if there is none."""
+        final = self.inner.final()
+        state = self.inner.evaluated() if final is None else final
+        self.began_with = self.inner.kept(self.start)
+        self.inner = NoAverage({}, 0)
+        return state
+
+    def kept(self, step: int) -> str:
+        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        return f"{super().kept(step)}, quantization having begun with: {self.began_with}"
+
+    def state(self) -> tuple[State, dict[str, Any]]:
+        """Return the inner averager's state, and whether its average was handed over."""
+        tensors, extra = self.inner.state()
+        return tensors, extra | {"began_with": self.began_with}
+
+    def restore(self, tensors: State, extra: dict[str, Any]) -> None:
+        """Put back what `state` returned, or the state of the inner averager in a float run."""
+        self.began_with = extra.get("began_with", "")
+        if self.began_with:
+            self.inner = NoAverage({}, 0)
+        self.inner.restore(tensors, extra)
+
+
+def make_averager(config: Config) -> Averager:
+    """Return the averager that a configuration names.
+
+    Raises:
+        ConfigError: an unknown name or parameter, one that follows held-out images where none are left, one whose
+            average cannot be what quantization begins with, or dequantized weights of a quantizer without free step
+            sizes.
+    """
+    name, how = config.averager.name, config.quantizer
+    if AVERAGERS[name].READS_HELDOUT and config.data.train_on_heldout:
+        raise ConfigError(f"averager '{name}' follows the held-out images' loss; data.train_on_heldout leaves none")
+    phases = how.start_from == "average" and config.start_step is not None
+    averager = AVERAGERS[name](config.averager.params, 0 if phases else config.start_step or 0)
+    averager.n_steps = config.train.steps
+    if averager.params.get("weights") == "dequantized" and how.name not in ("lsq", "none"):
+        raise ConfigError(
+            f"averager.params weights=dequantized refits step sizes, and quantizer '{how.name}' has no free ones: "
+            "take lsq, or weights=latent"
+        )
+    if phases and averager.begin > (config.start_step or 0):
+        raise ConfigError(
+            f"quantizer.start_from=average: averager '{name}' counts from update {averager.begin} on, and quantization "
+            f"begins at step {config.start_step}; set averager.params start lower"
+        )
+    return FloatPhase(averager, config.start_step or 0) if phases else averager

@@ -23,9 +23,10 @@ from qtdog.models.network import Network, to_device_
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
 from qtdog.objectives.distill import Distill, Teacher
+from qtdog.objectives.label_smoothing import LabelSmoothing
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.training import swad  # noqa: F401  (registers its averager)
-from qtdog.training.averagers import AVERAGERS, Averager
+from qtdog.training.averagers import AVERAGERS, make_averager  # noqa: F401  (found here with all its members)
 from qtdog.training.components import Components, Trainable
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
 from qtdog.training.load_model import read_any_weights
@@ -80,6 +81,8 @@ def build_components(
     network = to_device_(_network(config, dataset), accelerator.device)
     setting = _setting(config, protocol, network, accelerator.num_processes, dataset.card.channels)
     objective = make_objective(setting, config.objective.params)
+    if config.objective.label_smoothing:
+        objective = LabelSmoothing(objective, config.objective.label_smoothing)
     objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
@@ -127,20 +130,6 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         class_names=dataset.classes,
         read_weights=read_any_weights,
     )
-
-
-def make_averager(config: Config) -> Averager:
-    """Return the averager that a configuration names.
-
-    Raises:
-        ConfigError: an unknown name or parameter, or one that follows held-out images where none are left.
-    """
-    name = config.averager.name
-    if AVERAGERS[name].READS_HELDOUT and config.data.train_on_heldout:
-        raise ConfigError(f"averager '{name}' follows the held-out images' loss; data.train_on_heldout leaves none")
-    averager = AVERAGERS[name](config.averager.params, config.start_step or 0)
-    averager.n_steps = config.train.steps
-    return averager
 
 
 def _check_feature_layer(config: Config) -> None:

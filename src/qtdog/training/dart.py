@@ -111,8 +111,8 @@ def check_branches(configs: Sequence[Config], merge_every: int) -> None:
         raise ConfigError(f"quantizer '{first.quantizer.name}' works after training; branches take lsq, ste or none")
     if first.quantizer.name == "inq":
         raise ConfigError("quantizer 'inq' freezes other codes in each branch, and they have no mean; take lsq or none")
-    if first.averager.name == "sma":
-        raise ConfigError("averager 'sma' would average across the merges; take none, swa or swad for branches")
+    if (name := first.averager.name) in ("sma", "ema") or first.quantizer.start_from == "average":
+        raise ConfigError(f"averager '{name}' would average across the merges; take none, swa or swad for branches")
     for number, config in enumerate(configs[1:], 1):
         changes = [line for line in differences(first, config) if not line.startswith(FREE)]
         if config.init_seed != first.init_seed:

@@ -13,7 +13,7 @@ from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.config_io import differences
 from qtdog.core.errors import RunError
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.training.averagers import AVERAGERS, Averager, snapshot
+from qtdog.training.averagers import Averager, make_averager, snapshot
 from qtdog.training.checkpoint import Checkpoint, plain_names, restore_moments_
 from qtdog.training.components import Components, RunState
 from qtdog.training.step_rules import lr_factor
@@ -33,7 +33,9 @@ FREE = {
 
 
 def fork_point_config(config: Config) -> Config:
-    """Return the float run whose first steps are those of `config`: no quantizer, no averager, the same learning rates.
+    """Return the float run whose first steps are those of `config`: no quantizer, the same learning rates.
+
+    It has no averager, but that of `config` if quantization begins with its average.
 
     Configurations that differ only in their quantizer's choices (but not in its start step) have the same one.
 
@@ -45,7 +47,8 @@ def fork_point_config(config: Config) -> Config:
     """
     float_run = Config.model_validate({"quantizer": {"name": "none"}})
     optimizer = config.optimizer.model_copy(update={"decay_from": config.decay_from})
-    changes = {"quantizer": float_run.quantizer, "averager": float_run.averager, "optimizer": optimizer}
+    averager = config.averager if _begins_with_average(config) else float_run.averager
+    changes = {"quantizer": float_run.quantizer, "averager": averager, "optimizer": optimizer}
     return config.model_copy(update=changes)
 
 
@@ -86,12 +89,17 @@ def begin_fork_(components: Components, checkpoint: Checkpoint) -> RunState:
 
 def _same_averager(prefix: Config, config: Config) -> bool:
     """Return whether a float run keeps just the average that another one goes on with."""
-    return prefix.averager == config.averager and config.start_step is None
+    return prefix.averager == config.averager and (config.start_step is None or _begins_with_average(config))
+
+
+def _begins_with_average(config: Config) -> bool:
+    return config.quantizer.start_from == "average" and config.start_step is not None
 
 
 def _count_(components: Components, checkpoint: Checkpoint) -> None:
     """Let an averager that begins with the very update behind which the checkpoint was taken count its weights."""
-    if components.averager.begin == checkpoint.step and components.selectable:
+    counts = components.selectable or components.averager.COUNTS_FLOAT
+    if components.averager.begin == checkpoint.step and counts:
         components.averager.after_step(checkpoint.step, components.network)
         saved = RunState.from_json(checkpoint.step, checkpoint.state)
         if saved.evaluated_step == checkpoint.step:
@@ -254,7 +262,7 @@ def latent_weights(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:
     Raises:
         RunError: the checkpoint holds no selected weights.
     """
-    averager = AVERAGERS[config.averager.name](config.averager.params, config.start_step or 0)
+    averager = make_averager(config)
     averager.restore(checkpoint.tensors["averager"], checkpoint.state["averager"])
     averaged = averager.final()
     if averaged is None and "selected" not in checkpoint.tensors:

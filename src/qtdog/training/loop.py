@@ -71,7 +71,7 @@ class TrainingRun:
         """
         self.state.trained_s += seconds
         self.state.step += 1
-        if self.components.selectable:
+        if self.components.selectable or self.components.averager.COUNTS_FLOAT:
             self.components.averager.after_step(self.state.step, self.components.network)
         self.newest_loss = loss
         self.losses.append(loss)
@@ -226,6 +226,10 @@ def begin_step(components: Components, step: int) -> None:
     if components.quantizer is None or start is None or step < start:
         return
     if step == start:
+        averaged = components.averager.hand_over()
+        if averaged is not None:
+            components.network.load_state_dict(averaged, strict=False)
+            fit_batch_norm_(components)
         components.quantizer.enable()
     # the same on all processes, so that they perturb the weights alike
     seed = derive(config.train.seed, "weights", step)

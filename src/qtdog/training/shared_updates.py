@@ -14,7 +14,7 @@ from qtdog.core.errors import CollapseError, QtdogError, RunError
 from qtdog.core.progress import RunCallback
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record
-from qtdog.training.build import make_averager
+from qtdog.training.averagers import make_averager
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint, restore_averager_
 from qtdog.training.components import Components, RunState
 from qtdog.training.fork import begin_fork_
@@ -46,6 +46,8 @@ def may_share_updates(one: Config, other: Config) -> bool:
         >>> may_share_updates(Config(), sma), may_share_updates(Config(), Config())
         (True, False)
     """
+    if one.quantizer.start_from == "average":  # what is trained depends on the average
+        return False
     return one != other and one == other.model_copy(update={"averager": one.averager})
 
 
