@@ -2,11 +2,11 @@
 
     python benchmarks/data_path.py [--data PATH] [--json FILE]
 
-Both run with two workers on the same JPEG files: ours reads the decoded cache and augments whole batches in two
-threads; the other opens each file in a `DataLoader` with two worker processes and applies torchvision's transforms to
-the PIL image (random resized crop, flip, colour jitter, grey, to tensor, normalise), as DomainBed does. The two are
-measured in turn, round after round, so that a busy machine slows both. Building the cache is timed apart: it happens
-once.
+All run with two workers on the same JPEG files: ours reads a decoded cache (of squares, or of originals with
+`data.crop=original`) and augments whole batches in two threads; the other opens each file in a `DataLoader` with two
+worker processes and applies torchvision's transforms to the PIL image (random resized crop, flip, colour jitter, grey,
+to tensor, normalise), as DomainBed does. They are measured in turn, round after round, so that a busy machine slows
+all. Building the caches is timed apart: it happens once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torchvision import transforms
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.image_folder import FileDataset, open_folder
 from qtdog.data.loader import TrainBatches
+from qtdog.data.original_cache import open_originals
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOMAINS, CLASSES, IMAGES_PER_CLASS, SIDE = 3, 4, 40, 227
@@ -119,27 +120,33 @@ def measure(dataset: FileDataset, size: int, rounds: int, folder: Path) -> dict[
     start = time.perf_counter()
     cache = open_cache(dataset, size, folder=folder)
     build_s = time.perf_counter() - start
+    start = time.perf_counter()
+    originals = open_originals(dataset, size, folder=folder)
+    build_originals_s = time.perf_counter() - start
     pools = {domain: dataset.indices(domain) for domain in dataset.domains[:DOMAINS]}
-    train = TrainBatches(
-        cache,
-        dataset.class_index,
-        pools,
-        batch_size=BATCH_PER_DOMAIN,
-        seed=0,
-        augment="domainbed",
-        mean=MEAN,
-        std=STD,
-        workers=WORKERS,
+    how = {"batch_size": BATCH_PER_DOMAIN, "seed": 0, "augment": "domainbed", "mean": MEAN, "std": STD}
+    train, of_originals = (
+        TrainBatches(cache, dataset.class_index, pools, workers=WORKERS, originals=source, **how)
+        for source in (None, originals)
     )
     batch_size = BATCH_PER_DOMAIN * len(pools)
     n_ours, n_pil = max(8, 60 * 96**2 // size**2), max(4, 12 * 96**2 // size**2)
-    ours, pil = [], []
+    ours, ours_of_originals, pil = [], [], []
     for _ in range(rounds):
         ours.append(rate_of_ours(train, n_ours))
+        ours_of_originals.append(rate_of_ours(of_originals, n_ours))
         pil.append(rate_of_pil(dataset, size, n_pil, batch_size))
     ratios = [a / b for a, b in zip(ours, pil, strict=True)]
+    ratios_of_originals = [a / b for a, b in zip(ours_of_originals, pil, strict=True)]
     return {
         "size_px": size,
+        "originals_images_per_s": round(statistics.median(ours_of_originals), 1),
+        "originals_ratio_median": round(statistics.median(ratios_of_originals), 2),
+        "originals_ratio_min": round(min(ratios_of_originals), 2),
+        "originals_ratio_max": round(max(ratios_of_originals), 2),
+        "originals_build_s": round(build_originals_s, 2),
+        "cache_bytes": cache.path.stat().st_size,
+        "originals_bytes": originals.path.stat().st_size,
         "ours_images_per_s": round(statistics.median(ours), 1),
         "pil_images_per_s": round(statistics.median(pil), 1),
         "ratio_median": round(statistics.median(ratios), 2),
@@ -153,11 +160,17 @@ def measure(dataset: FileDataset, size: int, rounds: int, folder: Path) -> dict[
 
 def report(results: list[dict[str, Any]]) -> None:
     """Print a table."""
-    print(f"{'size':>5} {'ours img/s':>11} {'PIL img/s':>10} {'ratio':>6} {'min - max':>13} {'cache built in':>15}")
+    header = f"{'ours img/s':>11} {'PIL img/s':>10} {'ratio':>6} {'min - max':>13} {'cache built in':>15} {'MB':>8}"
+    print(f"{'size':>5} {'crop':>9} {header}")
     for r in results:
-        spread = f"{r['ratio_min']:.2f} - {r['ratio_max']:.2f}"
-        rates = f"{r['ours_images_per_s']:>11,.0f} {r['pil_images_per_s']:>10,.0f} {r['ratio_median']:>6.2f}"
-        print(f"{r['size_px']:>5} {rates} {spread:>13} {r['cache_build_s']:>13.1f} s")
+        for crop, prefix, rate_key, size_key, build in (
+            ("cached", "", "ours_images_per_s", "cache_bytes", "cache_build_s"),
+            ("original", "originals_", "originals_images_per_s", "originals_bytes", "originals_build_s"),
+        ):
+            spread = f"{r[f'{prefix}ratio_min']:.2f} - {r[f'{prefix}ratio_max']:.2f}"
+            rates = f"{r[rate_key]:>11,.0f} {r['pil_images_per_s']:>10,.0f} {r[f'{prefix}ratio_median']:>6.2f}"
+            cost = f"{r[build]:>13.1f} s {r[size_key] / 1e6:>8,.1f}"
+            print(f"{r['size_px']:>5} {crop:>9} {rates} {spread:>13} {cost}")
 
 
 def main() -> None:
