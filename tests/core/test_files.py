@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from qtdog.core.errors import RunError
-from qtdog.core.files import atomic_folder, replacing_folder, sha256_file, write_atomic
+from qtdog.core.files import atomic_folder, remove_leftovers, replacing_folder, sha256_file, write_atomic
 
 
 def test_write_replaces_whole_and_leaves_nothing_beside(tmp_path):
@@ -112,3 +112,97 @@ def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path):
     write("new")
     assert (path / "a").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["step"]
+
+
+def leave(folder, name, *, is_folder=False):
+    """Make what a killed process leaves of `name`."""
+    path = folder / f".{name}.ab12_xyz.tmp"
+    path.mkdir() if is_folder else path.write_text("half")
+    if is_folder:
+        (path / "new").mkdir()
+        (path / "new" / "part").write_text("half")
+    return path
+
+
+def test_what_a_kill_left_is_removed_by_the_next_write_of_that_name(tmp_path):
+    for name in ("a", "b"):
+        leave(tmp_path, name)
+    write_atomic(tmp_path / "a", "whole")
+    assert sorted(os.listdir(tmp_path)) == [".b.ab12_xyz.tmp", "a"]
+    leave(tmp_path, "c", is_folder=True)
+    with atomic_folder(tmp_path / "c") as temporary:
+        (temporary / "d").write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a", "c"]
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    with atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "b").write_text("")
+        remove_leftovers(tmp_path)
+        subprocess.run([sys.executable, "-c", REMOVE, tmp_path], check=True)
+        assert (temporary / "b").is_file()
+    assert (tmp_path / "a" / "b").is_file()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+REMOVE = (
+    "import sys, pathlib; from qtdog.core.files import remove_leftovers; remove_leftovers(pathlib.Path(sys.argv[1]))"
+)
+
+
+def test_files_of_others_are_no_leftovers(tmp_path):
+    (tmp_path / "secret").write_text("")
+    (tmp_path / ".a.ab12_xyz.tmp").symlink_to(tmp_path / "secret")
+    for name in ("a.tmp", ".a.tmp", ".a.short.tmp", ".hidden"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "none")
+    assert sorted(os.listdir(tmp_path)) == [".a.short.tmp", ".a.tmp", ".hidden", "a.tmp", "secret"]
+
+
+def test_a_folder_that_was_put_aside_gets_its_name_back(tmp_path):
+    left = leave(tmp_path, "run", is_folder=True)
+    (left / "old").mkdir()
+    (left / "old" / "weights").write_text("whole")
+    remove_leftovers(tmp_path, "run")
+    assert os.listdir(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "weights").read_text() == "whole"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_modes_deep_in_a_new_folder_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "file", "a")
+        for make, name in ((atomic_folder, "one"), (replacing_folder, "two")):
+            with make(tmp_path / name) as folder:
+                (folder / "below").mkdir(parents=True)
+                (folder / "below" / "a").write_text("")
+                (folder / "below" / "a").chmod(0o600)
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_the_mode_of_a_file_that_others_have_too_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "mine").chmod(0o600)
+    with atomic_folder(tmp_path / "linked") as folder:
+        os.link(tmp_path / "mine", folder / "mine")
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+
+
+def test_all_is_on_the_disk_before_a_folder_gets_its_name(tmp_path, monkeypatch):
+    order = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: order.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle)
+    )
+    monkeypatch.setattr(os, "rename", lambda *names: order.append("rename") or rename(*names))
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "b" / "c").mkdir(parents=True)
+        (folder / "b" / "c" / "file").write_text("")
+    synced = [os.path.relpath(path, folder) for path in order[: order.index("rename")]]
+    assert synced == ["b/c/file", "b/c", "b", "."]

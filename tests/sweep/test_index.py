@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qtdog.core.errors import ConfigError
+from qtdog.core.files import sha256_file
 from qtdog.runs.aggregate import aggregate
 from qtdog.runs.find import find_runs
 from qtdog.runs.folder import RunFolder
@@ -244,7 +245,10 @@ def test_merging_copies_what_is_missing_and_keeps_what_is_farther(copied, tmp_pa
     assert json.loads((ours / second / "result.json").read_text()) == result
     assert not [path for path in ours.iterdir() if path.suffix == ".tmp"]
     assert merge_folders([theirs], ours).copied == []
-    (theirs / first / "result.json").write_text(json.dumps(result | {"model_sha256": "other"}))
+    (theirs / first / "model.safetensors").write_bytes(b"other")
+    assert merge_folders([theirs], ours).kept.count(first) == 1  # its hash is another one: that run is not finished
+    digest = sha256_file(theirs / first / "model.safetensors")
+    (theirs / first / "result.json").write_text(json.dumps(result | {"model_sha256": digest}))
     assert merge_folders([theirs], ours).conflicts == [first]
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from qtdog.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     latest_checkpoint,
+    put_aside_broken,
     read_checkpoint,
+    warn_of_threads,
     write_checkpoint,
 )
 
@@ -98,3 +101,56 @@ def test_a_weight_of_two_names_comes_back_under_both(tmp_path):
     assert back.tensors["network"].keys() == tensors.keys()
     for name, value in tensors.items():
         assert torch.equal(back.tensors["network"][name], value), name
+
+
+def test_broken_ones_do_not_push_out_new_whole_ones(tmp_path):
+    for step in (100, 200):
+        (write_checkpoint(tmp_path, sample(step)) / "network.safetensors").write_bytes(b"")
+    assert latest_checkpoint(tmp_path, lambda text: None) is None
+    put_aside_broken(tmp_path, None)
+    for step in (60, 120, 130):
+        write_checkpoint(tmp_path, sample(step))
+        assert latest_checkpoint(tmp_path, pytest.fail).step == step
+        there = sorted(path.name for path in tmp_path.iterdir())
+        aside = ["broken-step-00000100", "broken-step-00000200"]
+        assert there[:2] == aside if step == 60 else all(name.startswith("step-") for name in there)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-00000120", "step-00000130"]
+
+
+def test_a_whole_one_before_a_broken_one_is_kept(tmp_path):
+    write_checkpoint(tmp_path, sample(40))
+    (write_checkpoint(tmp_path, sample(50)) / "checkpoint.json").unlink()
+    put_aside_broken(tmp_path, latest_checkpoint(tmp_path, lambda text: None).step)
+    write_checkpoint(tmp_path, sample(60))
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-00000040", "step-00000060"]
+
+
+def test_a_checkpoint_in_another_steps_folder_or_with_files_elsewhere_is_broken(tmp_path):
+    path = write_checkpoint(tmp_path, sample(5))
+    path.rename(tmp_path / "step-00000006")
+    with pytest.raises(FormatError, match="it says that it is of step 5"):
+        read_checkpoint(tmp_path / "step-00000006")
+    (tmp_path / "step-00000006").rename(path)
+    (path / "network.safetensors").rename(tmp_path / "network.safetensors")
+    (path / "network.safetensors").symlink_to(tmp_path / "network.safetensors")
+    with pytest.raises(FormatError, match="is a link"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022])
+def test_others_may_read_it_as_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        path = write_checkpoint(tmp_path, sample(1))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~mask}
+
+
+def test_another_number_of_threads_is_told(tmp_path):
+    warnings: list[str] = []
+    for state in ({}, {"n_threads": torch.get_num_threads()}, {"n_threads": 77}):
+        warn_of_threads(Checkpoint(9, {}, state), warnings.append)
+    (text,) = warnings
+    assert "with 77 thread(s) until step 9" in text
+    assert "OMP_NUM_THREADS=77" in text

@@ -9,6 +9,7 @@ import torch
 
 from qtdog.conversion.attach import attached
 from qtdog.core.config import config_hash
+from qtdog.core.config_io import to_yaml
 from qtdog.core.errors import Interrupted, ModelError, NonFiniteLossError, RunError
 from qtdog.core.progress import StopAfter
 from qtdog.runs.folder import RunFolder
@@ -236,3 +237,33 @@ def test_full_disk_while_saving_names_the_place_and_keeps_what_was_there(tmp_pat
     monkeypatch.undo()
     run(config, digits, folder, resume=True)
     assert folder.model_file.is_file()
+
+
+FLOAT = {"train": {"steps": 2, "eval_every": 2}, "quantizer": {"name": "none"}}
+
+
+@pytest.mark.parametrize("damage", ["empty", "flip", "missing"])
+def test_a_finished_run_whose_model_is_damaged_is_finished_again(tmp_path, short_config, digits, damage):
+    config, folder = short_config(**FLOAT), RunFolder(tmp_path / "run")
+    run(config, digits, folder)
+    content = folder.model_file.read_bytes()
+    if damage == "missing":
+        folder.model_file.unlink()
+    else:
+        folder.model_file.write_bytes(b"" if damage == "empty" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunError, match=r"model\.safetensors.*add --resume"):
+        run(config, digits, folder)
+    warnings: list[str] = []
+    run(config, digits, folder, resume=True, callbacks=RunCallbacks(warn=warnings.append))
+    assert folder.model_file.read_bytes() == content
+    assert "it is made again" in warnings[0]
+
+
+def test_what_a_kill_left_in_a_run_folder_is_removed_by_the_next_start(tmp_path, short_config, digits):
+    config, folder = short_config(**FLOAT), RunFolder(tmp_path / "run")
+    for left in (folder.checkpoints / ".step-00000001.abcdefgh.tmp", folder.path / ".result.json.abcdefgh.tmp"):
+        left.mkdir(parents=True)
+        (left / "new").mkdir()
+    folder.config_file.write_text(to_yaml(config))
+    run(config, digits, folder)
+    assert not list(folder.path.rglob("*.tmp"))

@@ -22,6 +22,7 @@ from qtdog.core.errors import CollapseError, NonFiniteLossError
 from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
+from qtdog.core.safe_text import read_json
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import open_cache
 from qtdog.models.backbones import preprocessing
@@ -208,7 +209,7 @@ class BitTrials:
     def _trial(self, config: Config, prefix: Checkpoint, folder: RunFolder) -> BitTrial:
         asked = {"config_hash": config_hash(config), "gamma": self.plan.gamma, "n_directions": self.plan.n_directions}
         file = folder.path / "trial.json"
-        if file.is_file() and (kept := json.loads(file.read_text()))["asked"] == asked:
+        if file.is_file() and (kept := read_json(file))["asked"] == asked:
             return BitTrial(**kept["trial"])
         accelerator = make_accelerator(config)
         trial = self._made(config, prefix, folder, accelerator)

@@ -28,6 +28,7 @@ from qtdog.core.config_io import (
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.files import safe_name, write_atomic
 from qtdog.core.progress import Progress
+from qtdog.core.safe_text import read_json
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import IN_PYTHON, open_any, without_unreadable
 from qtdog.report.render import markdown
@@ -132,7 +133,7 @@ def read_plan(out: Path) -> tuple[dict[str, Any], Members] | None:
     if not file.is_file():
         return None
     try:
-        tree = json.loads(file.read_text())
+        tree = read_json(file)
         if "crew" in tree:  # as the first version wrote it
             number, splits, fork_at = (tree["crew"][key] for key in ("members", "splits", "fork_at"))
             return tree["config"], Members(number, splits, fork_at)

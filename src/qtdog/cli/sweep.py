@@ -348,13 +348,16 @@ def merge(
     Example:
       qtdog sweep merge /mnt/other/runs/digits -o runs/digits
     """
-    from qtdog.cli.console import out
+    from qtdog.cli.console import out, warn
     from qtdog.core.errors import RunError
     from qtdog.sweep.merge import merge_folders as merge_runs
 
     found = merge_runs(sources, into)
     counts = f"{len(found.copied)} copied, {len(found.kept)} were there, {len(found.busy)} in use and left alone"
     out.print(counts, highlight=False)
+    if found.damaged:
+        listed = ", ".join(found.damaged[:10])
+        warn(f"{len(found.damaged)} folders hold a link or a device, which no run writes, and were left out: {listed}")
     if found.conflicts:
         listed = ", ".join(found.conflicts[:10])
         raise RunError(

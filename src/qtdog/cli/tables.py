@@ -209,7 +209,7 @@ def report(
         title=title,
         split=choose_split(run_set, None if split is None else split.value),
         pooled=best_of_settings,
-        analyses=find_analyses(runs),
+        analyses=find_analyses(runs, run_set.damaged),
         bench=measured,
     )
     write_atomic(out, build_page(run_set, options))

@@ -9,8 +9,10 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qtdog.core.errors import RunError
@@ -103,78 +105,194 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as stream:
+        remove_leftovers(path.parent, path.name)
+        with _held(lambda: _new_file(path)) as (handle, temporary):
+            with os.fdopen(os.dup(handle), "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.chmod(0o666 & ~umask())
             temporary.replace(path)
             sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends well; modes follow the umask.
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, for what is to become it, and remove it at the end.
 
-    If `path` came into being meanwhile (another process was faster) that one is kept and ours is dropped.
-
-    Raises:
-        RunError: the disk is full or not writable; nothing is left behind.
-    """
-    with clear_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            yield temporary
-            _settle(temporary)
-            with contextlib.suppress(FileExistsError):
-                _rename_unless_there(temporary, path)
-            sync_folder(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield the path of a folder to make, which takes the place of `path` when the block ends well.
-
-    If anything fails, what was at `path` before is still there. Modes follow the umask.
+    Leftovers of processes that were killed at this are removed first.
 
     Raises:
         RunError: the disk is full or not writable.
     """
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        remove_leftovers(path.parent, path.name)
+        with _held(lambda: _new_folder(path)) as (_, temporary):
+            yield temporary
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that becomes `path` when the block ends well; modes follow the umask.
+
+    Everything in it is on the disk before it gets its name. If `path` came into being meanwhile (another process was
+    faster) that one is kept and ours is dropped.
+
+    Raises:
+        RunError: the disk is full or not writable; nothing is left behind.
+    """
+    with temporary_folder(path) as temporary:
+        yield temporary
+        _settle(temporary)
+        with contextlib.suppress(FileExistsError):
+            _rename_unless_there(temporary, path)
+        sync_folder(path.parent)
+
+
+OLD, NEW = "old", "new"
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield the path of a folder to make, which takes the place of `path` when the block ends well.
+
+    If anything fails, what was at `path` before is still there; a process that is killed between the two renames leaves
+    it aside, and `remove_leftovers` puts it back. Everything is on the disk before it gets its name. Modes follow the
+    umask.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+    with temporary_folder(path) as temporary:
+        new, old = temporary / NEW, temporary / OLD
+        yield new
+        _settle(new)
+        if path.exists():
+            path.rename(old)
         try:
-            new, old = temporary / "new", temporary / "old"
-            yield new
-            _settle(new)
-            if path.exists():
-                path.rename(old)
-            try:
-                new.rename(path)
-            except BaseException:
-                if old.exists():
-                    old.rename(path)
-                raise
-            sync_folder(path.parent)
-        finally:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        sync_folder(path.parent)
+
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp", re.DOTALL)
+ABANDONED_S = 24 * 3600.0  # age from which a temporary file counts as left where the file system knows no locks
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove temporary files and folders of this module that their process, killed, could not remove.
+
+    One whose process lives is locked by it, and stays. An old folder that was put aside to be replaced, and was not,
+    gets its name back.
+
+    Args:
+        folder: where they lie.
+        name: of the file or folder that they were to become; "" for all.
+    """
+    try:
+        found = [(entry, match) for entry in folder.iterdir() if (match := LEFTOVER.fullmatch(entry.name))]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    for entry, match in found:
+        if name in ("", match["name"]):
+            with contextlib.suppress(OSError):  # another process is at it, or it cannot be written
+                _remove_leftover(entry, folder / match["name"])
+
+
+def _remove_leftover(entry: Path, target: Path) -> None:
+    if entry.is_symlink():
+        entry.unlink()
+        return
+    is_folder = entry.is_dir()
+    # NFS takes a lock on a file that is open for writing alone, and none on a folder
+    handle = os.open(entry, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not _takes_lock(handle) and time.time() - entry.stat().st_mtime < ABANDONED_S:
+            return
+        if not is_folder:
+            entry.unlink()
+            return
+        if (entry / OLD).is_dir() and not target.exists():
+            (entry / OLD).rename(target)
+            sync_folder(target.parent)
+        shutil.rmtree(entry)
+    finally:
+        os.close(handle)
+
+
+def _takes_lock(handle: int) -> bool:
+    """Lock a file or folder; return whether its file system can (BlockingIOError: another process has it)."""
+    try:
+        return lock_file(handle)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _held(make: Callable[[], tuple[int, Path]]) -> Iterator[tuple[int, Path]]:
+    """Yield the handle and the path of a new temporary file or folder, locked; remove it at the end."""
+    while True:
+        handle, temporary = make()
+        try:
+            _takes_lock(handle)
+            if os.fstat(handle).st_nlink and temporary.exists():
+                break
+        except BlockingIOError:  # another process takes it for a leftover at this very moment
+            pass
+        os.close(handle)
+    try:
+        yield handle, temporary
+    finally:
+        os.close(handle)
+        if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _new_file(path: Path) -> tuple[int, Path]:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    return handle, Path(name)
+
+
+def _new_folder(path: Path) -> tuple[int, Path]:
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        return os.open(temporary, os.O_RDONLY), temporary
+    except BaseException:
+        temporary.rmdir()
+        raise
+
+
+SYNC_ALL = 1000  # files from which the whole file system is synced at once
 
 
 def _settle(folder: Path) -> None:
-    """Make a new folder and the files in it durable, with the modes that the umask gives."""
-    for file in filter(Path.is_file, folder.iterdir()):
-        file.chmod(0o666 & ~umask())
-        sync_file(file)
-    folder.chmod(0o777 & ~umask())
-    sync_folder(folder)
+    """Make a new folder and all that is in it durable, with the modes that the umask gives."""
+    mask = umask()
+    folders = [Path(top) for top, _, _ in os.walk(folder)]
+    files = [Path(top) / name for top, _, names in os.walk(folder) for name in names]
+    for file in files:
+        found = file.lstat()
+        # a link, hard or symbolic, is somebody else's file too
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_mode & 0o777 != 0o666 & ~mask:
+            file.chmod(0o666 & ~mask)
+    for one in folders:
+        one.chmod(0o777 & ~mask)
+    if len(files) + len(folders) > SYNC_ALL:
+        os.sync()
+        return
+    for file in files:
+        if not file.is_symlink():
+            sync_file(file)
+    for one in reversed(folders):
+        sync_folder(one)
 
 
 def umask() -> int:

@@ -152,7 +152,9 @@ def check_json_extent(text: str, *, max_items: int = MAX_ITEMS) -> None:
             raise ValueError("it is nested too deeply")
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, kind: type[QtdogError] = RunError) -> Any:
+def read_json(
+    path: Path, *, max_bytes: int = MAX_JSON_BYTES, max_items: int = MAX_ITEMS, kind: type[QtdogError] = RunError
+) -> Any:
     """Return the value in a JSON file.
 
     Raises:
@@ -160,7 +162,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, kind: type[QtdogEr
     """
     text = read_text(path, max_bytes, kind=kind)
     try:
-        return parse_json(text)
+        return parse_json(text, max_items=max_items)
     except ValueError as error:
         raise kind(f"{path} is damaged: it is not valid JSON ({error})") from error
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.errors import DataError
-from qtdog.core.files import atomic_folder, lock_file, write_atomic
+from qtdog.core.files import atomic_folder, lock_file, remove_leftovers, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool, normalise
 from qtdog.data.dataset import N_THREADS, DomainDataset, Resize, map_samples
@@ -268,6 +268,7 @@ def open_cache(
     if not file.is_file() or file.stat().st_size != n_bytes:
         shutil.rmtree(place, ignore_errors=True)
         _require_space(folder, n_bytes)
+        remove_leftovers(place.parent)
         with atomic_folder(place) as temporary, (temporary / IMAGES).open("wb") as stream:
             missing = np.arange(rows.n)
             if hashes is not None:

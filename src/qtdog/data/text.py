@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtdog.core.errors import DataError
-from qtdog.core.files import atomic_folder
+from qtdog.core.files import atomic_folder, remove_leftovers
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool
 from qtdog.data.cards import DatasetCard
@@ -251,6 +251,7 @@ def open_tokens(
     file = place / TOKENS
     if not file.is_file() or file.stat().st_size != N_BYTES * length * len(dataset):
         shutil.rmtree(place, ignore_errors=True)
+        remove_leftovers(place.parent)
         with atomic_folder(place) as temporary, (temporary / TOKENS).open("wb") as stream:
             for tokens in _portions(dataset, tokenise, progress):
                 stream.write(_checked(tokens, length).astype("<u2").tobytes())

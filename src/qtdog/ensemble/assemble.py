@@ -17,6 +17,7 @@ from qtdog.conversion.save import save
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
+from qtdog.core.safe_text import read_json
 from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
 from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
@@ -203,7 +204,7 @@ def check_folder(spec: EnsembleSpec) -> None:
     folder = spec.file.parent
     foreign = (folder / "config.yaml").exists()
     if spec.result_file.is_file():
-        foreign = foreign or "members" not in json.loads(spec.result_file.read_text())
+        foreign = foreign or "members" not in _saved_result(spec)
     if foreign:
         raise RunError(f"{folder} holds a run, and its result.json would be lost; choose another --output")
 
@@ -224,10 +225,20 @@ def finished(members: Sequence[Member], spec: EnsembleSpec) -> dict[str, Any] | 
     if not (spec.result_file.is_file() and spec.file.is_file()):
         return None
     check_folder(spec)
-    result = json.loads(spec.result_file.read_text())
+    result = _saved_result(spec)
     files = sorted(member.result["model_sha256"] for member in members)
-    same = result["kind"] == spec.kind and sorted(member["model_sha256"] for member in result["members"]) == files
-    return result if same and result["model_sha256"] == sha256_file(spec.file) else None
+    try:
+        same = result["kind"] == spec.kind and sorted(member["model_sha256"] for member in result["members"]) == files
+        return result if same and result["model_sha256"] == sha256_file(spec.file) else None
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{spec.result_file} does not hold what an ensemble writes ({error!r}); delete it") from error
+
+
+def _saved_result(spec: EnsembleSpec) -> dict[str, Any]:
+    result = read_json(spec.result_file)
+    if not isinstance(result, dict):
+        raise RunError(f"{spec.result_file} does not hold what an ensemble writes; delete it")
+    return result
 
 
 def members_hash(members: Sequence[Member], kind: str) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from qtdog.core.errors import DataError, ModelError, RunError
-from qtdog.core.files import clear_disk_errors, sync_file, sync_folder, write_atomic
+from qtdog.core.files import sync_file, sync_folder, temporary_folder, umask, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
@@ -92,20 +90,15 @@ def export(
     elif calibration is None:
         calibration, check = images.split(min(n_calibration, len(images.pixels) // 2))
     info = source.info(name)
-    with clear_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        try:
-            graph, info = _graph(source, info, calibration, watch) if kind.graph else (None, info)
-            draft = folder / out.name
-            kind.save(source, graph, draft, info)
-            parity = verify_export(source, draft, check, kind, out=out, watch=watch)
-            info = info.model_copy(update={"parity": asdict(parity)})
-            kind.save(source, graph, draft, info)
-            n_bytes = sum(file.stat().st_size for file in folder.iterdir())
-            _move(folder, draft, out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder(out) as folder:
+        graph, info = _graph(source, info, calibration, watch) if kind.graph else (None, info)
+        draft = folder / out.name
+        kind.save(source, graph, draft, info)
+        parity = verify_export(source, draft, check, kind, out=out, watch=watch)
+        info = info.model_copy(update={"parity": asdict(parity)})
+        kind.save(source, graph, draft, info)
+        n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        _move(folder, draft, out)
     made = Exported(out, info, parity, n_bytes, source.path.stat().st_size)
     write_atomic(out.with_name(f"{out.name}.json"), json.dumps(made.to_json(), indent=1))
     return made
@@ -227,6 +220,6 @@ def _move(folder: Path, draft: Path, out: Path) -> None:
     """Move what was written to its place, the file that names the others last."""
     for file in sorted(folder.iterdir(), key=lambda file: file == draft):
         sync_file(file)
-        file.chmod(0o644)
+        file.chmod(0o666 & ~umask())
         file.replace(out.parent / file.name)
     sync_folder(out.parent)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qtdog.core.errors import FormatError, ModelError
+from qtdog.core.errors import FormatError, ModelError, RunError
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.onnx_graph import to_bytes
 from qtdog.export.packed_source import PackedSource
@@ -67,12 +68,30 @@ def save_openvino(source: PackedSource, graph: Any, path: Path, info: ExportInfo
     openvino = library("openvino")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.onnx"
-        file.write_bytes(to_bytes(source, graph, info))
+        content = to_bytes(source, graph, info)
+        file.write_bytes(content)
         try:
             model = openvino.convert_model(file)
         except Exception as error:  # OpenVINO's own classes share no base but this
             said = " ".join(str(error).split())[:400]
             raise ModelError(f"OpenVINO cannot convert {source.path}: {said}") from error
         model.set_rt_info(info.model_dump_json(), KEY)
-        # float16 would move the logits, and the weights are integers already
-        openvino.save_model(model, path, compress_to_fp16=False)
+        # a full disk is told as the operating system tells it; OpenVINO has one error for everything
+        n_described = DESCRIBED_BYTES * len(model.get_ordered_ops()) + len(info.model_dump_json())
+        require_space(path.with_suffix(".bin"), len(content))
+        require_space(path, n_described)
+        try:
+            # float16 would move the logits, and the weights are integers already
+            openvino.save_model(model, path, compress_to_fp16=False)
+        except Exception as error:
+            said = " ".join(str(error).split())[:400]
+            raise RunError(f"OpenVINO could not write {path.name}: {said}. Is the disk full?") from error
+
+
+DESCRIBED_BYTES = 1500  # of an operation in the .xml
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """Raise OSError (no space, quota, limit of a file's size) unless a new file can have so many bytes."""
+    with path.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, max(1, n_bytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def save_program(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> 
     for name, value in source.codes().items():
         use_codes_(module, name, value)
     program = _program(module, source, free_batch=True)
+    stream = io.BytesIO()  # where the disk is full, its writer ends the process
     with quiet():
-        torch.export.save(program, path, extra_files={EXTRA_FILE: info.model_dump_json()})
+        torch.export.save(program, stream, extra_files={EXTRA_FILE: info.model_dump_json()})
+    path.write_bytes(stream.getbuffer())
 
 
 def save_executorch(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import RunError
+from qtdog.core.safe_text import read_json, require_regular
 from qtdog.runs.finished import FinishedRun
 
 FILE = "analysis.json"
@@ -42,14 +42,26 @@ class Analysis:
     files: list[Path]
 
 
-def find_analyses(paths: Sequence[Path]) -> list[Analysis]:
+def find_analyses(paths: Sequence[Path], damaged: list[str] | None = None) -> list[Analysis]:
     """Return the analyses in or below the paths, to a depth of three folders, each once.
 
+    Args:
+        paths: where to look.
+        damaged: gets a sentence for each `analysis.json` that is not what an analysis writes; they are left out.
+
     Raises:
-        RunError: an `analysis.json` that is not what an analysis writes.
+        RunError: one of them is not, and `damaged` is None.
     """
     files = {file.resolve(): file for path in paths for file in _files(path, DEPTH)}
-    return [_read(file) for file in files.values()]
+    found = []
+    for file in files.values():
+        try:
+            found.append(_read(file))
+        except RunError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+    return found
 
 
 def _files(path: Path, depth: int) -> Iterator[Path]:
@@ -57,18 +69,26 @@ def _files(path: Path, depth: int) -> Iterator[Path]:
         return
     if (path / FILE).is_file():
         yield path / FILE
-    below = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    # a link would lead out of a received folder
+    below = sorted(
+        child
+        for child in path.iterdir()
+        if child.is_dir() and not child.is_symlink() and not child.name.startswith(".")
+    )
     for child in below if depth else ():
         yield from _files(child, depth - 1)
 
 
 def _read(file: Path) -> Analysis:
-    if file.stat().st_size > MAX_ANALYSIS_BYTES:
-        raise RunError(f"{file} has {file.stat().st_size:,} bytes: no analysis writes that much. Leave it out")
+    content = read_json(file, max_bytes=MAX_ANALYSIS_BYTES)
     try:
-        content = json.loads(file.read_text())
         beside = [_beside(file.parent, str(name)) for name in [*content["figures"], *content["data"]]]
-        there = [path for path in beside if path.is_file()]
+        there = [path for path in beside if path.exists() or path.is_symlink()]
+        for path in there:
+            require_regular(path)
+        figures = [path for path in there if path.suffix == ".png"]
+        for path in figures:
+            _require_png(path)
         return Analysis(
             path=file.parent,
             kind=str(content["kind"]),
@@ -76,18 +96,28 @@ def _read(file: Path) -> Analysis:
             runs=[str(run["label"]) for run in content["runs"]],
             numbers=[dict(row) for row in content["numbers"]],
             notes=[str(note) for note in content["notes"]],
-            figures=[path for path in there if path.suffix == ".png"],
+            figures=figures,
             files=there,
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise RunError(f"{file} is not what an analysis writes ({error!r}). Leave it out") from error
 
 
 def _beside(folder: Path, name: str) -> Path:
     """Return the path of a file of an analysis; one outside its folder would put any picture into the page."""
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         raise ValueError(f"the file name {name!r} has a folder in it")
     return folder / name
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def _require_png(path: Path) -> None:
+    """Raise RunError unless a file begins as a PNG does: its bytes go into the page."""
+    with path.open("rb") as stream:
+        if stream.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+            raise RunError(f"{path} is no PNG file, whatever its name says. Leave it out")
 
 
 MAX_LATENCY_BYTES = 16 * 1024**2
@@ -129,13 +159,11 @@ def read_bench(file: Path) -> BenchFile:
     """
     if not file.is_file():
         raise RunError(f"{file} does not exist; --bench takes the bench.json of 'qtdog bench --output'")
-    if file.stat().st_size > MAX_LATENCY_BYTES:
-        raise RunError(f"{file} has {file.stat().st_size:,} bytes, and is no file of 'qtdog bench'")
+    content = read_json(file.resolve(), max_bytes=MAX_LATENCY_BYTES)
     try:
-        content = json.loads(file.read_text())
         timed = tuple(_timed(row["path"], row["timing"]["p50_s"], row["runtime"]) for row in content["rows"])
         setting = f"batch {int(content['batch'])}, {int(content['threads'])} thread(s), {content['machine']['cpu']}"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{file} is no file of 'qtdog bench' ({error!r})") from error
     return BenchFile(timed, setting)
 
@@ -143,6 +171,8 @@ def read_bench(file: Path) -> BenchFile:
 def _timed(path: str, p50_s: float, runtime: str) -> Timed:
     if not 0 < float(p50_s) < math.inf:
         raise ValueError(f"a call took {p50_s} s")
+    if "\0" in str(path):
+        raise ValueError("a path that is none")
     return Timed(Path(path), 1000 * float(p50_s), str(runtime))
 
 

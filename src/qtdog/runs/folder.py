@@ -14,7 +14,7 @@ from typing import Any
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import build_config, differences, load_preset, to_yaml
 from qtdog.core.errors import CollapseError, FolderInUseError, RunError
-from qtdog.core.files import clear_disk_errors, lock_file, sha256_file, write_atomic
+from qtdog.core.files import clear_disk_errors, lock_file, remove_leftovers, sha256_file, write_atomic
 from qtdog.core.safe_text import parse_json, read_json, read_text, require_regular
 from qtdog.runs.record import Record
 
@@ -52,10 +52,13 @@ class RunFolder:
         with clear_disk_errors(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise RunError(f"{self.path} is a file; --output takes a folder")
+            remove_leftovers(self.path.parent, self.path.name)  # may put back a folder that was being replaced
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._take(handle)
+            for place in (self.path, self.checkpoints):
+                remove_leftovers(place)
             yield
         finally:
             os.close(handle)

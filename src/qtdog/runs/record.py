@@ -120,12 +120,17 @@ def checked_number(
     Raises:
         ValueError: it is none, or out of range; NaN counts as a number where no range is asked for.
     """
-    value = values.get(key)
+    value: Any = values.get(key)
     if value is None and optional:
         return None
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     bounded = low > -math.inf or high < math.inf
-    if not number or (bounded and not low <= value <= high) or (isinstance(value, int) and abs(value) > MAX_COUNT):
+    if (
+        value is None
+        or not number
+        or (bounded and not low <= value <= high)
+        or (isinstance(value, int) and abs(value) > MAX_COUNT)
+    ):
         what = "whole number" if whole else "number"
         raise ValueError(f"'{key}' is no {what} that a run writes: {str(value)[:40]!r}")
     return value
@@ -139,12 +144,6 @@ _Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class _Size(_Fields):
-    model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, float | None] = Field(init=False)
-    bytes: _Count
 
 
 class _Member(_Fields):
@@ -171,7 +170,7 @@ class _Result(_Fields):
     inference_passes: _Amount | None = None
     training_runs: _Amount | None = None
     trained_s: _Amount | None = None
-    size: _Size
+    size: dict[str, float | None]
     environment: dict[str, Any] = {}
     members: list[_Member] = []
 
@@ -184,6 +183,7 @@ def check_result(result: Mapping[str, Any]) -> None:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"'{where}': {first['msg']} (found {str(first['input'])[:40]!r})") from error
+    checked_number(result["size"], "bytes", low=0, whole=True)
 
 
 def merge_scores(parts: list[Score]) -> Score:

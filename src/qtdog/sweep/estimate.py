@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from qtdog.core.config import Config
+from qtdog.core.errors import RunError
 from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, read_journal
@@ -101,11 +101,11 @@ class Throughput:
 def finished_step_s(task: Task, out: Path) -> float | None:
     """Return the training seconds per step of a finished run; None if it says nothing of it."""
     try:
-        result = json.loads(RunFolder(task.folder(out)).result_file.read_text())
+        result = RunFolder(task.folder(out)).read_result() or {}
         assert task.config is not None
         steps = task.config.train.steps - result["forked_from_step"]
         return result["trained_s"] / steps if result["trained_s"] > 0 and steps > 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (RunError, KeyError, TypeError):
         return None
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtdog.core.errors import FolderInUseError, RunError
-from qtdog.core.files import replacing_folder
+from qtdog.core.files import remove_leftovers, replacing_folder
 from qtdog.runs.find import run_folders
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import read_labels, save_labels, state_folder
-from qtdog.training.checkpoint import checkpoint_folders
+from qtdog.training.checkpoint import checkpoint_folders, step_of
 
 
 @dataclass
@@ -25,18 +26,21 @@ class Merged:
         kept: were there, as far or farther.
         conflicts: are finished in both places, with different files; ours stayed.
         busy: are in use, and were left alone.
+        damaged: hold a link, or something else that no run writes, and were left out.
     """
 
     copied: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
 
 def merge_folders(sources: Sequence[Path], out: Path) -> Merged:
     """Copy every run that is missing in `out`, or has come farther elsewhere, from the folders `sources`.
 
-    A run is finished or not, never half: it is copied under another name and then renamed.
+    A run is finished or not, never half: it is copied under another name and then renamed. Regular files alone are
+    copied: a link in a received folder may lead to any file.
 
     Args:
         sources: folders of run folders; they are not changed.
@@ -46,6 +50,7 @@ def merge_folders(sources: Sequence[Path], out: Path) -> Merged:
         RunError: a source is no folder, or the disk is full.
     """
     found = Merged()
+    remove_leftovers(out)
     for source in sources:
         if not source.is_dir():
             raise RunError(f"{source} is no folder; give the folders that hold the run folders")
@@ -59,6 +64,8 @@ def merge_folders(sources: Sequence[Path], out: Path) -> Merged:
 
 
 def _merge_run(theirs: Path, ours: Path) -> str:
+    if not _is_plain(theirs):
+        return "damaged"
     if not ours.exists():
         _copy(theirs, ours)
         return "copied"
@@ -75,22 +82,33 @@ def _merge_run(theirs: Path, ours: Path) -> str:
         return "busy"
 
 
+def _is_plain(folder: Path) -> bool:
+    """Return whether all below a folder is folders and regular files."""
+    for top, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            mode = os.lstat(os.path.join(top, name)).st_mode
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                return False
+    return not folder.is_symlink()
+
+
 def progress_of(path: Path) -> tuple[bool, int]:
     """Return whether a run is finished, and the step of its last checkpoint: the larger, the farther."""
     folder = RunFolder(path)
     saved = checkpoint_folders(folder.checkpoints)
-    finished = folder.result_file.is_file() and folder.model_file.is_file()
-    return finished, int(saved[-1].name.removeprefix("step-")) if saved else 0
+    try:
+        is_finished = folder.finished_result() is not None
+    except RunError:  # a damaged result is none
+        is_finished = False
+    return is_finished, step_of(saved[-1]) if saved else 0
 
 
 def _digest(path: Path) -> object:
-    try:
-        return json.loads((path / "result.json").read_text()).get("model_sha256")
-    except (OSError, ValueError):
-        return None
+    result = RunFolder(path).read_result()
+    return None if result is None else result.get("model_sha256")
 
 
 def _copy(theirs: Path, ours: Path) -> None:
     """Put a copy of `theirs` in the place of `ours`, all at once; the old copy stays if that fails."""
     with replacing_folder(ours) as new:
-        shutil.copytree(theirs, new, ignore=shutil.ignore_patterns(".lock", "*.tmp"))
+        shutil.copytree(theirs, new, symlinks=True, ignore=shutil.ignore_patterns(".lock", "*.tmp"))

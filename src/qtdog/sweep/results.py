@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtdog.core.errors import ConfigError, unknown
+from qtdog.core.safe_text import read_json
 from qtdog.runs.find import read_run
 from qtdog.runs.index import COLUMNS, IndexRow, finished_row
 from qtdog.runs.selection import apply_selection
@@ -56,11 +56,11 @@ def read_earlier(files: Sequence[Path]) -> dict[str, IndexRow]:
 
 
 def _read(file: Path) -> list[IndexRow]:
+    if not file.is_file():
+        raise ConfigError(f"--also {file} does not exist")
     try:
-        return [_checked(row) for row in json.loads(file.read_text())["runs"]]
-    except FileNotFoundError as error:
-        raise ConfigError(f"--also {file} does not exist") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [_checked(row) for row in read_json(file.resolve(), kind=ConfigError)["runs"]]
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
         text = f"--also {file} is no table of a study ({error!r})"
         raise ConfigError(f"{text}; qtdog sweep table STUDY --format json makes one") from error
 

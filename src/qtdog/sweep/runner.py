@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, FolderInUseError, Interrupted, ModelError, QtdogError, RunError
-from qtdog.core.files import lock_file
+from qtdog.core.files import lock_file, remove_leftovers
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.ensemble.teacher import load_teacher
 from qtdog.runs.folder import RunFolder, last_line
-from qtdog.sweep.journal import Outcome, append_journal, read_failures, remove_failure, save_failure
+from qtdog.sweep.journal import Outcome, append_journal, read_failures, remove_failure, save_failure, state_folder
 from qtdog.sweep.plan import Task, keep_sharing
 from qtdog.sweep.study import raise_all
 from qtdog.training.build import build_components
 from qtdog.training.signals import StopRequest
 
+STATE_PARTS = ("failed", "studies")  # what a sweep writes piece by piece beside its runs
 # Values that differ between runs without deciding whether their components fit together.
 FREE = {
     "train": ("seed", "eval_every", "checkpoint_every"),
@@ -96,7 +99,26 @@ def is_done(task: Task, out: Path) -> bool:
     folder = RunFolder(task.folder(out))
     if task.kind == "fork_point":
         return (folder.checkpoints / f"step-{task.step:08d}" / "checkpoint.json").is_file()
-    return folder.result_file.is_file() and folder.model_file.is_file()
+    return folder.result_file.is_file() and folder.model_file.is_file() and folder.model_file.stat().st_size > 0
+
+
+def _is_whole(task: Task, out: Path) -> bool:
+    """Return whether a task's result is there, and its model file the very one that was written."""
+    if not is_done(task, out) or task.kind == "fork_point":
+        return is_done(task, out)
+    folder = RunFolder(task.folder(out))
+    stats = tuple(os.stat(file) for file in (folder.result_file, folder.model_file))
+    files = tuple((one.st_ino, one.st_mtime_ns, one.st_ctime_ns, one.st_size) for one in stats)
+    return _has_whole_model(folder.path, files)
+
+
+@lru_cache(maxsize=100_000)
+def _has_whole_model(path: Path, files: tuple[tuple[int, ...], ...]) -> bool:
+    del files  # their hash is computed once for each version of them
+    try:
+        return RunFolder(path).finished_result() is not None
+    except RunError:
+        return False
 
 
 def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
@@ -104,7 +126,7 @@ def unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
 
     Runs that would share the updates of one that is done share their own.
     """
-    missing = [task for task in tasks if not is_done(task, out)]
+    missing = [task for task in tasks if not _is_whole(task, out)]
     wanted = {name for task in missing for name in task.needs}
     return keep_sharing([task for task in missing if task.kind != "fork_point" or task.name in wanted])
 
@@ -301,6 +323,8 @@ class Driver:
             Interrupted: a signal asked to stop; what ran has saved its state.
             RunError: the disk is full or cannot be written; what ran was asked to stop.
         """
+        for place in (self._out, state_folder(self._out), *(state_folder(self._out) / name for name in STATE_PARTS)):
+            remove_leftovers(place)
         with StopRequest() as stop:
             try:
                 while not self._finished():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch.optim import Optimizer
 
 from qtdog.conversion.attach import sites
 from qtdog.core.errors import FormatError, RunError
-from qtdog.core.files import replacing_folder, sha256_file
+from qtdog.core.files import clear_disk_errors, replacing_folder, sha256_file
+from qtdog.core.safe_text import read_json, require_regular
 from qtdog.runs.folder import RunFolder
 from qtdog.training.components import Components, RunState
 
@@ -130,9 +132,33 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         body = {"step": checkpoint.step, "files": hashes, "state": checkpoint.state}
         text = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
         (temporary / "checkpoint.json").write_text(text)
-    for old in checkpoint_folders(folder)[:-KEPT]:
+    whole = checkpoint_folders(folder)
+    for old in whole[:-KEPT]:
         shutil.rmtree(old)
+    if len(whole) >= KEPT:
+        for broken in folder.glob(f"{BROKEN}*"):
+            shutil.rmtree(broken)
     return path
+
+
+BROKEN = "broken-"
+
+
+def put_aside_broken(folder: Path, step: int | None) -> None:
+    """Rename the checkpoints behind `step`, which are broken since the run goes on from there.
+
+    Else two of them would push out the next whole ones. They are removed when two whole ones are there.
+
+    Args:
+        folder: of the checkpoints.
+        step: of the newest whole one; None if there is none.
+    """
+    for path in checkpoint_folders(folder):
+        if step is None or step_of(path) > step:
+            aside = path.with_name(f"{BROKEN}{path.name}")
+            with clear_disk_errors(path):
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
 
 
 def _apart(tensors: Tensors) -> Tensors:
@@ -149,7 +175,16 @@ def _apart(tensors: Tensors) -> Tensors:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Return the checkpoint folders below `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+NAME = re.compile(r"step-[0-9]{1,12}")
+
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -159,17 +194,29 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FormatError: a file is missing, truncated or altered; the text names it.
     """
     try:
-        document = json.loads((path / "checkpoint.json").read_text())
+        document = read_json(
+            path / "checkpoint.json", max_bytes=MAX_STATE_BYTES, max_items=MAX_STATE_ITEMS, kind=FormatError
+        )
         body = document["body"]
         if document["sha256"] != _digest(body):
             raise ValueError("its content does not match its checksum")
+        if body["step"] != step_of(path) or not isinstance(body["state"], dict):
+            raise ValueError(f"it says that it is of step {str(body['step'])[:20]}")
+        if not all(PART.fullmatch(name) for name in body["files"]):
+            raise ValueError("it names a file outside of its folder")
         tensors = {name: _read_part(path / f"{name}.safetensors", digest) for name, digest in body["files"].items()}
         return Checkpoint(body["step"], tensors, body["state"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, FormatError) as error:
         raise FormatError(f"checkpoint {path} is broken: {error}") from error
 
 
+MAX_STATE_BYTES = 256 * 2**20
+MAX_STATE_ITEMS = 2**23  # a record of every evaluation
+PART = re.compile(r"\w+")
+
+
 def _read_part(file: Path, digest: str) -> Tensors:
+    require_regular(file, kind=FormatError)
     if sha256_file(file) != digest:
         raise ValueError(f"{file.name} does not match its checksum")
     return load_file(file)
@@ -205,6 +252,7 @@ def save_state(components: Components, folder: RunFolder, state: RunState) -> No
         tensors["selected"] = state.selected
     enabled = components.quantizer is not None and components.quantizer.enabled
     extra = {"optimizer_groups": groups, "quantizer_enabled": enabled, "averager": averager}
+    extra |= {"n_threads": torch.get_num_threads()}
     extra["config"] = components.config.model_dump(mode="json")
     write_checkpoint(folder.checkpoints, Checkpoint(state.step, tensors, state.to_json() | extra))
 
@@ -222,10 +270,10 @@ def restore(components: Components, checkpoint: Checkpoint, folder: RunFolder) -
         moments, groups = checkpoint.tensors["optimizer"], checkpoint.state["optimizer_groups"]
         restore_optimizer_(components.optimizer, names, moments, groups)
         state = restore_averager_(components, checkpoint)
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        if components.quantizer is not None:
+            components.quantizer.set_enabled(checkpoint.state["quantizer_enabled"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"the checkpoint in {folder.checkpoints} does not fit this run: {error}") from error
-    if components.quantizer is not None:
-        components.quantizer.set_enabled(checkpoint.state["quantizer_enabled"])
     return state
 
 
@@ -239,3 +287,14 @@ def restore_averager_(components: Components, checkpoint: Checkpoint) -> RunStat
     state = RunState.from_json(checkpoint.step, checkpoint.state)
     state.selected = checkpoint.tensors.get("selected")
     return state
+
+
+def warn_of_threads(checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+    """Say through `warn` if a run goes on with another number of threads than it had.
+
+    Sums are split among the threads, so that their last bits depend on how many there are.
+    """
+    before, now = checkpoint.state.get("n_threads"), torch.get_num_threads()
+    if before is not None and before != now:
+        text = f"the run was trained with {before} thread(s) until step {checkpoint.step} and goes on with {now}"
+        warn(f"{text}: its last bits will differ from those of an undisturbed run (OMP_NUM_THREADS={before} sets them)")

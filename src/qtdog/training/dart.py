@@ -15,7 +15,8 @@ from torch import Tensor
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import differences
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.files import clear_disk_errors, remove_leftovers, write_atomic
+from qtdog.core.safe_text import read_json
 from qtdog.data.dataset import DomainDataset
 from qtdog.quantizers.registry import works_after_training
 from qtdog.runs.folder import RunFolder
@@ -79,7 +80,7 @@ def dart(
     check_branches(configs, merge_every)
     _claim(path, {"branches": [config_hash(config) for config in configs], "merge_every": merge_every})
     root, callbacks = RunFolder(path), callbacks or RunCallbacks()
-    if (result := root.read_result()) is not None and root.model_file.is_file():
+    if (result := root.finished_result()) is not None:
         return result
     steps = configs[0].train.steps
     with contextlib.ExitStack() as locks:
@@ -123,10 +124,11 @@ def check_branches(configs: Sequence[Config], merge_every: int) -> None:
 
 def _claim(path: Path, plan: dict[str, Any]) -> None:
     file = path / "dart.json"
-    if file.is_file() and json.loads(file.read_text()) != plan:
+    if file.is_file() and read_json(file) != plan:
         raise RunError(f"{path} holds other branches, or merges them at other steps; choose another folder")
     with clear_disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path / "merged")
     write_atomic(file, json.dumps(plan))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 from qtdog.conversion.load import check_fits, plain_state_dict
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError
+from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError, RunError
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
+from qtdog.core.safe_text import read_json
 from qtdog.data.augment import normalise
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_readable
@@ -364,8 +364,8 @@ def training_configs(model_file: Path) -> list[Config]:
     Of one model that is the run in whose folder the file lies; of an ensemble the runs of its members.
     """
     folders = [model_file.parent]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        members = json.loads((model_file.parent / "result.json").read_text())["members"]
+    with contextlib.suppress(RunError, ValueError, KeyError, TypeError):
+        members = read_json(model_file.parent / "result.json")["members"]
         folders += [model_file.parent / str(member["folder"]) for member in members]
     configs = []
     for folder in folders:

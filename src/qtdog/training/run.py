@@ -16,7 +16,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components, make_accelerator
-from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, restore
+from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, put_aside_broken, restore, warn_of_threads
 from qtdog.training.collapse import HealthWatch, chance_accuracy
 from qtdog.training.components import Components, RunState
 from qtdog.training.finalize import final_network_, write_run_result
@@ -86,8 +86,10 @@ def run(
         if main:
             folder.check_claim(config, resume=resume)
         accelerator.wait_for_everyone()
-        if (result := folder.read_result()) is not None and folder.model_file.is_file():
-            return result
+        if (result := folder.read_result()) is not None:
+            if not (problem := folder.model_problem(result)):
+                return result
+            callbacks.warn(f"{problem}; it is made again")
         components = build_components(config, dataset, accelerator, callbacks.progress, teacher=teacher)
         if main:
             folder.claim(config, resume=resume)
@@ -115,7 +117,10 @@ def initial_state(
         RunError: the checkpoint does not fit (`training.checkpoint.restore`, `training.fork.begin_fork_`).
     """
     checkpoint = latest_checkpoint(folder.checkpoints, warn)
+    if components.accelerator.is_main_process:
+        put_aside_broken(folder.checkpoints, None if checkpoint is None else checkpoint.step)
     if checkpoint is not None:
+        warn_of_threads(checkpoint, warn)
         return restore(components, checkpoint, folder)
     return RunState() if fork_from is None else begin_fork_(components, fork_from)
 
