@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qtdog.cli.main import main
 
@@ -35,3 +38,32 @@ def qtdog(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@contextlib.contextmanager
+def _at_updates(call: Callable[[int], None]) -> Iterator[None]:
+    """Call a function behind each update of any network, with how many there were."""
+    done = 0
+
+    def hook(*_: object) -> None:
+        nonlocal done
+        done += 1
+        call(done)
+
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def ctrl_c_after() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """Return what presses Ctrl-C behind the n-th update that is made inside of `with`."""
+    return lambda n: _at_updates(lambda done: signal.raise_signal(signal.SIGINT) if done == n else None)
+
+
+@pytest.fixture
+def no_updates() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return what fails the test if anything is trained inside of `with`."""
+    return lambda: _at_updates(lambda done: pytest.fail("trained"))

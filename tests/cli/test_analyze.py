@@ -6,12 +6,15 @@ import csv
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+from torch.nn.modules.module import register_module_forward_hook
 
-from qtdog.analysis import flatness as flatness_study
-from qtdog.analysis import hessian as hessian_study
+from qtdog.analysis.analyzed_run import open_analyzed_runs
+from qtdog.analysis.flatness import FlatnessPlan, measure_flatness
+from qtdog.analysis.hessian import HessianPlan, measure_hessian
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import Interrupted
 from qtdog.data.digits import RotatedDigits
@@ -24,6 +27,7 @@ SHORT = {
     "train": {"steps": 6, "eval_every": 2},
 }
 LSQ = {"quantizer": {"name": "lsq", "bits": 4, "start_step": 2}}
+N_DOMAINS = 6  # of the digits
 FLAT = ("--directions", 4, "--images", 5, "--radii", "0,3", "--filter-radii", "0.1")
 
 
@@ -82,51 +86,69 @@ def test_noise_is_that_of_the_shipped_codes_also_of_an_average(qtdog, runs, tmp_
         assert row["excess"] == pytest.approx(row["kl"] - row["floor"])
 
 
-def test_a_stopped_flatness_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
-    asked = ("analyze", "flatness", runs["float"], runs["lsq"], *FLAT)
-    assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
-    real, calls = flatness_study.losses_by_domain, []
+class Checks:
+    """Counts how often an analysis asks whether to stop, and stops it at one of them."""
 
-    def stopping(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 11:
+    def __init__(self, stop_at: int = 0) -> None:
+        self.n, self.stop_at = 0, stop_at
+
+    def __call__(self) -> None:
+        self.n += 1
+        if self.n == self.stop_at:
             raise Interrupted("stop")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(flatness_study, "losses_by_domain", stopping)
-    stopped = qtdog(*asked, "--out", tmp_path / "parts")
-    assert stopped.code == 130
-    assert "the same command goes on" in stopped.err
-    assert not (tmp_path / "parts" / "flatness" / "analysis.json").exists()
-    assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
-    assert len(calls) == 1 + 2 * (1 + 4 * 2)  # nothing twice but the pass that was stopped
-    for name in ("points.csv", "flatness.csv", "flatness.png", "flatness.pdf"):
-        parts, whole = (tmp_path / part / "flatness" / name for part in ("parts", "whole"))
-        assert parts.read_bytes() == whole.read_bytes()
-    assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
-    assert len(calls) == 1 + 2 * (1 + 4 * 2)
 
 
-def test_a_stopped_hessian_goes_on_and_ends_the_same(qtdog, runs, tmp_path, monkeypatch):
-    asked = ("analyze", "hessian", runs["float"], "--images", 2, "--vectors", 12, "--error", 1e-9, "--probes", 0)
-    assert qtdog(*asked, "--out", tmp_path / "whole").code == 0
-    real, calls = hessian_study.vector_products, []
+def test_a_stopped_flatness_goes_on_and_ends_the_same(runs, tmp_path):
+    plan = FlatnessPlan({"absolute": (0.0, 3.0), "filter": (0.1,)}, n_directions=4, n_images=5)
+    opened = open_analyzed_runs([runs["float"], runs["lsq"]], ["float", "lsq"])
+    whole, stopped, resumed, again = Checks(), Checks(stop_at=10 * N_DOMAINS + 3), Checks(), Checks()
+    measure_flatness(opened, plan, tmp_path / "whole", check=whole)
+    assert whole.n == 2 * (1 + 4 * 2) * N_DOMAINS  # one batch of each domain, at each place of each run
+    with pytest.raises(Interrupted):
+        measure_flatness(opened, plan, tmp_path / "parts", check=stopped)
+    assert not (tmp_path / "parts" / "analysis.json").exists()
+    measure_flatness(opened, plan, tmp_path / "parts", check=resumed)
+    assert stopped.n + resumed.n == whole.n + 3  # nothing twice but the pass that was stopped
+    for name in ("points.csv", "flatness.csv"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    measure_flatness(opened, plan, tmp_path / "parts", check=again)
+    assert again.n == 0
 
-    def stopping(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 14:
-            raise Interrupted("stop")
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(hessian_study, "vector_products", stopping)
-    assert qtdog(*asked, "--out", tmp_path / "parts").code == 130
-    monkeypatch.setattr(hessian_study, "top_eigenvalues", lambda *args, **kwargs: pytest.fail("computed again"))
-    assert qtdog(*asked, "--out", tmp_path / "parts").code == 0
-    assert len(calls) == 14 + 2 * 10  # nothing twice but the portion that was stopped: 5 sources of 2 images each
-    assert said(tmp_path / "parts" / "hessian") == said(tmp_path / "whole" / "hessian")
-    (row,) = said(tmp_path / "parts" / "hessian")["numbers"]
+def test_a_stopped_hessian_goes_on_and_ends_the_same(runs, tmp_path):
+    plan = HessianPlan(n_images=2, max_vectors=12, error_frac=1e-9, n_probes=0)
+    opened = open_analyzed_runs([runs["float"]], ["float"])
+    whole = Checks()
+    expected = measure_hessian(opened, plan, tmp_path / "whole", check=whole)
+    last_portion = 2 * (N_DOMAINS - 1)  # two images of each source, one by one
+    stopped, resumed = Checks(stop_at=whole.n - 4), Checks()
+    with pytest.raises(Interrupted):
+        measure_hessian(opened, plan, tmp_path / "parts", check=stopped)
+    found = measure_hessian(opened, plan, tmp_path / "parts", check=resumed)
+    assert resumed.n == last_portion  # neither the eigenvalues nor the first vectors again
+    assert found == expected
+    (row,) = found["numbers"]
     assert row["n_vectors"] == 12
     assert row["image_error"] > 0
+
+
+def test_a_stopped_command_says_how_to_go_on(qtdog, runs, tmp_path):
+    asked = ("analyze", "errors", runs["float"], "--images", 4, "--out", tmp_path)
+    keys = iter([signal.SIGINT])
+
+    def press_once(*_):
+        for key in keys:
+            signal.raise_signal(key)
+
+    hook = register_module_forward_hook(press_once)  # Ctrl-C at the first forward pass
+    try:
+        stopped = qtdog(*asked)
+    finally:
+        hook.remove()
+    assert stopped.code == 130
+    assert "the same command goes on" in stopped.err
+    assert not (tmp_path / "errors" / "analysis.json").exists()
+    assert qtdog(*asked).code == 0
 
 
 def test_a_plane_around_one_run(qtdog, runs, tmp_path):

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qtdog.analysis import bit_search as bit_trials
+from qtdog.analysis.bit_plan import BitPlan, choose, without_target
+from qtdog.analysis.bit_search import BitTrials
 from qtdog.core.config_io import build_config, load_preset
-from qtdog.core.errors import CollapseError, Interrupted
-from qtdog.training import loop as loop_module
+from qtdog.core.errors import CollapseError
+from qtdog.training.protocol import resolve
+from qtdog.training.run import RunCallbacks
 
 NET = ("--backbone", "digits_cnn", "--weights", "none", "--image-size", 12, "--batch-size", 4)
 RUN = ("--steps", 8, "--start-step", 3, "--set", "train.eval_every=2")
@@ -74,22 +76,11 @@ def test_a_trial_is_the_run_that_one_would_train_alone(qtdog, tree, tmp_path):
     assert {trial["gamma"] for trial in report["trials"]} != {None}
 
 
-def test_the_same_command_goes_on_after_an_interruption(qtdog, tree, tmp_path, monkeypatch):
+def test_the_same_command_goes_on_after_an_interruption(qtdog, tree, tmp_path, ctrl_c_after, no_updates):
     _, options = tree
     words = ("bits", *options, *BRIEF, "--candidates", "7,3", "--json", "--out")
     whole = qtdog(*words, tmp_path / "whole")
-    real, left = loop_module.update, [6]
-
-    def stopping(*args):
-        if not left[0]:
-            error = Interrupted("stopped by SIGINT")
-            error.exit_code = 130
-            raise error
-        left[0] -= 1
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", stopping)
+    with ctrl_c_after(6):
         stopped = qtdog(*words, tmp_path / "broken")
     assert stopped.code == 130
     assert "the same command goes on from there" in stopped.err
@@ -98,8 +89,7 @@ def test_the_same_command_goes_on_after_an_interruption(qtdog, tree, tmp_path, m
     one, other = json.loads(whole.out), json.loads(gone_on.out)
     assert [one[name] for name in same] == [other[name] for name in same]
 
-    with monkeypatch.context() as patch:  # what is finished is not done again; a candidate can be added
-        patch.setattr(loop_module, "update", lambda *args: pytest.fail("trained again"))
+    with no_updates():  # what is finished is not done again; a candidate can be added
         assert qtdog(*words, tmp_path / "whole").out == whole.out
     more = qtdog("bits", *options, *BRIEF, "--candidates", "7,5,3", "--out", tmp_path / "whole")
     assert more.code == 0
@@ -109,21 +99,25 @@ def test_the_same_command_goes_on_after_an_interruption(qtdog, tree, tmp_path, m
     assert "optimizer.lr" in changed.err
 
 
-def test_a_candidate_that_collapses_does_not_end_the_choice(qtdog, tree, tmp_path, monkeypatch):
-    _, options = tree
-    real = bit_trials.run
+def test_a_candidate_that_collapses_does_not_end_the_choice(three_digits, short_config, tmp_path):
+    def collapses_in_3_bits(components, warn):
+        def check(layers, records):
+            if layers and components.config.quantizer.bits == 3:
+                raise CollapseError("the network collapsed", {})
 
-    def collapsing(config, *args, **more):
-        if config.quantizer.bits == 3:
-            raise CollapseError("the network collapsed", {})
-        return real(config, *args, **more)
+        return check
 
-    monkeypatch.setattr(bit_trials, "run", collapsing)
-    outcome = qtdog("bits", *options, *BRIEF, "--candidates", "7,3", "--out", tmp_path / "out")
-    assert outcome.code == 0
-    assert "failed" in outcome.out
-    assert "3 bits without indoor: the network collapsed" in outcome.err
-    assert json.loads((tmp_path / "out" / "choice.json").read_text())["choice"] == 7
+    told = []
+    config = short_config(
+        data={"target": "none", "batch_size": 4, "image_size": 8}, train={"steps": 6, "eval_every": 2}
+    )
+    sources = without_target(three_digits, "75")
+    plan = BitPlan(resolve(config, sources), sources, (7, 3), brief_steps=2, n_directions=2)
+    callbacks = RunCallbacks(warn=told.append, make_health_check=collapses_in_3_bits)
+    trials = BitTrials(plan, tmp_path, callbacks, lambda text: None).run()
+    assert choose(trials).bits == 7
+    assert {(trial.bits, trial.accuracy is None) for trial in trials} == {(7, False), (3, True)}
+    assert any(text.startswith("3 bits without 0: the network collapsed") for text in told)
 
 
 def test_the_line_to_use_is_a_command_that_trains_with_the_choice(qtdog, tree, tmp_path):
@@ -170,10 +164,10 @@ def test_mixed_bits_keep_the_budget_and_can_be_trained(qtdog, tmp_path):
         (("--mode", "mixed", "--budget", 3, "--candidates", "8,4"), 2, "below the smallest candidate"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_trained(qtdog, words, code, message, tmp_path, monkeypatch):
+def test_mistakes_are_named_before_anything_is_trained(qtdog, words, code, message, tmp_path, monkeypatch, no_updates):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop_module, "update", lambda *args: pytest.fail("trained"))
-    outcome = qtdog("bits", *words)
+    with no_updates():
+        outcome = qtdog("bits", *words)
     assert outcome.code == code
     assert message in outcome.err
     assert not Path("runs").exists()

@@ -12,16 +12,15 @@ import pytest
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.model import load
-from qtdog.training import loop as loop_module
 
 SHORT = ("--steps", 5, "--batch-size", 4, "--image-size", 12, "--set", "train.eval_every=2")
 TRAIN = ("train", "--target", "75", *SHORT)
 
 
 @pytest.fixture(scope="module")
-def crew(tmp_path_factory):
+def five(tmp_path_factory):
     """Three members that share their two float steps, and their ensemble."""
-    out = tmp_path_factory.mktemp("crew") / "five"
+    out = tmp_path_factory.mktemp("five") / "five"
     return out, run_in_process("qtdog", *TRAIN, "--members", 3, "--fork-at", "start", "--out", out, "--json")
 
 
@@ -40,19 +39,19 @@ def run_in_process(*args):
     return json.loads(stream.getvalue())
 
 
-def test_members_end_in_one_ensemble_file_with_its_cost(crew):
-    out, told = crew
-    assert [run["forked_from_step"] for run in told["runs"]] == [2, 2, 2]
-    assert [run["forked_from_seed"] for run in told["runs"]] == [0, 0, 0]
-    assert len({run["model_sha256"] for run in told["runs"]}) == 3
-    (ensemble,) = told["ensembles"]
+def test_members_end_in_one_ensemble_file_with_its_cost(five):
+    out, found = five
+    assert [run["forked_from_step"] for run in found["runs"]] == [2, 2, 2]
+    assert [run["forked_from_seed"] for run in found["runs"]] == [0, 0, 0]
+    assert len({run["model_sha256"] for run in found["runs"]}) == 3
+    (ensemble,) = found["ensembles"]
     assert (ensemble["kind"], ensemble["n_members"], ensemble["inference_passes"]) == ("eoq", 3, 3)
     assert ensemble["training_steps"] == 2 + 3 * 3
     assert ensemble["training_runs"] == pytest.approx(0.4 + 3 * 0.6)
     file = out / "75-eoq" / "model.safetensors"
     assert ensemble["size"]["bytes"] == file.stat().st_size
     assert json.loads((out / "75-eoq" / "result.json").read_text())["model_sha256"] == ensemble["model_sha256"]
-    members = [run["test_accuracy"] for run in told["runs"]]
+    members = [run["test_accuracy"] for run in found["runs"]]
     # the member that is best on the sources is asked first
     assert sorted(ensemble["domains"]["test"]["75"]["member_accuracies"]) == sorted(members)
     table = (out / "results.md").read_text()
@@ -61,57 +60,48 @@ def test_members_end_in_one_ensemble_file_with_its_cost(crew):
     assert "11 (2.2 runs) | 3 |" in table
 
 
-def test_first_member_of_a_fork_is_the_run_that_was_never_forked(qtdog, crew, tmp_path):
-    _, told = crew
+def test_first_member_of_a_fork_is_the_run_that_was_never_forked(qtdog, five, tmp_path):
+    _, found = five
     alone = json.loads(qtdog(*TRAIN, "--out", tmp_path / "run", "--json").out)
-    assert alone["model_sha256"] == told["runs"][0]["model_sha256"]
+    assert alone["model_sha256"] == found["runs"][0]["model_sha256"]
 
 
-def test_the_whole_is_resumed_with_out_alone(qtdog, crew, tmp_path, monkeypatch):
+def test_the_whole_is_resumed_with_out_alone(qtdog, five, tmp_path, ctrl_c_after):
     """Stopped in the second member: what is finished stays, the rest comes out as it would have."""
-    _, told = crew
-    real, left = loop_module.update, [2 + 3 + 1]
-
-    def broken(*args):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return real(*args)
-
-    args = (*TRAIN, "--members", 3, "--fork-at", "start", "--out", tmp_path / "crew")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "update", broken)
+    _, found = five
+    args = (*TRAIN, "--members", 3, "--fork-at", "start", "--out", tmp_path / "five")
+    with ctrl_c_after(2 + 3 + 1):
         assert qtdog(*args).code != 0
-    assert (tmp_path / "crew" / "75-seed0" / "result.json").is_file()
-    assert not (tmp_path / "crew" / "75-seed1" / "result.json").is_file()
-    outcome = qtdog("train", "--resume", "--out", tmp_path / "crew", "--json")
+    assert (tmp_path / "five" / "75-seed0" / "result.json").is_file()
+    assert not (tmp_path / "five" / "75-seed1" / "result.json").is_file()
+    outcome = qtdog("train", "--resume", "--out", tmp_path / "five", "--json")
     assert outcome.code == 0
     again = json.loads(outcome.out)
-    assert [run["model_sha256"] for run in again["runs"]] == [run["model_sha256"] for run in told["runs"]]
-    assert again["ensembles"][0]["model_sha256"] == told["ensembles"][0]["model_sha256"]
-    before = (tmp_path / "crew" / "75-eoq" / "model.safetensors").stat().st_mtime_ns
-    assert qtdog("train", "--resume", "--out", tmp_path / "crew").code == 0
-    assert (tmp_path / "crew" / "75-eoq" / "model.safetensors").stat().st_mtime_ns == before
+    assert [run["model_sha256"] for run in again["runs"]] == [run["model_sha256"] for run in found["runs"]]
+    assert again["ensembles"][0]["model_sha256"] == found["ensembles"][0]["model_sha256"]
+    before = (tmp_path / "five" / "75-eoq" / "model.safetensors").stat().st_mtime_ns
+    assert qtdog("train", "--resume", "--out", tmp_path / "five").code == 0
+    assert (tmp_path / "five" / "75-eoq" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_finished_runs_make_the_same_file(qtdog, crew, tmp_path):
-    out, told = crew
+def test_finished_runs_make_the_same_file(qtdog, five, tmp_path):
+    out, found = five
     runs = sorted(out.glob("75-seed*"))
     outcome = qtdog("ensemble", *runs, "--out", tmp_path / "x.safetensors", "--json")
     assert outcome.code == 0
-    assert json.loads(outcome.out)["model_sha256"] == told["ensembles"][0]["model_sha256"]
+    assert json.loads(outcome.out)["model_sha256"] == found["ensembles"][0]["model_sha256"]
     assert (tmp_path / "result.json").is_file()
     table = qtdog("ensemble", *runs, "--kind", "eoq", "--out", tmp_path / "folder")
     assert "EoQ of 3" in table.out
     assert str(tmp_path / "folder" / "model.safetensors") in table.out
 
 
-def test_eval_and_predict_take_an_ensemble(qtdog, crew, tmp_path):
-    out, told = crew
+def test_eval_and_predict_take_an_ensemble(qtdog, five, tmp_path):
+    out, made = five
     file = out / "75-eoq" / "model.safetensors"
     outcome = qtdog("eval", file, "rotated-digits", "--json")
     found = json.loads(outcome.out)
-    assert found["domains"]["75"]["accuracy"] == told["ensembles"][0]["test_accuracy"]
+    assert found["domains"]["75"]["accuracy"] == made["ensembles"][0]["test_accuracy"]
     assert (found["inference_passes"], found["training_steps"]) == (3, 11)
     assert found["size"]["bytes"] == file.stat().st_size
     assert "eoq of 3 members" in qtdog("eval", file, "rotated-digits").err
@@ -130,8 +120,8 @@ def test_eval_and_predict_take_an_ensemble(qtdog, crew, tmp_path):
     assert "forward passes per image 3" in qtdog("predict", file, tmp_path).err
 
 
-def test_a_soup_is_one_model_and_says_what_it_cost(qtdog, crew, tmp_path):
-    out, _ = crew
+def test_a_soup_is_one_model_and_says_what_it_cost(qtdog, five, tmp_path):
+    out, _ = five
     runs = sorted(out.glob("75-seed*"))
     outcome = qtdog("ensemble", *runs, "--kind", "soup", "--refit", "init", "--tune", 2, "--out", tmp_path, "--json")
     result = json.loads(outcome.out)
@@ -180,24 +170,24 @@ def test_choices_that_do_not_go_together_are_refused(qtdog, tmp_path, args, code
 
 def test_float_members_may_part_at_a_step(qtdog, tmp_path):
     args = ("--quantizer", "none", "--members", 2, "--fork-at", 3, "--out", tmp_path / "x", "--json")
-    told = json.loads(qtdog(*TRAIN, *args).out)
-    assert [run["forked_from_step"] for run in told["runs"]] == [3, 3]
-    assert told["ensembles"][0]["training_steps"] == 3 + 2 * 2
+    found = json.loads(qtdog(*TRAIN, *args).out)
+    assert [run["forked_from_step"] for run in found["runs"]] == [3, 3]
+    assert found["ensembles"][0]["training_steps"] == 3 + 2 * 2
 
 
-def test_a_run_with_another_beginning_is_not_taken_for_a_fork(qtdog, crew, tmp_path):
-    out, _ = crew
-    shutil.copytree(out, tmp_path / "crew")
-    result = tmp_path / "crew" / "75-seed1" / "result.json"
-    told = json.loads(result.read_text())
-    result.write_text(json.dumps(told | {"forked_from_step": 0, "forked_from_seed": 1}))
-    outcome = qtdog("train", "--resume", "--out", tmp_path / "crew")
+def test_a_run_with_another_beginning_is_not_taken_for_a_fork(qtdog, five, tmp_path):
+    out, _ = five
+    shutil.copytree(out, tmp_path / "five")
+    result = tmp_path / "five" / "75-seed1" / "result.json"
+    found = json.loads(result.read_text())
+    result.write_text(json.dumps(found | {"forked_from_step": 0, "forked_from_seed": 1}))
+    outcome = qtdog("train", "--resume", "--out", tmp_path / "five")
     assert outcome.code == 1
     assert "did not begin from the 2 steps in" in outcome.err
 
 
-def test_bad_members_and_places_get_a_clear_answer(qtdog, crew, tmp_path):
-    out, _ = crew
+def test_bad_members_and_places_get_a_clear_answer(qtdog, five, tmp_path):
+    out, _ = five
     first, second, _ = sorted(out.glob("75-seed*"))
     for runs, code, message in (
         ([first], 2, "two runs or more, not 1"),

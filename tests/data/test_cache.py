@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from qtdog.core.errors import DataError, RunError
-from qtdog.data import file_index as index
 from qtdog.data.decode import decode_resized
 from qtdog.data.decoded_cache import IMAGES, DecodedCache, content_sha256, open_cache
 from qtdog.data.digits import RotatedDigits
+from qtdog.data.file_index import load_index
 from qtdog.data.image_folder import FileDataset, open_folder
 from qtdog.data.input_cache import cache_root
 
@@ -30,9 +30,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FileDataset, name, refuse)
 
 
-def settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the files had been written long ago, so that hashes are remembered."""
-    monkeypatch.setattr(index, "SETTLED_NS", -(10**18))
+OLD = -(10**18)  # as `settled_ns`: as if the files had been written long ago, so that hashes are remembered
 
 
 def built(folder: Path) -> list[Path]:
@@ -73,12 +71,11 @@ def test_size_makes_another_one(image_tree: Path, folder: Path) -> None:
     assert open_cache(dataset, 10, folder=folder).path != open_cache(dataset, 11, folder=folder).path
 
 
-def test_a_changed_image_makes_a_new_one(image_tree: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle(monkeypatch)
+def test_a_changed_image_makes_a_new_one(image_tree: Path, folder: Path) -> None:
     dataset = open_folder(image_tree)
-    before = open_cache(dataset, 10, folder=folder)
+    before = open_cache(dataset, 10, folder=folder, settled_ns=OLD)
     Image.new("RGB", (20, 24), (9, 8, 7)).save(dataset.path(4))
-    after = open_cache(open_folder(image_tree), 10, folder=folder)
+    after = open_cache(open_folder(image_tree), 10, folder=folder, settled_ns=OLD)
     assert after.path != before.path
     assert after.gather([4]).reshape(-1, 3).unique(dim=0).tolist() == [[9, 8, 7]]
 
@@ -86,8 +83,7 @@ def test_a_changed_image_makes_a_new_one(image_tree: Path, folder: Path, monkeyp
 def test_an_unchanged_data_set_is_not_hashed_again(
     image_tree: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle(monkeypatch)
-    first = content_sha256(open_folder(image_tree), folder=folder)
+    first = content_sha256(open_folder(image_tree), folder=folder, settled_ns=OLD)
     monkeypatch.setattr(FileDataset, "sample_sha256", lambda *_: pytest.fail("hashed again"))
     assert content_sha256(open_folder(image_tree), folder=folder) == first
 
@@ -96,7 +92,7 @@ def test_a_file_written_just_now_is_hashed_again(image_tree: Path, folder: Path)
     """Two writes within one tick of the file system's clock, of the same size, leave the same times."""
     content_sha256(open_folder(image_tree), folder=folder)
     (place,) = folder.glob("index/*")
-    assert index.load_index(place).paths == []
+    assert load_index(place).paths == []
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, 54 * 300 - 1, 54 * 300 + 1])

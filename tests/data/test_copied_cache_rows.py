@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qtdog.data import decoded_cache as reuse
-from qtdog.data import file_index as index
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.decoded_cache import IMAGES, Rows, copy_cached_rows, open_cache, write_row_hashes
 from qtdog.data.image_folder import FileDataset, open_folder
@@ -53,17 +52,17 @@ def paint(path: Path, colour: tuple[int, int, int]) -> None:
 
 
 def test_only_new_and_changed_files_are_decoded(
-    image_tree: Path, folder: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+    image_tree: Path, folder: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
-    monkeypatch.setattr(index, "SETTLED_NS", -(10**18))
-    open_cache(open_folder(image_tree), 10, folder=folder)
+    old = -(10**18)  # all files count as old
+    open_cache(open_folder(image_tree), 10, folder=folder, settled_ns=old)
     assert len(decoded) == 54
     decoded.clear()
     paint(image_tree / "night" / "cat" / "2.png", (9, 8, 7))
     paint(image_tree / "indoor" / "bird" / "00.png", (1, 2, 3))
     (image_tree / "outdoor" / "dog" / "5.png").unlink()
     (image_tree / "outdoor" / "cat" / "0.png").rename(image_tree / "outdoor" / "cat" / "9.png")
-    cache = open_cache(open_folder(image_tree), 10, folder=folder)
+    cache = open_cache(open_folder(image_tree), 10, folder=folder, settled_ns=old)
     assert sorted(decoded) == ["indoor/bird/00.png", "night/cat/2.png"]
     assert cache.path.read_bytes() == fresh_bytes(image_tree, 10, tmp_path)
 

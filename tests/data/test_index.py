@@ -12,17 +12,17 @@ import pytest
 
 from qtdog.core.errors import DataError
 from qtdog.core.files import sha256_file
-from qtdog.data import file_index as module
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.decoded_cache import content_sha256
 from qtdog.data.file_index import file_hashes, load_index
 from qtdog.data.image_folder import FileDataset, open_folder
 
+OLD = -(10**18)  # as `settled_ns`: as if the files had been written long ago
+
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Pretend that all files are old, and note which are hashed."""
-    monkeypatch.setattr(module, "SETTLED_NS", -(10**18))
+    """Note which files are hashed."""
     seen: list[str] = []
     original = FileDataset.sample_sha256
 
@@ -35,7 +35,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def content(root: Path, folder: Path, **options: Any) -> str:
-    return content_sha256(open_folder(root), folder=folder, **options)
+    """Return the content of a folder, all of whose files count as old."""
+    return content_sha256(open_folder(root), folder=folder, settled_ns=OLD, **options)
 
 
 def test_each_file_is_hashed_once(image_tree, tmp_path, hashed):
@@ -74,17 +75,17 @@ def test_a_file_of_the_same_size_and_time_of_writing_is_noticed(image_tree, tmp_
 
 
 def test_a_file_written_just_now_is_not_remembered(image_tree, tmp_path):
-    content(image_tree, tmp_path / "c")
+    content_sha256(open_folder(image_tree), folder=tmp_path / "c")
     (place,) = (tmp_path / "c" / "index").iterdir()
     assert load_index(place).paths == []
 
 
 def test_some_domains_ask_for_no_file_of_the_others_and_keep_their_hashes(image_tree, tmp_path, hashed):
-    content_sha256(DomainSubset(open_folder(image_tree), ["night"]), folder=tmp_path / "c")
+    content_sha256(DomainSubset(open_folder(image_tree), ["night"]), folder=tmp_path / "c", settled_ns=OLD)
     assert {key.split("/")[0] for key in hashed} == {"night"}
     content(image_tree, tmp_path / "c")
     assert len(hashed) == 54
-    content_sha256(DomainSubset(open_folder(image_tree), ["indoor"]), folder=tmp_path / "c")
+    content_sha256(DomainSubset(open_folder(image_tree), ["indoor"]), folder=tmp_path / "c", settled_ns=OLD)
     assert len(hashed) == 54
 
 
@@ -117,6 +118,8 @@ def test_names_with_strange_letters_come_back(tmp_path, hashed):
     for name in names:
         (tmp_path / name).write_bytes(name.encode(errors="surrogateescape"))
     paths = [str(tmp_path / name) for name in names]
-    found = file_hashes("r", paths, lambda rows: [sha256_file(Path(paths[i])) for i in rows], tmp_path / "c")
-    again = file_hashes("r", paths, lambda rows: pytest.fail("read again"), tmp_path / "c")
+    found = file_hashes(
+        "r", paths, lambda rows: [sha256_file(Path(paths[i])) for i in rows], tmp_path / "c", settled_ns=OLD
+    )
+    again = file_hashes("r", paths, lambda rows: pytest.fail("read again"), tmp_path / "c", settled_ns=OLD)
     assert np.array_equal(found, again)

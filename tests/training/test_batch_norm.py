@@ -14,20 +14,14 @@ from qtdog.core.errors import ConfigError, Interrupted
 from qtdog.core.progress import StopAfter
 from qtdog.data.dataset import DomainSubset
 from qtdog.runs.folder import RunFolder
-from qtdog.training import batch_norm as module
-from qtdog.training.batch_norm import estimate_statistics_, fit_batch_norm_
+from qtdog.training.batch_norm import N_BATCHES, estimate_statistics_, fit_batch_norm_
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
 
-N_BATCHES = 3
-
-
-@pytest.fixture(autouse=True)
-def _few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "N_BATCHES", N_BATCHES)
+FEW = 3
 
 
 @pytest.fixture
@@ -89,7 +83,7 @@ def test_what_was_there_before_does_not_count(config, digits):
         for name, buffer in parts.network.named_buffers():
             if "running" in name:
                 buffer.fill_(start)
-        fit_batch_norm_(parts)
+        fit_batch_norm_(parts, FEW)
         results.append({name: buffer.clone() for name, buffer in parts.network.named_buffers()})
     assert any("running_mean" in name for name in results[0])
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
@@ -100,7 +94,7 @@ def test_frozen_statistics_stay(config, digits):
     frozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze_bn": True})})
     parts = build_components(frozen, digits)
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
-    fit_batch_norm_(parts)
+    fit_batch_norm_(parts, FEW)
     assert all(torch.equal(buffer, before[name]) for name, buffer in parts.network.named_buffers())
 
 
@@ -112,11 +106,11 @@ def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits
     arm = config.model_copy(update={"model": model, "objective": objective})
     parts = build_components(arm, digits)
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
-    fit_batch_norm_(parts)
+    fit_batch_norm_(parts, FEW)
     fitted = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     learning = "context." if freeze_bn else ""
     assert all(torch.equal(fitted[name], before[name]) for name in fitted if not name.startswith(learning))
-    batches = [parts.batches.batch(step) for step in range(N_BATCHES)]
+    batches = [parts.batches.batch(step) for step in range(FEW)]
     if freeze_bn:
         assert parts.network.context is not None
         expected = by_hand(parts.network.context, [batch.images for batch in batches])
@@ -138,7 +132,7 @@ def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digit
         torch.testing.assert_close(shipped[name].double(), value, rtol=1e-4, atol=1e-5)
 
 
-def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, digits, tmp_path, monkeypatch):
+def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, digits, tmp_path):
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     run(config, digits, whole)
     with pytest.raises(Interrupted):

@@ -3,8 +3,9 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from qtdog.core.errors import FormatError
+from qtdog.core.errors import FormatError, RunError
 from qtdog.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -50,6 +51,21 @@ def test_same_step_again_keeps_the_old_one_if_it_cannot_be_written(tmp_path):
     found = latest_checkpoint(tmp_path, print)
     assert found is not None
     assert found.state == sample(1).state
+
+
+def test_a_full_disk_names_the_place_and_keeps_what_was_there(tmp_path):
+    def full(tensors, file):
+        if file.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file)
+
+    write_checkpoint(tmp_path, sample(2))
+    with pytest.raises(RunError, match=r"step-00000004.*the disk is full.*--resume"):
+        write_checkpoint(tmp_path, sample(4), save=full)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    found = latest_checkpoint(tmp_path, print)
+    assert found is not None
+    assert found.step == 2
 
 
 @pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "checkpoint.json"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,12 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.progress import StopAfter
 from qtdog.runs.folder import RunFolder
-from qtdog.training import dart as dart_module
-from qtdog.training.checkpoint import latest_checkpoint, read_checkpoint
-from qtdog.training.collapse import HealthWatch
-from qtdog.training.dart import dart, merged_state
+from qtdog.training.checkpoint import read_checkpoint
+from qtdog.training.dart import dart as train_branches
+from qtdog.training.dart import merged_state
 from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
-from qtdog.training.run import RunCallbacks, run
+from qtdog.training.run import RunCallbacks, no_health_check, run
 
 STEPS, EVERY = 6, 2
 TINY = {
@@ -32,10 +33,9 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six steps from a random start may fall to chance and mean nothing by it."""
-    monkeypatch.setattr(HealthWatch, "__call__", lambda self, layers, records: None)
+# six steps from a random start may fall to chance and mean nothing by it
+CALM = RunCallbacks(make_health_check=no_health_check)
+dart = functools.partial(train_branches, callbacks=CALM)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def branches(branch) -> list[Config]:
 
 def test_one_branch_alone_is_a_plain_run(branch, digits, tmp_path):
     config = branch(train={"eval_every": EVERY})
-    plain = run(config, digits, RunFolder(tmp_path / "plain"))
+    plain = run(config, digits, RunFolder(tmp_path / "plain"), callbacks=CALM)
     merged = dart([config], digits, tmp_path / "dart", merge_every=EVERY)
     for name in ("source_accuracy", "test_accuracy", "selected_step", "by_selection"):
         assert merged[name] == plain[name]
@@ -62,37 +62,35 @@ def test_one_branch_alone_is_a_plain_run(branch, digits, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_merge_is_the_mean_and_every_branch_goes_on_from_it(branches, digits, tmp_path, monkeypatch):
-    seen: dict[int, list[dict[str, torch.Tensor]]] = {}
-    after: list[bool] = []
-    real = dart_module.merge_branches
+def network_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the network of a checkpoint, without what each branch counts for itself."""
+    return read_checkpoint(folder / f"step-{step:08d}").tensors["network"]
 
-    def noting(opened, before, step):
-        seen[step] = [{k: v.clone() for k, v in one.components.network.state_dict().items()} for one in opened]
-        merged = real(opened, before, step)
-        mean = torch.stack([state["classifier.weight"].double() for state in seen[step]]).mean(0)
-        torch.testing.assert_close(merged.tensors["network"]["classifier.weight"].double(), mean, rtol=0, atol=1e-6)
-        return merged
 
-    monkeypatch.setattr(dart_module, "merge_branches", noting)
-    real_train = dart_module.train_in_folder
-
-    def watching(parts, state, *args, **options):
-        merged = latest_checkpoint(tmp_path / "merged", print)
-        if merged is not None:
-            own = parts.network.state_dict()
-            after.append(all(torch.equal(own[name], value) for name, value in merged.tensors["network"].items()))
-        real_train(parts, state, *args, **options)
-
-    monkeypatch.setattr(dart_module, "train_in_folder", watching)
+def test_a_merge_is_the_mean_of_the_branches(branches, digits, tmp_path):
     result = dart(branches, digits, tmp_path, merge_every=EVERY)
-    assert sorted(seen) == [2, 4, 6]
-    assert after == [True] * 6  # three branches, two rounds behind a merge
-    states = seen[6]
-    assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])  # they did part
+    apart = [network_at(tmp_path / f"branch-{number}" / "checkpoint", STEPS) for number in range(3)]
+    assert not torch.equal(apart[0]["classifier.weight"], apart[1]["classifier.weight"])  # they did part
+    merged = network_at(tmp_path / "merged", STEPS)
+    for name in ("classifier.weight", "classifier.bias"):
+        mean = torch.stack([state[name].double() for state in apart]).mean(0)
+        torch.testing.assert_close(merged[name].double(), mean, rtol=0, atol=1e-6)
     assert result["kept"] == f"mean of 3 branches after update {result['selected_step']}"
     assert result["dart"]["n_branches"] == 3
     assert result["selected_step"] in (4, 6)  # quantized
+
+
+def test_every_branch_goes_on_from_the_merge(branch, digits, tmp_path):
+    # the second branch cannot move on its own: what it has one step behind the merge is the merge
+    two = [branch(0), branch(1, optimizer={"lr": 1e-30})]
+    stop = replace(CALM, callback=StopAfter(2 * EVERY + EVERY + 1))
+    with pytest.raises(Interrupted):
+        dart(two, digits, tmp_path, merge_every=EVERY, callbacks=stop)
+    merged = network_at(tmp_path / "merged", EVERY)
+    before, after = (network_at(tmp_path / "branch-1" / "checkpoint", step) for step in (EVERY, EVERY + 1))
+    assert not torch.equal(before["classifier.weight"], merged["classifier.weight"])
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(after[name], merged[name])
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +100,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stop_at", [1, 6, 8, 16])
-def test_stopped_anywhere_it_ends_with_the_same_file(branches, digits, whole, tmp_path, monkeypatch, stop_at):
+def test_stopped_anywhere_it_ends_with_the_same_file(branches, digits, whole, tmp_path, stop_at):
     dart(branches, digits, whole, merge_every=EVERY)
     broken = tmp_path / "broken"
     with pytest.raises(Interrupted):
-        dart(branches, digits, broken, merge_every=EVERY, callbacks=RunCallbacks(StopAfter(stop_at)))
+        dart(branches, digits, broken, merge_every=EVERY, callbacks=replace(CALM, callback=StopAfter(stop_at)))
     dart(branches, digits, broken, merge_every=EVERY, resume=True)
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
     ends = [read_checkpoint(path / "merged" / "step-00000006") for path in (whole, broken)]

@@ -14,11 +14,10 @@ from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import ConfigError
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS, STEP_RULES, build_components
-from qtdog.training.collapse import HealthWatch
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.load_model import load_model
 from qtdog.training.protocol import make_protocol, resolve
-from qtdog.training.run import run
+from qtdog.training.run import RunCallbacks, no_health_check, run
 
 TINY = {
     "data": {"target": "75", "batch_size": 4, "image_size": 8},
@@ -28,10 +27,8 @@ TINY = {
 RECIPES = [name for name in preset_names() if {"averager", "step_rule"} & set(load_preset(name))]
 
 
-@pytest.fixture(autouse=True)
-def _no_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six steps from a random start may fall to chance and mean nothing by it."""
-    monkeypatch.setattr(HealthWatch, "__call__", lambda self, layers, records: None)
+# six steps from a random start may fall to chance and mean nothing by it
+CALM = RunCallbacks(make_health_check=no_health_check)
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def test_a_recipe_trains_on_the_digits(name, recipe, digits, tmp_path):
     phases = name == "average-then-quantize"
     quantizer = {"start_step": 4} if phases else {}
     config = recipe(name, "digits", averager=TINY_AVERAGERS[name], quantizer=quantizer)
-    result = run(config, digits, RunFolder(tmp_path))
+    result = run(config, digits, RunFolder(tmp_path), callbacks=CALM)
     if phases:
         assert result["kept"] == "weights after update 6, quantization having begun with: average of updates 2 to 4"
     else:
@@ -90,7 +87,7 @@ def test_a_recipe_names_members_and_hyper_parameters_that_exist(name):
     ],
 )
 def test_the_result_says_what_was_kept(averager, kept, recipe, digits, tmp_path):
-    result = run(recipe("digits", averager=averager), digits, RunFolder(tmp_path))
+    result = run(recipe("digits", averager=averager), digits, RunFolder(tmp_path), callbacks=CALM)
     chosen = result["by_selection"]["source"]["step"]
     assert result["kept"] == kept.format(step=result["selected_step"], chosen=chosen)
     assert set(result["by_selection"]) == {"source", "last", "oracle"}
@@ -102,7 +99,7 @@ def test_an_average_that_ships_is_measured_anew(recipe, digits, tmp_path):
     """Its accuracies are those of the file, not those of the weights that were evaluated during the run."""
     config = recipe("digits", averager={"name": "swa", "params": {"start": 1, "every": 1}})
     folder = RunFolder(tmp_path)
-    result = run(config, digits, folder)
+    result = run(config, digits, folder, callbacks=CALM)
     network = load_model(folder.model_file).network
     parts = build_components(config, digits)
     assert isinstance(parts.evaluate, Evaluator)
@@ -112,7 +109,7 @@ def test_an_average_that_ships_is_measured_anew(recipe, digits, tmp_path):
 
 def test_the_second_step_of_ermpp_trains_on_every_source_image(recipe, digits, tmp_path):
     first = recipe("ermpp", "digits", averager=TINY_AVERAGERS["ermpp"])
-    chosen = run(first, digits, RunFolder(tmp_path / "first"))
+    chosen = run(first, digits, RunFolder(tmp_path / "first"), callbacks=CALM)
     assert not chosen["trained_on_heldout"]
     data = TINY["data"] | {"train_on_heldout": True}
     train = {"steps": chosen["selected_step"], "eval_every": 2, "selection": "last"}
@@ -121,7 +118,7 @@ def test_the_second_step_of_ermpp_trains_on_every_source_image(recipe, digits, t
     for domain, pool in protocol.train_pools().items():
         assert np.array_equal(np.sort(pool), digits.indices(domain))
     assert "75" not in protocol.train_pools()
-    result = run(second, digits, RunFolder(tmp_path / "second"))
+    result = run(second, digits, RunFolder(tmp_path / "second"), callbacks=CALM)
     assert result["selected_step"] == chosen["selected_step"]
     assert result["trained_on_heldout"]
 

@@ -215,30 +215,6 @@ def test_an_unfinished_run_needs_resume_and_foreign_files_are_left_alone(tmp_pat
         run(config, digits, RunFolder(tmp_path / "file"))
 
 
-def test_full_disk_while_saving_names_the_place_and_keeps_what_was_there(tmp_path, short_config, digits, monkeypatch):
-    config = resolve(short_config(), digits)
-    folder = RunFolder(tmp_path)
-    from qtdog.training import checkpoint as checkpoint_module
-
-    real, calls = checkpoint_module.save_file, []
-
-    def full(*args):
-        calls.append(1)
-        if len(calls) > 4:
-            raise OSError(28, "No space left on device")
-        real(*args)
-
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(RunError, match=r"step-00000004.*the disk is full.*--resume"):
-        run(config, digits, folder)
-    kept = latest_checkpoint(folder.checkpoints, print)
-    assert kept is not None
-    assert kept.step == 2
-    monkeypatch.undo()
-    run(config, digits, folder, resume=True)
-    assert folder.model_file.is_file()
-
-
 FLOAT = {"train": {"steps": 2, "eval_every": 2}, "quantizer": {"name": "none"}}
 
 

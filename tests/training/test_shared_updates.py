@@ -16,7 +16,6 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import AVERAGERS
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders
-from qtdog.training.collapse import HealthWatch
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.shared_updates import SharedRun, may_share_updates, open_shared_runs
@@ -71,16 +70,16 @@ class SharedTraining:
         self.lead, self.folder = lead, RunFolder(path / "lead")
         self.followers = [SharedRun(config, RunFolder(path / config.averager.name)) for config in others]
 
-    def train(self, three_digits, **how):
-        run(self.lead, three_digits, self.folder, resume=True, shared_runs=self.followers, **how)
+    def train(self, three_digits, **more):
+        run(self.lead, three_digits, self.folder, resume=True, shared_runs=self.followers, **more)
 
-    def write_result(self, three_digits):
+    def write_result(self, three_digits, **more):
         """Finish the followers and return how many updates they had to make."""
         made = 0
         for one in self.followers:
             saved = checkpoint_folders(one.folder.checkpoints)
             made += STEPS - (int(saved[-1].name.removeprefix("step-")) if saved else 0)
-            run(one.config, three_digits, one.folder, resume=True)
+            run(one.config, three_digits, one.folder, resume=True, **more)
         return made
 
     def check(self, alone):
@@ -196,19 +195,23 @@ def test_a_locked_or_foreign_folder_is_named_and_skipped(make, three_digits, alo
     assert "holds no run" in told[1]
 
 
-def test_a_run_that_collapses_does_not_stop_the_others(make, three_digits, alone, tmp_path, monkeypatch):
-    shared = SharedTraining(tmp_path, make(), make("sma"), make("swad"))
+def sma_collapses(components, warn):
+    """Return a check of health by which the run with a moving average falls to chance at step 6."""
 
-    def collapse(self, layers, records):
-        if self.config.averager.name == "sma" and records[-1].step == 6:
+    def collapse(layers, records):
+        if components.config.averager.name == "sma" and records[-1].step == 6:
             raise CollapseError("gone", {})
 
-    with monkeypatch.context() as patch:
-        patch.setattr(HealthWatch, "__call__", collapse)
-        shared.train(three_digits)
-        assert measured(shared.folder) == alone(make())
-        with pytest.raises(CollapseError):
-            shared.write_result(three_digits)
+    return collapse
+
+
+def test_a_run_that_collapses_does_not_stop_the_others(make, three_digits, alone, tmp_path):
+    shared = SharedTraining(tmp_path, make(), make("sma"), make("swad"))
+    collapsing = RunCallbacks(make_health_check=sma_collapses)
+    shared.train(three_digits, callbacks=collapsing)
+    assert measured(shared.folder) == alone(make())
+    with pytest.raises(CollapseError):
+        shared.write_result(three_digits, callbacks=collapsing)
     assert shared.write_result(three_digits) == 2  # it went back to its last checkpoint, and kept that of the collapse
     shared.check(alone)
 

@@ -64,17 +64,17 @@ _PLAIN_NUMBER = re.compile(r"[+-]?(inf|nan|\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?( â€
 
 
 def no_formula(text: str) -> str:
-    r"""Return text for a cell of a CSV file that no spreadsheet takes for a formula; numbers stay numbers.
+    r"""Return text for a cell of a CSV file that no spreadsheet takes for a formula; numbers stay, also several.
 
     A formula starts with one of `= + - @`, also behind blanks, tabs and line breaks; it gets a `'` before it.
 
     Example:
-        >>> no_formula("=1+1"), no_formula("-0.4"), no_formula(" =1"), no_formula("1e-05")
-        ("'=1+1", '-0.4', "' =1", '1e-05')
+        >>> no_formula("=1+1"), no_formula("-0.4"), no_formula(" =1"), no_formula("-1e-05 2.0")
+        ("'=1+1", '-0.4', "' =1", '-1e-05 2.0')
     """
     shown = printable(text)
     starts = text.startswith(_FORMULA) or text.lstrip().startswith((*_FORMULA, *_FULL_WIDTH))
-    return f"'{shown}" if starts and not _PLAIN_NUMBER.fullmatch(text) else shown
+    return f"'{shown}" if starts and not all(map(_PLAIN_NUMBER.fullmatch, text.split(" "))) else shown
 
 
 def csv_line(cells: Iterable[object]) -> str:

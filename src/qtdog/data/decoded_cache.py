@@ -208,23 +208,32 @@ class DecodedCache(InputCache):
         return normalise(self.gather(indices), mean, std)
 
 
-def content_sha256(dataset: DomainDataset, *, progress: Progress = None, folder: Path | None = None) -> str:
+def content_sha256(
+    dataset: DomainDataset,
+    *,
+    progress: Progress = None,
+    folder: Path | None = None,
+    settled_ns: int = SETTLED_NS,
+) -> str:
     """Return the data set's `content_sha256`; no image is hashed again that is as it was.
 
-    Files are remembered each (`data.file_index`), other data sets as a whole, by their signature.
+    Files are remembered each (`data.file_index`), other data sets as a whole, by their signature; nothing is remembered
+    of what changed within the last `settled_ns`.
 
     Raises:
         DataError: an image cannot be read.
         RunError: the cache folder cannot be written.
     """
-    return content_and_hashes(dataset, progress, folder or cache_root())[0]
+    return content_and_hashes(dataset, progress, folder or cache_root(), settled_ns)[0]
 
 
-def content_and_hashes(dataset: DomainDataset, progress: Progress, folder: Path) -> tuple[str, Hashes | None]:
+def content_and_hashes(
+    dataset: DomainDataset, progress: Progress, folder: Path, settled_ns: int = SETTLED_NS
+) -> tuple[str, Hashes | None]:
     """Return the data set's content, and the sha256 of each image's file if images are files."""
     files = dataset.files()
     if files is not None:
-        hashes = _indexed(dataset, *files, folder, progress)
+        hashes = _indexed(dataset, *files, folder, progress, settled_ns)
         text = hashes.tobytes().hex()
         return dataset.content_sha256(hashes=[text[i : i + 64] for i in range(0, len(text), 64)]), hashes
     note = folder / "content" / dataset.signature()
@@ -232,27 +241,35 @@ def content_and_hashes(dataset: DomainDataset, progress: Progress, folder: Path)
     if len(remembered) == 64:
         return remembered, None
     content = dataset.content_sha256(progress)
-    if time.time_ns() - dataset.newest_change_ns() > SETTLED_NS:
+    if time.time_ns() - dataset.newest_change_ns() > settled_ns:
         write_atomic(note, content)
     return content, None
 
 
-def _indexed(dataset: DomainDataset, root: str, paths: list[str], folder: Path, progress: Progress) -> Hashes:
+def _indexed(
+    dataset: DomainDataset, root: str, paths: list[str], folder: Path, progress: Progress, settled_ns: int
+) -> Hashes:
     def hash_rows(rows: npt.NDArray[np.int64]) -> list[str]:
         places = rows.tolist()
         return map_samples(lambda i: dataset.sample_sha256(places[i]), len(places), progress)
 
-    return file_hashes(root, paths, hash_rows, folder)
+    return file_hashes(root, paths, hash_rows, folder, settled_ns=settled_ns)
 
 
 def open_cache(
-    dataset: DomainDataset, image_size: int, *, progress: Progress = None, folder: Path | None = None
+    dataset: DomainDataset,
+    image_size: int,
+    *,
+    progress: Progress = None,
+    folder: Path | None = None,
+    settled_ns: int = SETTLED_NS,
 ) -> DecodedCache:
     """Return the data set's images at `image_size`, decoding them now unless that was done before.
 
     The key is the content (not the path or the time), the size, the channels and the version of the decoder: runs share
     one cache, and a changed image makes a new one, into which the other images are copied. Building is atomic; a broken
-    cache is rebuilt. Older versions of the same data set are then removed.
+    cache is rebuilt. Older versions of the same data set are then removed. Hashes of files changed within the last
+    `settled_ns` are not remembered.
 
     Raises:
         DataError: images cannot be read (up to 20 are named), or the disk is too small.
@@ -260,7 +277,7 @@ def open_cache(
     """
     folder = folder or cache_root()
     rows = Rows(len(dataset), image_size, dataset.card.channels)
-    content, hashes = content_and_hashes(dataset, progress, folder)
+    content, hashes = content_and_hashes(dataset, progress, folder, settled_ns)
     key = hashlib.sha256(json.dumps([content, image_size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
     place = folder / "decoded" / key[:24]
     file = place / IMAGES

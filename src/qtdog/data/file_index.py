@@ -59,7 +59,12 @@ def file_stats(paths: Sequence[str]) -> Stats:
 
 
 def file_hashes(
-    root: str, paths: Sequence[str], hash_rows: Callable[[npt.NDArray[np.int64]], list[str]], folder: Path
+    root: str,
+    paths: Sequence[str],
+    hash_rows: Callable[[npt.NDArray[np.int64]], list[str]],
+    folder: Path,
+    *,
+    settled_ns: int = SETTLED_NS,
 ) -> Hashes:
     """Return the sha256 of each file, uint8 (n, 32), reading only those that the index does not know as they are.
 
@@ -68,6 +73,7 @@ def file_hashes(
         paths: the files; they may be some of the folder's only, and the index keeps the others.
         hash_rows: positions → hex sha256 of these files, freshly read.
         folder: where indices lie.
+        settled_ns: nothing is remembered of files changed within so many ns.
 
     Raises:
         DataError: a file is gone or cannot be read.
@@ -81,7 +87,7 @@ def file_hashes(
         fresh = hash_rows(missing)
         hashes[missing] = np.frombuffer(bytes.fromhex("".join(fresh)), dtype=np.uint8).reshape(-1, 32)
     if len(missing):
-        _save(place, old, Index(list(paths), now, hashes))
+        _save(place, old, Index(list(paths), now, hashes), settled_ns)
     return hashes
 
 
@@ -114,9 +120,9 @@ def _known(old: Index, paths: Sequence[str], now: Stats) -> tuple[npt.NDArray[np
     return known, hashes
 
 
-def _save(place: Path, old: Index, new: Index) -> None:
+def _save(place: Path, old: Index, new: Index, settled_ns: int) -> None:
     """Write the settled rows of `new`, and those of `old` whose files are still there."""
-    settled = np.flatnonzero(new.stats[:, 2] < time.time_ns() - SETTLED_NS)
+    settled = np.flatnonzero(new.stats[:, 2] < time.time_ns() - settled_ns)
     mine = set(new.paths)
     kept = [i for i, path in enumerate(old.paths) if path not in mine and os.path.exists(path)]
     names = [*(new.paths[i] for i in settled), *(old.paths[i] for i in kept)]

@@ -17,19 +17,19 @@ from qtdog.training.components import Components
 N_BATCHES = 50
 
 
-def fit_batch_norm_(components: Components) -> None:
+def fit_batch_norm_(components: Components, n_batches: int = N_BATCHES) -> None:
     """Re-estimate the running statistics for the weights that the network now has, where they are not frozen.
 
     Statistics gathered while the weights moved do not fit their average (Izmailov et al., UAI 2018, section 3.2). They
-    are measured on the first 50 training batches of the sources (`TrainBatches.batch` of steps 0 to 49, augmented as in
-    training, the domains apart where the network has a context), so that they depend on the weights alone. The
-    processes share the batches and take the mean.
+    are measured on the first `n_batches` training batches of the sources (`TrainBatches.batch` of steps 0 to 49,
+    augmented as in training, the domains apart where the network has a context), so that they depend on the weights
+    alone. The processes share the batches and take the mean.
     """
     layers = _learning(components.network)
     if not layers:
         return
     accelerator, network = components.accelerator, components.network
-    batches = (components.batches.batch(step) for step in range(N_BATCHES))
+    batches = (components.batches.batch(step) for step in range(n_batches))
     passes = (partial(network.features, batch.images.to(accelerator.device), batch.sizes) for batch in batches)
     _estimate_(network, layers, passes)
     if accelerator.num_processes > 1:

@@ -109,8 +109,15 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+def write_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, save: Callable[[Tensors, Path], None] = save_file
+) -> Path:
     """Write `checkpoint` as `folder/step-N`, then drop all but the last two; return the new folder.
+
+    Args:
+        folder: of the checkpoints.
+        checkpoint: what is written.
+        save: writes the tensors of one part to a file.
 
     Raises:
         RunError: the disk is full; the older checkpoints are unchanged.
@@ -124,7 +131,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         for name, tensors in checkpoint.tensors.items():
             file = temporary / f"{name}.safetensors"
             try:
-                save_file(_apart(tensors), file)
+                save(_apart(tensors), file)
             except SafetensorError as error:  # a full disk, among others, comes as this and not as an OSError
                 text = f"could not write {path}: {error}. The older checkpoints are unchanged."
                 raise RunError(f"{text} Free some space, and start again with --resume.") from error

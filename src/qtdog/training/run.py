@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from qtdog.conversion.inspect import LayerHealth
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.progress import CallbackList, Progress, RunCallback
 from qtdog.data.dataset import DomainDataset
 from qtdog.objectives.distill import Teacher
 from qtdog.runs.folder import RunFolder
+from qtdog.runs.record import SourceRecord
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, put_aside_broken, restore, warn_of_threads
 from qtdog.training.collapse import HealthWatch, chance_accuracy
@@ -26,6 +28,21 @@ from qtdog.training.plugins import keep_plugins
 from qtdog.training.shared_updates import SharedRun, SharedUpdates, open_shared_runs
 from qtdog.training.signals import StopRequest, interruption
 
+HealthCheck = Callable[[list[LayerHealth], list[SourceRecord]], None]
+
+
+def health_watch(components: Components, warn: Callable[[str], None]) -> HealthCheck:
+    """Return the watch that warns of ill layers and stops a run that has fallen to chance."""
+    sets = list(components.protocol.selection_sets().values())
+    chance = chance_accuracy(components.inputs.class_index, sets, components.network.classifier.out_features)
+    return HealthWatch(components.config, chance, warn)
+
+
+def no_health_check(components: Components, warn: Callable[[str], None]) -> HealthCheck:
+    """Return a check that finds nothing."""
+    del components, warn
+    return nothing
+
 
 @dataclass(frozen=True)
 class RunCallbacks:
@@ -36,12 +53,15 @@ class RunCallbacks:
         progress: of decoding images.
         warn: is told what went wrong without stopping the run.
         quantizing: progress of post-training quantization.
+        make_health_check: returns what looks at the quantized layers of a run at each evaluation, given what to warn
+            with; it may raise CollapseError. `no_health_check` for runs so short that chance means nothing.
     """
 
     callback: RunCallback | None = None
     progress: Progress = None
     warn: Callable[[str], None] = print
     quantizing: Progress = None
+    make_health_check: Callable[[Components, Callable[[str], None]], HealthCheck] = health_watch
 
 
 def run(
@@ -163,9 +183,9 @@ def train_in_folder(
             opened = open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from)
             followers = locks.enter_context(opened)
         check_interrupt = interrupt_check(components, stop)
-        run = TrainingRun(components, state, folder, _health_check(components, callbacks.warn))
+        run = TrainingRun(components, state, folder, callbacks.make_health_check(components, callbacks.warn))
         for one in followers:
-            one.check_health = _health_check(one.components, nothing)
+            one.check_health = callbacks.make_health_check(one.components, nothing)
         if components.accelerator.is_main_process:
             for one in [run, *followers]:
                 assert one.folder is not None
@@ -176,12 +196,6 @@ def train_in_folder(
         callback.on_start(config, state.step)
         ending.callback(callback.on_end)
         train(run, until=until, callback=callback, check_interrupt=check_interrupt)
-
-
-def _health_check(components: Components, warn: Callable[[str], None]) -> HealthWatch:
-    sets = list(components.protocol.selection_sets().values())
-    chance = chance_accuracy(components.inputs.class_index, sets, components.network.classifier.out_features)
-    return HealthWatch(components.config, chance, warn)
 
 
 def interrupt_check(components: Components, stop: StopRequest) -> Callable[[], None]:
