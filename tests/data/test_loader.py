@@ -8,6 +8,7 @@ import torch
 
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.data.augment import normalise
+from qtdog.data.augment_policies import POLICIES
 from qtdog.data.decoded_cache import DecodedCache, open_cache
 from qtdog.data.image_folder import open_folder
 from qtdog.data.loader import Batch, TrainBatches, draw, eval_batches
@@ -61,13 +62,36 @@ def test_without_augmentation_it_is_the_drawn_images_normalised(setting: Setting
     assert batch.labels.tolist() == setting.dataset.class_index[drawn].tolist()
 
 
-@pytest.mark.parametrize("augment", ["domainbed", "none"])
+@pytest.mark.parametrize("augment", ["domainbed", "none", *POLICIES])
 def test_a_batch_is_a_function_of_seed_and_step(setting: Setting, augment: str) -> None:
     one, other = setting.batches(augment=augment), setting.batches(augment=augment)
     other.batch(3)
     assert_equal(one.batch(7), other.batch(7))
     assert not one.batch(7).images.equal(one.batch(8).images)
     assert not one.batch(7).images.equal(setting.batches(augment=augment, seed=4).batch(7).images)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_policy_gives_views_beside_clean_images(setting: Setting, name: str) -> None:
+    plain, viewed = setting.batches(augment=name).batch(2), setting.batches(augment=name, n_views=2).batch(2)
+    assert plain.views == ()
+    assert len(viewed.views) == 2
+    assert viewed.views[0].equal(plain.images)
+    assert not viewed.views[1].equal(plain.images)
+    assert not viewed.images.equal(plain.images)
+    shares = [setting.batches(augment=name, n_views=2, rank=rank, world=2).batch(2) for rank in (0, 1)]
+    assert torch.cat([share.views[1] for share in shares]).equal(
+        viewed.views[1][[0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]]
+    )
+
+
+def test_views_and_hyper_parameters_are_for_policies(setting: Setting) -> None:
+    with pytest.raises(ConfigError, match="augmentation 'domainbed' has no views"):
+        setting.batches(n_views=2)
+    with pytest.raises(ConfigError, match="augmentation 'none' has no hyper-parameter 'n_ops'"):
+        setting.batches(augment="none", augment_params={"n_ops": 2})
+    with pytest.raises(ConfigError, match=r"unknown data\.augment 'randaugmnt'; did you mean 'randaugment'"):
+        setting.batches(augment="randaugmnt")
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

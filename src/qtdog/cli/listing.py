@@ -88,6 +88,7 @@ class Kind(StrEnum):
     FEATURE_LAYERS = "feature-layers"
     STEP_RULES = "step-rules"
     AVERAGERS = "averagers"
+    AUGMENTATIONS = "augmentations"
     QUANTIZERS = "quantizers"
     PRESETS = "presets"
     OPTIONS = "options"
@@ -159,6 +160,7 @@ def _axis(kind: Kind) -> list[list[str]]:
 
 def _members(kind: Kind) -> list[list[str]]:
     # `compose` has imported every member, so that each has entered its name.
+    from qtdog.data.augment import AUGMENTATIONS
     from qtdog.models.feature_layers import FEATURE_LAYERS
     from qtdog.quantizers.registry import QUANTIZERS
     from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
@@ -170,7 +172,14 @@ def _members(kind: Kind) -> list[list[str]]:
         Kind.FEATURE_LAYERS: FEATURE_LAYERS,
         Kind.STEP_RULES: STEP_RULES,
         Kind.AVERAGERS: AVERAGERS,
+        Kind.AUGMENTATIONS: AUGMENTATIONS,
     }
+    if kind is Kind.AUGMENTATIONS:
+        built_in = [
+            ["domainbed", "DomainBed's: crop, flip, jitter of the colors, sometimes grey (the default)."],
+            ["none", "The images as they are."],
+        ]
+        return [*built_in, *([name, _about(AUGMENTATIONS[name])] for name in AUGMENTATIONS)]
     return [[name, _about(registries[kind][name])] for name in registries[kind]]
 
 

@@ -51,10 +51,11 @@ class DataConfig(Section):
         default=224, ge=8, le=1024, description="pixels; images are resized, never cropped, to a square"
     )
     max_tokens: int = Field(default=512, ge=4, le=512, description="tokens of a text; longer ones are cut")
-    augment: str = Field(default="domainbed", description="training augmentation: 'domainbed', 'none', or a plug-in's")
+    augment: str = Field(default="domainbed", description="training augmentation: a name of 'qtdog list augmentations'")
+    augment_params: Params = Field(default={}, description="of the augmentation, like {n_ops: 2, magnitude: 9}")
     crop: Literal["cached", "original"] = Field(
         default="cached",
-        description="what augment=domainbed cuts its crops from: the cached square, or the image at its own aspect",
+        description="what crops are cut from: the cached square, or the image at its own aspect",
     )
     batch_size: int = Field(default=32, ge=1, le=4096, description="images per source domain per step")
     focus: str = Field(
@@ -98,6 +99,9 @@ class ObjectiveConfig(Section):
 
     name: str = Field(default="erm", description="a name of 'qtdog list objectives'")
     params: Params = Field(default={}, description="hyper-parameters of the objective, like {weight: 1.0}")
+    consistency: float = Field(
+        default=0.0, ge=0, description="weight of AugMix's consistency of an image and two views of it (paper: 12)"
+    )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of a label that is spread evenly over all classes"
     )

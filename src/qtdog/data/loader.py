@@ -16,11 +16,13 @@ from torch import Tensor
 
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.random import numpy_stream, torch_stream
+from qtdog.core.registry import Value, fill
 from qtdog.data.augment import AUGMENTATIONS, BufferPool, augment, draw_parameters, normalise
+from qtdog.data.augment_policies import POLICIES, PolicyAugmentation
 from qtdog.data.input_cache import InputCache
 from qtdog.data.original_cache import OriginalCache
 
-BUILT_IN = ("domainbed", "none")  # augmentations of the package
+BUILT_IN = ("domainbed", "none", *POLICIES)  # augmentations of the package
 
 
 def draw(
@@ -106,12 +108,14 @@ class Batch:
         labels: int64 (n,).
         domains: the domain names, in the order of the images.
         sizes: images per domain; they add up to n.
+        views: augmented versions of the images, each of their shape; () if none were asked for.
     """
 
     images: Tensor
     labels: Tensor
     domains: tuple[str, ...]
     sizes: tuple[int, ...]
+    views: tuple[Tensor, ...] = ()
 
 
 class TrainBatches:
@@ -123,7 +127,7 @@ class TrainBatches:
         pools: training indices per source domain, in the order that batches have.
         batch_size: images per domain and step, over all processes.
         seed: of the draws and the augmentation.
-        augment: "domainbed", "none" (only normalised), or a name of `AUGMENTATIONS`.
+        augment: "domainbed", "none" (only normalised), or a name of `POLICIES` or `AUGMENTATIONS`.
         mean: per channel, of images in [0, 1].
         std: likewise.
         workers: threads that prepare the next batches in `stream`; 0 prepares each when it is asked for.
@@ -131,10 +135,14 @@ class TrainBatches:
         world: number of processes.
         focus: the domain that gets half of each batch; "" for equal shares.
         class_weights: how often each class is drawn within its domain (`data.loader.cumulated`); "none": as it is.
-        originals: what the crops of "domainbed" are cut from; default: the square images of the cache.
+        originals: what crops are cut from; default: the square images of the cache.
+        augment_params: hyper-parameters of a policy.
+        n_views: with a policy, how many augmented views a batch has beside the images, which are then only cropped and
+            flipped; 0: the images are augmented.
 
     Raises:
-        ConfigError: the batch size cannot be shared evenly by the processes, or `focus` is none of the domains.
+        ConfigError: the batch size cannot be shared evenly by the processes, `focus` is none of the domains, an unknown
+            augmentation or hyper-parameter of it, or views of one that has none.
         DataError: there is no domain, or one without training images.
     """
 
@@ -155,6 +163,8 @@ class TrainBatches:
         focus: str = "",
         class_weights: Literal["none", "sqrt", "balanced"] = "none",
         originals: OriginalCache | None = None,
+        augment_params: Mapping[str, Value] | None = None,
+        n_views: int = 0,
     ) -> None:
         self.sizes = batch_sizes(tuple(pools), batch_size, focus)
         if any(size % world for size in self.sizes):
@@ -170,6 +180,12 @@ class TrainBatches:
         if augment not in (*BUILT_IN, *AUGMENTATIONS):
             raise ConfigError(unknown("data.augment", augment, [*BUILT_IN, *AUGMENTATIONS]))
         self.augment = augment
+        self.n_views = n_views
+        self._policy = PolicyAugmentation(augment, augment_params or {}) if augment in POLICIES else None
+        if self._policy is None:
+            fill(f"augmentation '{augment}'", {}, augment_params or {})
+            if n_views:
+                raise ConfigError(f"augmentation '{augment}' has no views; take one of {', '.join(POLICIES)}")
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.workers = workers
@@ -192,11 +208,27 @@ class TrainBatches:
         rows = np.concatenate([np.arange(first + self.rank, end, self.world) for first, end in parts])
         everyone = np.concatenate(drawn)
         indices = everyone[rows]
-        images = self._inputs(everyone, step, torch.from_numpy(rows))
+        images, *views = self._inputs(everyone, step, torch.from_numpy(rows))
         sizes = tuple(size // self.world for size in self.sizes)
-        return Batch(images, torch.from_numpy(self.class_index[indices]), tuple(self.pools), sizes)
+        labels = torch.from_numpy(self.class_index[indices])
+        return Batch(images, labels, tuple(self.pools), sizes, tuple(views))
 
-    def _inputs(self, everyone: Indices, step: int, rows: Tensor) -> Tensor:
+    def _inputs(self, everyone: Indices, step: int, rows: Tensor) -> list[Tensor]:
+        if self._policy is None:
+            return [self._one_input(everyone, step, rows)]
+        indices, n = everyone[rows.numpy()], len(everyone)
+        generator = torch_stream(self.seed, "augment", step)
+        if self.originals is None:
+            images = self.cache.gather(indices, self._buffers)
+            size, sizes = int(images.shape[1]), None
+        else:
+            images, size = self.originals.gather(indices), self.originals.image_size
+            sizes = self.originals.sizes[torch.from_numpy(everyone)]
+        made = self._policy(images, rows, generator, n=n, size=size, sizes=sizes, n_views=max(self.n_views, 1))
+        wanted = [made.clean, *made.views] if self.n_views else [made.views[0]]
+        return [normalise(one.permute(0, 2, 3, 1), self.mean, self.std) for one in wanted]
+
+    def _one_input(self, everyone: Indices, step: int, rows: Tensor) -> Tensor:
         """Return the images at `everyone[rows]`; the rest of the global batch is that of other processes."""
         indices = everyone[rows.numpy()]
         if self.augment == "none":
@@ -204,7 +236,7 @@ class TrainBatches:
         if self.augment == "domainbed" and self.originals is not None:
             return self._crops_of_originals(self.originals, everyone, step, rows)
         images = self.cache.gather(indices, self._buffers)
-        if self.augment not in BUILT_IN:
+        if self.augment != "domainbed":
             generator = torch_stream(self.seed, "augment", step, self.rank)
             return normalise(AUGMENTATIONS[self.augment](images, generator), self.mean, self.std)
         n_global = sum(self.sizes)  # drawn for all processes, so that they see one global batch

@@ -40,12 +40,14 @@ class DomainBatch:
         labels: int64, shape (n,).
         sizes: images per domain; they add up to n.
         step: updates made before this one.
+        views: augmented versions of the images, each of their shape; () if nothing asked for them.
     """
 
     images: Tensor
     labels: Tensor
     sizes: tuple[int, ...]
     step: int = 0
+    views: tuple[Tensor, ...] = ()
 
     def split(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and labels of each domain."""

@@ -14,6 +14,7 @@ from qtdog.conversion.attach import Attached, attach
 from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
+from qtdog.data.augment_policies import POLICIES
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.data.original_cache import OriginalCache, open_originals
@@ -22,6 +23,7 @@ from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network, to_device_
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
+from qtdog.objectives.consistency import N_VIEWS, Consistency
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.objectives.label_smoothing import LabelSmoothing
 from qtdog.quantizers.base import OPTION_NAMES
@@ -83,6 +85,9 @@ def build_components(
     objective = make_objective(setting, config.objective.params)
     if config.objective.label_smoothing:
         objective = LabelSmoothing(objective, config.objective.label_smoothing)
+    if config.objective.consistency:
+        _check_consistency(config)
+        objective = Consistency(objective, config.objective.consistency)
     objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
@@ -91,7 +96,7 @@ def build_components(
         cache = open_inputs(
             dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
         )
-        crops_originals = data.crop == "original" and data.augment == "domainbed"
+        crops_originals = data.crop == "original" and data.augment in ("domainbed", *POLICIES)
         originals = open_originals(dataset, data.image_size, progress=progress) if crops_originals else None
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
@@ -130,6 +135,11 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         class_names=dataset.classes,
         read_weights=read_any_weights,
     )
+
+
+def _check_consistency(config: Config) -> None:
+    if config.data.augment != "augmix":
+        raise ConfigError("objective.consistency compares views of AugMix: set data.augment=augmix, or leave it out")
 
 
 def _check_feature_layer(config: Config) -> None:
@@ -225,6 +235,8 @@ def _batches(
         batch_size=config.data.batch_size,
         seed=config.train.seed,
         augment=config.data.augment,
+        augment_params=config.data.augment_params,
+        n_views=N_VIEWS if config.objective.consistency else 0,
         mean=inputs.mean,
         std=inputs.std,
         workers=config.data.workers,

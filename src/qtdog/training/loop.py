@@ -245,7 +245,8 @@ def update(components: Components, batch: Batch, step: int) -> Tensor:
     accelerator = components.accelerator
     seed = derive(components.config.train.seed, "model", step, accelerator.process_index)
     images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
-    moved = DomainBatch(images, labels, batch.sizes, step)
+    views = tuple(view.to(accelerator.device) for view in batch.views)
+    moved = DomainBatch(images, labels, batch.sizes, step, views)
 
     def backward() -> Tensor:
         # Dropout, Mixup and their kin draw from the stream of this step: a resumed run draws the same, and so does a
