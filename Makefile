@@ -7,10 +7,10 @@ STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint docs bench clean
+.PHONY: help setup demo test lint docs bench gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything (PYTHON=python3.12 chooses the interpreter)
 
@@ -41,11 +41,14 @@ docs: setup ## build the documentation into site/
 	@echo "Open site/index.html"
 
 # long studies are commands of their own: see their first lines
-LONG := latency sweep_engines many_images backbones
+LONG := latency sweep_engines many_images backbones gpu_check
 BENCHMARKS := $(filter-out $(LONG:%=benchmarks/%.py) benchmarks/rescore.py,$(wildcard benchmarks/*.py))
 
 bench: setup ## run every benchmark
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+gpu-check: setup ## what works on this machine's GPU and how fast (at most eight minutes; writes gpu-check.json)
+	@$(BIN)/python benchmarks/gpu_check.py
 
 clean: ## remove caches and built pages (keeps .venv and runs/)
 	@rm -rf site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

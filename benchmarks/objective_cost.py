@@ -57,7 +57,7 @@ def make_step(name: str, arguments: argparse.Namespace, dataset: RotatedDigits) 
 
     def step(number: int) -> None:
         begin_step(parts, number)
-        update(parts, batch, LATE + number)
+        update(parts, batch, LATE + number).item()  # on a GPU, wait until it is done
 
     return step
 

@@ -193,7 +193,7 @@ def probe(
 def _step_s(parts: Components, step: int, clock: Callable[[], float]) -> float:
     started = clock()
     begin_step(parts, step)
-    update(parts, parts.batches.batch(step), step)
+    update(parts, parts.batches.batch(step), step).item()  # on a GPU, wait until it is done
     return clock() - started
 
 

@@ -86,7 +86,9 @@ class TrainingRun:
         """
         if not self.losses:
             return
-        values = torch.stack(self.losses).tolist()
+        started = time.perf_counter()
+        values = torch.stack(self.losses).tolist()  # waits until the updates are done
+        self.state.trained_s += time.perf_counter() - started
         first = self.state.step - len(values)
         self.losses.clear()
         for step, value in enumerate(values, start=first):

@@ -1,0 +1,59 @@
+"""The script for owners of a GPU, tried without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_losses_are_those_of_a_run(check: ModuleType):
+    losses = check.losses_of(check.digits_config(), 3)
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+    assert abs(losses[0] - math.log(10)) < 0.5  # ten classes, random weights
+
+
+def test_a_parameter_elsewhere_fails_the_check(check: ModuleType):
+    parts = check.build_components(check.digits_config(), check.RotatedDigits())
+    check.check_places(parts)
+    parts.network.classifier.bias = torch.nn.Parameter(parts.network.classifier.bias.to("meta"))
+    with pytest.raises(check.Failed, match=r"classifier.bias of Network is on meta, not on cpu"):
+        check.check_places(parts)
+
+
+def test_every_member_has_a_run(check: ModuleType):
+    labels = [label for label, _ in check.members()]
+    assert len(set(labels)) == len(labels)
+    assert {"objective arm", "quantizer inq", "averager swad", "step rule sam"} <= set(labels)
+    for _, changes in check.members():
+        check.digits_config(changes)
+
+
+def test_a_part_that_fails_is_written_down_and_the_others_go_on(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken() -> dict[str, object]:
+        raise check.Failed("no driver")
+
+    monkeypatch.setitem(check.PARTS, "demo", broken)
+    report = check.run_parts(["demo", "machine"], tmp_path / "g.json")
+    assert report["demo"]["failed"] == "no driver"
+    assert json.loads((tmp_path / "g.json").read_text())["machine"]["torch"] == torch.__version__
