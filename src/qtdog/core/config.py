@@ -66,6 +66,12 @@ class DataConfig(Section):
         default="none",
         description="how often a class is drawn within its domain: as often as it is there, all alike, or half-way",
     )
+    label_noise: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the sources' training labels that are made wrong, for a study"
+    )
+    label_noise_validation: bool = Field(
+        default=False, description="make the same share of the held-out labels wrong too; default: they stay clean"
+    )
     skip_unreadable: bool = Field(default=False, description="leave out images that cannot be read, and record which")
     allow_missing_classes: bool = Field(default=False, description="accept a domain that lacks a class")
     workers: int = Field(default=1, ge=0, le=64, description="threads that prepare the next batches")
@@ -300,6 +306,12 @@ class Config(Section):
                 "data.train_on_heldout leaves no images to choose a checkpoint by: set train.selection=last, and "
                 "train.steps to the step that a run without it chose"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_has_labels(self) -> Config:
+        if self.data.label_noise_validation and not self.data.label_noise:
+            raise ValueError("data.label_noise_validation says where data.label_noise acts, and that is 0: set both")
         return self
 
     @model_validator(mode="after")

@@ -496,7 +496,9 @@ def _member(name: str) -> Callable[[Tensor, torch.Generator], Tensor]:
 
     defaults = {key: how.default for key, how in POLICIES[name].hyperparameters.items()}
     values = ", ".join(f"{key}={value:g}" for key, value in defaults.items() if isinstance(value, (int, float)))
-    augmented.__doc__ = POLICIES[name].about.capitalize() + "." + (f" [params: {values}]" if values else "")
+    augmented.__doc__ = (
+        POLICIES[name].about[0].upper() + POLICIES[name].about[1:] + "." + (f" [params: {values}]" if values else "")
+    )
     return augmented
 
 

@@ -6,6 +6,8 @@ import os
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
@@ -32,7 +34,7 @@ from qtdog.training.averagers import AVERAGERS, make_averager  # noqa: F401  (fo
 from qtdog.training.components import Components, Trainable
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
 from qtdog.training.load_model import read_any_weights
-from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs
+from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs, run_labels
 from qtdog.training.step_rules import STEP_RULES
 
 
@@ -100,7 +102,8 @@ def build_components(
         originals = open_originals(dataset, data.image_size, progress=progress) if crops_originals else None
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
-    inputs = EvaluationInputs(cache, dataset.class_index, mean, std)
+    labels = run_labels(config, protocol, dataset)
+    inputs = EvaluationInputs(cache, labels.evaluation, mean, std)
     return Components(
         config=config,
         accelerator=accelerator,
@@ -108,7 +111,7 @@ def build_components(
         model=model,
         optimizer=prepared,
         quantizer=quantizer,
-        batches=_batches(config, protocol, inputs, accelerator, originals),
+        batches=_batches(config, protocol, inputs, labels.training, accelerator, originals),
         objective=objective,
         step_rule=step_rule,
         averager=averager,
@@ -225,12 +228,13 @@ def _batches(
     config: Config,
     protocol: DomainProtocol,
     inputs: EvaluationInputs,
+    class_index: npt.NDArray[np.integer],
     accelerator: Accelerator,
     originals: OriginalCache | None,
 ) -> TrainBatches:
     return TrainBatches(
         inputs.cache,
-        inputs.class_index,
+        class_index,
         protocol.train_pools(),
         batch_size=config.data.batch_size,
         seed=config.train.seed,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from qtdog.core.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from qtdog.core.config_io import Tree, load_preset
@@ -16,6 +17,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256, open_cache
 from qtdog.data.input_cache import InputCache
+from qtdog.data.label_noise import with_wrong_labels
 from qtdog.data.splits import DomainSplits, make_splits, training_obstacles
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.models.text_backbones import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
@@ -134,6 +136,32 @@ def make_protocol(config: Config, dataset: DomainDataset) -> DomainProtocol:
     sources = tuple(domain for domain in dataset.domains if domain != target and dataset.trains_on(domain))
     splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
     return DomainProtocol(sources, target, splits, data.train_on_heldout)
+
+
+@dataclass(frozen=True)
+class RunLabels:
+    """The labels of a run, class of each image (n,): what it trains on, and what it is evaluated by.
+
+    They differ where `data.label_noise` makes labels of the sources wrong. The target's, and those of the in-domain
+    test part, are always right.
+    """
+
+    training: npt.NDArray[np.integer]
+    evaluation: npt.NDArray[np.integer]
+
+
+def run_labels(config: Config, protocol: DomainProtocol, dataset: DomainDataset) -> RunLabels:
+    """Return the labels of a run; the wrong ones depend on `data.trial`, not on the seed of training."""
+    data, right = config.data, dataset.class_index
+    if not data.label_noise:
+        return RunLabels(right, right)
+    how = {"n_classes": len(dataset.classes), "seed": data.trial}
+    train = {f"{domain} train": protocol.splits[domain].train for domain in protocol.sources}
+    heldout = {f"{domain} heldout": protocol.splits[domain].heldout for domain in protocol.sources}
+    seen = train | (heldout if protocol.train_on_heldout or data.label_noise_validation else {})
+    training = with_wrong_labels(right, seen, data.label_noise, **how)
+    judged = heldout if data.label_noise_validation else {}
+    return RunLabels(training, with_wrong_labels(right, judged, data.label_noise, **how))
 
 
 MIXES_PIXELS = ("mixup",)
