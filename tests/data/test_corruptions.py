@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from qtdog.core.errors import ConfigError
-from qtdog.data.corruptions import CORRUPTIONS, FAMILIES, SEVERITIES, corrupt, corruption_names
+from qtdog.data.corruptions import CORRUPTIONS, FAMILIES, SEVERITIES, CorruptedCache, corrupt, corruption_names
+from qtdog.data.decoded_cache import open_cache
+from qtdog.data.image_folder import open_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "corruptions.png"
 NAMES = corruption_names(["all"])
@@ -85,6 +87,21 @@ def test_impulse_noise_hits_the_published_share():
 @pytest.mark.parametrize("name", NAMES)
 def test_gray_images_stay_gray(name: str):
     assert corrupt(picture()[:, :1], name, 4, keys=[0]).shape == (1, 1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_of_corrupted_images_corrupts_images(name: str, image_tree: Path, tmp_path: Path):
+    """The cache keeps channels last, corruptions take them first: mistaken for rows, a blur would mix the colors."""
+    clean = open_cache(open_folder(image_tree), 24, folder=tmp_path)
+    indices = np.array([3, 0, 5])
+    images = torch.from_numpy(np.asarray(clean.gather(indices))).permute(0, 3, 1, 2)
+    expected = corrupt(images, name, 4, seed=2, keys=[3, 0, 5])
+    corrupted = CorruptedCache(clean, name, 4, seed=2)
+    assert torch.equal(corrupted.gather(indices), expected.permute(0, 2, 3, 1))
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    shift, scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+    inputs = corrupted.network_inputs(indices, mean, std)
+    torch.testing.assert_close(inputs, (expected / 255 - shift) / scale, rtol=0, atol=1e-5)
 
 
 def test_blur_and_geometry_keep_a_flat_image():

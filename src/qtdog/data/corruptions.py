@@ -119,8 +119,10 @@ class CorruptedCache(InputCache):
         return len(self.cache)
 
     def gather(self, indices: Indices, pool: BufferPool | None = None) -> Tensor:
-        """Return the corrupted images at `indices`, uint8 (b, C, size, size)."""
-        return corrupt(self.cache.gather(indices, pool), self.name, self.severity, seed=self.seed, keys=list(indices))
+        """Return the corrupted images at `indices`, uint8 (b, size, size, C), as the cache has them."""
+        images = self.cache.gather(indices, pool).permute(0, 3, 1, 2)
+        changed = corrupt(images, self.name, self.severity, seed=self.seed, keys=[int(index) for index in indices])
+        return changed.permute(0, 2, 3, 1)
 
     def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """Return them normalized, float32 (b, C, size, size) in channels-last memory."""
