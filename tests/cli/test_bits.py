@@ -14,9 +14,15 @@ import yaml
 
 from qtdog.analysis.bit_plan import BitPlan, choose, without_target
 from qtdog.analysis.bit_search import BitTrials
+from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError
-from qtdog.training.protocol import resolve
+from qtdog.data.augment import normalise
+from qtdog.data.corruptions import corrupt
+from qtdog.data.decoded_cache import open_cache
+from qtdog.data.image_folder import open_folder
+from qtdog.training.load_model import load_model
+from qtdog.training.protocol import make_protocol, resolve
 from qtdog.training.run import RunCallbacks
 
 NET = ("--backbone", "digits_cnn", "--weights", "none", "--image-size", 12, "--batch-size", 4)
@@ -74,6 +80,32 @@ def test_a_trial_is_the_run_that_one_would_train_alone(qtdog, tree, tmp_path):
     assert candidate["accuracies"]["outdoor"] == result["test_accuracy"]
     assert candidate["n_bytes"] == result["size"]["bytes"]
     assert {trial["gamma"] for trial in report["trials"]} != {None}
+
+
+def test_candidates_can_be_scored_under_corruptions_of_source_images(qtdog, tree, tmp_path, no_updates):
+    root, options = tree
+    words = ("bits", *options, *BRIEF, "--candidates", 5, "--out", tmp_path / "out", "--json")
+    clean = json.loads(qtdog(*words).out)
+    with no_updates():  # scores alone are new
+        report = json.loads(qtdog(*words, "--shift", "jpeg", "--shift", "contrast").out)
+        assert json.loads(qtdog(*words).out)["trials"] == clean["trials"]
+    assert report["shift"] == ["contrast", "jpeg"]
+    assert "under contrast, jpeg (mean over five severities)" in report["title"]
+    sources = without_target(open_folder(root), "night")
+    config = Config.read(tmp_path / "out" / "indoor" / "5-bit")
+    heldout = make_protocol(config, sources).splits["outdoor"].heldout
+    model = load_model(tmp_path / "out" / "indoor" / "5-bit" / "model.safetensors")
+    cache, right = open_cache(sources, 12), []
+    for name in report["shift"]:
+        for severity in range(1, 6):
+            images = corrupt(cache.gather(heldout).permute(0, 3, 1, 2), name, severity, keys=heldout.tolist())
+            how = model.info.preprocessing
+            logits = model(normalise(images.permute(0, 2, 3, 1), how.mean, how.std))
+            right.append((logits.argmax(1).numpy() == sources.class_index[heldout]).mean())
+    (trial,) = [trial for trial in report["trials"] if trial["left_out"] == "indoor"]
+    assert trial["accuracy"] == pytest.approx(sum(right) / len(right))
+    refused = qtdog("bits", *options, "--mode", "mixed", "--budget", 5, "--shift", "noise")
+    assert "--mode mixed trains none" in refused.err
 
 
 def test_the_same_command_goes_on_after_an_interruption(qtdog, tree, tmp_path, ctrl_c_after, no_updates):

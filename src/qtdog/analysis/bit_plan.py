@@ -26,7 +26,7 @@ class BitTrial:
     Attributes:
         bits: of the candidate.
         left_out: the source domain that it did not see.
-        accuracy: on all images of that domain; None if the training failed.
+        accuracy: on all images of that domain, or under the plan's shift; None if the training failed.
         flatness: rise of the loss at distance `gamma`, on held-out images of the sources that it saw.
         flatness_error: standard error of `flatness` over the random directions.
         gamma: radius, in the units of the weights.
@@ -203,6 +203,8 @@ class BitPlan:
         brief_steps: steps of each candidate after the start; None for a quarter of those of the run.
         gamma: radius of the flatness; None for a share of the length of the float weights.
         n_directions: random directions of the flatness.
+        shift: corruptions (`data.corruptions`) under which candidates are scored, at every severity, on held-out images
+            of the sources that they saw; (): scored on all clean images of the source left out.
     """
 
     config: Config
@@ -211,6 +213,7 @@ class BitPlan:
     brief_steps: int | None = None
     gamma: float | None = None
     n_directions: int = 20
+    shift: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what could not be tried, before anything is trained.

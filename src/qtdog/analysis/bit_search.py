@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.core.safe_text import read_json
+from qtdog.data.corruptions import SEVERITIES, CorruptedCache
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.decoded_cache import open_cache
+from qtdog.data.decoded_cache import DecodedCache, open_cache
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import Network
 from qtdog.runs.folder import RunFolder
@@ -208,7 +209,8 @@ class BitTrials:
 
     def _trial(self, config: Config, prefix: Checkpoint, folder: RunFolder) -> BitTrial:
         asked = {"config_hash": config_hash(config), "gamma": self.plan.gamma, "n_directions": self.plan.n_directions}
-        file = folder.path / "trial.json"
+        shift = self.plan.shift  # the training is the same, so each shift has a file of its own beside it
+        file = folder.path / ("trial.json" if not shift else f"trial-{'+'.join(shift)}.json")
         if file.is_file() and (kept := read_json(file))["asked"] == asked:
             return BitTrial(**kept["trial"])
         accelerator = make_accelerator(config)
@@ -229,7 +231,10 @@ class BitTrials:
         network = load_model(folder.model_file, device=accelerator.device).network
         gamma = self.plan.gamma or GAMMA_FRAC * float_norm(network, prefix)
         flat = self._flatness(config, network, gamma, accelerator)
-        return BitTrial(bits, left_out, result["test_accuracy"], **_numbers(flat), n_bytes=result["size"]["bytes"])
+        accuracy = result["test_accuracy"]
+        if self.plan.shift:
+            accuracy = corrupted_accuracy(config, self.plan.sources, network, accelerator, self.plan.shift)
+        return BitTrial(bits, left_out, accuracy, **_numbers(flat), n_bytes=result["size"]["bytes"])
 
     def _flatness(self, config: Config, network: Network, gamma: float, accelerator: Accelerator) -> Flatness:
         loss = source_loss(config, self.plan.sources, network, accelerator)
@@ -264,11 +269,31 @@ def source_loss(
     config: Config, dataset: DomainDataset, network: Network, accelerator: Accelerator
 ) -> Callable[[], float]:
     """Return a function that gives a network's mean cross-entropy on the held-out images of the training sources."""
+    evaluator, images = _on_validation(config, dataset, network, accelerator)
+    return lambda: evaluator.score(images).loss
+
+
+def corrupted_accuracy(
+    config: Config, dataset: DomainDataset, network: Network, accelerator: Accelerator, corruptions: Sequence[str]
+) -> float:
+    """Return a network's accuracy on held-out images of the training sources, mean over corruptions and severities."""
+    evaluator, images = _on_validation(config, dataset, network, accelerator)
+    clean = evaluator.inputs.cache
+    assert isinstance(clean, DecodedCache)
+    scores = []
+    for name in corruptions:
+        for severity in SEVERITIES:
+            inputs = replace(evaluator.inputs, cache=CorruptedCache(clean, name, severity))
+            scores.append(replace(evaluator, inputs=inputs).score(images).accuracy)
+    return float(np.mean(scores))
+
+
+def _on_validation(
+    config: Config, dataset: DomainDataset, network: Network, accelerator: Accelerator
+) -> tuple[Evaluator, np.ndarray]:
     protocol = make_protocol(config, dataset)
     cache = open_cache(dataset, config.data.image_size)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
-    evaluator = Evaluator(
-        network, accelerator, EvaluationInputs(cache, dataset.class_index, mean, std), protocol, "target"
-    )
-    images = np.concatenate(list(protocol.selection_sets().values()))
-    return lambda: evaluator.score(images).loss
+    inputs = EvaluationInputs(cache, dataset.class_index, mean, std)
+    evaluator = Evaluator(network, accelerator, inputs, protocol, "target")
+    return evaluator, np.concatenate(list(protocol.selection_sets().values()))
