@@ -123,7 +123,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(downloading, "PAUSE_S", 0.0)
+    monkeypatch.setattr(downloading, "LIMITS", downloading.Limits(pause_s=0.0))
     served = Server()
     yield served
     served.close()

@@ -10,7 +10,7 @@ import pytest
 
 from qtdog.core.errors import DataError
 from qtdog.data.cards import Archive
-from qtdog.data.download import download, download_address
+from qtdog.data.download import Limits, download, download_address
 
 CONTENT = bytes(range(256)) * 40
 
@@ -151,10 +151,10 @@ def test_a_circle_of_redirections_ends(server, tmp_path):
 
 def test_a_slow_server_is_waited_for_and_a_silent_one_is_not(server, tmp_path):
     server.add("slow", CONTENT[:1000], pause_s=0.02)
-    assert get(server, tmp_path, "slow", timeout_s=0.5).n_bytes == 1000
+    assert get(server, tmp_path, "slow", limits=Limits(timeout_s=0.5)).n_bytes == 1000
     server.add("silent", CONTENT, pause_s=5)
     with pytest.raises(DataError, match="timed out"):
-        get(server, tmp_path / "other", "silent", timeout_s=0.1)
+        get(server, tmp_path / "other", "silent", limits=Limits(timeout_s=0.1, pause_s=0))
 
 
 def test_an_address_that_is_none_is_said(tmp_path):

@@ -191,6 +191,22 @@ def test_an_archive_of_something_else_is_said(card, server, packers, home):
     assert not (home / ".pacs.fetch" / "unpacked").exists()
 
 
+def test_a_fetch_that_was_killed_behind_its_rename_is_finished(card, server, home, qtdog):
+    card = card("vlcs")
+    first = fetch(card, home / "vlcs")
+    work = home / ".vlcs.fetch"  # as a kill leaves it: the folder has its name, and what was downloaded is still there
+    work.mkdir()
+    (work / "vlcs.tar.gz").write_bytes(b"x")
+    asked = len(server.asked)
+    code, _, err = qtdog("data", "fetch", "vlcs", "--yes")
+    assert code == 0, err
+    assert not work.exists()
+    assert len(server.asked) == asked
+    assert remembered("vlcs") == {file.path.name: file.sha256 for file in first.files}
+    code, _, err = qtdog("data", "fetch", "vlcs", "--yes")
+    assert "is there already" in err
+
+
 def test_a_folder_that_is_there_is_left_alone(card, server, home, qtdog):
     card("pacs")
     (home / "pacs").mkdir(parents=True)

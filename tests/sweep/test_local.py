@@ -24,7 +24,7 @@ FOUR = ("0", "1", "2", "3")
 def test_without_gpus_the_workers_use_the_cores():
     assert local_resources(workers=None, threads=None, gpus=None, visible=()) == Resources(n_cores(), 1)
     assert local_resources(workers=None, threads=n_cores(), gpus=None, visible=()) == Resources(1, n_cores())
-    assert local_resources(workers=1, threads=None, gpus=0, visible=FOUR) == Resources(1, n_cores())
+    assert local_resources(workers=1, threads=None, gpus=0, visible=FOUR) == Resources(1, 1)
 
 
 @pytest.mark.parametrize(("share", "workers"), [(None, 4), (1, 4), (0.5, 8), (0.3, 13)])

@@ -10,14 +10,16 @@ import importlib.util
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
 from qtdog.core.progress import RunCallback
+from qtdog.core.safe_text import printable
 
 if TYPE_CHECKING:  # the command line must answer --help at once
     from qtdog.core.config import Config
@@ -28,8 +30,22 @@ if TYPE_CHECKING:  # the command line must answer --help at once
 RANK = os.environ.get("RANK", "0")
 SPEAKS = RANK == "0"
 
-out = Console(quiet=not SPEAKS)
-err = Console(stderr=True, quiet=not SPEAKS)
+
+class SafeConsole(Console):
+    """A console on which names of classes, tensors and files, and messages with them, are characters and no more.
+
+    Escapes of styles and of moving bars are made behind this filter.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield what is shown, its text filtered by `core.safe_text.printable`."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
+
+
+out = SafeConsole(quiet=not SPEAKS, markup=False)
+err = SafeConsole(stderr=True, quiet=not SPEAKS, markup=False)
 MEASURED_STEPS, MEASURED_S = 3, 2.0  # from which the time of a run is told
 WORTH_SAYING_S = 30.0  # of a run that is left
 LINE_EVERY_S = 30.0  # between two lines about the steps, where there is no bar
@@ -55,7 +71,7 @@ def duration_text(seconds: float) -> str:
 
 def warn(text: str) -> None:
     """Print a warning to standard error."""
-    err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    err.print(Text.assemble(("warning:", "yellow"), " ", text), highlight=False, soft_wrap=True)
 
 
 class TrainingBar(RunCallback):

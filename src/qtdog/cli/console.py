@@ -11,8 +11,6 @@ from types import FrameType
 from typing import Any, Self
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,18 +20,25 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
-from qtdog.api.display import RANK, SPEAKS, err, out
+from qtdog.api.display import RANK, SPEAKS, SafeConsole, err, out
 from qtdog.api.display import CountingBar as CountingBar
 from qtdog.api.display import TrainingBar as TrainingBar
 from qtdog.api.display import warn as warn
+from qtdog.core.safe_text import printable
 
 
 def fail(text: str) -> None:
     """Print an error to standard error, of whichever process."""
     where = "" if SPEAKS else f" (process {RANK})"
-    console = Console(stderr=True)
-    console.print(f"[bold red]error{where}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    console = SafeConsole(stderr=True)
+    console.print(Text.assemble((f"error{where}:", "bold red"), " ", text), highlight=False, soft_wrap=True)
+
+
+def print_text(text: str) -> None:
+    """Print a result as it is, with its own line ends; what is no character in it is a `?`."""
+    typer.echo(printable(text), nl=False)
 
 
 def print_json(value: Any) -> None:
@@ -53,7 +58,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title:
 
     if SPEAKS:
         table = Table(title or "", list(headers), text_cells(rows))
-        typer.echo(to_text([table], terminal_width()))
+        print_text(to_text([table], terminal_width()) + "\n")
 
 
 class ByteBar:

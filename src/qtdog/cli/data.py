@@ -44,12 +44,14 @@ def fetch(
     from qtdog.data.cards import CARDS, data_root
     from qtdog.data.download import download_record
     from qtdog.data.fetch import fetch as run
+    from qtdog.data.fetch import work_folder
     from qtdog.data.import_layouts import require_new
 
     card = CARDS[name]
     target = to or data_root() / name
     if card.archives:
-        require_new(target)
+        if not work_folder(target).is_dir():  # else a fetch that was stopped goes on, wherever it was
+            require_new(target)
         _agree(card, yes)
     try:
         with _bars() as steps:

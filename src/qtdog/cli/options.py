@@ -73,7 +73,7 @@ _ONLY = (
     "'sma' also finds lsq+sma; 'method=sma' is just that one."
 )
 _WORKERS = "Runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
-_THREADS = "Threads of each run. Default: so that all workers together use the cores."
+_THREADS = "Threads of each run; the last bits depend on it. Default: 1, with GPUs the cores shared out."
 _ADDRESS = "Address of a Ray cluster: auto, or ray://host:10001. Default: this machine."
 _GPUS = "GPUs of each run; a fraction shares one. Default: on this machine one if there are any, on a cluster none."
 _HOURS = "Hours of each Slurm job; a run that is not finished continues in a new one. Default 4."

@@ -125,7 +125,7 @@ def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:
 
 
 def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> None:
-    from qtdog.cli.console import print_json, print_table
+    from qtdog.cli.console import print_json, print_table, print_text
     from qtdog.core.files import write_atomic
 
     names = list(rows[0]) if rows else ["image", "class", "probability"]
@@ -136,7 +136,7 @@ def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> N
     else:
         text = _text(rows, names, style)
         if out is None:
-            typer.echo(text, nl=False)
+            print_text(text)
         else:
             write_atomic(out, text)
 

@@ -9,6 +9,8 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
+from qtdog.core.safe_text import printable
+
 # What an option was called → what it is called: the first of these that the command has.
 RENAMED = {
     "--out": ("--runs", "--output"),
@@ -43,6 +45,15 @@ class QtdogGroup(TyperGroup):
         if not any("--plugin" in option.opts for option in command.params):
             command.params.append(_plugin_option())
         return command
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for; what is said of a wrong argument cannot move on the terminal."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if isinstance(message := getattr(error, "message", None), str):  # as click's errors have it
+                setattr(error, "message", printable(message))  # noqa: B010
+            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the arguments name and what is left of them, old names replaced.

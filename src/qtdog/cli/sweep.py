@@ -63,7 +63,7 @@ class EngineOptions:
     Attributes:
         engine: local, ray or slurm.
         workers: runs at a time; None for one per GPU or core, with ray for as many as there is room for.
-        threads: of each; None for all cores shared out.
+        threads: of each; None for one, or with GPUs for all cores shared out.
         gpus: of each; None for one where there are any, with ray and slurm for none.
         address: of a Ray cluster.
         partition: of Slurm.
@@ -408,7 +408,22 @@ def sweep(
         dry_run(plan, tasks, folder, resources=options.resources)
         show_job(options)
         return
+    say_idle_cores(options)
     sweep_tasks(plan, tasks, folder, lambda: make_engine(options, plan, folder), limit=limit)
+
+
+def say_idle_cores(options: EngineOptions) -> None:
+    """Say that threads would use more of this machine, where runs on processors leave half of it idle or more."""
+    from qtdog.cli.console import err
+    from qtdog.core.machine import n_cores
+
+    if options.engine != "local" or options.threads is not None:
+        return
+    resources = options.resources
+    each = n_cores() // resources.workers
+    if not resources.gpus and each > 1:
+        text = f"{resources.workers} run(s) at a time with 1 thread each, on {n_cores()} cores"
+        err.print(f"{text}: --threads {each} is faster. The last bits of a run depend on it, so keep to one number")
 
 
 def sweep_tasks(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -65,7 +64,7 @@ class ProgressDisplay:
         for task, started in list(progress.running.values())[:N_SHOWN]:
             last = task.step if task.kind == "fork_point" or task.config is None else task.config.train.steps
             step = f"{step_of(task, self._out)}/{last}" if last else "–"
-            table.add_row(escape(task_text(task)), step, time_text(now - started))
+            table.add_row(task_text(task), step, time_text(now - started))
         return table
 
     def _counts(self, progress: Progress) -> Text:

@@ -59,7 +59,7 @@ def table(
 
       qtdog sweep table studies/digits.yaml --also laptop.json --format json
     """
-    from qtdog.cli.console import terminal_width
+    from qtdog.cli.console import print_text, terminal_width
     from qtdog.cli.sweep import open_plan
     from qtdog.core.errors import RunError
     from qtdog.core.files import write_atomic
@@ -82,7 +82,7 @@ def table(
         shown = [study_table(tables[measure], name, title) for measure, title in MEASURES.items() if tables[measure]]
         content = render(shown, kind, terminal_width() if to_file is None else None)
     if to_file is None:
-        typer.echo(content, nl=False)
+        print_text(content)
     else:
         write_atomic(to_file, content)
 

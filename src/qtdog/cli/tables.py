@@ -61,7 +61,7 @@ def table(
 
       qtdog table runs/pacs --compare 'erm + float' 'erm + lsq 7 bit'
     """
-    from qtdog.cli.console import terminal_width
+    from qtdog.cli.console import print_text, terminal_width
     from qtdog.core.files import write_atomic
     from qtdog.runs.find import find_runs
     from qtdog.runs.selection import check_selections
@@ -78,7 +78,7 @@ def table(
         content = _tables(groups, selections, kind, width=width, **options)
     say_left_out(run_set)
     if out is None:
-        typer.echo(content, nl=False)
+        print_text(content)
     else:
         write_atomic(out, content)
 
@@ -252,7 +252,7 @@ def runs(
 
       qtdog runs "state = 'failed'" --columns method,target,seed,error
     """
-    from qtdog.cli.console import print_json, warn
+    from qtdog.cli.console import print_json, print_text, warn
     from qtdog.core.errors import ConfigError, RunError
     from qtdog.runs.index import ask, refresh
 
@@ -270,7 +270,7 @@ def runs(
     if as_json:
         print_json(found)
     elif format_ is RowFormat.CSV:
-        typer.echo(csv_text(found, names), nl=False)
+        print_text(csv_text(found, names))
     else:
         _show(found, names)
 

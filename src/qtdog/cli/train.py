@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from qtdog.cli.options import (
     LOG,
@@ -177,10 +176,10 @@ def announce(dataset: Any) -> None:
     n_domains, n_classes = len(dataset.domains), len(dataset.classes)
     what = "texts" if dataset.card.kind == "reviews" else "images"
     text = f"{dataset.card.title} — {len(dataset):,} {what}, {n_domains} domains, {n_classes} classes"
-    err.print(escape(text), highlight=False, soft_wrap=True)
+    err.print(text, highlight=False, soft_wrap=True)
     passed = dataset.passed_over
     if passed and passed.summary():
-        err.print(escape(passed.summary()), highlight=False, soft_wrap=True)
+        err.print(passed.summary(), highlight=False, soft_wrap=True)
     for warning in [*check_counts(dataset), *dataset.notes, *(passed.problems() if passed else ())]:
         warn(warning)
     warn_skipped(dataset)
@@ -245,7 +244,7 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
 def _where_to_look(result: dict[str, Any]) -> list[str]:
     from qtdog.report.tables import percent
 
-    folder, each = escape(result["folder"]), "member" if "members" in result else "layer"
+    folder, each = result["folder"], "member" if "members" in result else "layer"
     kept = f" ({result['kept']})" if "kept" in result else ""
     lines = [
         f"model  {folder}/model.safetensors{kept}",

@@ -30,6 +30,9 @@ def data_root() -> Path:
 Kind = Literal["folders", "listed-folders", "camera-traps", "colored-mnist", "rotated-mnist", "camelyon17", "reviews"]
 
 
+MAX_ARCHIVE_BYTES = 32 * 2**30
+
+
 @dataclass(frozen=True)
 class Archive:
     """One file that a data set is downloaded as.
@@ -38,6 +41,7 @@ class Archive:
         file: its name on disk; the ending says how it is packed (.zip, .tar, .tar.gz, …); others are kept as they are.
         urls: where it can be had, the best first. `gdrive:ID` means a file on Google Drive.
         sha256: of its content, or "" where nobody published it: the first complete download is remembered instead.
+        max_bytes: a longer file is refused.
 
     Example:
         >>> Archive("birds.zip", ("https://example.org/birds.zip",)).sha256
@@ -47,6 +51,7 @@ class Archive:
     file: str
     urls: tuple[str, ...]
     sha256: str = ""
+    max_bytes: int = MAX_ARCHIVE_BYTES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from typing import Any
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.files import clear_disk_errors, lock_file, write_atomic
 from qtdog.core.progress import Progress
+from qtdog.core.safe_text import read_json
 from qtdog.data.archive import is_archive, unpack
 from qtdog.data.cards import DatasetCard, data_root
-from qtdog.data.download import TIMEOUT_S, Bytes, Downloaded, download, download_record
+from qtdog.data.download import Bytes, Downloaded, Limits, download, download_record
+from qtdog.data.file_index import NOTES
 from qtdog.data.import_layouts import adopt, require_new
 
 KNOWN = "fetched.json"
@@ -64,7 +66,12 @@ class Fetched:
         return sum(file.n_saved for file in self.files)
 
 
-def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, timeout_s: float = TIMEOUT_S) -> Fetched:
+def work_folder(target: Path) -> Path:
+    """Return where a fetch into `target` keeps what it downloads."""
+    return target.parent / f".{target.name}.fetch"
+
+
+def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, limits: Limits | None = None) -> Fetched:
     """Download the data set into the new folder `target`.
 
     A hash that the card gives must be met. Where nobody published one, that of the first complete fetch is remembered
@@ -78,17 +85,23 @@ def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, timeou
     if not card.archives:
         how = f"qtdog data import FOLDER --as {card.name}"
         raise DataError(f"{card.name} cannot be downloaded. {card.note} {how}".replace("  ", " "))
-    require_new(target)
-    work = target.parent / f".{target.name}.fetch"
+    work = work_folder(target)
+    begun = work.is_dir()
+    if not begun:
+        require_new(target)
     with _alone(work):
         known = remembered(card.name)
+        if begun and (placed := _placed(card, target, known)) is not None:
+            shutil.rmtree(work)
+            return placed
+        require_new(target)
         files = [
             download(
                 archive,
                 work,
                 sha256=archive.sha256 or known.get(archive.file, ""),
                 progress=steps.download,
-                timeout_s=timeout_s,
+                limits=limits,
             )
             for archive in card.archives
         ]
@@ -96,6 +109,25 @@ def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, timeou
         shutil.rmtree(work)
     expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in card.archives}
     return Fetched(target, files, [file.path.name for file in files if not expected[file.path.name]], layout)
+
+
+def _placed(card: DatasetCard, target: Path, known: Mapping[str, str]) -> Fetched | None:
+    """Return what a fetch came to that was killed when its folder had its name already; None if it had not."""
+    file = target / NOTES / "origin.json"
+    if not file.is_file():
+        return None
+    origin = read_json(file, kind=DataError)
+    try:
+        if origin["dataset"] != card.name:
+            return None
+        files = [
+            Downloaded(target / one["file"], one["url"], one["sha256"], one["n_bytes"], one["n_saved"])
+            for one in origin["files"]
+        ]
+        expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in card.archives}
+        return Fetched(target, files, [one.path.name for one in files if not expected[one.path.name]], origin["layout"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error!r}); remove {target} and fetch it anew") from error
 
 
 def _unpack_and_place(work: Path, files: list[Downloaded], card: DatasetCard, target: Path, steps: Steps) -> str:
@@ -150,8 +182,8 @@ def remembered(name: str) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()).get(name, {}))
-    except (ValueError, AttributeError, TypeError) as error:
+        return dict(read_json(path, kind=DataError).get(name, {}))
+    except (DataError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it to trust the next download anew") from error
 
 
@@ -159,7 +191,7 @@ def remember(name: str, fetched: Fetched) -> Path:
     """Remember the hashes of a fetch; return where (DataError if the note is damaged, RunError if the disk is full)."""
     path = data_root() / KNOWN
     remembered(name)
-    tree = json.loads(path.read_text()) if path.is_file() else {}
+    tree = read_json(path, kind=DataError) if path.is_file() else {}
     tree.setdefault(name, {}).update({file.path.name: file.sha256 for file in fetched.files})
     write_atomic(path, json.dumps(tree, indent=1, sort_keys=True) + "\n")
     return path

@@ -68,7 +68,8 @@ def local_resources(
 
     Args:
         workers: runs at a time; None for as many as the GPUs hold, or without GPUs one for each `threads` cores.
-        threads: of each run; None so that all workers together use the cores, and no more.
+        threads: of each run; None for one, so that the last bits of a run do not depend on how many run at a time. On a
+            GPU, where they do not depend on them, None for the cores shared out among the workers.
         gpus: of each run, at most 1; a fraction lets several runs share one. None for one where there are any, 0 for
             none.
         visible: names of the GPUs of this machine; None for those that torch sees.
@@ -86,7 +87,7 @@ def local_resources(
     if gpus and not found:
         raise ConfigError(f"--gpus {gpus:g}: there is no GPU here; leave it out, and the runs use the cores")
     n = workers or (int(len(found) / share + 1e-9) if found else max(1, n_cores() // (threads or 1)))
-    return Resources(n, threads or default_threads(n), found)
+    return Resources(n, threads or (default_threads(n) if found else 1), found)
 
 
 def visible_gpus() -> tuple[str, ...]:

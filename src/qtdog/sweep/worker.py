@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
+from qtdog.core.safe_text import printable
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished
@@ -74,7 +75,9 @@ def quiet_callbacks(loggers: Sequence[str], folder: Path) -> RunCallbacks:
     Raises:
         ConfigError: an unknown logger.
     """
-    return RunCallbacks(with_loggers(loggers, folder), warn=lambda text: print(text, file=sys.stderr, flush=True))
+    return RunCallbacks(
+        with_loggers(loggers, folder), warn=lambda text: print(printable(text), file=sys.stderr, flush=True)
+    )
 
 
 def is_disk_error(error: BaseException) -> bool:
