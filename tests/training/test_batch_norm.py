@@ -25,13 +25,15 @@ FEW = 3
 
 
 @pytest.fixture
-def config(short_config, digits) -> Config:
+def config(short_config, three_digits) -> Config:
     model = {"backbone": "test_resnet", "weights": "none", "freeze_bn": False}
     train = {"steps": 4, "eval_every": 2}
-    data = {"target": "75", "batch_size": 4, "image_size": 32}
+    data = {"target": "75", "batch_size": 3, "image_size": 16}
     averager = {"name": "sma", "params": {"start": 1}}
     quantizer = {"name": "lsq", "start_step": 1}
-    return resolve(short_config(model=model, train=train, data=data, averager=averager, quantizer=quantizer), digits)
+    return resolve(
+        short_config(model=model, train=train, data=data, averager=averager, quantizer=quantizer), three_digits
+    )
 
 
 def by_hand(network: nn.Module, batches: list, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:
@@ -76,8 +78,8 @@ def test_statistics_are_those_of_a_manual_pass():
         torch.testing.assert_close(state[name].double(), value, rtol=1e-5, atol=1e-6)
 
 
-def test_what_was_there_before_does_not_count(config, digits):
-    parts = build_components(config, digits)
+def test_what_was_there_before_does_not_count(config, three_digits):
+    parts = build_components(config, three_digits)
     results = []
     for start in (0.0, 5.0):
         for name, buffer in parts.network.named_buffers():
@@ -90,21 +92,21 @@ def test_what_was_there_before_does_not_count(config, digits):
     assert parts.network.training
 
 
-def test_frozen_statistics_stay(config, digits):
+def test_frozen_statistics_stay(config, three_digits):
     frozen = config.model_copy(update={"model": config.model.model_copy(update={"freeze_bn": True})})
-    parts = build_components(frozen, digits)
+    parts = build_components(frozen, three_digits)
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts, FEW)
     assert all(torch.equal(buffer, before[name]) for name, buffer in parts.network.named_buffers())
 
 
 @pytest.mark.parametrize("freeze_bn", [True, False])
-def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits, freeze_bn):
+def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, three_digits, freeze_bn):
     layer = {"freeze_bn": freeze_bn, "feature_layer": "context", "feature_params": {"width": 4}}
     model = config.model.model_copy(update=layer)
     objective = config.objective.model_copy(update={"name": "arm"})
     arm = config.model_copy(update={"model": model, "objective": objective})
-    parts = build_components(arm, digits)
+    parts = build_components(arm, three_digits)
     before = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
     fit_batch_norm_(parts, FEW)
     fitted = {name: buffer.clone() for name, buffer in parts.network.named_buffers()}
@@ -121,27 +123,27 @@ def test_the_batch_norm_of_a_context_is_measured_domain_by_domain(config, digits
         torch.testing.assert_close(fitted[name].double(), value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, digits, tmp_path):
+def test_the_shipped_average_has_the_statistics_of_its_own_weights(config, three_digits, tmp_path):
     folder = RunFolder(tmp_path / "run")
-    result = run(config, digits, folder)
+    result = run(config, three_digits, folder)
     assert result["kept"] == f"average of updates 2 to {result['selected_step']}"
     network = load_model(folder.model_file).network
     shipped = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    parts = build_components(config, digits)
+    parts = build_components(config, three_digits)
     for name, value in by_hand(network, [parts.batches.batch(step).images for step in range(N_BATCHES)]).items():
         torch.testing.assert_close(shipped[name].double(), value, rtol=1e-4, atol=1e-5)
 
 
-def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, digits, tmp_path):
+def test_training_goes_on_with_its_own_statistics_and_resumes_exactly(config, three_digits, tmp_path):
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
-    run(config, digits, whole)
+    run(config, three_digits, whole)
     with pytest.raises(Interrupted):
-        run(config, digits, broken, callbacks=RunCallbacks(StopAfter(3)))
-    run(config, digits, broken, resume=True)
+        run(config, three_digits, broken, callbacks=RunCallbacks(StopAfter(3)))
+    run(config, three_digits, broken, resume=True)
     assert whole.model_file.read_bytes() == broken.model_file.read_bytes()
 
     bare = config.model_copy(update={"averager": config.averager.model_copy(update={"name": "none", "params": {}})})
-    run(bare, digits, RunFolder(tmp_path / "bare"))
+    run(bare, three_digits, RunFolder(tmp_path / "bare"))
     ends = [latest_checkpoint(RunFolder(tmp_path / name).checkpoints, print) for name in ("whole", "bare")]
     networks = [end.tensors["network"] for end in ends if end is not None]
     assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())

@@ -210,22 +210,22 @@ def step_times(plan: Plan, tasks: Sequence[Task], throughput: Throughput, thread
 
 
 def _rows(missing: Sequence[Task], step_s: dict[str, float], overhead: float, workers: int) -> list[list[str]]:
-    from qtdog.cli.sweep_progress import time_text
+    from qtdog.api.display import duration_text
     from qtdog.sweep.estimate import simulate, task_seconds
 
     found = simulate(missing, workers, lambda task: task_seconds(task, step_s, overhead=overhead))
     idle = 1 - found.busy_s / (found.wall_s * workers) if found.wall_s else 0.0
     return [
-        ["wall time", time_text(found.wall_s)],
-        ["time of all workers", time_text(found.busy_s)],
-        ["longest chain of runs", time_text(found.critical_s)],
+        ["wall time", duration_text(found.wall_s)],
+        ["time of all workers", duration_text(found.busy_s)],
+        ["longest chain of runs", duration_text(found.critical_s)],
         ["workers idle", f"{idle:.0%}"],
     ]
 
 
 def _compared_with_journal(plan: Plan, folder: Path, step_s: dict[str, float], overhead: float) -> list[str]:
     """Return a line that compares the same estimate with the time that the finished tasks of this folder took."""
-    from qtdog.cli.sweep_progress import time_text
+    from qtdog.api.display import duration_text
     from qtdog.sweep.estimate import task_seconds
     from qtdog.sweep.journal import read_journal
 
@@ -235,7 +235,7 @@ def _compared_with_journal(plan: Plan, folder: Path, step_s: dict[str, float], o
         return []
     actual = sum(journal[task.name]["seconds"] for task in known)
     guessed = sum(task_seconds(task, step_s, overhead=overhead) for task in known)
-    return [f"Checked on {len(known)} finished: estimated {time_text(guessed)}, took {time_text(actual)}."]
+    return [f"Checked on {len(known)} finished: estimated {duration_text(guessed)}, took {duration_text(actual)}."]
 
 
 AS_JSON = "Print JSON."
@@ -276,8 +276,9 @@ def status(
 def _show_status(
     tasks: Sequence[Task], found: dict[str, str], failures: dict[str, Outcome], folder: Path, *, every: bool
 ) -> None:
+    from qtdog.api.display import duration_text
     from qtdog.cli.console import out, print_table
-    from qtdog.cli.sweep_progress import failure_lines, task_text, time_text
+    from qtdog.cli.sweep_progress import failure_lines, task_text
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.runner import STATES, unfinished
 
@@ -294,7 +295,7 @@ def _show_status(
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     left = Throughput(tasks, folder).left_s(unfinished(tasks, folder), [])
     if left:
-        out.print(f"About {time_text(left)} of one worker left, by the runs that are done.", highlight=False)
+        out.print(f"About {duration_text(left)} of one worker left, by the runs that are done.", highlight=False)
 
 
 def retry(

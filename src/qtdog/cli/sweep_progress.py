@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qtdog.api.display import duration_text
 from qtdog.cli.console import err
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class ProgressDisplay:
         for task, started in list(progress.running.values())[:N_SHOWN]:
             last = task.step if task.kind == "fork_point" or task.config is None else task.config.train.steps
             step = f"{step_of(task, self._out)}/{last}" if last else "–"
-            table.add_row(task_text(task), step, time_text(now - started))
+            table.add_row(task_text(task), step, duration_text(now - started))
         return table
 
     def _counts(self, progress: Progress) -> Text:
@@ -72,7 +73,7 @@ class ProgressDisplay:
         left = (
             self._pace.left_s(progress.waiting, [task for task, _ in progress.running.values()]) if self._pace else None
         )
-        time_left = f", about {time_text(left)} left" if left is not None else ""
+        time_left = f", about {duration_text(left)} left" if left is not None else ""
         counts = f"{len(progress.done)} of {len(progress.tasks)} done, {len(progress.running)} running"
         return Text.from_markup(f"{counts}{failed}{time_left}")
 
@@ -96,20 +97,6 @@ def task_text(task: Task) -> str:
     if task.kind == "fork_point":
         return f"shared steps {task.name.removeprefix('prefix-')}"
     return label_text(task.labels[0]) if task.labels else task.name
-
-
-def time_text(seconds: float) -> str:
-    """Return a duration for people.
-
-    Example:
-        >>> time_text(42), time_text(108), time_text(1200), time_text(9000), time_text(200_000)
-        ('42 s', '1.8 min', '20 min', '2.5 h', '2.3 d')
-    """
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= size:
-            digits = 1 if unit != "min" or seconds < 10 * size else 0
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def failure_lines(tasks: Sequence[Task], failed: Mapping[str, Outcome], blocked: Sequence[Task]) -> list[str]:
