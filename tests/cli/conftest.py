@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,21 @@ def qtdog(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def stdout_of() -> Callable[..., str]:
+    """Return a function that runs `qtdog ARGS…` in this process and returns what it prints; for fixtures of modules."""
+
+    def call(*args: object) -> str:
+        stream = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stream):
+            patch.setattr(sys, "argv", ["qtdog", *map(str, args)])
+            with contextlib.suppress(SystemExit):
+                main()
+        return stream.getvalue()
 
     return call
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,18 +29,31 @@ NET = ("--backbone", "digits_cnn", "--weights", "none", "--image-size", 12, "--b
 RUN = ("--steps", 8, "--start-step", 3, "--set", "train.eval_every=2")
 BRIEF = ("--brief-steps", 2, "--directions", 2)
 
-# Runs the program with every opened file written down: the target's must not be among them.
-WATCHED = """
-import json, sys
-opened = set()
-sys.addaudithook(lambda event, args: opened.add(str(args[0])) if event == "open" else None)
-from qtdog.cli.main import main
-try:
-    main()
-finally:
-    with open(sys.argv.pop(0), "w") as stream:
-        json.dump(sorted(opened), stream)
-"""
+
+class Opened:
+    """Notes every file that this process opens inside of `with`; an audit hook cannot be removed, but be silent."""
+
+    hooked: Opened | None = None
+
+    def __init__(self):
+        self.names, self.listens = set(), False
+
+    def __call__(self, event, args):
+        if self.listens and event == "open":
+            self.names.add(str(args[0]))
+
+    @classmethod
+    @contextlib.contextmanager
+    def listening(cls):
+        if cls.hooked is None:
+            cls.hooked = cls()
+            sys.addaudithook(cls.hooked)
+        cls.hooked.names.clear()
+        cls.hooked.listens = True
+        try:
+            yield cls.hooked.names
+        finally:
+            cls.hooked.listens = False
 
 
 @pytest.fixture
@@ -49,16 +62,11 @@ def tree(image_tree):
     return image_tree, ("--data", image_tree, "--target", "night", *NET, *RUN)
 
 
-def test_no_file_of_the_target_is_opened(tree, tmp_path):
+def test_no_file_of_the_target_is_opened(qtdog, tree, tmp_path):
     root, options = tree
-    log = tmp_path / "opened.json"
-    code = WATCHED.replace("sys.argv.pop(0)", repr(str(log)))
-    words = ["bits", *options, *BRIEF, "--candidates", "7,3", "--out", tmp_path / "out", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    report = json.loads(done.stdout)
-    opened = json.loads(log.read_text())
+    with Opened.listening() as opened:
+        done = qtdog("bits", *options, *BRIEF, "--candidates", "7,3", "--out", tmp_path / "out", "--json")
+    report = json.loads(done.out)
     assert len([name for name in opened if name.startswith(str(root / "indoor"))]) == 18
     assert [name for name in opened if name.startswith(str(root / "night"))] == []
     assert {candidate["bits"] for candidate in report["candidates"]} == {7, 3}

@@ -21,7 +21,7 @@ NET = ("--backbone", "digits_cnn", "--weights", "none", *SHORT)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(stdout_of, tmp_path_factory):
     """Train one small model on a tree of images through the command line."""
     import numpy as np
     from PIL import Image
@@ -36,9 +36,8 @@ def model(tmp_path_factory):
                 pixels[..., c] += 120
                 Image.fromarray(pixels.astype(np.uint8)).save(root / domain / name / f"{i}.png")
     out = root.parent / "run"
-    command = [sys.executable, "-m", "qtdog", "train", "--data", root, "--target", "x", *NET, "--out", out, "--json"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    return root, out, json.loads(done.stdout)
+    words = ("train", "--data", root, "--target", "x", *NET, "--out", out, "--json")
+    return root, out, json.loads(stdout_of(*words))
 
 
 def test_train_prints_json_and_fills_the_run_folder(model):

@@ -13,13 +13,9 @@ SHORT = ("--steps", 6, "--set", "train.eval_every=3", "--set", "data.batch_size=
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    import subprocess
-    import sys
-
+def teacher(stdout_of, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    words = ["train", "--target", "75", "--image-size", "12", *SHORT, "--out", out / "run"]
-    subprocess.run([sys.executable, "-m", "qtdog", *map(str, words)], check=True, capture_output=True)
+    stdout_of("train", "--target", "75", "--image-size", "12", *SHORT, "--out", out / "run")
     return out / "run" / "model.safetensors"
 
 

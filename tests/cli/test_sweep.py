@@ -102,7 +102,10 @@ def test_the_table_says_mean_and_difference(qtdog, half_done):
 def test_the_table_counts_runs_of_an_earlier_one_whose_folders_are_gone(qtdog, half_done, tmp_path):
     how = ("sweep", "table", half_done, "--format", "json")
     (tmp_path / "first.json").write_text(qtdog(*how).out)
-    assert qtdog("sweep", half_done, "--workers", "1", "--only", "seed=1").code == 0
+    plan = make_plan(read_study(half_done))
+    for task in plan.tasks:
+        if task.labels[0]["seed"] == 1:
+            assert run_task(task, tmp_path / "runs" / "tiny", plan.dataset, RunCallbacks()).status == "done"
     whole = json.loads(qtdog(*how).out)
     for row in json.loads((tmp_path / "first.json").read_text())["runs"]:
         shutil.rmtree(tmp_path / row["folder"])

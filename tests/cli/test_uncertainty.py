@@ -22,14 +22,10 @@ SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    import subprocess
-    import sys
-
-    out = tmp_path_factory.mktemp("crew")
-    words = ["train", "--target", "75", *SHORT, "--members", "2", "--out", out / "two", "--json"]
-    done = subprocess.run([sys.executable, "-m", "qtdog", *map(str, words)], check=True, capture_output=True, text=True)
-    return out / "two", json.loads(done.stdout)["ensembles"][0]
+def trained(stdout_of, tmp_path_factory):
+    out = tmp_path_factory.mktemp("members") / "two"
+    words = ("train", "--target", "75", *SHORT, "--members", "2", "--out", out, "--json")
+    return out, json.loads(stdout_of(*words))["ensembles"][0]
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def tiny_study(**changes: Any) -> Study:
     return Study.model_validate(tree | changes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., Plan]:
     """Return a function that makes the plan of a small study, with keys of the study file changed."""
     return lambda **changes: make_plan(tiny_study(**changes))
@@ -91,7 +91,7 @@ def in_this_process(plan: Plan, out: Path) -> Path:
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def running() -> SimpleNamespace:
     """Return what runs small sweeps and looks at what came of them: Quiet, measured, in_this_process."""
     return SimpleNamespace(Quiet=Quiet, measured=measured, in_this_process=in_this_process)

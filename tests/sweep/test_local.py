@@ -142,7 +142,7 @@ def test_sigterm_leaves_checkpoints_and_no_process(make_tiny, tmp_path):
     assert all(list((out / task.name).glob("checkpoint/step-*/checkpoint.json")) for task in plan.tasks)
 
 
-def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, monkeypatch, running):
+def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, running):
     sma = {"presets": ["float"], "set": {"averager.name": "sma", "averager.params": {"start": 24}}}
     methods = {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"]}, "sma": sma}
     changes = {"set": {"train.steps": 60, "train.checkpoint_every": 2}, "share_prefix": True, "share_averaged": True}
@@ -166,7 +166,7 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_p
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
-    monkeypatch.setattr(display, "show", kill_two)
+    display.show = kill_two
     progress = Driver(plan.tasks, out, engine, display, poll_s=0.01, busy_s=0.2).run()
     assert len(killed) == 2
     assert not progress.failed

@@ -39,28 +39,34 @@ METHODS = {
 }
 
 
-def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running):
-    how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}}
-    separate, shared = make_tiny(**how), make_tiny(**how, share_prefix=True)
-    expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
-    found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
-    assert found == expected
+ONE_SEED = {"methods": METHODS, "grid": {"target": "75", "seed": 0}}
+
+
+@pytest.fixture(scope="module")
+def forked(make_tiny, running, tmp_path_factory):
+    """Return the plan of runs that share their float steps, the folder in which it is done, and what was measured."""
+    plan, out = make_tiny(**ONE_SEED, share_prefix=True), tmp_path_factory.mktemp("forked")
+    return plan, out, running.measured(running.in_this_process(plan, out), plan)
+
+
+def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running, forked):
+    separate = make_tiny(**ONE_SEED)
+    shared, out, found = forked
+    assert found == running.measured(running.in_this_process(separate, tmp_path), separate)
     # quantized from step 2 of 6: nine runs of 6 steps; of the nine, swad counts from the first step on, and the two
     # that are rounded afterwards go on from step 5 of the float run and of its average
     assert sum(task.steps for task in separate.tasks) == 9 * 6
     assert sum(task.steps for task in shared.tasks) == 2 + 6 * 4 + 6 + 1 + 1
     for task in shared.tasks:
-        result = RunFolder(task.folder(tmp_path / "shared")).read_result()
+        result = RunFolder(task.folder(out)).read_result()
         if task.kind == "run" and result is not None:
             assert result["forked_from_step"] == task.step
 
 
-def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running):
-    how = {"methods": METHODS, "grid": {"target": "75", "seed": 0}, "share_prefix": True}
-    separate, shared = make_tiny(**how), make_tiny(**how, share_averaged=True)
-    expected = running.measured(running.in_this_process(separate, tmp_path / "separate"), separate)
-    found = running.measured(running.in_this_process(shared, tmp_path / "shared"), shared)
-    assert found == expected
+def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running, forked):
+    shared = make_tiny(**ONE_SEED, share_prefix=True, share_averaged=True)
+    separate, _, expected = forked
+    assert running.measured(running.in_this_process(shared, tmp_path), shared) == expected
     # float makes the four updates behind the fork point for sma, lsq for lsq+swad; swad begins at step 0
     assert sum(task.steps for task in separate.tasks) == 2 + 6 * 4 + 6 + 1 + 1
     assert sum(task.steps for task in shared.tasks) == 2 + 4 * 4 + 6 + 1 + 1

@@ -162,8 +162,8 @@ def domain_images(run: AnalyzedRun, domain: str, n: int | None, seed: int, progr
 
 def _gathered(run: AnalyzedRun, indices: np.ndarray, progress: Progress = None) -> Images:
     data, words = run.config.data, run.model.info.preprocessing.vocabulary
-    how = {"image_size": data.image_size, "max_tokens": data.max_tokens, "words": words, "progress": progress}
-    cache = open_inputs(run.dataset, run.config.model.backbone, **how)
+    options = {"image_size": data.image_size, "max_tokens": data.max_tokens, "words": words, "progress": progress}
+    cache = open_inputs(run.dataset, run.config.model.backbone, **options)
     labels = torch.from_numpy(run.dataset.class_index[indices].astype(np.int64))
     return Images(cache.gather(indices), labels, tuple(run.dataset.keys[i] for i in indices))
 

@@ -129,8 +129,8 @@ def _sensitivities(plan: BitPlan, prefix: Checkpoint, n_vectors: int, progress: 
     load_plain_(parts.network, prefix.tensors["network"])
     with StopRequest() as stop:
         losses = _losses(parts, stop, progress)
-        how, seed = plan.config.quantizer, config.train.seed
-        return sensitivities(parts.network, losses, how, plan.candidates, n_vectors=n_vectors, seed=seed)
+        quantizer, seed = plan.config.quantizer, config.train.seed
+        return sensitivities(parts.network, losses, quantizer, plan.candidates, n_vectors=n_vectors, seed=seed)
 
 
 def _losses(parts: Components, stop: StopRequest, progress: Progress) -> Iterator[tuple[Tensor, float]]:

@@ -372,8 +372,8 @@ def train_runs(
             from qtdog.ensemble.teacher import load_teacher  # one run without a teacher needs no ensembles
 
             teacher = load_teacher(config, dataset)
-        told = replace(callbacks, callback=with_loggers(loggers, folder.path, callbacks.callback))
-        result = run(config, dataset, folder, resume=resume, callbacks=told, fork_from=start, teacher=teacher)
+        logged = replace(callbacks, callback=with_loggers(loggers, folder.path, callbacks.callback))
+        result = run(config, dataset, folder, resume=resume, callbacks=logged, fork_from=start, teacher=teacher)
         if fork_point is not None:
             fork_point.check(result, folder)
         about = {"method": method_name(config.model_dump()), "folder": str(folder.path)}

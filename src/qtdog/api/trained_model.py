@@ -200,8 +200,8 @@ class TrainedModel(nn.Module):
         return [name for name, _ in items], torch.cat(parts, 1)
 
     def _text_logits(self, given: Sequence[Any]) -> tuple[list[str], Tensor]:
-        how = self.info.preprocessing
-        tokenize = make_tokenizer(self.info.backbone, how.max_tokens, how.vocabulary)
+        preprocessing = self.info.preprocessing
+        tokenize = make_tokenizer(self.info.backbone, preprocessing.max_tokens, preprocessing.vocabulary)
         parts = [
             self._logits(torch.from_numpy(tokenize([str(text) for text in given[start : start + BATCH]])).long())
             for start in range(0, len(given), BATCH)

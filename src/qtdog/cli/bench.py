@@ -92,11 +92,11 @@ def _images(files: list[Path], data: str, domain: str | None, n_images: int) -> 
         where = domain or opened.info.target_domain
         if where is None:
             raise ConfigError("a model was trained on every domain, so say on which to measure accuracy: --domain")
-        how = opened.info.preprocessing.model_copy(update={"image_size": opened.image_size})
-        key = (where, how, opened.info.classes)
+        preprocessing = opened.info.preprocessing.model_copy(update={"image_size": opened.image_size})
+        key = (where, preprocessing, opened.info.classes)
         if key not in made:
             # what an export says of itself has every field that is read there
-            info = cast("ModelInfo", opened.info.model_copy(update={"preprocessing": how}))
+            info = cast("ModelInfo", opened.info.model_copy(update={"preprocessing": preprocessing}))
             asked = Draw(n_images, 0, (where,), force_target=True)  # it is measured here, and nothing chosen by it
             made[key] = draw_images(dataset, info, asked, CountingBar("reading images"))
         return made[key]

@@ -185,7 +185,7 @@ def _members(kind: Kind) -> list[list[str]]:
 
 def _about(member: Any) -> str:
     """Return the first line of a member's docstring, and its hyper-parameters with their defaults."""
-    defaults = {name: how.default for name, how in getattr(member, "HYPERPARAMETERS", {}).items()}
+    defaults = {name: declared.default for name, declared in getattr(member, "HYPERPARAMETERS", {}).items()}
     values = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in defaults.items())
     return (member.__doc__ or "").split("\n")[0] + (f" [params: {values}]" if values else "")
 

@@ -88,7 +88,7 @@ def _plugin_option() -> Any:
 def _today(ctx: Any, command: Any, args: list[str]) -> list[str]:
     """Return the arguments of a command with old names replaced, each told once on standard error."""
     known = {name for option in command.params if option.param_type_name == "option" for name in option.opts}
-    told: set[str] = set()
+    mentioned: set[str] = set()
     words = []
     rest = list(args)
     while rest:
@@ -98,9 +98,9 @@ def _today(ctx: Any, command: Any, args: list[str]) -> list[str]:
         old, equals, value = word.partition("=")
         new = next((name for name in RENAMED.get(old, ()) if name.partition("=")[0] in known), None)
         if new is not None and old not in known:
-            if old not in told:
+            if old not in mentioned:
                 typer.echo(f"note: {old} is called {new.replace('=', ' ')} now", err=True)
-                told.add(old)
+                mentioned.add(old)
             word = new + equals + value
         elif old == "--format" and "--format" not in known and "--json" in known:
             words += _format_words(ctx, value if equals else rest.pop(0) if rest else "")

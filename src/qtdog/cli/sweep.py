@@ -130,13 +130,13 @@ def make_engine(options: EngineOptions, plan: Plan, folder: Path) -> Engine:
         here = local_resources(workers=options.workers, threads=options.threads, gpus=0)
         workers = options.workers if options.address else here.workers
         threads = (options.threads or 1) if options.address else here.threads
-        how = {
+        ray_options = {
             "workers": workers,
             "threads": threads,
             "gpus": options.gpus or 0.0,
             "address": options.address,
         }
-        return RayEngine(folder, plan.source, **how)
+        return RayEngine(folder, plan.source, **ray_options)
     if options.engine == "slurm":
         return SlurmEngine(folder, plan.source, workers=options.workers or 64, job=_job(options))
     return LocalEngine(folder, plan.source, options.resources, loggers=options.loggers)

@@ -380,8 +380,8 @@ def dart(
     callbacks = RunCallbacks(TrainingBar(), CountingBar("decoding images"), warn)
     every = merge_every or max(1, config.train.steps // 10)
     result = train_branches(configs, dataset, out, merge_every=every, resume=resume, callbacks=callbacks)
-    told = {"method": f"{method_name(config.model_dump())}, dart", "folder": str(out)}
-    result |= told | {"training_steps": config.train.steps * len(configs)}
+    about = {"method": f"{method_name(config.model_dump())}, dart", "folder": str(out)}
+    result |= about | {"training_steps": config.train.steps * len(configs)}
     print_json(result) if as_json else show([result])
 
 

@@ -163,20 +163,20 @@ def fill(kind: str, known: HyperParameters, given: Mapping[str, Value]) -> dict[
             hint = f"; did you mean '{close}'?" if close else "."
             raise ConfigError(f"{kind} has no hyper-parameter '{name}'{hint} It has: {', '.join(known) or 'none'}")
     return {
-        name: _checked(f"{name} of {kind}", how, given[name]) if name in given else how.default
-        for name, how in known.items()
+        name: _checked(f"{name} of {kind}", declared, given[name]) if name in given else declared.default
+        for name, declared in known.items()
     }
 
 
-def _checked(what: str, how: HyperParameter, value: Value) -> Value:
-    if how.choices:
-        if value not in how.choices:
-            raise ConfigError(unknown(what, str(value), [str(choice) for choice in how.choices]))
+def _checked(what: str, declared: HyperParameter, value: Value) -> Value:
+    if declared.choices:
+        if value not in declared.choices:
+            raise ConfigError(unknown(what, str(value), [str(choice) for choice in declared.choices]))
         return value
-    kind = type(how.default)
+    kind = type(declared.default)
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{what} must be {kind.__name__}, not {value!r}")
-    if isinstance(value, (int, float)) and not how.low <= value <= how.high:
-        raise ConfigError(f"{what} must lie in {how.low:g} … {how.high:g}, not {value:g}")
+    if isinstance(value, (int, float)) and not declared.low <= value <= declared.high:
+        raise ConfigError(f"{what} must lie in {declared.low:g} … {declared.high:g}, not {value:g}")
     return float(value) if kind is float else value

@@ -183,17 +183,17 @@ def check_counts(dataset: DomainDataset | TextDataset) -> list[str]:
     A sentence about a count that nobody confirmed says so.
     """
     card = dataset.card
-    doubt = "" if card.counts_from else f" ({UNCHECKED})"
+    remark = "" if card.counts_from else f" ({UNCHECKED})"
     differences = _set_differences("domain", card.domains, dataset.domains)
     differences += _set_differences("class", card.classes, dataset.classes)
     found = dict(zip(dataset.domains, dataset.counts().sum(axis=1).tolist(), strict=True))
     for domain, expected in (card.expected_counts or {}).items():
         if domain in found and found[domain] != expected:
             differences.append(
-                f"domain {domain} has {found[domain]:,} images, the dataset card says {expected:,}{doubt}"
+                f"domain {domain} has {found[domain]:,} images, the dataset card says {expected:,}{remark}"
             )
     if card.expected_total not in (None, len(dataset)):
-        differences.append(f"there are {len(dataset):,} in all, the dataset card says {card.expected_total:,}{doubt}")
+        differences.append(f"there are {len(dataset):,} in all, the dataset card says {card.expected_total:,}{remark}")
     return differences
 
 

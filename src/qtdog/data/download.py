@@ -413,5 +413,5 @@ def _copy(part: _Part, response: HTTPResponse, place: tuple[int, int | None], wa
 
 def download_record(found: Downloaded) -> dict[str, str | int]:
     """Return a download as JSON: file, url, sha256, n_bytes, n_saved."""
-    told = asdict(found)
-    return {"file": found.path.name} | {key: told[key] for key in ("url", "sha256", "n_bytes", "n_saved")}
+    fields = asdict(found)
+    return {"file": found.path.name} | {key: fields[key] for key in ("url", "sha256", "n_bytes", "n_saved")}

@@ -83,8 +83,8 @@ def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, limits
     """
     steps = steps or Steps()
     if not card.archives:
-        how = f"qtdog data import FOLDER --as {card.name}"
-        raise DataError(f"{card.name} cannot be downloaded. {card.note} {how}".replace("  ", " "))
+        hint = f"qtdog data import FOLDER --as {card.name}"
+        raise DataError(f"{card.name} cannot be downloaded. {card.note} {hint}".replace("  ", " "))
     work = work_folder(target)
     begun = work.is_dir()
     if not begun:

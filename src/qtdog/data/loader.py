@@ -56,7 +56,7 @@ def draw(
     return pool[np.searchsorted(weights, stream.random(n), side="right").clip(max=len(pool) - 1)]
 
 
-def cumulated(labels: npt.NDArray[np.integer], how: Literal["sqrt", "balanced"]) -> npt.NDArray[np.float64]:
+def cumulated(labels: npt.NDArray[np.integer], weighting: Literal["sqrt", "balanced"]) -> npt.NDArray[np.float64]:
     """Return cumulated probabilities with which images of a domain are drawn, so that rare classes come more often.
 
     Formula: p(image) ∝ n_c^(−a) with n_c images of its class in the domain; a = 1 ("balanced": every class is drawn
@@ -65,14 +65,14 @@ def cumulated(labels: npt.NDArray[np.integer], how: Literal["sqrt", "balanced"])
 
     Args:
         labels: class of each image of the pool (n,).
-        how: "sqrt" or "balanced".
+        weighting: "sqrt" or "balanced".
 
     Example:
         >>> cumulated(np.array([0, 0, 0, 1]), "balanced").round(3).tolist()
         [0.167, 0.333, 0.5, 1.0]
     """
     counts = np.bincount(labels)[labels]
-    weights = counts ** (-1.0 if how == "balanced" else -0.5)
+    weights = counts ** (-1.0 if weighting == "balanced" else -0.5)
     return np.cumsum(weights / weights.sum())
 
 
@@ -247,8 +247,8 @@ class TrainBatches:
         sizes = originals.sizes[torch.from_numpy(everyone)]
         parameters = draw_parameters(torch_stream(self.seed, "augment", step), len(everyone), sizes)
         images = originals.gather(everyone[rows.numpy()])
-        how = {"mean": self.mean, "std": self.std, "pool": self._buffers}
-        return augment(images, parameters.take(rows), size=originals.image_size, **how)
+        options = {"mean": self.mean, "std": self.std, "pool": self._buffers}
+        return augment(images, parameters.take(rows), size=originals.image_size, **options)
 
     def stream(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
         """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.

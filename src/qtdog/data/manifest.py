@@ -104,7 +104,7 @@ def _json_rows(path: Path, stream: Iterator[str], domain: str) -> Iterator[tuple
         yield line, named
 
 
-def _require_columns(names: list[str], domain: str, where: str, how: str = "") -> None:
+def _require_columns(names: list[str], domain: str, where: str, advice: str = "") -> None:
     for column in ("path", "class", "label", domain):
         if names.count(column) > 1:
             raise DataError(f"{where}: there are {names.count(column)} columns '{column}'; rename or remove one")
@@ -119,7 +119,7 @@ def _require_columns(names: list[str], domain: str, where: str, how: str = "") -
             hint += (
                 f" Another column can hold the domains: --data '{where.partition(', line')[0]}:{close or others[0]}'."
             )
-        raise DataError(f"{where}: the column '{column}' is missing{hint} Found: {', '.join(names) or 'none'}{how}")
+        raise DataError(f"{where}: the column '{column}' is missing{hint} Found: {', '.join(names) or 'none'}{advice}")
 
 
 def _missing(root: Path, key: str) -> str:

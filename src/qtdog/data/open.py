@@ -109,11 +109,11 @@ def locate(name: str) -> Path:
     if root.is_dir():
         return root
     getting = f"qtdog data fetch {name}" if CARDS[name].archives else f"qtdog data import FOLDER --as {name}"
-    how = f"get it with '{getting}', set QTDOG_DATA to the folder that holds '{name}', or give its folder: --data PATH"
+    hint = f"get it with '{getting}', set QTDOG_DATA to the folder that holds '{name}', or give its folder: --data PATH"
     base = os.environ.get("QTDOG_DATA")
     if base:
-        raise DataError(f"QTDOG_DATA is {base}, but {root} is not a folder: {how}")
-    raise DataError(f"where is '{name}'? It is not in {root.parent}: {how}")
+        raise DataError(f"QTDOG_DATA is {base}, but {root} is not a folder: {hint}")
+    raise DataError(f"where is '{name}'? It is not in {root.parent}: {hint}")
 
 
 def adopted_name(root: Path) -> str:

@@ -339,12 +339,12 @@ def verify_file(model: EnsembleModel | Network, member: Member, file: Path) -> N
     Raises:
         RunError: it does not.
     """
-    how = member.info.preprocessing
+    preprocessing = member.info.preprocessing
     device = next(model.parameters()).device
-    shape = (N_VERIFIED, how.channels, how.image_size, how.image_size)
+    shape = (N_VERIFIED, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
     images = torch.randn(shape, generator=torch_stream(0, "proof")).contiguous(memory_format=torch.channels_last)
-    if how.max_tokens:  # every vocabulary has the first eight numbers
-        images = torch.randint(1, 8, (N_VERIFIED, how.max_tokens), generator=torch_stream(0, "proof"))
+    if preprocessing.max_tokens:  # every vocabulary has the first eight numbers
+        images = torch.randint(1, 8, (N_VERIFIED, preprocessing.max_tokens), generator=torch_stream(0, "proof"))
     ours, theirs = model(images.to(device)), load(file, device=device)(images.to(device))
     same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
     if not same:

@@ -105,8 +105,8 @@ class EnsembleModel(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Return the networks' input (n, C, H, W) for uint8 images (n, H, W, C) of the right size."""
-        how = self.info.preprocessing
-        return images if how.max_tokens else normalise(images, how.mean, how.std)
+        preprocessing = self.info.preprocessing
+        return images if preprocessing.max_tokens else normalise(images, preprocessing.mean, preprocessing.std)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -120,13 +120,13 @@ def shown_path(path: Path) -> str:
 
 def predict_images(model: AnyModel | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
     """Yield a row (`image`, `class`, `probability`, …) for each image file, in order, or the error that it gave."""
-    how = model.info.preprocessing
+    preprocessing = model.info.preprocessing
     for start in range(0, len(files), BATCH):
         rows: list[Row | QtdogError] = []
         arrays = []
         for file in files[start : start + BATCH]:
             try:
-                arrays.append(decode_resized(file, how.image_size, how.channels))
+                arrays.append(decode_resized(file, preprocessing.image_size, preprocessing.channels))
                 rows.append({"image": shown_path(file)})
             except QtdogError as error:
                 rows.append(error)
@@ -159,8 +159,8 @@ def predict_texts(model: AnyModel | CascadeModel, files: Sequence[Path]) -> Iter
     Raises:
         ModelError: the model's file holds no vocabulary, and it cannot be had from elsewhere.
     """
-    how = model.info.preprocessing
-    tokenize = make_tokenizer(model.info.backbone, how.max_tokens, how.vocabulary)
+    preprocessing = model.info.preprocessing
+    tokenize = make_tokenizer(model.info.backbone, preprocessing.max_tokens, preprocessing.vocabulary)
     for file in files:
         try:
             lines = _read_lines(file)

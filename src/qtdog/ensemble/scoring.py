@@ -280,13 +280,13 @@ def score_domains(
         ConfigError: the data set is of texts and the model takes images, or the other way round.
         DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
     """
-    how = model.info.preprocessing
+    model_input = model.info.preprocessing
     cache, labels = _open_for(model, dataset, progress)
     device = Accelerator().device
     model = model.to(device)
     scores = {}
     for domain in dataset.domains:
-        batches = EvaluationInputs(cache, labels, how.mean, how.std).batches(dataset.indices(domain))
+        batches = EvaluationInputs(cache, labels, model_input.mean, model_input.std).batches(dataset.indices(domain))
         images = collect_logits(model, batches, device)
         predictions = predict_from_logits(images.logits, temperature_of(model))
         if uncertainties is not None:
@@ -308,14 +308,16 @@ def _open_for(model: AnyModel, dataset: DomainDataset, progress: Progress) -> tu
     Raises:
         ConfigError, DataError: as in `score_domains`.
     """
-    how = model.info.preprocessing
+    model_input = model.info.preprocessing
     check_reads(model.info.backbone, dataset)
-    if dataset.card.channels != how.channels:
+    if dataset.card.channels != model_input.channels:
         channels = dataset.card.channels
-        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {channels}")
+        raise DataError(
+            f"the model takes images of {model_input.channels} channels, {dataset.card.name} has {channels}"
+        )
     labels = model_labels(model.info.classes, dataset)
-    sizes = {"image_size": how.image_size, "max_tokens": how.max_tokens}
-    return open_inputs(dataset, model.info.backbone, **sizes, words=how.vocabulary, progress=progress), labels
+    sizes = {"image_size": model_input.image_size, "max_tokens": model_input.max_tokens}
+    return open_inputs(dataset, model.info.backbone, **sizes, words=model_input.vocabulary, progress=progress), labels
 
 
 def score_corruptions(
@@ -344,7 +346,7 @@ def score_corruptions(
         ConfigError: the data set is of texts; an unknown corruption or severity.
         DataError: as in `score_domains`.
     """
-    how = model.info.preprocessing
+    model_input = model.info.preprocessing
     cache, labels = _open_for(model, dataset, None)
     if not isinstance(cache, DecodedCache):
         raise ConfigError("--corrupt is for images; this data set is of texts")
@@ -354,7 +356,7 @@ def score_corruptions(
     rows = []
     for done, (name, level, domain) in enumerate(combinations, start=1):
         view = CorruptedCache(cache, name, level, seed)
-        batches = EvaluationInputs(view, labels, how.mean, how.std).batches(dataset.indices(domain))
+        batches = EvaluationInputs(view, labels, model_input.mean, model_input.std).batches(dataset.indices(domain))
         images = collect_logits(model, batches, device)
         right = (images.logits.mean(0).argmax(1) == images.labels).double().mean().item()
         rows.append(

@@ -52,12 +52,12 @@ def check_teacher(path: Path, model: LoadedModel | EnsembleModel, config: Config
             f"the teacher {path} was trained on '{config.data.target}', the domain that the student must not see. "
             "Take a teacher that held it out."
         )
-    how = info.preprocessing
+    model_input = info.preprocessing
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     ours = (config.data.image_size, dataset.card.channels, tuple(mean), tuple(std))
-    theirs = (how.image_size, how.channels, tuple(how.mean), tuple(how.std))
+    theirs = (model_input.image_size, model_input.channels, tuple(model_input.mean), tuple(model_input.std))
     if ours != theirs:
         raise ConfigError(
             f"teacher and student must see the same input (pixels, channels, mean, std): the teacher {path} takes "
-            f"{theirs}, the student {ours}. Set data.image_size={how.image_size}, or take another backbone."
+            f"{theirs}, the student {ours}. Set data.image_size={model_input.image_size}, or take another backbone."
         )

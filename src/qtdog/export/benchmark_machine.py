@@ -136,9 +136,9 @@ def _openvino(model: OpenModel) -> Operators:
 
 def _openvino_type(layer: Any) -> str:
     """Return the type of an executed layer, with its precision where it is integer."""
-    told = layer.get_rt_info()
-    name = told["layerType"].astype(str) if "layerType" in told else layer.get_type_name()
-    precision = told["runtimePrecision"].astype(str) if "runtimePrecision" in told else ""
+    details = layer.get_rt_info()
+    name = details["layerType"].astype(str) if "layerType" in details else layer.get_type_name()
+    precision = details["runtimePrecision"].astype(str) if "runtimePrecision" in details else ""
     return f"{name} {precision}" if precision in ("i8", "u8") and name not in NO_WORK else name
 
 

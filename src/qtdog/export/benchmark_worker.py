@@ -150,16 +150,16 @@ class Worker:
         except subprocess.TimeoutExpired:
             code = None
         if code is None:
-            how = "closed its pipe"
+            ending = "closed its pipe"
         elif code < 0:
             name = signal.Signals(-code).name
-            how = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+            ending = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         else:
-            how = f"ended with exit code {code}"
+            ending = f"ended with exit code {code}"
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()[-N_LAST_LINES:]
         said = "It wrote nothing to standard error." if not lines else "Its last lines:\n  " + "\n  ".join(lines)
-        return f"the process that ran {self.job.path} in {self.job.runtime} {how}. {said}"
+        return f"the process that ran {self.job.path} in {self.job.runtime} {ending}. {said}"
 
     def end(self) -> None:
         """End the process and wait for it."""
@@ -218,10 +218,12 @@ class ModelUnderTest:
         started = time.perf_counter()
         self.model: OpenModel = open_runtime(job.path, runtime=job.runtime, threads=job.threads)
         open_s = time.perf_counter() - started
-        how = self.model.info.preprocessing
-        size = job.image_size or how.image_size
+        preprocessing = self.model.info.preprocessing
+        size = job.image_size or preprocessing.image_size
         rng = numpy_stream(0, "bench")
-        self.images: npt.NDArray[np.uint8] = rng.integers(0, 256, (job.batch, size, size, how.channels), dtype=np.uint8)
+        self.images: npt.NDArray[np.uint8] = rng.integers(
+            0, 256, (job.batch, size, size, preprocessing.channels), dtype=np.uint8
+        )
         self.batch, self.place = job.batch, 0
         self._warm_up(job)
         peak = peak_memory()

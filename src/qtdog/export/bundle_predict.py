@@ -53,8 +53,8 @@ class Classifier:
 
     def read(self, path: Path) -> np.ndarray:
         """Return an image file as the model takes it: uint8 (size, size, channels)."""
-        how = self.about["preprocessing"]
-        return decode_resized(path, how["image_size"], how["channels"])
+        preprocessing = self.about["preprocessing"]
+        return decode_resized(path, preprocessing["image_size"], preprocessing["channels"])
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the probability of each class, shape (n, n_classes)."""

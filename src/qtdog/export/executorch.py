@@ -27,7 +27,7 @@ def open_executorch(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any
     runtime = library("executorch.runtime").Runtime.get()
     try:
         program = runtime.load_program(path)
-        told = program.load_method(KEY).execute([])[0] if KEY in program.method_names else None
+        info = program.load_method(KEY).execute([])[0] if KEY in program.method_names else None
         method = program.load_method("forward")
     except RuntimeError as error:
         raise FormatError(f"{path} cannot be opened by ExecuTorch: {error}") from error
@@ -39,4 +39,4 @@ def open_executorch(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any
         ]
         return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
-    return parse_info(path, told), run, method
+    return parse_info(path, info), run, method

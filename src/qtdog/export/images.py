@@ -84,10 +84,10 @@ def draw_images(
             image cannot be read.
     """
     domains = choose_domains(dataset, info, draw)
-    how = info.preprocessing
-    if dataset.card.channels != how.channels:
+    preprocessing = info.preprocessing
+    if dataset.card.channels != preprocessing.channels:
         found = dataset.card.channels
-        raise DataError(f"the model takes images of {how.channels} channels, {dataset.card.name} has {found}")
+        raise DataError(f"the model takes images of {preprocessing.channels} channels, {dataset.card.name} has {found}")
     pools = [dataset.indices(domain) for domain in domains]
     places = _interleaved(pools if only is None else [pool[only[pool]] for pool in pools], draw)
     names = [dataset.classes[index] for index in dataset.class_index[places]]
@@ -95,8 +95,8 @@ def draw_images(
     if strange:
         raise DataError(f"{dataset.card.name}: {unknown('class', strange[0], info.classes)}")
     labels = np.array([info.classes.index(name) for name in names], dtype=np.int64)
-    read = map_samples(lambda k: dataset.read_resized(int(places[k]), how.image_size), len(places), progress)
-    shape = (0, how.image_size, how.image_size, how.channels)
+    read = map_samples(lambda k: dataset.read_resized(int(places[k]), preprocessing.image_size), len(places), progress)
+    shape = (0, preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
     pixels = np.stack(read) if read else np.zeros(shape, dtype=np.uint8)
     return LabelledImages(pixels, labels, domains, info.target_domain in domains)
 

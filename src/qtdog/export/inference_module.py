@@ -13,7 +13,7 @@ from qtdog.training.load_model import Preprocessing
 
 
 class AnswerHead(nn.Module):
-    """The outputs of a model: of one network logits and probabilities, of several also their doubt.
+    """The outputs of a model: of one network logits and probabilities, of several also their disagreement.
 
     Logits z = mean_m z_m; probabilities p = softmax(z / T). Several members also say the entropy of p in nats, the
     mutual information H(mean_m p_m) - mean_m H(p_m) between class and member (Depeweg et al., ICML 2018, Eq. 5), and
@@ -25,7 +25,7 @@ class AnswerHead(nn.Module):
 
     Shapes:
         (n, members, n_classes) and, for a cascade, members asked (n,) → logits and probabilities (n, n_classes), each
-        doubt (n,)
+        disagreement (n,)
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
@@ -51,9 +51,9 @@ class AnswerHead(nn.Module):
         mixture = mean(log_each.exp())
         # the smallest normal number stands in for 0, where the limit of p log p is 0
         whole = -(mixture * mixture.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(1)
-        doubt = (whole - mean(_entropy(log_each)[:, :, None])[:, 0]).clamp(min=0)
+        disagreement = (whole - mean(_entropy(log_each)[:, :, None])[:, 0]).clamp(min=0)
         agrees = (each.argmax(2) == logits.argmax(1, keepdim=True)).to(torch.float32)
-        return logits, log_p.exp(), _entropy(log_p), doubt, mean(agrees[:, :, None])[:, 0]
+        return logits, log_p.exp(), _entropy(log_p), disagreement, mean(agrees[:, :, None])[:, 0]
 
 
 class _Mean:
@@ -113,17 +113,17 @@ class Prepare(nn.Module):
     """From pixels to the networks' input: x = (pixel / 255 - mean) / std.
 
     Args:
-        how: the preprocessing.
+        preprocessing: the preprocessing.
 
     Shapes:
         uint8 (n, H, W, C) → float32 (n, C, H, W)
     """
 
-    def __init__(self, how: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
-        std = torch.tensor(how.std)
+        std = torch.tensor(preprocessing.std)
         self.register_buffer("pixel_scale", 1 / (255 * std))
-        self.register_buffer("pixel_offset", torch.tensor(how.mean) / std)
+        self.register_buffer("pixel_offset", torch.tensor(preprocessing.mean) / std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the networks' input for uint8 images."""
@@ -139,17 +139,17 @@ class InferenceModule(nn.Module):
 
     Args:
         networks: the members, dequantized.
-        how: their preprocessing.
+        preprocessing: their preprocessing.
         temperature: of the probabilities.
         threshold: confidence at which no further member is asked; None to ask all.
 
     Shapes:
-        uint8 (n, H, W, C) → logits and probabilities (n, n_classes), each doubt and members (n,)
+        uint8 (n, H, W, C) → logits and probabilities (n, n_classes), each disagreement and members (n,)
 
     Example:
         >>> head = nn.Linear(12, 3)
-        >>> how = Preprocessing(image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-        >>> model = InferenceModule([Network(nn.Flatten(), head, freeze_bn=True)], how)
+        >>> preprocessing = Preprocessing(image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> model = InferenceModule([Network(nn.Flatten(), head, freeze_bn=True)], preprocessing)
         >>> [tuple(output.shape) for output in model(torch.zeros(4, 2, 2, 3, dtype=torch.uint8))]
         [(4, 3), (4, 3)]
     """
@@ -157,13 +157,13 @@ class InferenceModule(nn.Module):
     def __init__(
         self,
         networks: Sequence[Network],
-        how: Preprocessing,
+        preprocessing: Preprocessing,
         temperature: float = 1.0,
         threshold: float | None = None,
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(networks)
-        self.prepare = Prepare(how)
+        self.prepare = Prepare(preprocessing)
         self.answer = AnswerHead(temperature)
         self.threshold = threshold
         self.eval()

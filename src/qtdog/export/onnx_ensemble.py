@@ -139,8 +139,8 @@ def join(source: PackedSource, module: InferenceModule, members: Sequence[Any]) 
         ModelError: the onnx extra is not installed.
     """
     ir = library("onnx_ir")
-    how = source.infos[0].preprocessing
-    size = (how.image_size, how.image_size, how.channels)
+    preprocessing = source.infos[0].preprocessing
+    size = (preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
     images = ir.Value(name=INPUT, shape=ir.Shape(["n", *size]), type=ir.TensorType(ir.DataType.UINT8))
     top = ir.Graph([images], [], nodes=[], opset_imports={"": OPSET}, name="qtdog")
     pixels = torch.zeros(2, *size, dtype=torch.uint8)

@@ -114,8 +114,8 @@ def member_graphs(source: PackedSource, module: InferenceModule, progress: Progr
         ModelError: the onnx extra is not installed, or ONNX has no form of an operator; the text names it.
     """
     library("onnxscript")
-    how = source.infos[0].preprocessing
-    example = torch.zeros(2, how.channels, how.image_size, how.image_size)
+    preprocessing = source.infos[0].preprocessing
+    example = torch.zeros(2, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
     networks = list(module.members)
     program = _translate_network(networks[0], example, source)
     empty = program.model

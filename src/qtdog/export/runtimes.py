@@ -201,8 +201,8 @@ class OpenModel:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of one image."""
-        how = self.info.preprocessing
-        return how.image_size, how.image_size, how.channels
+        preprocessing = self.info.preprocessing
+        return preprocessing.image_size, preprocessing.image_size, preprocessing.channels
 
     def __call__(self, images: Pixels) -> Outputs:
         """Return the outputs by name for uint8 images (n, H, W, C).

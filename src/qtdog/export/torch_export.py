@@ -60,9 +60,11 @@ def save_executorch(source: PackedSource, _: Any, path: Path, info: ExportInfo) 
 
 
 def _program(module: InferenceModule, source: PackedSource, *, free_batch: bool) -> Any:
-    how = source.infos[0].preprocessing
+    preprocessing = source.infos[0].preprocessing
     n = 2 if free_batch else 1
-    example = torch.zeros(n, how.image_size, how.image_size, how.channels, dtype=torch.uint8)
+    example = torch.zeros(
+        n, preprocessing.image_size, preprocessing.image_size, preprocessing.channels, dtype=torch.uint8
+    )
     shapes = ({0: torch.export.Dim.AUTO},) if free_batch else None
     try:
         with quiet(), torch.no_grad():

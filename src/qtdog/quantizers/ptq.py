@@ -46,9 +46,9 @@ class Fixed(Quantizer):
         *,
         needs_images: bool = False,
     ) -> None:
-        how = options or QuantizerOptions()
-        super().__init__(ranged(spec, how.range))
-        self.init = how.init
+        options = options or QuantizerOptions()
+        super().__init__(ranged(spec, options.range))
+        self.init = options.init
         self.needs_images = needs_images
         start = torch.full((spec.n_scales(weight.shape),), DEAD_LAYER_SCALE, dtype=torch.float32, device=weight.device)
         self.register_buffer("codes", torch.zeros_like(weight, dtype=torch.int8, requires_grad=False))

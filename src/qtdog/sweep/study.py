@@ -351,18 +351,18 @@ def draw_values(search: Search, index: int, config: Config) -> Tree:
     tree: Tree = {}
     if index == 0:
         return tree
-    for name, (section, key, how) in PROTOCOL.items():
+    for name, (section, key, declared) in PROTOCOL.items():
         if name in search.over:
-            tree.setdefault(section, {})[key] = how.draw(numpy_stream(search.seed, "search", index, name))
+            tree.setdefault(section, {})[key] = declared.draw(numpy_stream(search.seed, "search", index, name))
     members: dict[str, Any] = {"objective": (OBJECTIVES, config.objective), "step_rule": (STEP_RULES, config.step_rule)}
     for axis, (registry, chosen) in members.items():
         if axis not in search.over:
             continue
         known = registry[chosen.name].HYPERPARAMETERS
         values = {
-            name: how.draw(numpy_stream(search.seed, "search", index, axis, name))
-            for name, how in known.items()
-            if name not in chosen.params and (how.search is not None or how.choices)
+            name: declared.draw(numpy_stream(search.seed, "search", index, axis, name))
+            for name, declared in known.items()
+            if name not in chosen.params and (declared.search is not None or declared.choices)
         }
         if values:
             tree[axis] = {"params": chosen.params | values}

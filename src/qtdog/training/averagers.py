@@ -563,16 +563,16 @@ def make_averager(config: Config) -> Averager:
             average cannot be what quantization begins with, or dequantized weights of a quantizer without free step
             sizes.
     """
-    name, how = config.averager.name, config.quantizer
+    name, quantizer = config.averager.name, config.quantizer
     if AVERAGERS[name].READS_HELDOUT and config.data.train_on_heldout:
         raise ConfigError(f"averager '{name}' follows the held-out images' loss; data.train_on_heldout leaves none")
-    phases = how.start_from == "average" and config.start_step is not None
+    phases = quantizer.start_from == "average" and config.start_step is not None
     averager = AVERAGERS[name](config.averager.params, 0 if phases else config.start_step or 0)
     averager.n_steps = config.train.steps
-    if averager.params.get("weights") == "dequantized" and how.name not in ("lsq", "none"):
+    if averager.params.get("weights") == "dequantized" and quantizer.name not in ("lsq", "none"):
         raise ConfigError(
-            f"averager.params weights=dequantized refits step sizes, and quantizer '{how.name}' has no free ones: "
-            "take lsq, or weights=latent"
+            f"averager.params weights=dequantized refits step sizes, and quantizer '{quantizer.name}' has no free ones"
+            ": take lsq, or weights=latent"
         )
     if phases and averager.begin > (config.start_step or 0):
         raise ConfigError(

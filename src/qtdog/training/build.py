@@ -153,19 +153,19 @@ def _check_feature_layer(config: Config) -> None:
         raise ConfigError(f"{text}. Add --objective {fitting[0]}, or take another feature layer.")
 
 
-def with_teacher(objective: Objective, how: ObjectiveConfig, teacher: Teacher | None) -> Objective:
+def with_teacher(objective: Objective, config: ObjectiveConfig, teacher: Teacher | None) -> Objective:
     """Return the objective with the distillation from a teacher, if the configuration names one.
 
     Raises:
         ConfigError: it names a teacher and none is given, or the other way round.
     """
-    if (teacher is None) == bool(how.teacher_sha256):
+    if (teacher is None) == bool(config.teacher_sha256):
         raise ConfigError(
             "this run learns from a teacher, and none was given: train it with qtdog distill or qtdog train"
         )
     if teacher is None:
         return objective
-    return Distill(objective, teacher, weight=how.teacher_weight, temperature=how.teacher_temperature)
+    return Distill(objective, teacher, weight=config.teacher_weight, temperature=config.teacher_temperature)
 
 
 def _setting(
@@ -185,23 +185,23 @@ def _setting(
     )
 
 
-def make_quantizer(how: QuantizerConfig, network: Network) -> Attached | None:
+def make_quantizer(config: QuantizerConfig, network: Network) -> Attached | None:
     """Attach the quantizers that a configuration names, not yet enabled; None for a float run.
 
     Raises:
         ConfigError: as in `conversion.attach.attach`.
     """
-    if how.name == "none":
+    if config.name == "none":
         return None
     return attach(
         network,
-        quantizer=how.name,
-        bits=how.bits,
-        layer_bits=how.layer_bits,
-        granularity=how.granularity,
-        include=how.include,
-        exclude=how.exclude,
-        **{name: getattr(how, name) for name in OPTION_NAMES},
+        quantizer=config.name,
+        bits=config.bits,
+        layer_bits=config.layer_bits,
+        granularity=config.granularity,
+        include=config.include,
+        exclude=config.exclude,
+        **{name: getattr(config, name) for name in OPTION_NAMES},
     )
 
 

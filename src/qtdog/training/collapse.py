@@ -95,16 +95,16 @@ def _diagnosis(config: Config, layers: Sequence[LayerHealth], now: SourceRecord,
 
 
 def _advice(config: Config) -> str:
-    how = config.quantizer
-    if how.step_mode == "raw" and config.optimizer.name == "adam":
+    quantizer = config.quantizer
+    if quantizer.step_mode == "raw" and config.optimizer.name == "adam":
         return (
             "Adam cancels LSQ's gradient scale, so that a raw step size moves by the learning rate at every step, many "
             "times too fast. Learn it on a log scale (--set quantizer.step_mode=log), or use --set optimizer.name=sgd."
         )
     rate = config.optimizer.lr
     return (
-        f"Use more bits (--bits {min(how.bits + 1, 8)}; it was {how.bits}), a lower learning rate (--lr {rate / 5:g}), "
-        "or leave sensitive layers in float (--set quantizer.exclude=[classifier, LAYER])."
+        f"Use more bits (--bits {min(quantizer.bits + 1, 8)}; it was {quantizer.bits}), a lower learning rate "
+        f"(--lr {rate / 5:g}), or leave sensitive layers in float (--set quantizer.exclude=[classifier, LAYER])."
     )
 
 

@@ -151,8 +151,8 @@ class EvaluationInputs:
 
     def batches(self, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (b, C, H, W) and labels (b,) of the images at `indices`, in their order, on the CPU."""
-        how = {"batch_size": batch_size, "mean": self.mean, "std": self.std}
-        return eval_batches(self.cache, indices, self.class_index, **how)
+        options = {"batch_size": batch_size, "mean": self.mean, "std": self.std}
+        return eval_batches(self.cache, indices, self.class_index, **options)
 
 
 @dataclass(frozen=True)

@@ -67,19 +67,19 @@ def quantize_after_training_(
     Raises:
         ConfigError, ModelError: as in `conversion.calibrate.calibrate_`.
     """
-    how, started = components.config.quantizer, time.perf_counter()
-    n_wanted = 0 if how.name == "rtn" else how.calibration_images
+    quantizer, started = components.config.quantizer, time.perf_counter()
+    n_wanted = 0 if quantizer.name == "rtn" else quantizer.calibration_images
     images = CalibrationImages(
         components, calibration_indices(components.batches.pools, n_wanted, components.config.train.seed)
     )
     layers = calibrate_(
-        components.network, how.name, images, damping=how.damping, check=check_interrupt, progress=progress
+        components.network, quantizer.name, images, damping=quantizer.damping, check=check_interrupt, progress=progress
     )
     if components.accelerator.num_processes > 1:
         _take_codes_of_the_first_process_(components)
     return {
-        "method": how.name,
-        "init": how.init,
+        "method": quantizer.name,
+        "init": quantizer.init,
         "n_images": len(images.indices),
         "seconds": round(time.perf_counter() - started, 2),
         "layers": [asdict(layer) for layer in layers],
@@ -229,21 +229,21 @@ def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
     config, dataset, protocol = components.config, components.dataset, components.protocol
     layer = make_feature_layer(config.model.feature_layer, config.model.feature_params)
     size, channels = config.data.image_size, dataset.card.channels
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "image_size": size,
         "channels": channels,
         "mean": components.inputs.mean,
         "std": components.inputs.std,
     }
     if isinstance(dataset, TextDomains):
-        how |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
+        options |= {"max_tokens": config.data.max_tokens, "vocabulary": vocabulary(config.model.backbone)}
     metadata: dict[str, Any] = {
         "backbone": config.model.backbone,
         "head": config.model.head,
         "feature_layer": config.model.feature_layer if layer.SAVED else "none",
         "feature_params": layer.params if layer.SAVED else {},
         "classes": list(dataset.classes),
-        "preprocessing": how | {"resize": "bilinear, antialiased, no crop"},
+        "preprocessing": options | {"resize": "bilinear, antialiased, no crop"},
         "dataset": dataset.card.name,
         "source_domains": list(protocol.sources),
         "target_domain": protocol.target,

@@ -131,8 +131,8 @@ class LoadedModel(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Return the network's input (n, C, H, W) for uint8 images (n, H, W, C) of the right size; tokens as is."""
-        how = self.info.preprocessing
-        return images if how.max_tokens else normalise(images, how.mean, how.std)
+        preprocessing = self.info.preprocessing
+        return images if preprocessing.max_tokens else normalise(images, preprocessing.mean, preprocessing.std)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -252,10 +252,10 @@ def _outline(path: Path, packed: PackedModel, info: ModelInfo) -> Network:
 
 def _check_width(path: Path, outline: Network, info: ModelInfo) -> None:
     """Compare the width of the stored classifier with that of the features, without computing them."""
-    how = info.preprocessing
-    inputs = torch.zeros(1, how.channels, how.image_size, how.image_size, device="meta")
-    if how.max_tokens:
-        inputs = torch.zeros(1, how.max_tokens, dtype=torch.int64, device="meta")
+    preprocessing = info.preprocessing
+    inputs = torch.zeros(1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size, device="meta")
+    if preprocessing.max_tokens:
+        inputs = torch.zeros(1, preprocessing.max_tokens, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad():
             outline.eval()(inputs)
@@ -294,12 +294,12 @@ def empty_network(info: ModelInfo, *, n_features: int | None = None) -> Network:
         ModelError: the backbone is not known here, or cannot take such images.
         ConfigError: so with the feature layer; `read_info` refuses a file that says such.
     """
-    how = info.preprocessing
+    preprocessing = info.preprocessing
     return create_network(
         known_name(info.backbone),
         n_classes=len(info.classes),
-        channels=how.channels,
-        image_size=how.image_size,
+        channels=preprocessing.channels,
+        image_size=preprocessing.image_size,
         weights="none",
         freeze_bn=True,
         seed=0,
@@ -342,20 +342,22 @@ def read_info(path: Path, metadata: dict[str, Any]) -> ModelInfo:
     try:
         layer = make_feature_layer(info.feature_layer, info.feature_params)
     except ConfigError as error:
-        told = _plugins_in_words(info.plugins)
-        raise FormatError(f"{path} has a feature layer that is not known here: {error}{told}") from error
+        needed = _plugins_in_words(info.plugins)
+        raise FormatError(f"{path} has a feature layer that is not known here: {error}{needed}") from error
     if info.feature_layer != "none" and not layer.SAVED:
         raise FormatError(f"{path}: the feature layer '{info.feature_layer}' is for training only, and in no file")
     return info
 
 
 def _check_text(path: Path, info: ModelInfo) -> None:
-    text, how = TEXT_BACKBONES.get(info.backbone), info.preprocessing
-    if bool(how.max_tokens) != (text is not None):
-        raise FormatError(f"{path}: max_tokens is {how.max_tokens}, and that does not fit {info.backbone}")
+    text, preprocessing = TEXT_BACKBONES.get(info.backbone), info.preprocessing
+    if bool(preprocessing.max_tokens) != (text is not None):
+        raise FormatError(f"{path}: max_tokens is {preprocessing.max_tokens}, and that does not fit {info.backbone}")
     n_words = 0 if text is None or text.hub_name is None else text.n_words
-    if len(how.vocabulary) > n_words:
-        raise FormatError(f"{path}: {info.backbone} takes {n_words} words, the vocabulary has {len(how.vocabulary)}")
+    if len(preprocessing.vocabulary) > n_words:
+        raise FormatError(
+            f"{path}: {info.backbone} takes {n_words} words, the vocabulary has {len(preprocessing.vocabulary)}"
+        )
 
 
 def training_configs(model_file: Path) -> list[Config]:

@@ -79,8 +79,8 @@ def run_name(config: Config) -> str:
         >>> run_name(Config()).split("-")[:4]
         ['erm', 'lsq7', 'none', 'seed0']
     """
-    how = config.quantizer
-    grid = "float" if how.name == "none" else f"{how.name}{how.bits}"
+    quantizer = config.quantizer
+    grid = "float" if quantizer.name == "none" else f"{quantizer.name}{quantizer.bits}"
     parts = [config.objective.name, grid, config.data.target, f"seed{config.train.seed}", config_hash(config)]
     return "-".join(parts)
 
@@ -167,14 +167,14 @@ class WeightsAndBiases(Logger):
         """Begin or go on with the run of this configuration."""
         with extra("wandb", "--log wandb needs Weights & Biases", ConfigError):
             import wandb
-        how = {
+        options = {
             "id": config_hash(config),
             "resume": "allow",
             "dir": self.folder,
             "config": config.model_dump(mode="json"),
         }
         project = os.environ.get("WANDB_PROJECT", "qtdog")
-        self._run = wandb.init(project=project, name=run_name(config), settings=wandb.Settings(silent=True), **how)
+        self._run = wandb.init(project=project, name=run_name(config), settings=wandb.Settings(silent=True), **options)
 
     def send(self, step: int, values: dict[str, float]) -> None:
         """Send some numbers."""
