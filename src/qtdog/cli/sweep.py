@@ -214,7 +214,7 @@ def _rows(missing: Sequence[Task], step_s: dict[str, float], overhead: float, wo
     from qtdog.sweep.estimate import simulate, task_seconds
 
     found = simulate(missing, workers, lambda task: task_seconds(task, step_s, overhead=overhead))
-    idle = 1 - found.busy_s / (found.wall_s * workers) if found.wall_s else 0.0
+    idle = max(0.0, 1 - found.busy_s / (found.wall_s * workers)) if found.wall_s else 0.0
     return [
         ["wall time", duration_text(found.wall_s)],
         ["time of all workers", duration_text(found.busy_s)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from qtdog.report.render import Table
     from qtdog.runs.find import RunSet
     from qtdog.runs.finished import FinishedRun
     from qtdog.runs.index import IndexRow
@@ -19,6 +21,7 @@ RUNS = "Run folders, folders of them, DomainBed's results.jsonl or folders of th
 SELECT = "Only this selection: source, mean, last, oracle or leave-one-out; may be given several times."
 SPLIT = "Count the 'whole' unseen domain or DomainBed's '80' % split. Default: 80 if DomainBed's runs are there."
 BEST = "One row per method: of several settings in a trial, the best by the selection's own score (DomainBed's search)."
+TABLE_COLUMNS = "Which columns beside the first, separated by commas, like 'average,file'. Default: all."
 COMPARE = "Compare two rows, by their names in the table, over the pairs (unseen domain, trial, seed) that both have."
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 
@@ -47,6 +50,7 @@ def table(
     split: Annotated[Split | None, typer.Option(help=SPLIT)] = None,
     best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=BEST)] = False,
     per_dataset: Annotated[bool, typer.Option("--per-dataset", help="A table for each of several data sets.")] = False,
+    columns: Annotated[str | None, typer.Option(help=TABLE_COLUMNS)] = None,
     compare: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help=COMPARE)] = None,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
@@ -62,6 +66,7 @@ def table(
       qtdog table runs/pacs --compare 'erm + float' 'erm + lsq 7 bit'
     """
     from qtdog.cli.console import print_text, terminal_width
+    from qtdog.core.errors import ConfigError
     from qtdog.core.files import write_atomic
     from qtdog.runs.find import find_runs
     from qtdog.runs.selection import check_selections
@@ -71,11 +76,13 @@ def table(
     options = {"split": choose_split(run_set, None if split is None else split.value), "pooled": best_of_settings}
     kind = format_.value if format_ else SUFFIXES.get(out.suffix if out else "", "text")
     groups = [run_set.of(name) for name in checked_datasets(run_set, per_dataset=per_dataset)]
-    width = terminal_width() if out is None else None
+    if columns is not None and kind == "csv":
+        raise ConfigError("--columns is for text, markdown and latex: a CSV file has every number")
+    layout = Layout(kind, terminal_width() if out is None else None, _names(columns))
     if compare is not None:
-        content = _comparison(groups, compare, selections, kind, width=width, **options)
+        content = _comparison(groups, compare, selections, layout, **options)
     else:
-        content = _tables(groups, selections, kind, width=width, **options)
+        content = _tables(groups, selections, layout, **options)
     say_left_out(run_set)
     if out is None:
         print_text(content)
@@ -121,17 +128,36 @@ def say_left_out(run_set: RunSet) -> None:
         warn(f"left out: {sentence}")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How tables are written.
+
+    Attributes:
+        kind: a name of `Format`.
+        width: characters of a line; None for no end.
+        columns: names of those that are shown beside the first; None for all.
+    """
+
+    kind: str
+    width: int | None
+    columns: list[str] | None
+
+    def write(self, tables: Sequence[Table]) -> str:
+        """Return tables as text."""
+        from qtdog.report.render import render
+
+        kept = tables if self.columns is None else [table.only(self.columns) for table in tables]
+        return render(list(kept), self.kind, self.width)
+
+
+def _names(columns: str | None) -> list[str] | None:
+    return None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+
+
 def _tables(
-    groups: Sequence[list[FinishedRun]],
-    selections: Sequence[str],
-    kind: str,
-    *,
-    width: int | None,
-    split: str,
-    pooled: bool,
+    groups: Sequence[list[FinishedRun]], selections: Sequence[str], layout: Layout, *, split: str, pooled: bool
 ) -> str:
     from qtdog.core.errors import RunError
-    from qtdog.report.render import render
     from qtdog.report.tables import numbers_csv, summary_table
     from qtdog.runs.aggregate import aggregate
 
@@ -139,21 +165,21 @@ def _tables(
     filled = [numbers for numbers in made if numbers.rows]
     if not filled:
         raise RunError(f"no run has an unseen domain that was measured with --select {' '.join(selections)}")
-    return numbers_csv(filled) if kind == "csv" else render([summary_table(one) for one in filled], kind, width)
+    if layout.kind == "csv":
+        return numbers_csv(filled)
+    return layout.write([summary_table(one) for one in filled])
 
 
 def _comparison(
     groups: Sequence[list[FinishedRun]],
     names: tuple[str, str],
     selections: Sequence[str],
-    kind: str,
+    layout: Layout,
     *,
-    width: int | None,
     split: str,
     pooled: bool,
 ) -> str:
     from qtdog.core.errors import RunError
-    from qtdog.report.render import render
     from qtdog.report.tables import comparison_table
     from qtdog.runs.aggregate import compare_methods
 
@@ -164,7 +190,7 @@ def _comparison(
         if not made:
             raise RunError(f"'{names[0]}' and '{names[1]}' have no unseen domain, trial and seed in common")
         tables.append(comparison_table(f"{group[0].dataset}: A = {names[0]}, B = {names[1]}", made))
-    return render(tables, kind, width)
+    return layout.write(tables)
 
 
 REPORT_RUNS = "Run folders, folders of them, DomainBed's results.jsonl; folders with an analysis.json beside or below."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,15 +177,39 @@ def match_card(domains: Iterable[str], classes: Iterable[str]) -> DatasetCard | 
     return matching[-1] if matching else None
 
 
+def card_for(dataset: DomainDataset) -> DatasetCard:
+    """Return the card for a folder or list of a user, which has a card of its own.
+
+    It is that of a known data set if domains, classes and numbers of images are its. If the numbers differ, protocol
+    and expected numbers are that data set's, and name and title stay the user's. Of two known versions with the same
+    domains and classes the one whose numbers fit is meant.
+    """
+    own = dataset.card
+    known = match_card(dataset.domains, dataset.classes)
+    if known is None:
+        return own
+    names = known.domains, known.classes
+    alike = [CARDS[name] for name in CARDS if (CARDS[name].domains, CARDS[name].classes) == names]
+    fitting = [card for card in alike if card.kind in FOLDER_KINDS and not _count_differences(dataset, card)]
+    if fitting:
+        return fitting[-1]
+    return replace(known, name=own.name, title=f"{own.title}, with the domains and classes of {known.name}")
+
+
 def check_counts(dataset: DomainDataset | TextDataset) -> list[str]:
     """Return one sentence per difference between a data set and its card; empty if it is as promised.
 
     A sentence about a count that nobody confirmed says so.
     """
     card = dataset.card
-    remark = "" if card.counts_from else f" ({UNCHECKED})"
     differences = _set_differences("domain", card.domains, dataset.domains)
     differences += _set_differences("class", card.classes, dataset.classes)
+    return differences + _count_differences(dataset, card)
+
+
+def _count_differences(dataset: DomainDataset | TextDataset, card: DatasetCard) -> list[str]:
+    remark = "" if card.counts_from else f" ({UNCHECKED})"
+    differences = []
     found = dict(zip(dataset.domains, dataset.counts().sum(axis=1).tolist(), strict=True))
     for domain, expected in (card.expected_counts or {}).items():
         if domain in found and found[domain] != expected:

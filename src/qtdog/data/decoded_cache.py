@@ -356,4 +356,4 @@ def refuse_unreadable(errors: list[str]) -> None:
         raise DataError(errors[0])
     listed = "\n  ".join(sorted(errors)[:MAX_LISTED])
     count = f"at least {MAX_LISTED}" if len(errors) >= MAX_LISTED else str(len(errors))
-    raise DataError(f"{count} images cannot be read; nothing was trained:\n  {listed}")
+    raise DataError(f"{count} images cannot be read, and nothing was done:\n  {listed}")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qtdog.core.errors import DataError, nearest
-from qtdog.data.cards import DatasetCard, match_card
+from qtdog.data.cards import DatasetCard, card_for
 from qtdog.data.dataset import DomainDataset, Resize, check_domain_names, composed, look_alikes, sample_arrays
 from qtdog.data.decode import HINT, FileGoneError, decode, decode_bytes, decode_resized, read_file, to_square
 from qtdog.data.scan import (
@@ -180,7 +180,8 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     _refuse_split_folders(root, records)
     names = tuple(sorted({label for labels in classes.values() for label in labels}))
     own = DatasetCard(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
-    dataset = FileDataset(match_card(classes, names) or own, root, records, names)
+    dataset = FileDataset(own, root, records, names)
+    dataset.card = card_for(dataset)
     dataset.passed_over = passed
     dataset.notes = [*dataset.notes, *_level_notes(root, classes, records)]
     require_domains(dataset, min_domains, root)

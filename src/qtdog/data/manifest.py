@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qtdog.core.errors import DataError, nearest
-from qtdog.data.cards import DatasetCard, match_card
+from qtdog.data.cards import DatasetCard, card_for
 from qtdog.data.dataset import composed, is_missing
 from qtdog.data.image_folder import FileDataset, ImageFile, require_domains, require_path
 
@@ -55,7 +55,7 @@ def open_manifest(path: Path, *, min_domains: int = 2, domain_column: str = DOMA
     _refuse_joined_classes(path, {record.label for record in records.values()})
     ordered = sorted(records.values())
     dataset = FileDataset(DatasetCard(name=path.stem, title=f"Images listed in {path.name}"), root, ordered)
-    dataset.card = match_card(dataset.domains, dataset.classes) or dataset.card
+    dataset.card = card_for(dataset)
     if both:
         dataset.notes = [*dataset.notes, "there are the columns 'class' and 'label': the classes are those of 'class'"]
     require_domains(dataset, min_domains, path)

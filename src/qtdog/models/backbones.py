@@ -128,7 +128,7 @@ def create_network(
         >>> network(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    _check_name(backbone)
+    check_backbone(backbone)
     layer = make_feature_layer(feature_layer, feature_params or {})
     spec = FeaturizerSpec(backbone, channels + layer.extra_channels, image_size, embeds=head == "text")
     _check_head(spec, weights, class_names)
@@ -179,7 +179,7 @@ def preprocessing(backbone: str, *, channels: int | None = None) -> tuple[tuple[
         >>> preprocessing("digits_cnn")
         ((0.0,), (1.0,))
     """
-    _check_name(backbone)
+    check_backbone(backbone)
     if backbone in WIDTHS or backbone in TEXT_BACKBONES or backbone in list(OWN_BACKBONES):
         n_channels = channels or 1
         return (0.0,) * n_channels, (1.0,) * n_channels
@@ -192,7 +192,8 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _check_name(backbone: str) -> None:
+def check_backbone(backbone: str) -> None:
+    """Refuse a backbone that is not known (ModelError with the nearest name)."""
     if backbone in list(OWN_BACKBONES):
         return
     base, _, tag = backbone.partition(".")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qtdog.core.errors import ModelError, extra, unknown
+from qtdog.models.hub import reason_of, short_try
 
 PROMPT = "a photo of a {}."
 # timm's name of an image tower → open_clip's names of model and weights
@@ -51,12 +52,13 @@ def zero_shot_classifier(backbone: str, class_names: Sequence[str]) -> Tensor:
     check_has_text_tower(backbone)
     library = _open_clip()
     model_name, weights = TEXT_TOWERS[backbone]
-    try:
-        model: Any = library.create_model(model_name, pretrained=weights).eval()
-    except Exception as error:  # the hub's clients raise errors of many libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        text = f"the text tower of '{backbone}' (open_clip: {model_name}, {weights}) could not be had: {reason}"
-        raise ModelError(f"{text}. Check the connection and try again, or use --set model.head=linear.") from error
+    with short_try() as is_there:
+        try:
+            model: Any = library.create_model(model_name, pretrained=weights).eval()
+        except Exception as error:  # the hub's clients raise errors of many libraries
+            reason = reason_of(error, is_there)
+            text = f"the text tower of '{backbone}' (open_clip: {model_name}, {weights}) could not be had: {reason}"
+            raise ModelError(f"{text}. Check the connection and try again, or use --set model.head=linear.") from error
     prompts = [PROMPT.format(name.replace("_", " ")) for name in class_names]
     embeddings = model.encode_text(library.get_tokenizer(model_name)(prompts))
     return model.logit_scale.exp() * normalize(embeddings.float(), dim=-1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError, extra
+from qtdog.models.hub import reason_of, short_try
 
 Tokens = npt.NDArray[np.int32]
 Tokenizer = Callable[[Sequence[str]], Tokens]
@@ -177,10 +178,11 @@ def build_text_featurizer(name: str, *, pretrained: bool = False) -> TextFeaturi
     if not pretrained:
         return TextFeaturizer(library.DistilBertModel(library.DistilBertConfig(**backbone.sizes)))
     hub_name = _hub_name(name)
-    try:
-        return TextFeaturizer(library.DistilBertModel.from_pretrained(hub_name))
-    except Exception as error:  # the hub's clients raise errors of many libraries
-        raise _not_had(f"the weights of '{name}'", hub_name, error) from error
+    with short_try() as is_there:
+        try:
+            return TextFeaturizer(library.DistilBertModel.from_pretrained(hub_name))
+        except Exception as error:  # the hub's clients raise errors of many libraries
+            raise _not_had(f"the weights of '{name}'", hub_name, reason_of(error, is_there)) from error
 
 
 def make_tokenizer(name: str, max_tokens: int, words: Sequence[str] = ()) -> Tokenizer:
@@ -225,12 +227,12 @@ def vocabulary(name: str) -> tuple[str, ...]:
 @lru_cache(maxsize=4)
 def _from_hub(name: str, hub_name: str) -> tuple[str, ...]:
     """Return a vocabulary of the hub; once per process, so that the end of a run needs no connection."""
-    try:
-        numbers: dict[str, int] = _transformers(name).AutoTokenizer.from_pretrained(hub_name).get_vocab()
-    except ModelError:
-        raise
-    except Exception as error:  # as above
-        raise _not_had(f"the vocabulary of '{name}'", hub_name, error) from error
+    library = _transformers(name)
+    with short_try() as is_there:
+        try:
+            numbers: dict[str, int] = library.AutoTokenizer.from_pretrained(hub_name).get_vocab()
+        except Exception as error:  # as above
+            raise _not_had(f"the vocabulary of '{name}'", hub_name, reason_of(error, is_there)) from error
     words = tuple(sorted(numbers, key=numbers.__getitem__))
     try:
         check_words(words)
@@ -262,8 +264,7 @@ def _hub_name(name: str) -> str:
     return hub_name
 
 
-def _not_had(what: str, hub_name: str, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _not_had(what: str, hub_name: str, reason: str) -> ModelError:
     return ModelError(
         f"{what} could not be had from the Hugging Face hub ({hub_name}): {reason}. Check the connection and try "
         "again, or fetch it once elsewhere and copy that machine's HF_HOME folder here."

