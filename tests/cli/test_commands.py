@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import torch
 from qtdog.data.corruptions import corrupt
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_dataset
+from qtdog.packing.packed_file import load_packed, save_packed
 from qtdog.training.load_model import load_model
 
 SHORT = ("--steps", 4, "--batch-size", 4, "--image-size", 16, "--set", "train.eval_every=2")
@@ -267,3 +269,49 @@ def test_help_teaches_with_examples(qtdog):
 def test_help_is_fast_because_it_does_not_import_torch():
     code = "import sys; from qtdog.cli.main import app; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def always(model, tmp_path):
+    """Return a function that writes the model with a classifier that always answers one class."""
+    packed = load_packed(model[1] / "model.safetensors")
+
+    def write(index):
+        rest = dict(packed.rest)
+        rest["classifier.bias"] = torch.where(torch.arange(2) == index, 1e4, -1e4).to(rest["classifier.bias"])
+        path = tmp_path / f"always-{index}.safetensors"
+        save_packed(path, packed.quantized, rest, packed.metadata)
+        return path
+
+    return write
+
+
+def test_compare_names_the_site_where_the_new_model_is_worse(qtdog, model, always, tmp_path):
+    north = tmp_path / "sites" / "north"
+    for kind, names in (
+        ("dog", [f"{domain}/dog/{i}.png" for domain in ("x", "day") for i in range(4)]),
+        ("cat", ["x/cat/0.png"]),
+    ):
+        (north / kind).mkdir(parents=True)
+        for number, name in enumerate(names):
+            shutil.copy(model[0] / name, north / kind / f"{number}.png")
+    asked = ("compare", always(1), always(0), "--data", north.parent)
+    outcome = qtdog(*asked, "--json")
+    assert outcome.code == 1
+    result = json.loads(outcome.out)
+    (site,) = result["sites"]
+    assert (site["n"], site["n_old"], site["n_new"], site["n_won"], site["n_lost"]) == (9, 8, 1, 1, 8)
+    assert site["p_value"] == pytest.approx(2 * (1 + 9) / 2**9)
+    assert result["worse"] == ["north"]
+    shown = qtdog(*asked)
+    assert shown.code == 1
+    assert "The new model is worse at north" in shown.out
+
+
+def test_compare_of_a_model_with_itself_finds_nothing(qtdog, model):
+    root, out, _ = model
+    outcome = qtdog("compare", out, out / "model.safetensors", "--data", root)
+    assert outcome.code == 0
+    assert "no difference shown" in outcome.out
+    assert "x (unseen)" in outcome.out
+    assert "day (unseen)" not in outcome.out

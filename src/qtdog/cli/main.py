@@ -10,6 +10,7 @@ import typer
 from qtdog.cli.analyze import analyze_app
 from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
+from qtdog.cli.compare import compare
 from qtdog.cli.console import fail
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
@@ -61,6 +62,7 @@ def _root(
 
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(compare)
 app.command()(predict)
 app.command()(ensemble)
 app.command()(bits)

@@ -281,7 +281,7 @@ def score_domains(
         DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
     """
     model_input = model.info.preprocessing
-    cache, labels = _open_for(model, dataset, progress)
+    cache, labels = open_for(model, dataset, progress)
     device = Accelerator().device
     model = model.to(device)
     scores = {}
@@ -302,7 +302,7 @@ def score_domains(
     return scores
 
 
-def _open_for(model: AnyModel, dataset: DomainDataset, progress: Progress) -> tuple[InputCache, np.ndarray]:
+def open_for(model: AnyModel, dataset: DomainDataset, progress: Progress) -> tuple[InputCache, np.ndarray]:
     """Return the inputs of a data set as `model` takes them, and the model's class index of each.
 
     Raises:
@@ -347,7 +347,7 @@ def score_corruptions(
         DataError: as in `score_domains`.
     """
     model_input = model.info.preprocessing
-    cache, labels = _open_for(model, dataset, None)
+    cache, labels = open_for(model, dataset, None)
     if not isinstance(cache, DecodedCache):
         raise ConfigError("--corrupt is for images; this data set is of texts")
     device = Accelerator().device
