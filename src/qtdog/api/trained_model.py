@@ -90,7 +90,8 @@ class Evaluation:
     """How a model does on a data set.
 
     Attributes:
-        domains: for each domain `accuracy`, `loss`, `n`, `ece`, `brier`, `risk_at_90`; accuracies as fractions.
+        domains: for each domain what `ensemble.scoring.score_domains` gives: `accuracy` (a fraction), its 95 %
+            `interval`, `loss`, `n`, `ece`, `brier`, `risk_at_90`, and `classes` with the mistakes of each class.
         source_domains: those that the model was trained on.
     """
 
@@ -103,9 +104,10 @@ class Evaluation:
         return sum(score["accuracy"] for score in self.domains.values()) / len(self.domains)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a dictionary for each domain."""
+        """Return a dictionary for each domain, without its classes."""
         return [
-            {"domain": domain, "trained_on": domain in self.source_domains, **score}
+            {"domain": domain, "trained_on": domain in self.source_domains}
+            | {name: value for name, value in score.items() if name != "classes"}
             for domain, score in self.domains.items()
         ]
 

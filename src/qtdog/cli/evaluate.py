@@ -17,6 +17,7 @@ CORRUPT = (
 )
 SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several times. Default: all five."
 DATA = "Data set name, folder DOMAIN/CLASS/image, or manifest. Default: what the run was trained on."
+WORST = 5  # classes that are shown
 CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
 
 
@@ -36,9 +37,11 @@ def evaluate(
 ) -> None:
     """Score a model on every domain of a data set (all images; classes are matched by name).
 
-    Beside the accuracy: expected calibration error and Brier score of the probabilities, and the error that is left
-    when the model abstains on the least certain tenth. With --unknown, the area under the ROC curve (0.5 is chance, 1
-    is perfect) of the uncertainty of these images against that of the data set.
+    Beside the accuracy and its 95 % interval (Wilson): expected calibration error and Brier score of the
+    probabilities, and the error that is left when the model abstains on the least certain tenth. Below stand the
+    classes with the most mistakes, and what their images were taken for; --json has all of them. With --unknown, the
+    area under the ROC curve (0.5 is chance, 1 is perfect) of the uncertainty of these images against that of the data
+    set.
 
     Examples:
       qtdog eval runs/photos-c --data photos/
@@ -89,8 +92,9 @@ def evaluate(
         return
     sources = loaded.info.source_domains
     rows = [_row(domain + (" (trained on)" if domain in sources else ""), score) for domain, score in scores.items()]
-    headers = ["domain", "accuracy (%)", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
-    print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", ""]])
+    headers = ["domain", "accuracy (%)", "95 % interval", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
+    print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", "", ""]])
+    _show_worst_classes(scores)
     if cascade:
         _show_cascade(scores)
     for name, value in auroc.items():
@@ -138,4 +142,27 @@ def _row(name: str, score: Mapping[str, Any]) -> list[str]:
     from qtdog.report.tables import percent
 
     trust = [f"{score['ece']:.3f}", f"{score['brier']:.3f}", percent(score["risk_at_90"])]
-    return [name, percent(score["accuracy"]), f"{score['n']:,}", *trust]
+    return [name, percent(score["accuracy"]), _range(score["interval"]), f"{score['n']:,}", *trust]
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return "{:.1f} … {:.1f}".format(*(100 * end for end in interval))
+
+
+def _show_worst_classes(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show the classes with the lowest accuracy, and what their images were taken for."""
+    from qtdog.cli.console import print_table
+    from qtdog.report.tables import percent
+    from qtdog.runs.statistics import share_interval
+
+    found = [(domain, one) for domain, score in scores.items() for one in score["classes"] if one["right"] < one["n"]]
+    found.sort(key=lambda pair: (pair[1]["right"] / pair[1]["n"], -pair[1]["n"]))
+    rows = []
+    for domain, one in found[:WORST]:
+        share = one["right"] / one["n"]
+        called = ", ".join(f"{name} ({count})" for name, count in list(one["called"].items())[:3])
+        interval = _range(share_interval(share, one["n"]))
+        rows.append([domain, one["class"], percent(share), interval, f"{one['right']} of {one['n']}", called])
+    if rows:
+        headers = ["domain", "class", "accuracy (%)", "95 % interval", "right", "taken for"]
+        print_table(headers, rows, title=f"where it errs most: {len(rows)} of {len(found)} classes with mistakes")
