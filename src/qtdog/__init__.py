@@ -1,4 +1,4 @@
-"""Quantization-aware training for domain generalization: train, keep and ship one quantized model.
+"""Quantization-aware training for domain generalization: train, select and save one quantized model.
 
     result = qtdog.train("photos/", target="hospital_c", preset="lsq-sma")     # docs/tasks/python.md
     model = qtdog.load(result.folder)

@@ -50,7 +50,7 @@ class AnalyzedRun:
         label: how it is called in figures, unlike that of any other run beside it.
         folder: of the run.
         config: its configuration.
-        model: what it ships: plain, dequantized weights, in evaluation mode.
+        model: what it is saved: plain, dequantized weights, in evaluation mode.
         dataset: the images it was made from.
         protocol: which domains are sources, which is the target, which images are held out.
         id: the beginning of the sha256 of its model file: what is measured of the run holds for this file.

@@ -228,7 +228,7 @@ def measure_flatness(
 ) -> dict[str, Any]:
     """Measure F_γ of every run on its sources (held-out images) and its target; return what `analysis.json` says.
 
-    The weights are those that ship, dequantized; all parameters move, of every run the same ones. The loss of each
+    The weights are those that are saved, dequantized; all parameters move, of every run the same ones. The loss of each
     place is kept in `points.csv`, and is not measured again. One place costs one pass over the images.
 
     Args:

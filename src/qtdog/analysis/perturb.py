@@ -71,7 +71,7 @@ class Displaced:
     """A network that can be moved away from its weights, and is put back at the end of the context, exactly.
 
     The network must be plain: latent weights under a quantizer would look flat for free, since nothing moves inside a
-    bin, and moving step sizes would break it. Load a shipped file, or bake the weights (`conversion.save`) into a
+    bin, and moving step sizes would break it. Load a saved file, or bake the weights (`conversion.save`) into a
     freshly built network.
 
     Args:
@@ -93,7 +93,7 @@ class Displaced:
 
     def __init__(self, network: nn.Module) -> None:
         if sites(network):
-            raise ModelError("only plain weights are moved: load the shipped file, or bake them into a network")
+            raise ModelError("only plain weights are moved: load the saved file, or bake them into a network")
         self.parameters = list(network.parameters())
         self._start: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]
 

@@ -65,7 +65,7 @@ def layer_noise(latent: Tensor, value: QuantizedTensor) -> tuple[npt.NDArray[np.
 
     Args:
         latent: the weights before rounding, the shape of the codes.
-        value: codes and step sizes that ship.
+        value: codes and step sizes that are saved.
 
     Raises:
         ModelError: a grid without a common step size (INQ's powers of two): its noise has no unit.
@@ -153,7 +153,7 @@ def measure_noise(
 ) -> dict[str, Any]:
     """Compare w_q - w with the uniform law, per layer and pooled, in units of each weight's own step size.
 
-    No image is needed: the codes are in the shipped file, the weights before rounding in the checkpoint.
+    No image is needed: the codes are in the saved file, the weights before rounding in the checkpoint.
 
     Args:
         paths: folders of quantized runs.
@@ -204,7 +204,7 @@ def _measure(
         return
     quantized = load_packed(run.model_file).quantized
     if not quantized:
-        raise RunError(f"{run.path} ships float weights: there is no rounding to look at")
+        raise RunError(f"{run.path} saved float weights: there is no rounding to look at")
     latent = latent_weights(_last_checkpoint(run), config)
     pooled: list[npt.NDArray[np.float64]] = []
     outside = np.zeros(3)  # weights, clipped, moved

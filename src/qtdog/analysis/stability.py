@@ -30,7 +30,7 @@ class Stability:
     """What the evaluations of one run say.
 
     Attributes:
-        n_checkpoints: evaluations that could have been shipped.
+        n_checkpoints: evaluations that could have been saved.
         source_std: standard deviation of the source accuracy over them.
         target_std: of the target accuracy.
         largest_drop: of the target accuracy from one evaluation to the next.
@@ -39,7 +39,7 @@ class Stability:
         spearman_low, spearman_high: 95 % interval, from resampling the evaluations.
         kendall: Kendall's τ_b of the same.
         selected: target accuracy where the source accuracy is highest (training-domain validation).
-        best: highest target accuracy: what an oracle would ship.
+        best: highest target accuracy: what an oracle would save.
     """
 
     n_checkpoints: int
@@ -166,7 +166,7 @@ def measure_stability(paths: Sequence[Path], labels: Sequence[str], folder: Path
         numbers=numbers,
         figures=draw_stability(runs, folder),
         notes=(
-            "Over the evaluations that could have been shipped, which for a quantized run are those after its start.",
+            "Over the evaluations that could have been saved, which for a quantized run are those after its start.",
             "Neighbouring checkpoints are alike: the interval of spearman is too narrow rather than too wide.",
         ),
     )
@@ -222,6 +222,6 @@ def _dress(axes: Sequence[Axes]) -> None:
     axes[1].set_ylabel("accuracy on the unseen domain (%)")
     axes[2].set_xlabel("accuracy on the sources (%)")
     axes[2].set_ylabel("accuracy on the unseen domain (%)")
-    axes[2].set_title("checkpoints that could be shipped")
+    axes[2].set_title("checkpoints that could be saved")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -163,7 +163,7 @@ def hessian(
     out: str | Path = OUT,
     progress: ShowsCounts = True,
 ) -> Analysis:
-    """Measure the curvature of the loss at the weights that ship: trace, largest eigenvalues, spectral density.
+    """Measure the curvature of the loss at the weights that are saved: trace, largest eigenvalues, spectral density.
 
     Args:
         runs: run folders or results of `qtdog.train`, of one data set.

@@ -160,17 +160,17 @@ class RunResults(Sequence[RunResult]):
     @property
     def accuracy(self) -> float | None:
         """Mean accuracy on the unseen domains, of the ensembles if there are any; None without an unseen domain."""
-        shipped = self.ensembles or self.runs
-        found = [run.accuracy for run in shipped if run.accuracy is not None]
-        return sum(found) / len(found) if len(found) == len(shipped) else None
+        models = self.ensembles or self.runs
+        found = [run.accuracy for run in models if run.accuracy is not None]
+        return sum(found) / len(found) if len(found) == len(models) else None
 
     @property
     def model(self) -> TrainedModel:
         """The model of the one ensemble (RunError if there are several to choose from)."""
-        shipped = self.ensembles or self.runs
-        if len(shipped) != 1:
-            raise RunError(f"there are {len(shipped)} models, one for each target or member: take one, like [0].model")
-        return shipped[0].model
+        models = self.ensembles or self.runs
+        if len(models) != 1:
+            raise RunError(f"there are {len(models)} models, one for each target or member: take one, like [0].model")
+        return models[0].model
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a dictionary for each run, then for each ensemble."""

@@ -193,7 +193,7 @@ def hessian(
     out: Out = OUT,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the curvature of the loss at the weights that ship: trace, largest eigenvalues, spectral density.
+    """Measure the curvature of the loss at the weights that are saved: trace, largest eigenvalues, spectral density.
 
     Random vectors are added until the trace is known to --error. The density needs curvlinops (extra 'curvature').
 
@@ -264,7 +264,7 @@ def errors(
 def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = False) -> None:
     """Draw accuracy over the steps of runs, and measure how far selection on the sources can be trusted.
 
-    The rank correlation is between source-validation and target accuracy over the checkpoints that could be shipped:
+    The rank correlation is between source-validation and target accuracy over the checkpoints that could be saved:
     near 1 the sources choose well, near 0 they choose blindly. Runs need not be finished.
 
     Example:

@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
     epilog=EPILOG,
-    help="Train, keep and ship one small model that holds up on domains it never saw.",
+    help="Train, select and save one small model that holds up on domains it never saw.",
 )
 
 

@@ -88,7 +88,7 @@ def train(
     dry: Annotated[bool, panel("Run", DRY, "--dry-run")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, select and ship one small model; measure it on a domain that it never saw.
+    """Train, select and save one small model; measure it on a domain that it never saw.
 
     Examples:
       qtdog train                                                     (embedded digits, trains on all domains)
@@ -350,11 +350,11 @@ def dart(
     resume: Annotated[bool, panel("Run", "Continue with what is in the folder.", "--resume")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train branches side by side, average them now and then, and ship one network (DART, CVPR 2023).
+    """Train branches side by side, average them now and then, and save one network (DART, CVPR 2023).
 
     The branches begin alike and differ in what they see: by default each gets half of its batches from a source domain
-    of its own. It costs as many times the training as there are branches, and all of them lie in memory at once; what
-    ships is one model.
+    of its own. It costs as many times the training as there are branches, and all of them lie in memory at once; one
+    model is saved.
 
     Examples:
       qtdog dart --data photos/ --target c --preset pacs-lite -o runs/dart

@@ -1,1 +1,1 @@
-"""From a float model to a quantized one and back: which layers, attach, enable, report, bake, ship."""
+"""From a float model to a quantized one and back: which layers, attach, enable, report, plain weights, save."""

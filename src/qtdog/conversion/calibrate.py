@@ -265,7 +265,7 @@ def calibrate_(
             need more than `HESSIAN_BYTES`.
         damping: added to the diagonal of each Hessian, as a share of its mean.
         check: called often; may raise to break off.
-        progress: told (done, total) as the work goes on.
+        progress: is called with (done, total) as the work goes on.
 
     Raises:
         ConfigError: an unknown method, no images for a method that learns from them, quantizers of another kind, or too

@@ -164,7 +164,7 @@ class QuantizerConfig(Section):
         default="log", description="how the step size is learned: on a log scale, as it is (raw LSQ), or not at all"
     )
     rounding: Literal["nearest", "stochastic"] = Field(
-        default="nearest", description="of training; what is measured and shipped is always rounded to nearest"
+        default="nearest", description="of training; what is measured and saved is always rounded to nearest"
     )
     amplitude: float = Field(default=5e-5, gt=0, description="a of the noise U(-a, a) that noise-* adds to a weight")
     stages: tuple[float, ...] = Field(
@@ -211,7 +211,7 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0)
     selection: Literal["source", "last", "oracle"] = Field(
         default="source",
-        description="which checkpoint is shipped: best source validation, the last, or best on the target",
+        description="which checkpoint is saved: best source validation, the last, or best on the target",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
     probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")

@@ -43,7 +43,7 @@ TABLES = {"methods": "", "paper": "paper/"}
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets that are shipped, sorted; those of the paper's tables begin with "paper/"."""
+    """Return the names of the presets that are saved, sorted; those of the paper's tables begin with "paper/"."""
     files = [entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")]
     return sorted([*(name for name in files if name not in TABLES), *_rows()])
 

@@ -131,7 +131,7 @@ def download(
         archive: names and addresses.
         folder: where it and its unfinished part go.
         sha256: what its content must hash to; "" if that is not known.
-        progress: is told of the bytes.
+        progress: is called with the bytes.
         limits: of what is waited for; default `LIMITS`.
 
     Raises:

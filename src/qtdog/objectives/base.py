@@ -155,9 +155,9 @@ class Objective(nn.Module):
     """The loss of one step; abstract.
 
     Most members are pure: they define `loss` over the outputs of each domain. One that must see images or the step, or
-    run the model itself, overrides `forward` instead. State goes into buffers (it is saved in checkpoints and never
-    shipped), further networks into submodules: their parameters train with the run's optimizer, at `lr_factor` times
-    the learning rate.
+    run the model itself, overrides `forward` instead. State goes into buffers (it is saved in checkpoints, never in
+    the model file), further networks into submodules: their parameters train with the run's optimizer, at `lr_factor`
+    times the learning rate.
 
     Raises:
         ConfigError: an unknown hyper-parameter or value, too few source domains, too small a batch, unequal shares of

@@ -327,7 +327,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def packs(self) -> bool:
-        """Whether the weight now lies on a grid, so that `quantized` gives its codes; else it ships in float."""
+        """Whether the weight now lies on a grid, so that `quantized` gives its codes; else it is saved in float."""
         return self.enabled
 
     @property

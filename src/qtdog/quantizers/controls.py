@@ -40,7 +40,7 @@ class AccumulatedNoise(Quantizer):
 
     @property
     def packs(self) -> bool:
-        """False: the weight ships in float."""
+        """False: the weight is saved in float."""
         return False
 
     def enable_(self, weight: Tensor) -> None:
@@ -64,7 +64,7 @@ class FreshNoise(Quantizer):
     """In training the network sees w + U(-a, a), drawn anew at every step, on clean weights: `noise-fresh`.
 
     One of three readings of the noise that the paper's Table 15 compares quantization with. The gradient passes to the
-    clean weight unchanged; evaluation and the shipped file have the clean weight.
+    clean weight unchanged; evaluation and the saved file have the clean weight.
 
     Args:
         weight: the weight; only its place in the model counts.
@@ -85,7 +85,7 @@ class FreshNoise(Quantizer):
 
     @property
     def packs(self) -> bool:
-        """False: the weight ships in float."""
+        """False: the weight is saved in float."""
         return False
 
     def enable_(self, weight: Tensor) -> None:
@@ -104,7 +104,7 @@ class MatchedNoise(FixedStep):
 
     The noise has the strength of rounding to that grid, s / sqrt(12), in every channel, but there is no grid: what it
     lacks against quantization is that the error of rounding depends on the weight, and stays while the weight does. The
-    gradient passes to the clean weight unchanged; evaluation and the shipped file have the clean weight.
+    gradient passes to the clean weight unchanged; evaluation and the saved file have the clean weight.
 
     Args:
         weight: the weight; only its shape and device count.
@@ -123,7 +123,7 @@ class MatchedNoise(FixedStep):
 
     @property
     def packs(self) -> bool:
-        """False: the weight ships in float."""
+        """False: the weight is saved in float."""
         return False
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class NoiseThenRound(FixedStep):
 
 
 class Freeze(Quantizer):
-    """From the start step on the weight gets no gradient, so the optimizer leaves it alone; it ships in float.
+    """From the start step on the weight gets no gradient, so the optimizer leaves it alone; it is saved in float.
 
     An optimizer skips a parameter without a gradient altogether: neither momentum nor weight decay moves it. Beside
     `released`, which freezes the same layers on a grid, this tells what the freezing does and what the grid does.
@@ -194,7 +194,7 @@ class Freeze(Quantizer):
 
     @property
     def packs(self) -> bool:
-        """False: the weight ships in float."""
+        """False: the weight is saved in float."""
         return False
 
     def enable_(self, weight: Tensor) -> None:

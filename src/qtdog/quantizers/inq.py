@@ -83,7 +83,7 @@ class INQ(Quantizer):
 
     The levels are set once, by `enable_`. The quantized steps are divided evenly among the stages; when stage i begins,
     the largest magnitudes among the weights that still train are rounded and frozen until `stages[i]` of the layer are.
-    The rest trains on in float. The last stage freezes everything, and only then is there a model to ship.
+    The rest trains on in float. The last stage freezes everything, and only then is there a model to save.
 
     What is frozen is kept in codes, apart from the weight that the optimizer holds: momentum or decay may move that
     one, the forward pass does not see it.

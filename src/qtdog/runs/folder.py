@@ -1,4 +1,4 @@
-"""The folder of one run: configuration, metrics, checkpoints, the shipped model and the result."""
+"""The folder of one run: configuration, metrics, checkpoints, the saved model and the result."""
 
 from __future__ import annotations
 

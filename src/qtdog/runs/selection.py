@@ -24,7 +24,7 @@ def select_source(records: Sequence[SourceRecord]) -> int | None:
 
 
 def select_last(records: Sequence[SourceRecord]) -> int | None:
-    """Return the last step that may be shipped; None if there is none."""
+    """Return the last step that may be saved; None if there is none."""
     return max((record.step for record in records if record.selectable), default=None)
 
 

@@ -26,7 +26,7 @@ class Averager(ABC):
 
     Everything is over the network's state dict: latent weights, step sizes and buffers. The average is of the floating
     point entries; others (INQ's masks, batch counters) are not in it, so that they stay those of the last update. Step
-    sizes learned on a log scale are averaged as they are: it is their geometric mean. Only weights that could ship
+    sizes learned on a log scale are averaged as they are: it is their geometric mean. Only weights that could be saved
     count (`Components.selectable`): none before the start step, with INQ none before the last stage.
 
     Attributes:
@@ -52,7 +52,7 @@ class Averager(ABC):
 
     @abstractmethod
     def after_step(self, step: int, network: nn.Module) -> None:
-        """Take note of the weights after update number `step` (1 is the first), which could ship."""
+        """Take note of the weights after update number `step` (1 is the first), which could be saved."""
 
     def after_evaluation(self, step: int, source_loss: float) -> None:  # noqa: B027  (most members do nothing)
         """Take note of the mean loss on the held-out source images at `step`."""
@@ -62,7 +62,7 @@ class Averager(ABC):
         """Return what an evaluation during training should measure; None for the weights as they are."""
 
     def final(self) -> State | None:
-        """Return what ships at the end whatever selection says; None to ship the selected checkpoint."""
+        """Return what is saved at the end whatever selection says; None to save the selected checkpoint."""
         return None
 
     def hand_over(self) -> State | None:
@@ -70,7 +70,7 @@ class Averager(ABC):
         return None
 
     def kept(self, step: int) -> str:
-        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        """Return in words what is saved, if selection chose the evaluation after update `step`."""
         return f"weights after update {step}"
 
     def state(self) -> tuple[State, dict[str, Any]]:
@@ -281,12 +281,12 @@ def new_average(params: Mapping[str, Value]) -> Average:
 
 @AVERAGERS.register("swa")
 class SWA(Averager):
-    """The mean of every n-th update from a fixed one on; it ships whatever selection says (Izmailov et al., 2018).
+    """The mean of every n-th update from a fixed one on; it is saved whatever selection says (Izmailov et al., 2018).
 
     Formula: θ̂ = 1/K · Σ_k θ_(b + k·every), k = 0 … K - 1, with b = max(start, first update that may count). The paper
     averages the end of each cycle of a cyclic learning rate, or one in several steps of a constant one, which is the
     protocol's; the choice of b and of `every` (an epoch of PACS is about 50 steps) is ours. Evaluations during the run
-    are of the weights as they are. A run that ends before b ships the selected checkpoint.
+    are of the weights as they are. A run that ends before b saves the selected checkpoint.
 
     Example:
         >>> import torch
@@ -324,7 +324,7 @@ class SWA(Averager):
         return self.average.on_grid() or None
 
     def kept(self, step: int) -> str:
-        """Return in words what ships."""
+        """Return in words what is saved."""
         if self.average.n:
             return f"{self.average}, every {self.every}"
         return f"{super().kept(step)} (the run ended before update {self.begin}, from which swa averages)"
@@ -380,7 +380,7 @@ class SMA(Averager):
         return self.average.on_grid() or None
 
     def kept(self, step: int) -> str:
-        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        """Return in words what is saved, if selection chose the evaluation after update `step`."""
         if self.average.n and step >= self.average.first:
             return f"average of updates {self.average.first} to {step}"
         return f"{super().kept(step)} (chosen before update {self.begin}, from which sma averages)"
@@ -424,14 +424,14 @@ class EMA(SMA):
         return 1 / (1 - float(self.params["decay"]))
 
     def kept(self, step: int) -> str:
-        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        """Return in words what is saved, if selection chose the evaluation after update `step`."""
         text = super().kept(step)
         return f"exponential {text}" if text.startswith("average") else text.replace("from which sma", "from which ema")
 
 
 @AVERAGERS.register("bma")
 class BMA(Averager):
-    """The mean of all updates, those at both ends counting most; it ships whatever selection says (Shu et al., 2023).
+    """The mean of all updates, both ends counting most; it is saved whatever selection says (Shu et al., 2023).
 
     Formula: θ̂ = Σ_k a_k θ_k / Σ_k a_k over the K updates that may count, k = 0 … K - 1, with a_k the density of
     Beta(β, β) at (k + 0.5) / K, which is proportional to (x (1 - x))^(β - 1). The paper's first θ is the pretrained
@@ -476,7 +476,7 @@ class BMA(Averager):
         return self.average.mean or None
 
     def kept(self, step: int) -> str:
-        """Return in words what ships."""
+        """Return in words what is saved."""
         return f"Beta {self.average}" if self.average.n else super().kept(step)
 
     def state(self) -> tuple[State, dict[str, Any]]:
@@ -539,7 +539,7 @@ class FloatPhase(Averager):
         return state
 
     def kept(self, step: int) -> str:
-        """Return in words what ships, if selection chose the evaluation after update `step`."""
+        """Return in words what is saved, if selection chose the evaluation after update `step`."""
         return f"{super().kept(step)}, quantization having begun with: {self.began_with}"
 
     def state(self) -> tuple[State, dict[str, Any]]:

@@ -40,7 +40,7 @@ def fit_batch_norm_(components: Components, n_batches: int = N_BATCHES) -> None:
 
 
 def take_batch_norm_of_the_first_process_(components: Components) -> None:
-    """Give every process the running statistics of the first, which are those that ship.
+    """Give every process the running statistics of the first, which are those that are saved.
 
     A training step begins with that (`DistributedDataParallel`), but its forward pass then moves each process's own: an
     evaluation right behind it would be of several networks.
@@ -55,7 +55,7 @@ def take_batch_norm_of_the_first_process_(components: Components) -> None:
 def estimate_statistics_(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch-norm layer to the mean of what they are on each batch.
 
-    All else is in evaluation mode: the weights are those that ship, nothing is dropped. The mode is put back.
+    All else is in evaluation mode: the weights are those that are saved, nothing is dropped. The mode is put back.
 
     Args:
         network: changed in place.

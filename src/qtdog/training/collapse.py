@@ -43,7 +43,7 @@ class HealthWatch:
     Attributes:
         config: of the run.
         chance: accuracy of the best constant answer.
-        warn: is told, once for each layer, what is wrong with it.
+        warn: is called, once for each layer, with what is wrong with it.
         warned: names of the layers that were warned of.
     """
 

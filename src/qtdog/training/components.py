@@ -103,7 +103,7 @@ class Components:
 
     @property
     def selectable(self) -> bool:
-        """Whether a checkpoint taken now may be shipped: a quantized run ships only quantized ones."""
+        """Whether a checkpoint taken now may be saved: a quantized run saves only quantized ones."""
         return self.start_step is None or self.quantizer is None or self.quantizer.selectable
 
     @cached_property

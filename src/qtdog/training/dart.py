@@ -53,7 +53,7 @@ def dart(
     resume: bool = False,
     callbacks: RunCallbacks | None = None,
 ) -> dict[str, Any]:
-    """Train branches side by side, merging them every `merge_every` steps, ship a merged network, return the result.
+    """Train branches side by side, merging them every `merge_every` steps, save a merged network, return the result.
 
     All begin with the same weights. At a merge each gets the mean of their weights, θ = 1/M · Σ_k θ_k (float weights
     and step sizes), keeps its optimizer's moments, and goes on (Jain et al., CVPR 2023, Algorithm 1). What makes the
@@ -61,7 +61,7 @@ def dart(
     branches for domain generalization draw half of each batch from a domain of their own.
 
     Each merged network is evaluated, and `train.selection` of the first branch chooses among them. If the branches have
-    an averager that ships its average (`swa`, `swad`), the mean of those averages ships instead.
+    an averager whose average is saved (`swa`, `swad`), the mean of those averages is saved instead.
 
     Args:
         configs: one effective configuration per branch.

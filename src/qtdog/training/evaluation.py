@@ -96,7 +96,7 @@ def evaluate(
     """Return accuracy and mean cross-entropy over `batches`, in float32 and evaluation mode.
 
     Several processes each bring their own part of the images; the score is over all of them. Autocast is never used:
-    what is measured here is what the shipped file gives.
+    what is measured here is what the saved file gives.
 
     Args:
         network: images (n, C, H, W) → logits (n, n_classes); its mode is put back afterwards.
@@ -211,7 +211,7 @@ def group_scores(components: Components) -> dict[str, Any]:
     unseen domain. Source: Koh et al., *WILDS* (ICML 2021), Amazon.
 
     Args:
-        components: with the network that ships.
+        components: with the network that is saved.
     """
     dataset, protocol = components.dataset, components.protocol
     if not isinstance(dataset, TextDomains):

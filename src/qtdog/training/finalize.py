@@ -59,7 +59,7 @@ def quantize_after_training_(
         components: of a run whose quantizer works after training, with the chosen float network in evaluation mode.
         check_interrupt: called often, equally often in every process; may raise to break off, the network still in
             float.
-        progress: told (done, total) of the work.
+        progress: is called with (done, total) of the work.
 
     Returns:
         method, start of the step sizes, n_images, seconds, and the layers (`conversion.calibrate.LayerCalibration`).
@@ -133,7 +133,7 @@ def _take_codes_of_the_first_process_(components: Components) -> None:
 
 @dataclass(frozen=True)
 class Final:
-    """What is known of the network that ships.
+    """What is known of the network that is saved.
 
     Attributes:
         record: its evaluation.
@@ -151,7 +151,7 @@ def final_network_(
     check_interrupt: Callable[[], None] = lambda: None,
     progress: Progress = None,
 ) -> Final:
-    """Give the network the weights that ship, and return what they measure.
+    """Give the network the weights that are saved, and return what they measure.
 
     That is the selected checkpoint, or what the averager insists on; quantized now if the quantizer works after
     training. Every process calls this.
@@ -160,7 +160,7 @@ def final_network_(
         components: of the run.
         state: the end of training.
         check_interrupt: called often while it lasts; may raise to break off.
-        progress: told (done, total) of quantization after training.
+        progress: is called with (done, total) of quantization after training.
 
     Raises:
         ConfigError, ModelError: as in `training.finalize.quantize_after_training_`.
@@ -200,13 +200,13 @@ def write_run_result(components: Components, state: RunState, final: Final, fold
     """Write `model.safetensors` and `result.json` and return the result.
 
     Args:
-        components: with the network that ships (`training.finalize.final_network_`).
+        components: with the network that is saved (`training.finalize.final_network_`).
         state: the end of training.
         final: what the network measures.
         folder: where to.
 
     Raises:
-        RunError: the shipped file does not give the logits of the training-time model.
+        RunError: the saved file does not give the logits of the training-time model.
     """
     dataset = components.dataset
     save(components.network, folder.model_file, metadata=_metadata(components, final.record))
@@ -271,9 +271,9 @@ def verify_model_file(components: Components, folder: RunFolder) -> None:
     """
     device = components.accelerator.device
     images = components.batches.batch(0).images.to(device)
-    shipped = load_model(folder.model_file, device=device)
+    saved = load_model(folder.model_file, device=device)
     with torch.no_grad():
-        ours, theirs = components.network(images), shipped(images)
+        ours, theirs = components.network(images), saved(images)
     # Other devices may pick another convolution kernel from one call to the next.
     same = torch.equal(ours, theirs) if device.type == "cpu" else torch.allclose(ours, theirs, atol=1e-4)
     if not same:

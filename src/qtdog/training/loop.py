@@ -163,7 +163,7 @@ def train(
     Args:
         run: that trains.
         until: updates made at the end.
-        callback: is told of steps, evaluations and checkpoints.
+        callback: is called with steps, evaluations and checkpoints.
         check_interrupt: called after each update and while evaluating; raises Interrupted if the run is asked to stop.
 
     Raises:

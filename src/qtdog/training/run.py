@@ -49,9 +49,9 @@ class RunCallbacks:
     """What a run calls while it lasts.
 
     Attributes:
-        callback: is told of steps and evaluations; None for none.
+        callback: is called with steps and evaluations; None for none.
         progress: of decoding images.
-        warn: is told what went wrong without stopping the run.
+        warn: is called with what went wrong without stopping the run.
         quantizing: progress of post-training quantization.
         make_health_check: returns what looks at the quantized layers of a run at each evaluation, given what to warn
             with; it may raise CollapseError. `no_health_check` for runs so short that chance means nothing.

@@ -115,7 +115,7 @@ def open_shared_runs(
         shared_runs: that could follow.
         components: of the run that trains, its weights those of `step`.
         step: where it begins.
-        warn: is told of a run that cannot follow.
+        warn: is called with a run that cannot follow.
         fork_from: as in `training.run.run`.
     """
     with contextlib.ExitStack() as locks:

@@ -241,8 +241,8 @@ class SAM(StepRule):
     weights of a ResNet-50, ρ = 0.05 is 1e-5 for each, 1/300 of a step of 3e-3. About one weight in 300 moves, and
     together they go 0.8 far, not 0.05. `space: latent` is there to compare. Before the start step both are the same.
 
-    Not moved are the step sizes, and the parameters of the objective (encoders, discriminators): they are not what
-    ships. Both train with the gradient at w + ε. In several processes the gradients are joined before the rule sees
+    Not moved are the step sizes, and the parameters of the objective (encoders, discriminators): they are not
+    saved. Both train with the gradient at w + ε. In several processes the gradients are joined before the rule sees
     them, so that all move alike.
     """
 

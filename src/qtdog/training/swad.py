@@ -14,7 +14,7 @@ from qtdog.training.averagers import AVERAGERS, Average, Averager, State
 
 @AVERAGERS.register("swad")
 class SWAD(Averager):
-    """The mean of all updates in the valley of the source validation loss; it ships at the end (Cha et al., 2021).
+    """The mean of all updates in the valley of the source validation loss; it is saved at the end (Cha et al., 2021).
 
     The updates between two validations are a segment, and the loss E_i at its end is the segment's. With N_s =
     `n_converge`, N_e = `n_tolerance` and r = `tolerance`:
@@ -28,7 +28,7 @@ class SWAD(Averager):
     little: it may also count segments before the start whose loss is below the threshold, counts the one at the start
     twice, and leaves out what lies above the threshold at the end of a run that ends before the valley. The end of the
     valley ends the averaging, never the run. A loss that never converges gives no average: the selected checkpoint
-    ships, and the result says so. Evaluations during the run are of the weights as they are.
+    is saved, and the result says so. Evaluations during the run are of the weights as they are.
 
     The paper validates every 100 steps (VLCS 50, DomainNet 500): `train.eval_every`. Of the network's size are N_s + 1
     copies before the start and two after it, since segments above the threshold count or not all together.
@@ -121,7 +121,7 @@ class SWAD(Averager):
         return total
 
     def kept(self, step: int) -> str:
-        """Return in words what ships."""
+        """Return in words what is saved."""
         if self.threshold is None:
             return f"{super().kept(step)} (the validation loss never converged, so swad averaged nothing)"
         return str(self._total())

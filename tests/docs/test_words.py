@@ -1,0 +1,59 @@
+"""Pages, help and options speak the field's language: no word of a private one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import typer.main
+
+from qtdog.cli.main import app
+from qtdog.core.config_io import option_rows, preset_description, preset_names
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# what the glossary of docs/architecture.md has another word for
+FORBIDDEN = re.compile(
+    r"\b(crews?|nurser(y|ies)|seats?|companions?|doubts?|exams?|unseen places?|artefacts?|datasheets?|ships?|shipped|"
+    r"voices?|taught|buried|bury)\b",
+    re.IGNORECASE,
+)
+
+
+def help_texts(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
+    """Yield where and what a command and those below it say in `--help`."""
+    yield name, command.help or ""
+    yield from ((f"{name} {option.name}", getattr(option, "help", None) or "") for option in command.params)
+    if isinstance(command, click.Group):
+        for child, below in command.commands.items():
+            yield from help_texts(below, f"{name} {child}")
+
+
+def forbidden(texts: Iterator[tuple[str, str]]) -> list[str]:
+    """Return where a forbidden word stands, and which."""
+    return [f"{where}: {found[0]}" for where, text in texts if (found := FORBIDDEN.search(text))]
+
+
+def test_pages():
+    lines = (
+        (f"{page.relative_to(ROOT)}:{number}", line)
+        for page in PAGES
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    )
+    assert forbidden(lines) == []
+
+
+def test_help_of_every_command():
+    assert forbidden(help_texts(typer.main.get_command(app), "qtdog")) == []
+
+
+def test_options_and_presets():
+    options = ((name, about) for name, about in option_rows())
+    assert forbidden(options) == []
+    assert forbidden((name, preset_description(name)) for name in preset_names()) == []
+
+
+def test_a_forbidden_word_is_found():
+    assert forbidden(iter([("here", "the Crew trains"), ("there", "leadership")])) == ["here: Crew"]
