@@ -61,3 +61,18 @@ def test_mistakes(qtdog, teacher, tmp_path, change, message):
     outcome = qtdog("distill", teacher, *SHORT, "--set", change, "--out", tmp_path / "s")
     assert outcome.code == 2, outcome.err
     assert message in outcome.err
+
+
+NAMED = {"teacher_weights": "none", "teacher_image_size": 20, "teacher_mode": "cosine"}
+
+
+def test_the_command_takes_the_name_of_a_backbone(qtdog, tmp_path):
+    words = ("distill", "--teacher", "digits_cnn", "--target", "75", "--data", "rotated-digits", "--steps", 4)
+    sets = [f"objective.{key}={value}" for key, value in NAMED.items()]
+    sets += ["train.eval_every=2", "data.batch_size=4", "data.image_size=12"]
+    options = [word for text in sets for word in ("--set", text)]
+    outcome = qtdog(*words, *options, "--out", tmp_path / "student", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["target_domain"] == "75"
+    neither = qtdog("distill", "--target", "75")
+    assert "give one teacher" in neither.err

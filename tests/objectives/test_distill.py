@@ -5,7 +5,7 @@ from torch import nn
 
 from qtdog.core.errors import ConfigError
 from qtdog.objectives.base import DomainBatch, ModelView, ObjectiveSetting
-from qtdog.objectives.distill import Distill, distillation_loss
+from qtdog.objectives.distill import BatchTeacher, Distill, FeatureDistill, distillation_loss
 from qtdog.objectives.erm import ERM, erm_loss
 from qtdog.objectives.mixup import Mixup
 
@@ -62,3 +62,27 @@ def test_labels_and_teacher_are_weighted_and_only_the_student_gets_a_gradient():
 def test_an_objective_that_runs_the_model_itself_is_refused():
     with pytest.raises(ConfigError, match="'Mixup' runs the model itself"):
         Distill(Mixup(setting(), {}), lambda images: images, weight=0.5, temperature=1.0)
+
+
+def test_the_features_weigh_as_asked(case):
+    class Ones(BatchTeacher):
+        def __init__(self):
+            self.n_features = 3
+
+        def features(self, batch):
+            return torch.ones(len(batch.images), 3)
+
+        def logits(self, batch):
+            raise NotImplementedError
+
+    setting = ObjectiveSetting(3, 4, 5, 6, nn.Identity())
+    erm = ERM(setting, {})
+    distill = FeatureDistill(erm, Ones(), weight=0.25, kind="l2", setting=setting)
+    found = distill(case.view, case.batch)
+    features = case.network.featurizer(case.batch.images).float()
+    distance = (distill.adapter(features) - 1).square().mean()
+    torch.testing.assert_close(found.float(), 0.25 * distance + 0.75 * erm(case.view, case.batch).float())
+    assert {"adapter.weight", "adapter.bias"} == {name for name, _ in distill.named_parameters()}
+    several = ObjectiveSetting(3, 4, 5, 6, nn.Identity(), n_processes=2)
+    with pytest.raises(ConfigError, match="one process only"):
+        FeatureDistill(erm, Ones(), weight=0.25, kind="l2", setting=several)

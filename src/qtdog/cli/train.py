@@ -257,7 +257,10 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-TEACHER = "Model file of an ensemble or of one model, or the folder that it is in."
+TEACHER = (
+    "Model file of an ensemble or of one model, or the folder that it is in; or a backbone: a name of 'qtdog list "
+    "backbones', or torchvision/NAME."
+)
 STUDENT_WEIGHT = "Weight of the teacher's answers; the labels have the rest. Default 0.9."
 STUDENT_TEMPERATURE = "Temperature that softens the answers of both. Default 2."
 STUDENT_QUANTIZER = "Quantizer of the student, or 'none' for a float one. Default lsq."
@@ -265,8 +268,9 @@ DISTILL_TARGET = "The unseen domain. Default: the one that the teacher held out.
 
 
 def distill(
-    teacher: Annotated[Path, typer.Argument(help=TEACHER, metavar="TEACHER")],
+    teacher: Annotated[str | None, typer.Argument(help=TEACHER, metavar="[TEACHER]")] = None,
     *,
+    named: Annotated[str | None, typer.Option("--teacher", help="The same as TEACHER.", metavar="NAME_OR_FILE")] = None,
     data: Data = None,
     target: Annotated[str | None, panel("Data", DISTILL_TARGET)] = None,
     preset: Presets = None,
@@ -283,7 +287,7 @@ def distill(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one small student to the answers of an ensemble, on the source images alone.
+    """Train one small student to the answers of an ensemble, or of a pretrained backbone, on the source images alone.
 
     The student costs one model's memory and time, and keeps part of what the ensemble gains. Backbone, image size and
     unseen domain are the teacher's unless given. A teacher that was trained on the unseen domain is refused.
@@ -292,20 +296,30 @@ def distill(
       qtdog distill runs/five/c-eoq --data photos/ --preset pacs-lite -o runs/student
 
       qtdog distill ensemble.safetensors --data photos/ --bits 5 --set objective.teacher_temperature=4
+
+      qtdog distill --teacher tf_efficientnet_lite2 --data photos/ --target c --set objective.teacher_mode=cosine
     """
     given = dict(locals())
     from qtdog.api.experiment import FLAGS, Request, make_plan
     from qtdog.cli.console import CountingBar
+    from qtdog.core.errors import ConfigError
     from qtdog.ensemble.model import load
     from qtdog.runs.find import find_model
+    from qtdog.training.protocol import is_backbone
 
-    teacher = find_model(teacher)
-    info = load(teacher).info
+    if (named is None) == (teacher is None):
+        raise ConfigError("give one teacher: TEACHER, or --teacher NAME_OR_FILE, which means the same")
+    named = named or str(teacher)
     flags = {name: given[name] for name in FLAGS if name in given}
-    flags["target"] = target or info.target_domain or "none"
-    flags["backbone"] = backbone or info.backbone
-    flags["image_size"] = info.preprocessing.image_size
-    own = _assignments(teacher, weight, temperature)
+    if not Path(named).exists() and is_backbone(named):
+        own = _assignments(named, weight, temperature)
+    else:
+        model = find_model(Path(named))
+        info = load(model).info
+        flags["target"] = target or info.target_domain or "none"
+        flags["backbone"] = backbone or info.backbone
+        flags["image_size"] = info.preprocessing.image_size
+        own = _assignments(str(model.resolve()), weight, temperature)
     request = Request(flags, preset or (), [*own, *(assign or ())], out=out, resume=resume)
     dataset, plan = make_plan(request, CountingBar("reading images"))
     announce(dataset)
@@ -318,9 +332,8 @@ def distill(
         show(results)
 
 
-def _assignments(teacher: Path, weight: float | None, temperature: float | None) -> list[str]:
-    path = str(teacher.resolve())
-    values: dict[str, Any] = {"teacher": path, "teacher_weight": weight, "teacher_temperature": temperature}
+def _assignments(teacher: str, weight: float | None, temperature: float | None) -> list[str]:
+    values: dict[str, Any] = {"teacher": teacher, "teacher_weight": weight, "teacher_temperature": temperature}
     # JSON is YAML in which a path with a colon or a quote stays one text
     return [f"objective.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
 

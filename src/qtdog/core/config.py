@@ -111,8 +111,20 @@ class ObjectiveConfig(Section):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of a label that is spread evenly over all classes"
     )
-    teacher: str = Field(default="", description="model file whose answers are learned too; see 'qtdog distill'")
+    teacher: str = Field(
+        default="", description="model file, or backbone, whose answers are learned too; see 'qtdog distill'"
+    )
     teacher_sha256: str = Field(default="", description="of the teacher's file; filled in by the run")
+    teacher_mode: Literal["logits", "cosine", "l2"] = Field(
+        default="logits",
+        description="what a backbone teaches: logits of a head fitted on the sources, or features by a distance",
+    )
+    teacher_view: Literal["same", "clean"] = Field(
+        default="same",
+        description="a backbone sees what the student sees, or each clean image once (kept in the cache)",
+    )
+    teacher_image_size: int = Field(default=0, ge=0, le=1024, description="pixels; 0 for those it was made for")
+    teacher_weights: str = Field(default="imagenet", description="of a backbone as teacher, as model.weights")
     teacher_weight: float = Field(
         default=0.9, ge=0, le=1, description="weight of the teacher's answers; the objective has the rest"
     )

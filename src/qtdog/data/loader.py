@@ -109,6 +109,7 @@ class Batch:
         domains: the domain names, in the order of the images.
         sizes: images per domain; they add up to n.
         views: augmented versions of the images, each of their shape; () if none were asked for.
+        indices: int64 (n,), which images of the data set these are.
     """
 
     images: Tensor
@@ -116,6 +117,7 @@ class Batch:
     domains: tuple[str, ...]
     sizes: tuple[int, ...]
     views: tuple[Tensor, ...] = ()
+    indices: Tensor | None = None
 
 
 class TrainBatches:
@@ -211,7 +213,7 @@ class TrainBatches:
         images, *views = self._inputs(everyone, step, torch.from_numpy(rows))
         sizes = tuple(size // self.world for size in self.sizes)
         labels = torch.from_numpy(self.class_index[indices])
-        return Batch(images, labels, tuple(self.pools), sizes, tuple(views))
+        return Batch(images, labels, tuple(self.pools), sizes, tuple(views), torch.from_numpy(indices))
 
     def _inputs(self, everyone: Indices, step: int, rows: Tensor) -> list[Tensor]:
         if self._policy is None:

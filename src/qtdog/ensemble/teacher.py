@@ -10,6 +10,7 @@ from torch import Tensor
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError
 from qtdog.data.dataset import DomainDataset
+from qtdog.ensemble.backbone_teacher import check_modes, load_backbone_teacher
 from qtdog.ensemble.model import EnsembleModel, load
 from qtdog.models.backbones import preprocessing
 from qtdog.objectives.distill import Teacher
@@ -17,7 +18,7 @@ from qtdog.training.load_model import LoadedModel
 
 
 def load_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
-    """Return the teacher that a configuration names, ready to answer; None if it names none.
+    """Return the teacher that a configuration names, a file or a backbone, ready to answer; None if it names none.
 
     Raises:
         ConfigError: the teacher has other classes or preprocessing than the student, or was trained on the domain that
@@ -27,6 +28,9 @@ def load_teacher(config: Config, dataset: DomainDataset) -> Teacher | None:
     if not config.objective.teacher:
         return None
     path = Path(config.objective.teacher)
+    if not path.is_file():
+        return load_backbone_teacher(config, dataset)
+    check_modes(config.objective)
     model = load(path)
     check_teacher(path, model, config, dataset)
 

@@ -41,6 +41,7 @@ class DomainBatch:
         sizes: images per domain; they add up to n.
         step: updates made before this one.
         views: augmented versions of the images, each of their shape; () if nothing asked for them.
+        indices: int64 (n,), which images of the data set these are; None where nobody knows.
     """
 
     images: Tensor
@@ -48,6 +49,7 @@ class DomainBatch:
     sizes: tuple[int, ...]
     step: int = 0
     views: tuple[Tensor, ...] = ()
+    indices: Tensor | None = None
 
     def split(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and labels of each domain."""

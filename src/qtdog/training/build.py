@@ -26,7 +26,7 @@ from qtdog.models.network import Network, to_device_
 from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
 from qtdog.objectives.consistency import N_VIEWS, Consistency
-from qtdog.objectives.distill import Distill, Teacher
+from qtdog.objectives.distill import BatchTeacher, Distill, FeatureDistill, Teacher
 from qtdog.objectives.label_smoothing import LabelSmoothing
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
@@ -102,7 +102,7 @@ def build_components(
     if config.objective.consistency:
         _check_consistency(config)
         objective = Consistency(objective, config.objective.consistency)
-    objective = with_teacher(objective, config.objective, teacher).to(accelerator.device)
+    objective = with_teacher(objective, config.objective, teacher, setting).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
@@ -158,7 +158,9 @@ def _check_feature_layer(config: Config) -> None:
         raise ConfigError(f"{text}. Add --objective {fitting[0]}, or take another feature layer.")
 
 
-def with_teacher(objective: Objective, config: ObjectiveConfig, teacher: Teacher | None) -> Objective:
+def with_teacher(
+    objective: Objective, config: ObjectiveConfig, teacher: Teacher | None, setting: ObjectiveSetting
+) -> Objective:
     """Return the objective with the distillation from a teacher, if the configuration names one.
 
     Raises:
@@ -170,6 +172,12 @@ def with_teacher(objective: Objective, config: ObjectiveConfig, teacher: Teacher
         )
     if teacher is None:
         return objective
+    if config.teacher_mode != "logits":
+        if not isinstance(teacher, BatchTeacher):
+            raise ConfigError(f"objective.teacher_mode={config.teacher_mode} needs a teacher with features: a backbone")
+        return FeatureDistill(
+            objective, teacher, weight=config.teacher_weight, kind=config.teacher_mode, setting=setting
+        )
     return Distill(objective, teacher, weight=config.teacher_weight, temperature=config.teacher_temperature)
 
 

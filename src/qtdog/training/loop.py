@@ -248,7 +248,7 @@ def update(components: Components, batch: Batch, step: int) -> Tensor:
     seed = derive(components.config.train.seed, "model", step, accelerator.process_index)
     images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
     views = tuple(view.to(accelerator.device) for view in batch.views)
-    moved = DomainBatch(images, labels, batch.sizes, step, views)
+    moved = DomainBatch(images, labels, batch.sizes, step, views, batch.indices)
 
     def backward() -> Tensor:
         # Dropout, Mixup and their kin draw from the stream of this step: a resumed run draws the same, and so does a

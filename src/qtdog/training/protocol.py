@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from qtdog.core.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from qtdog.core.config_io import Tree, load_preset
-from qtdog.core.errors import ConfigError, DataError, unknown
+from qtdog.core.errors import ConfigError, DataError, ModelError, unknown
 from qtdog.core.files import sha256_file
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
@@ -20,6 +21,7 @@ from qtdog.data.input_cache import InputCache
 from qtdog.data.label_noise import with_wrong_labels
 from qtdog.data.splits import DomainSplits, make_splits, training_obstacles
 from qtdog.data.text import TextDomains, open_tokens
+from qtdog.models.backbones import preprocessing
 from qtdog.models.text_backbones import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
 
 
@@ -104,12 +106,42 @@ def _with_teacher(objective: ObjectiveConfig) -> ObjectiveConfig:
     if not objective.teacher:
         return objective
     path = Path(objective.teacher)
-    if not path.is_file():
-        raise ConfigError(f"the teacher {path} is not a file; give the model.safetensors of a run or an ensemble")
-    found = sha256_file(path)
+    if not path.is_file() and not is_backbone(objective.teacher):
+        raise ConfigError(
+            f"the teacher {path} is not a file, nor a backbone (qtdog list backbones, torchvision/NAME); give the "
+            "model.safetensors of a run or an ensemble, or a backbone's name"
+        )
+    found = sha256_file(path) if path.is_file() else _backbone_sha256(objective)
     if objective.teacher_sha256 not in ("", found):
         raise ConfigError(f"the teacher {path} is not the one that this run began with; start a new run")
     return objective.model_copy(update={"teacher_sha256": found})
+
+
+TORCHVISION = "torchvision/"
+"""Prefix of a teacher that torchvision builds."""
+
+
+def is_backbone(name: str) -> bool:
+    """Return whether a name is that of a backbone that can teach: timm's, torchvision's, a plug-in's or our own.
+
+    Example:
+        >>> is_backbone("tf_efficientnet_lite2"), is_backbone("torchvision/resnet18"), is_backbone("no.safetensors")
+        (True, True, False)
+    """
+    if name.startswith(TORCHVISION):
+        return True  # building it says whether there is such a one, without importing torchvision here
+    try:
+        preprocessing(name)
+    except ModelError:
+        return False
+    return True
+
+
+def _backbone_sha256(objective: ObjectiveConfig) -> str:
+    """A backbone is known by its name, as `model.backbone` is, and by the content of its weights if they are a file."""
+    weights = Path(objective.teacher_weights)
+    told = sha256_file(weights) if weights.is_file() else objective.teacher_weights
+    return hashlib.sha256(f"backbone {objective.teacher} {told}".encode()).hexdigest()
 
 
 def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
