@@ -27,7 +27,7 @@ OUT = Path("analyses")
 
 
 @contextlib.contextmanager
-def told_interrupt() -> Iterator[None]:
+def explained_interrupt() -> Iterator[None]:
     """Turn Ctrl-C, which Python has as KeyboardInterrupt, into a message and the exit code that shells expect.
 
     Raises:
@@ -97,7 +97,7 @@ def cam(
     from qtdog.api.analyses import cam as measure
 
     options = {"domain": domain, "num_shown": shown, "stage": stage, "num_images": images}
-    with told_interrupt():
+    with explained_interrupt():
         found = measure(runs, **options, seed=seed, data=data, out=out)
     columns = ["run", "n_images", "deletion", "random_deletion", "insertion", "random_insertion"]
     _show(found, columns, as_json=as_json)
@@ -133,7 +133,7 @@ def flatness(
 
     absolute, shares = parse_numbers(radii, "--radii"), parse_numbers(filter_radii, "--filter-radii")
     options = {"num_directions": directions, "radii": absolute, "filter_radii": shares, "num_images": images}
-    with told_interrupt():
+    with explained_interrupt():
         found = measure(runs, **options, seed=seed, data=data, out=out)
     columns = ["run", "on", "radius", "gamma", "increase", "standard_error"]
     # all of them are in the table on disk
@@ -205,7 +205,7 @@ def hessian(
     from qtdog.api.analyses import hessian as measure
 
     options = {"num_vectors": vectors, "error": error, "num_eigenvalues": eigenvalues, "num_probes": probes}
-    with told_interrupt():
+    with explained_interrupt():
         found = measure(runs, on=on.value, **options, num_images=images, seed=seed, data=data, out=out)
     columns = ["run", "trace", "standard_error", "image_error", "n_vectors", "top_eigenvalue", "residual"]
     _show(found, columns, as_json=as_json)
@@ -224,7 +224,7 @@ def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
     from qtdog.analysis.quantization_noise import ALL
     from qtdog.api.analyses import noise as measure
 
-    with told_interrupt():
+    with explained_interrupt():
         found = measure(runs, out=out)
     columns = ["run", "layer", "n", "kl", "floor", "excess", "mean", "std", "clipped_frac", "moved_frac"]
     _show(found, columns, as_json=as_json, shown=lambda row: row["layer"] == ALL)
@@ -255,7 +255,7 @@ def errors(
     from qtdog.api.analyses import errors as measure
 
     options = {"num_images": images, "num_mistakes": mistakes, "seed": seed}
-    with told_interrupt():
+    with explained_interrupt():
         found = measure(runs, **options, data=data, out=out)
     columns = ["run", "source_accuracy", "target_accuracy", "gap", "worst_domain", "worst_class", "worst_cell"]
     _show(found, columns, as_json=as_json)
@@ -302,7 +302,7 @@ def surface(
     from qtdog.api.analyses import surface as measure
 
     options = {"plane": plane, "num_points": points, "reach": reach, "num_images": images}
-    with told_interrupt():
+    with explained_interrupt():
         found = measure(runs, **options, seed=seed, data=data, out=out)
     columns = [name for name in ("x", "y", "sources", "target") if name in found.numbers[0]]
     _show(found, columns, as_json=as_json, shown=lambda row: row["y"] == 0)

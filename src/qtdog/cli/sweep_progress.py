@@ -56,7 +56,7 @@ class ProgressDisplay:
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
 
     def _running(self, progress: Progress) -> Table:
-        from qtdog.sweep.runner import step_of
+        from qtdog.sweep.runner import steps_made
 
         table = Table(box=None, pad_edge=False)
         for header in ("running", "step", "for"):
@@ -64,7 +64,7 @@ class ProgressDisplay:
         now = time.monotonic()
         for task, started in list(progress.running.values())[:N_SHOWN]:
             last = task.step if task.kind == "fork_point" or task.config is None else task.config.train.steps
-            step = f"{step_of(task, self._out)}/{last}" if last else "–"
+            step = f"{steps_made(task, self._out)}/{last}" if last else "–"
             table.add_row(task_text(task), step, duration_text(now - started))
         return table
 

@@ -62,7 +62,7 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (factor * images + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
 
 
-def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
+def adjust_brightness(images: Tensor, magnitude: Tensor) -> Tensor:
     """Multiply by 1 + magnitude."""
     return _blend(images, torch.zeros_like(images), 1 + magnitude)
 
@@ -72,7 +72,7 @@ def color(images: Tensor, magnitude: Tensor) -> Tensor:
     return images if images.shape[1] == 1 else _blend(images, grey_of(images), 1 + magnitude)
 
 
-def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
+def adjust_contrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Blend with the mean luma, which has the share -magnitude."""
     mean = grey_of(images).float().mean(dim=(1, 2, 3), keepdim=True)
     return _blend(images, mean, 1 + magnitude)
@@ -194,9 +194,9 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": translate_x,
     "translate_y": translate_y,
     "rotate": rotate,
-    "brightness": brightness,
+    "brightness": adjust_brightness,
     "color": color,
-    "contrast": contrast,
+    "contrast": adjust_contrast,
     "sharpness": sharpness,
     "posterize": posterize,
     "solarize": solarize,

@@ -13,7 +13,7 @@ from qtdog.export.info import ExportInfo
 from qtdog.export.onnx_graph import save_onnx
 from qtdog.export.openvino import save_openvino
 from qtdog.export.packed_source import PackedSource
-from qtdog.export.parity import FLOAT, INTEGER, Limits
+from qtdog.export.parity import FLOAT, INTEGER, ParityLimits
 from qtdog.export.torch_export import save_executorch, save_program
 
 Save = Callable[[PackedSource, Any, Path, ExportInfo], None]
@@ -40,7 +40,7 @@ class Format:
     integer: bool = False
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ParityLimits:
         """How far it may be from the packed model."""
         return INTEGER if self.integer else FLOAT
 

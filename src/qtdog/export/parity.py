@@ -19,7 +19,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Limits:
+class ParityLimits:
     """How far an exported file may be from the packed model.
 
     Attributes:
@@ -33,8 +33,8 @@ class Limits:
     accuracy_loss: float | None = None
 
 
-FLOAT = Limits(agreement_frac=0.999, logits=1e-4)
-INTEGER = Limits(agreement_frac=0.8, accuracy_loss=0.005)
+FLOAT = ParityLimits(agreement_frac=0.999, logits=1e-4)
+INTEGER = ParityLimits(agreement_frac=0.8, accuracy_loss=0.005)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Parity:
         """Of the accuracy loss: √(lost + gained) / n, as in McNemar's test of paired answers."""
         return math.sqrt(self.n_lost + self.n_gained) / self.n_images
 
-    def problems(self, limits: Limits) -> list[str]:
+    def problems(self, limits: ParityLimits) -> list[str]:
         """Return in words where the limits are passed; empty if they are kept."""
         found = []
         if self.agreement_frac < limits.agreement_frac:

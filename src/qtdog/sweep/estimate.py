@@ -17,7 +17,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, read_journal
 from qtdog.sweep.plan import Task
-from qtdog.sweep.runner import is_done, step_of
+from qtdog.sweep.runner import is_done, steps_made
 from qtdog.training.build import build_components
 from qtdog.training.components import Components
 from qtdog.training.loop import begin_step, update
@@ -92,7 +92,7 @@ class Throughput:
             if step_s is None:
                 return None
             last = task.step if task.kind == "fork_point" else task.config.train.steps
-            begun = step_of(task, self._out) if task in running else 0
+            begun = steps_made(task, self._out) if task in running else 0
             first = max(begun, task.step if task.kind == "run" else 0)
             total += self.overhead * step_s * max(0, last - first)
         return total / max(1, len(running))

@@ -192,7 +192,7 @@ def discard_unfinished(tasks: Sequence[Task], out: Path) -> list[Task]:
     return kept
 
 
-def step_of(task: Task, out: Path) -> int:
+def steps_made(task: Task, out: Path) -> int:
     """Return how many updates of a task are known to be made: at its last evaluation or checkpoint."""
     folder = RunFolder(task.folder(out))
     if is_done(task, out):
