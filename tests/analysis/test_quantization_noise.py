@@ -77,5 +77,9 @@ def test_latent_weights_get_their_plain_names(name: str, plain: str | None):
 
 
 def test_a_fresh_process_knows_the_averager_of_a_run():
-    code = "import qtdog.training.fork; from qtdog.training.averagers import AVERAGERS; AVERAGERS['sma'], AVERAGERS['swad']"
+    code = (
+        "import qtdog.training.fork\n"
+        "from qtdog.training.averagers import AVERAGERS\n"
+        "assert AVERAGERS['sma'] and AVERAGERS['swad']"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
