@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtdog.cli.options import Model
-from qtdog.core.registry import Registry
 
 if TYPE_CHECKING:
+    from qtdog.core.registry import Registry
     from qtdog.packing.layout import Layout
 
 

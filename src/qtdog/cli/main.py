@@ -11,7 +11,6 @@ from qtdog.cli.analyze import analyze_app
 from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
 from qtdog.cli.compare import compare
-from qtdog.cli.console import fail
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
 from qtdog.cli.ensemble import ensemble
@@ -119,6 +118,8 @@ def main() -> None:
         else:
             app(args)
     except QtdogError as error:
+        from qtdog.cli.console import fail
+
         fail(str(error))
         sys.exit(error.exit_code)
 

@@ -9,8 +9,6 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
-from qtdog.core.safe_text import printable
-
 # What an option was called → what it is called: the first of these that the command has.
 RENAMED = {
     "--out": ("--runs", "--output"),
@@ -52,6 +50,8 @@ class QtdogGroup(TyperGroup):
             return super().invoke(ctx)
         except Exception as error:
             if isinstance(message := getattr(error, "message", None), str):  # as click's errors have it
+                from qtdog.core.safe_text import printable
+
                 setattr(error, "message", printable(message))  # noqa: B010
             raise
 

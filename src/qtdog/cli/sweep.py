@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.console import CountingBar
 from qtdog.cli.options import (
     Address,
     DataFolder,
@@ -48,6 +47,7 @@ def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Pa
     Raises:
         ConfigError, DataError: as in `sweep.study.read_study` and `sweep.plan.make_plan`.
     """
+    from qtdog.cli.console import CountingBar
     from qtdog.sweep.plan import default_out, make_plan
     from qtdog.sweep.study import read_study
 
@@ -165,7 +165,7 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, resources: Resou
     Raises:
         ConfigError: as in `sweep.runner.check_tasks`.
     """
-    from qtdog.cli.console import out, print_table
+    from qtdog.cli.console import CountingBar, out, print_table
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.runner import check_tasks, unfinished
 
