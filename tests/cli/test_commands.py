@@ -110,6 +110,8 @@ def test_predict_formats(qtdog, model, tmp_path):
         assert qtdog("predict", model_file, images, "--format", style, "--out", tmp_path / style).code == 0
     assert len(json.loads((tmp_path / "json").read_text())) == 6
     assert (tmp_path / "table").read_text().startswith("| image | class | probability | entropy |")
+    assert qtdog("predict", model_file, images, "-o", tmp_path / "by-ending.csv").code == 0
+    assert (tmp_path / "by-ending.csv").read_text() == (tmp_path / "csv").read_text()
 
 
 def test_loaded_logits_equal_the_training_time_logits(model):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 import qtdog as package
+from qtdog.cli.main import app
 
 
 def test_version(qtdog: Any):
@@ -130,3 +133,22 @@ def test_a_run_folder_is_a_model_for_every_command(qtdog: Any, tmp_path: Path):
     for command in ("eval", "inspect", "predict", "distill"):
         more = (tmp_path,) if command == "predict" else ()
         assert "holds no model; did you mean" in qtdog(command, tmp_path, *more).err
+
+
+def test_every_option_has_a_sentence():
+    root = typer.main.get_command(app)
+    short = {}
+    for path, command in commands_below(root, ()):
+        for option in command.params:
+            text = getattr(option, "help", None) or ""
+            if option.name != "help" and not text.endswith("."):
+                short[" ".join(path), option.name] = text
+    assert short == {}
+
+
+def commands_below(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, child in getattr(command, "commands", {}).items():
+        if not child.hidden:
+            yield from commands_below(child, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command

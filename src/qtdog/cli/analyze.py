@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtdog.cli.options import JsonOutput
+
 if TYPE_CHECKING:
     from qtdog.api.analyses import Analysis
 
@@ -22,7 +24,6 @@ Out = Annotated[
 Data = Annotated[str | None, typer.Option("--data", help="Data set, if it is not where the runs found it now.")]
 NImages = Annotated[int, typer.Option("--num-images", min=1, help=N_IMAGES)]
 Seed = Annotated[int, typer.Option(help="Seed of the images and of all random draws.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print analysis.json.")]
 OUT = Path("analyses")
 
 
@@ -75,14 +76,14 @@ STAGE = "Which feature map: 0 is the first stage, -1 the last. Earlier ones are 
 def cam(
     runs: Runs,
     *,
-    domain: Annotated[str | None, typer.Option(help="Whose images. Default: the target.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Domain whose images are mapped. Default: the target.")] = None,
     shown: Annotated[int, typer.Option("--num-shown", min=1, help="Number of images that are drawn.")] = 6,
     stage: Annotated[int, typer.Option(help=STAGE)] = -1,
     images: NImages = 32,
     seed: Seed = 0,
     data: Data = None,
     out: Out = OUT,
-    as_json: AsJson = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Map where runs find their evidence for the true class, on the same images, and test whether the maps are true.
 
@@ -118,7 +119,7 @@ def flatness(
     seed: Seed = 0,
     data: Data = None,
     out: Out = OUT,
-    as_json: AsJson = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Measure how much the loss rises at a distance γ from the weights, on sources and target (QT-DoG, Eq. 5).
 
@@ -172,6 +173,9 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
 PROBES = "Number of random vectors of the spectral density; 0 for none."
 
 
+ON = "Images of the loss: held-out ones of the sources, or those of the target."
+
+
 class Role(StrEnum):
     """On which images the loss is measured."""
 
@@ -182,7 +186,7 @@ class Role(StrEnum):
 def hessian(
     runs: Runs,
     *,
-    on: Annotated[Role, typer.Option(help="Held-out images of the sources, or the target.")] = Role.SOURCES,
+    on: Annotated[Role, typer.Option(help=ON)] = Role.SOURCES,
     vectors: Annotated[int, typer.Option("--num-vectors", help="Largest number of random vectors of the trace.")] = 500,
     error: Annotated[float, typer.Option(help="Standard error of the trace that is enough, as a share of it.")] = 0.05,
     eigenvalues: Annotated[int, typer.Option("--num-eigenvalues", help="Number of the largest eigenvalues.")] = 3,
@@ -191,7 +195,7 @@ def hessian(
     seed: Seed = 0,
     data: Data = None,
     out: Out = OUT,
-    as_json: AsJson = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Measure the curvature of the loss at the weights that are saved: trace, largest eigenvalues, spectral density.
 
@@ -211,7 +215,7 @@ def hessian(
     _show(found, columns, as_json=as_json)
 
 
-def noise(runs: Runs, *, out: Out = OUT, as_json: AsJson = False) -> None:
+def noise(runs: Runs, *, out: Out = OUT, as_json: JsonOutput = False) -> None:
     """Compare what rounding does to the weights with uniform noise: divergence, symmetry, clipped share, per layer.
 
     Needs the checkpoint/ folder of each run, where the weights before rounding are. No image is opened.
@@ -243,7 +247,7 @@ def errors(
     seed: Seed = 0,
     data: Data = None,
     out: Out = OUT,
-    as_json: AsJson = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Show where runs err: confusion by domain, worst domain, worst class, gap to the target, surest mistakes.
 
@@ -261,7 +265,7 @@ def errors(
     _show(found, columns, as_json=as_json)
 
 
-def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = False) -> None:
+def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: JsonOutput = False) -> None:
     """Draw accuracy over the steps of runs, and measure how far selection on the sources can be trusted.
 
     The rank correlation is between source-validation and target accuracy over the checkpoints that could be saved:
@@ -277,20 +281,21 @@ def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: AsJson = F
     _show(found, [*columns, "selected", "best"], as_json=as_json)
 
 
+PLANE = "Measure on a plane instead of a line; it takes the square of --num-points passes."
 REACH = "Around one run: share of each filter's length. Between two: how far beyond them, as a share of their distance."
 
 
 def surface(
     runs: Runs,
     *,
-    plane: Annotated[bool, typer.Option("--plane", help="A plane instead of a line: POINTS × POINTS passes.")] = False,
+    plane: Annotated[bool, typer.Option("--plane", help=PLANE)] = False,
     points: Annotated[int, typer.Option("--num-points", help="Number of measurements on each axis.")] = 21,
     reach: Annotated[float, typer.Option(help=REACH)] = 0.25,
     images: NImages = 128,
     seed: Seed = 0,
     data: Data = None,
     out: Out = OUT,
-    as_json: AsJson = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Draw the loss around a run, or along the straight line between two: is there a wall between them?
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from qtdog.cli.options import JsonOutput
+
 if TYPE_CHECKING:
     from qtdog.export.benchmark import Bench, Measured
     from qtdog.export.benchmark_statistics import Spread
@@ -39,7 +41,7 @@ def bench(
     domain: Annotated[str | None, typer.Option(help=DOMAIN)] = None,
     images: Annotated[int, typer.Option("--num-images", min=1, help=IMAGES)] = 1024,
     out: Annotated[Path | None, typer.Option("--output", "-o", help=OUT)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Measure latency, throughput, memory and size of models beside one another; ratios are to the first one.
 

@@ -119,6 +119,9 @@ SHIFT = (
 BUDGET = "Bits per weight on average, for --mode mixed."
 DIRECTIONS = "Number of random directions of the flatness."
 VECTORS = "Number of random vectors of the curvature (--mode mixed)."
+MODE = "Choose one bit-width for the network (uniform) or one per layer (mixed)."
+QUANTIZER = "Quantizer with a grid that trains (see 'qtdog list quantizers'). Default lsq."
+STEPS = "Number of updates of the run that the bits are for. Default 5000, or what the data set's preset says."
 OUT = "Folder of all runs; the same command with the same folder goes on. Default: runs/bits-<hash>."
 LAYER_BITS = "layer_bits.yaml"
 
@@ -132,8 +135,8 @@ class Mode(StrEnum):
 
 def bits(
     *,
-    mode: Annotated[Mode, panel("Choice", "One bit-width for the network, or one per layer.")] = Mode.UNIFORM,
-    candidates: Annotated[str, panel("Choice", "Bit-widths, separated by commas.")] = "8,7,6,5,4",
+    mode: Annotated[Mode, panel("Choice", MODE)] = Mode.UNIFORM,
+    candidates: Annotated[str, panel("Choice", "Bit-widths that are tried, separated by commas.")] = "8,7,6,5,4",
     brief_steps: Annotated[int | None, panel("Choice", BRIEF)] = None,
     gamma: Annotated[float | None, panel("Choice", GAMMA)] = None,
     directions: Annotated[int, panel("Choice", DIRECTIONS, "--num-directions")] = 20,
@@ -151,9 +154,9 @@ def bits(
     objective: Objective = None,
     step_rule: StepRule = None,
     averager: Averager = None,
-    quantizer: Annotated[str | None, panel("Method", "One with a grid that trains, such as lsq.")] = None,
+    quantizer: Annotated[str | None, panel("Method", QUANTIZER)] = None,
     start_step: Annotated[int | None, panel("Method", START)] = None,
-    steps: Annotated[int | None, panel("Training", "Updates of the run that the bits are for.")] = None,
+    steps: Annotated[int | None, panel("Training", STEPS)] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     seed: Seed = None,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qtdog.cli.options import JsonOutput
+
 DATA = "Images of every site, old and new: a folder SITE/CLASS/image, a name, or a manifest."
 OLD = "The model in use: a file, or the folder that it is in."
 NEW = "The model that may replace it: a file, or the folder that it is in."
@@ -20,7 +22,7 @@ def compare(
     *,
     data: Annotated[str, typer.Option("--data", help=DATA)],
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Compare two models on every site, image by image, before the new one replaces the old one.
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtdog.cli.options import JsonOutput
+
 if TYPE_CHECKING:
     from qtdog.data.cards import DatasetCard
     from qtdog.data.fetch import Fetched
     from qtdog.data.verify import Report, TextReport
 
 
-NAME = typer.Argument(help="A name of 'qtdog data list'.", metavar="NAME")
+NAME = typer.Argument(help="Name of the data set (see 'qtdog data list').", metavar="NAME")
 TO = "Folder for the data set itself. Default: NAME in $QTDOG_DATA, or in ~/.local/share/qtdog."
 YES = "Agree to the licence without being asked."
 
@@ -26,7 +28,7 @@ def fetch(
     *,
     to: Annotated[Path | None, typer.Option("--output", "-o", help=TO)] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help=YES)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was fetched as JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Download a benchmark, unpack it safely, and lay it out for training.
 
@@ -130,7 +132,7 @@ def _bars() -> Iterator:
 
 
 def import_folder(
-    folder: Annotated[Path, typer.Argument(help="The copy that you have.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the copy that you have.", metavar="DIR")],
     *,
     name: Annotated[
         str, typer.Option("--as", help="Which data set it is: a name of 'qtdog data list'. Default: one of your own.")
@@ -188,11 +190,10 @@ data_app.command(name="import")(import_folder)
 DATA = typer.Argument(
     help="Data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl manifest[:COLUMN].", metavar="DATA"
 )
-AS_JSON = typer.Option("--json", help="Print JSON.")
 
 
 @data_app.command(name="list")
-def list_cards(*, as_json: Annotated[bool, AS_JSON] = False) -> None:
+def list_cards(*, as_json: JsonOutput = False) -> None:
     """List the data sets that are known by name, and whether they are here. Any folder DOMAIN/CLASS/image works too.
 
     Example:
@@ -223,7 +224,7 @@ def _here(name: str) -> str:
 
 
 @data_app.command(name="card")
-def show_card(data: Annotated[str, DATA], *, as_json: Annotated[bool, AS_JSON] = False) -> None:
+def show_card(data: Annotated[str, DATA], *, as_json: JsonOutput = False) -> None:
     """Show a data set's card and its images per domain and class; of one that is not here, the card alone.
 
     Examples:
@@ -290,7 +291,7 @@ def verify(
     near: Annotated[
         bool, typer.Option("--near", help="List images that look the same as well, not only exact copies.")
     ] = False,
-    as_json: Annotated[bool, AS_JSON] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Read every image and list what is wrong; the exit code is 1 if anything is.
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qtdog.cli.options import JsonOutput
+
 TARGETS = ("0", "75")
 MEMBERS = 3
 
@@ -15,8 +17,8 @@ MEMBERS = 3
 def demo(
     *,
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: runs and report.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=10, help="Updates per run.")] = 400,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    steps: Annotated[int, typer.Option(min=10, help="Number of updates of each run.")] = 400,
+    as_json: JsonOutput = False,
 ) -> None:
     """Compare float ERM, 7-bit QT-DoG and an ensemble of three on digits rotated by angles that none saw in training.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtdog.cli.options import JsonOutput
+
 if TYPE_CHECKING:
     from qtdog.ensemble.members import Member
     from qtdog.ensemble.model import EnsembleModel
@@ -49,7 +51,7 @@ def ensemble(
     refit: Annotated[Refit, typer.Option(help=REFIT)] = Refit.MSE,
     tune: Annotated[int, typer.Option(min=0, help="Updates of a soup on the source domains afterwards.")] = 0,
     cascade_loss: Annotated[float, typer.Option(min=0, max=100, help=CASCADE_LOSS)] = 0.1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Make one model file of several finished runs, and measure it on their target and held-out source images.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qtdog.cli.options import Model
+from qtdog.cli.options import JsonOutput, Model
 
 SKIP = "Leave out images that cannot be read, and say how many. Default: as the run did that the model comes from."
 CORRUPT = (
@@ -18,6 +18,7 @@ CORRUPT = (
 SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several times. Default: all five."
 DATA = "Data set name, folder DOMAIN/CLASS/image, or manifest. Default: what the run was trained on."
 WORST = 5  # classes that are shown
+UNKNOWN = "Folder of images of kinds that it was not trained on, to measure if the uncertainty separates them."
 CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
 
 
@@ -26,14 +27,12 @@ def evaluate(
     data_argument: Annotated[str | None, typer.Argument(help="The same as --data.", metavar="[DATA]")] = None,
     *,
     data: Annotated[str | None, typer.Option("--data", help=DATA)] = None,
-    unknown: Annotated[
-        Path | None, typer.Option(help="Folder of images of unknown kinds: does the uncertainty separate them?")
-    ] = None,
+    unknown: Annotated[Path | None, typer.Option(help=UNKNOWN)] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP)] = False,
     cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     corrupt: Annotated[list[str] | None, typer.Option(metavar="NAME", help=CORRUPT)] = None,
     severity: Annotated[list[int] | None, typer.Option(min=1, max=5, help=SEVERITY)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Score a model on every domain of a data set (all images; classes are matched by name).
 

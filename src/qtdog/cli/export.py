@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtdog.cli.options import Model
+from qtdog.cli.options import JsonOutput, Model
 
 if TYPE_CHECKING:
     from qtdog.export.export import Exported
@@ -37,7 +37,7 @@ def export(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of images.")] = 0,
     cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     force_target: Annotated[bool, typer.Option("--force-target", help=FORCE)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Write a model for another runtime, and check on source images that it answers alike.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.options import Model
+from qtdog.cli.options import JsonOutput, Model
 
 if TYPE_CHECKING:
     from qtdog.core.registry import Registry
@@ -107,7 +107,7 @@ def listing(
     kind: Annotated[Kind, typer.Argument(help=f"What to list: {', '.join(Kind)}.", parser=_parse_kind, metavar="KIND")],
     pattern: Annotated[str, typer.Argument(help="Only names that contain this text.")] = "",
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """List the names that options take, or ('options') every value that --set can change.
 
@@ -197,7 +197,7 @@ def inspect_file(
     model: Model,
     *,
     weights: Annotated[bool, typer.Option("--weights", help="List every quantized weight.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Show the description in a packed model file, and where its bytes go.
 

@@ -18,6 +18,7 @@ def panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
 
 
 _MODEL = "Model file (.safetensors) of 'qtdog train' or 'ensemble', or the folder that it is in."
+AS_JSON = "Print the result as JSON; the same as --format json."
 _DATA = (
     "Data set: a name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest. Default: "
     "the embedded rotated digits."
@@ -31,7 +32,9 @@ _SET = panel(
     "--set",
     metavar="SECTION.KEY=VALUE",
 )
-_BACKBONE = "Backbone: any timm model, digits_cnn, mnist_cnn, or a plug-in's. Default resnet50.tv_in1k."
+_BACKBONE = (
+    "Backbone: any timm model, digits_cnn, mnist_cnn, a plug-in's. Default resnet50.tv_in1k, or as the preset says."
+)
 _WEIGHTS = "Initial weights: 'imagenet', 'none', or a .safetensors/.pth file. Default 'imagenet'."
 _OBJECTIVE = "Training objective (see 'qtdog list objectives'). Default erm."
 _STEP_RULE = "How a gradient becomes an update: plain, sam or sagm. Default plain."
@@ -39,8 +42,8 @@ _AVERAGER = "Weight averaging: none, sma, swa, bma or swad (see 'qtdog list aver
 _QUANTIZER = "Quantizer (see 'qtdog list quantizers'), or 'none' to train in float. Default lsq."
 _BITS = "Bits per weight, 2 to 8. Default 7."
 _STEPS = "Number of updates. Default 5000, or what the data set's preset says."
-_BATCH = "Images per source domain in each step. Default 32."
-_RATE = "Learning rate. Default 5e-5."
+_BATCH = "Number of images per source domain in each step. Default 32, or what the data set's preset says."
+_RATE = "Learning rate. Default 5e-5, or what the data set's preset says."
 _SEED = "Seed of initialization, batches and augmentation. Default 0."
 _RESUME = "Continue from the last checkpoint. With --output alone the saved configuration is used."
 
@@ -63,7 +66,8 @@ LearningRate = Annotated[float | None, panel("Training", _RATE)]
 Seed = Annotated[int | None, panel("Training", _SEED)]
 RunFolderOrNone = Annotated[Path | None, panel("Run", OUT, "--output", "-o")]
 Resume = Annotated[bool, panel("Run", _RESUME, "--resume")]
-AsJson = Annotated[bool, panel("Run", "Print the results as JSON.", "--json")]
+AsJson = Annotated[bool, panel("Run", AS_JSON, "--json")]
+JsonOutput = Annotated[bool, typer.Option("--json", help=AS_JSON)]
 
 
 _FOLDER = "Folder of the run folders. Default: runs/NAME of the study."
@@ -72,8 +76,9 @@ _ONLY = (
     "Only runs whose labels or folder contain these words, like 'lsq target=sketch seed=0', and what they need. "
     "'sma' also finds lsq+sma; 'method=sma' is just that one."
 )
-_WORKERS = "Runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
+_WORKERS = "Number of runs at a time. Default: one per GPU, or where there is none one per core, divided by --threads."
 _THREADS = "Threads of each run; the last bits depend on it. Default: 1, with GPUs the cores shared out."
+_ENGINE = "What makes the runs: processes on this machine, Ray, or Slurm."
 _ADDRESS = "Address of a Ray cluster: auto, or ray://host:10001. Default: this machine."
 _GPUS = "GPUs of each run; a fraction shares one. Default: on this machine one if there are any, on a cluster none."
 _HOURS = "Hours of each Slurm job; a run that is not finished continues in a new one. Default 4."
@@ -90,10 +95,10 @@ class EngineName(StrEnum):
 StudyFile = Annotated[Path, typer.Argument(help=_STUDY, metavar="STUDY")]
 OutFolder = Annotated[Path | None, typer.Option("--output", "-o", help=_FOLDER)]
 RunsFolder = Annotated[Path | None, typer.Option("--runs", help=_FOLDER)]
-DataFolder = Annotated[str | None, typer.Option(help="Where the images are, if not where the study says.")]
+DataFolder = Annotated[str | None, typer.Option(help="Data set, if it is not where the study says.")]
 Only = Annotated[str | None, typer.Option(help=_ONLY)]
 Log = Annotated[list[str] | None, typer.Option(metavar="LOGGER", help=LOG)]
-EngineChoice = Annotated[EngineName, panel("Machines", "Who runs the runs.")]
+EngineChoice = Annotated[EngineName, panel("Machines", _ENGINE)]
 Workers = Annotated[int | None, panel("Machines", _WORKERS, min=1)]
 Threads = Annotated[int | None, panel("Machines", _THREADS, min=1)]
 Gpus = Annotated[float | None, panel("Machines", _GPUS, min=0)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.options import Model
+from qtdog.cli.options import AS_JSON, Model
 
 if TYPE_CHECKING:
     from qtdog.data.scan import PassedOver
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 class Format(StrEnum):
     """How predictions are written."""
 
-    TABLE = "table"
+    TEXT = "text"
+    TABLE = "table"  # its name before
     CSV = "csv"
     JSON = "json"
+
+
+FORMAT = "How the predictions are written. Default: by the ending of -o, else text."
+SUFFIXES = {".csv": Format.CSV, ".json": Format.JSON}
 
 
 def predict(
@@ -29,8 +34,8 @@ def predict(
         list[Path], typer.Argument(help="Images, or folders of images. For text: .txt files, a text per line.")
     ],
     *,
-    style: Annotated[Format, typer.Option("--format", help="How to write the predictions.")] = Format.TABLE,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    style: Annotated[Format | None, typer.Option("--format", metavar="text|csv|json", help=FORMAT)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
     reject: Annotated[
         float, typer.Option(min=0, max=0.99, help="Abstain on this share of the images, the least certain ones.")
     ] = 0.0,
@@ -48,7 +53,7 @@ def predict(
     Examples:
       qtdog predict runs/photos-c photo.jpg
 
-      qtdog predict model.safetensors new-site/ --format csv -o predictions.csv
+      qtdog predict model.safetensors new-site/ -o predictions.csv
 
       qtdog predict ensemble.safetensors new-site/ --reject 0.1     (no class for the least certain tenth)
 
@@ -85,7 +90,8 @@ def predict(
     if cascade:
         _show_members_asked(rows, len(predictor.model.members))
     abstain_(rows, reject)
-    _write(rows, Format.JSON if as_json else style, out)
+    kind = Format.JSON if as_json else style or SUFFIXES.get(out.suffix if out else "", Format.TEXT)
+    _write(rows, kind, out)
     if n_failed:
         fail(f"{n_failed} of {n_failed + len(rows)} images could not be read")
         raise typer.Exit(1)
@@ -129,7 +135,7 @@ def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> N
     from qtdog.core.files import write_atomic
 
     names = list(rows[0]) if rows else ["image", "class", "probability"]
-    if style is Format.TABLE and out is None:
+    if style in (Format.TEXT, Format.TABLE) and out is None:
         print_table(names, _cells(rows))
     elif style is Format.JSON and out is None:
         print_json(list(rows))
@@ -153,6 +159,6 @@ def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> st
 
     if style is Format.JSON:
         return json.dumps(list(rows), indent=1) + "\n"
-    if style is Format.TABLE:
+    if style in (Format.TEXT, Format.TABLE):
         return markdown(names, _cells(rows)) + "\n"
     return "".join(map(csv_line, [names, *(row.values() for row in rows)]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtdog.cli.options import Gpus, Threads, Workers
+from qtdog.cli.options import AS_JSON, Gpus, Threads, Workers
 
 if TYPE_CHECKING:
     from qtdog.api.paper import PlannedRun
@@ -42,7 +42,7 @@ def reproduce(
     workers: Workers = None,
     threads: Threads = None,
     gpus: Gpus = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
 ) -> None:
     """Run a table of the QT-DoG paper, as far as it is missing, and print our numbers beside the paper's.
 

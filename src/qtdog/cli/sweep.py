@@ -17,6 +17,7 @@ from qtdog.cli.options import (
     EngineName,
     Gpus,
     Hours,
+    JsonOutput,
     Log,
     Only,
     OutFolder,
@@ -238,7 +239,6 @@ def _compared_with_journal(plan: Plan, folder: Path, step_s: dict[str, float], o
     return [f"Checked on {len(known)} finished: estimated {duration_text(guessed)}, took {duration_text(actual)}."]
 
 
-AS_JSON = "Print JSON."
 FRESH = "Delete what the failed runs wrote first, instead of going on from their last checkpoint. Finished runs stay."
 
 
@@ -247,8 +247,8 @@ def status(
     *,
     out: RunsFolder = None,
     data: DataFolder = None,
-    every: Annotated[bool, typer.Option("--all", help="A line for each run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show a line for each run.")] = False,
+    as_json: JsonOutput = False,
 ) -> None:
     """Show what is done, running, failed (and why) and missing. Nothing is changed.
 

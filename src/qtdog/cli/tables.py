@@ -22,6 +22,7 @@ SELECT = "Only this selection: source, mean, last, oracle or leave-one-out; may 
 SPLIT = "Count the 'whole' unseen domain or DomainBed's '80' % split. Default: 80 if DomainBed's runs are there."
 BEST = "One row per method: of several settings in a trial, the best by the selection's own score (DomainBed's search)."
 TABLE_COLUMNS = "Which columns beside the first, separated by commas, like 'average,file'. Default: all."
+FORMAT = "How the table is written. Default: by the ending of -o, else text."
 COMPARE = "Compare two rows, by their names in the table, over the pairs (unseen domain, trial, seed) that both have."
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 
@@ -45,11 +46,11 @@ class Split(StrEnum):
 def table(
     runs: Annotated[list[Path], typer.Argument(help=RUNS, metavar="RUNS...")],
     *,
-    format_: Annotated[Format | None, typer.Option("--format", help="Default: by the ending of -o, else text.")] = None,
+    format_: Annotated[Format | None, typer.Option("--format", help=FORMAT)] = None,
     select: Annotated[list[str] | None, typer.Option(help=SELECT)] = None,
     split: Annotated[Split | None, typer.Option(help=SPLIT)] = None,
     best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=BEST)] = False,
-    per_dataset: Annotated[bool, typer.Option("--per-dataset", help="A table for each of several data sets.")] = False,
+    per_dataset: Annotated[bool, typer.Option("--per-dataset", help="Make a table for each data set.")] = False,
     columns: Annotated[str | None, typer.Option(help=TABLE_COLUMNS)] = None,
     compare: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help=COMPARE)] = None,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
@@ -207,7 +208,7 @@ def report(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "qtdog report",
     bench: Annotated[Path | None, typer.Option(help="bench.json of 'qtdog bench', for accuracy over latency.")] = None,
     split: Annotated[Split | None, typer.Option(help=REPORT_SPLIT)] = None,
-    best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=REPORT_BEST)] = False,
+    best_of_settings: Annotated[bool, typer.Option("--best-of-settings", help=BEST)] = False,
 ) -> None:
     """Write one page with tables, charts, settings and analyses of finished runs. It needs no network and no server.
 

@@ -343,7 +343,8 @@ BRANCH = (
     "A branch, by what is its own: 'data.augment=none', or several values with ';' between them. Give it once for each "
     "branch. Default: a branch for each source domain, which gets half of its batches (data.focus)."
 )
-MERGE = "Steps between merges. Default: a tenth of the steps."
+BRANCH_STEPS = "Number of updates of each branch. Default 5000, or what the data set's preset says."
+MERGE = "Number of steps between merges. Default: a tenth of the steps."
 
 
 def dart(
@@ -356,7 +357,10 @@ def dart(
     merge_every: Annotated[int | None, panel("Method", MERGE, min=1)] = None,
     quantizer: Quantizer = None,
     bits: Bits = None,
-    steps: Annotated[int | None, panel("Training", "Number of updates of each branch.")] = None,
+    steps: Annotated[
+        int | None,
+        panel("Training", BRANCH_STEPS),
+    ] = None,
     lr: LearningRate = None,
     seed: Annotated[int | None, panel("Training", "Seed of the first branch. Default 0.")] = None,
     out: Annotated[Path, panel("Run", OUT, "--output", "-o")],
