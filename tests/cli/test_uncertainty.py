@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from qtdog.data.digits import RotatedDigits
-from qtdog.ensemble.calibration import fit_temperature
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import load, load_ensemble_model
 from qtdog.ensemble.prediction import member_logits, predict_from_logits
 from qtdog.ensemble.scoring import reliability
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
+from qtdog.training.calibration import fit_temperature
 from qtdog.training.load_model import load_model
 
 SHORT = ("--steps", 30, "--image-size", 12, "--set", "data.batch_size=8", "--set", "train.eval_every=15")
@@ -131,3 +131,18 @@ def test_eval_counts_the_members_that_a_cascade_asks(qtdog, trained, tmp_path):
     alone = qtdog("eval", folder / "75-seed0" / "model.safetensors", "rotated-digits", "--cascade")
     assert alone.code == 2
     assert "--cascade is for an ensemble" in alone.err
+
+
+def test_predict_accepts_what_reaches_the_threshold_of_the_file(qtdog, trained, pictures):
+    folder, _ = trained
+    for name in ("75-seed0", "75-eoq"):
+        file = folder / name / "model.safetensors"
+        threshold = load(file).info.accept_threshold
+        assert threshold is not None
+        found = qtdog("predict", file, pictures, "--threshold", "auto", "--json")
+        rows = json.loads(found.out)
+        assert [row["accepted"] for row in rows] == [row["probability"] >= threshold for row in rows]
+        assert f"accepted {sum(row['accepted'] for row in rows)} of 20" in found.err
+    rows = json.loads(qtdog("predict", file, pictures, "--threshold", "0.0", "--json").out)
+    assert all(row["accepted"] for row in rows)
+    assert "'auto' or a probability" in qtdog("predict", file, pictures, "--threshold", "high").err

@@ -9,7 +9,6 @@ from hypothesis.extra import numpy as hnp
 
 from qtdog.core.errors import ConfigError
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
-from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import (
     ASK_ALL,
     CascadeModel,
@@ -23,6 +22,7 @@ from qtdog.ensemble.cascade import (
 )
 from qtdog.ensemble.model import load_ensemble_model
 from qtdog.ensemble.scoring import open_evaluation_set
+from qtdog.training.calibration import LabeledLogits
 
 logit_blocks = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(2, 4)), elements=st.floats(-9, 9, width=32)

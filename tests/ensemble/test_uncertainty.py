@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import ConfigError
-from qtdog.ensemble.calibration import brier_score, expected_calibration_error, fit_temperature
-from qtdog.ensemble.uncertainty import rejected, risk_coverage, uncertainty, unknown_auroc
+from qtdog.ensemble.uncertainty import rejected, uncertainty, unknown_auroc
+from qtdog.training.calibration import brier_score, expected_calibration_error, fit_temperature, risk_coverage
 
 
 def in_float64(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

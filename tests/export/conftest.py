@@ -42,7 +42,14 @@ def settle_batch_norm_(network: Network, seed: int) -> None:
 
 
 def make_packed(
-    path: Path, backbone: str, *, seed: int = 0, bits: int = 7, quantizer: str = "lsq", **more: Any
+    path: Path,
+    backbone: str,
+    *,
+    seed: int = 0,
+    bits: int = 7,
+    quantizer: str = "lsq",
+    accept: float | None = None,
+    **more: Any,
 ) -> Path:
     """Write a packed model with random weights, quantized, and return the file."""
     network = create_network(
@@ -65,6 +72,8 @@ def make_packed(
         "step": seed,
         "config_hash": str(seed),
     }
+    if accept is not None:
+        told |= {"temperature": 30.0, "accept_threshold": accept}
     path.parent.mkdir(parents=True, exist_ok=True)
     save(network, path, metadata=told)
     return path

@@ -58,7 +58,7 @@ def bundle(packed, photos, tmp_path_factory):
     """A bundle of a float graph, the packed file that it was made from, and photographs."""
     folder = tmp_path_factory.mktemp("bundle")
     draw_photos(folder / "photos")
-    source = read_packed_source(packed("test_resnet"))
+    source = read_packed_source(packed("test_resnet", accept=0.4))
     write_bundle(source, folder / "site", photos, name="onnx")
     return folder / "site", source.path, folder / "photos"
 
@@ -107,7 +107,8 @@ def test_the_script_runs_where_qtdog_is_not(bundle, tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     expected = [row for row in predict_images(load_model(model), find_images([photos])) if isinstance(row, dict)]
     assert [(row["image"], row["class"]) for row in rows] == [(row["image"], row["class"]) for row in expected]
-    assert all(row["accepted"] is None for row in rows)
+    assert [row["accepted"] for row in rows] == [row["probability"] >= 0.4 for row in rows]
+    assert 0 < sum(row["accepted"] for row in rows) < len(rows)
 
 
 def test_the_script_imports_three_libraries_and_names_no_command_of_ours():
@@ -127,9 +128,9 @@ def run_script(site, *arguments, environment=None):
 def test_a_threshold_decides_what_is_accepted_and_lines_have_tabs(bundle):
     site, _, photos = bundle
     about = json.loads((site / "model.json").read_text())
-    classifier = Classifier(site, threshold=0.99)
+    classifier = Classifier(site, threshold=0.42)
     rows = [row for row in classifier.rows(find_images([photos])) if "error" not in row]
-    assert [row["accepted"] for row in rows] == [row["probability"] >= 0.99 for row in rows]
+    assert [row["accepted"] for row in rows] == [row["probability"] >= 0.42 for row in rows]
     done = run_script(site, photos / "print.jpg", "--threshold", "0")
     path, name, probability, accepted = done.stdout.rstrip("\n").split("\t")
     assert (done.returncode, path, accepted) == (0, str(photos / "print.jpg"), "accepted")
@@ -151,11 +152,13 @@ def test_a_damaged_model_and_a_missing_path_are_told(bundle, tmp_path):
 def test_description_and_card_say_what_is_known(bundle):
     site, model, _ = bundle
     about = json.loads((site / "model.json").read_text())
+    assert (about["threshold"], about["temperature"]) == (0.4, 30.0)
     assert about["sha256"] == sha256_file(site / "model.onnx")
     assert about["packed_sha256"] == sha256_file(model)
     assert about["classes"] == ["bird", "cat", "dog"]
     card = (site / "README.md").read_text()
     assert "`outdoor` was held out" in card
+    assert "Threshold of accepted answers: 0.4000" in card
     assert "measured on no domain that it had not seen" in card
     assert sorted(file.name for file in site.iterdir()) == ["README.md", "model.json", "model.onnx", "predict.py"]
 

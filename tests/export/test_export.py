@@ -166,6 +166,20 @@ def test_an_ensemble_is_one_graph_that_knows_its_doubt(ensemble_file, photos, tm
     assert [one.name for one in graph.output] == list(OUTPUTS[True])
 
 
+@pytest.mark.parametrize("name", ["onnx", "torch"])
+def test_what_is_accepted_is_an_output_where_the_file_has_a_threshold(name, source, photos, tmp_path):
+    packed = source("test_resnet", accept=0.7)
+    made = export(packed, tmp_path / f"m{SUFFIX.get(name, '.onnx')}", name, photos)
+    assert made.info.outputs == ("logits", "probabilities", "accept")
+    assert (made.info.temperature, made.info.accept_threshold) == (30.0, 0.7)
+    found = open_runtime(made.path)(photos.pixels)
+    assert found["accept"].dtype == bool
+    assert np.array_equal(found["accept"], found["probabilities"].max(1) >= np.float32(0.7))
+    assert 0 < found["accept"].mean() < 1
+    softer = torch.from_numpy(found["logits"] / 30).softmax(1).numpy()
+    np.testing.assert_allclose(found["probabilities"], softer, atol=1e-6)
+
+
 class _Broken(PackedSource):
     """A source whose module has an operator that ONNX lacks."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,10 @@ class Format(StrEnum):
 
 FORMAT = "How the predictions are written. Default: by the ending of -o, else text."
 SUFFIXES = {".csv": Format.CSV, ".json": Format.JSON}
+THRESHOLD = (
+    "Say which answers to accept: those whose probability reaches P, or 'auto' for the threshold in the model's file, "
+    "which was chosen on validation images of the sources."
+)
 
 
 def predict(
@@ -39,6 +44,7 @@ def predict(
     reject: Annotated[
         float, typer.Option(min=0, max=0.99, help="Abstain on this share of the images, the least certain ones.")
     ] = 0.0,
+    threshold: Annotated[str | None, typer.Option(metavar="auto|P", help=THRESHOLD)] = None,
     cascade: Annotated[
         bool, typer.Option("--cascade", help="Run an ensemble's members only until the first ones agree confidently.")
     ] = False,
@@ -56,6 +62,8 @@ def predict(
       qtdog predict model.safetensors new-site/ -o predictions.csv
 
       qtdog predict ensemble.safetensors new-site/ --reject 0.1     (no class for the least certain tenth)
+
+      qtdog predict model.safetensors new-site/ --threshold auto    (which answers to accept)
 
       qtdog predict ensemble.safetensors new-site/ --cascade        (fewer forward passes)
 
@@ -89,6 +97,8 @@ def predict(
             rows.append(row)
     if cascade:
         _show_members_asked(rows, len(predictor.model.members))
+    if threshold is not None:
+        accept_(rows, accepted_from(loaded, model, threshold))
     abstain_(rows, reject)
     kind = Format.JSON if as_json else style or SUFFIXES.get(out.suffix if out else "", Format.TEXT)
     _write(rows, kind, out)
@@ -113,6 +123,36 @@ def _show_members_asked(rows: Sequence[dict[str, Any]], n_members: int) -> None:
     if rows:
         mean = sum(row["members"] for row in rows) / len(rows)
         err.print(f"cascade: {mean:.2f} of {n_members} members asked on average", highlight=False, soft_wrap=True)
+
+
+def accepted_from(loaded: Any, model: Path, threshold: str) -> float:
+    """Return the smallest probability of an accepted answer: a number, or that of the model's file ("auto").
+
+    Raises:
+        ConfigError: neither, or the file has none.
+    """
+    from qtdog.core.errors import ConfigError
+
+    if threshold != "auto":
+        with contextlib.suppress(ValueError):
+            if 0 <= float(threshold) <= 1:
+                return float(threshold)
+        raise ConfigError(f"--threshold is 'auto' or a probability from 0 to 1, not '{threshold}'")
+    found = loaded.info.accept_threshold
+    if found is None:
+        text = f"{model} holds no threshold: it is from before they were kept, or was trained on its validation images"
+        raise ConfigError(f"{text}. Give one, like --threshold 0.9")
+    return found
+
+
+def accept_(rows: Sequence[dict[str, Any]], threshold: float) -> None:
+    """Mark in place which rows have a probability that reaches a threshold, and say how many do."""
+    from qtdog.cli.console import err
+
+    for row in rows:
+        row["accepted"] = row["probability"] >= threshold
+    n_accepted = sum(row["accepted"] for row in rows)
+    err.print(f"accepted {n_accepted} of {len(rows)} (probability ≥ {threshold:.4f})", highlight=False, soft_wrap=True)
 
 
 def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:

@@ -44,6 +44,7 @@ START = "First quantized step. Default: 40 % of the steps."
 SKIP = "Leave out images that cannot be read; skipped.json in the run folder names them."
 TARGET = "Unseen domain; 'all' for each in turn; 'none' to train on every domain (the model you deploy). Default none."
 MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
+ABSTAIN = "Share of the validation images that the stored threshold of confidence does not answer. Default 0.1."
 SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed. Default same."
 FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
 
@@ -79,6 +80,7 @@ def train(
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     seed: Seed = None,
+    abstain: Annotated[float | None, panel("Training", ABSTAIN, min=0, max=0.99)] = None,
     members: Annotated[int, panel("Training", MEMBERS, min=1, max=100)] = 1,
     member_splits: Annotated[Splits, panel("Training", SPLITS)] = Splits.SAME,
     fork_at: Annotated[str | None, panel("Training", FORK_AT, metavar="start|STEP")] = None,
@@ -106,6 +108,8 @@ def train(
     from qtdog.cli.console import CountingBar, print_json
 
     flags = {name: given[name] for name in experiment.FLAGS}
+    if abstain is not None:
+        assign = [*(assign or ()), f"train.abstain={abstain}"]
     wanted = experiment.Members(members, member_splits.value, fork_at)
     request = experiment.Request(flags, preset or (), assign or (), wanted, out, resume)
     request = experiment.with_saved_members(request)

@@ -227,6 +227,12 @@ class TrainConfig(Section):
     )
     precision: Literal["fp32", "bf16"] = "fp32"
     probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")
+    abstain: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the validation images that the stored threshold does not answer",
+    )
 
 
 class PluginsConfig(Section):

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from qtdog.conversion.save import save
+from qtdog.core.config import TrainConfig
 from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.core.safe_text import read_json
-from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
 from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load
-from qtdog.ensemble.scoring import EvaluationSet, Scores, calibrate, mean_accuracy
+from qtdog.ensemble.scoring import EvaluationSet, Scores, mean_accuracy
 from qtdog.ensemble.weight_averaging import Recipe, average_members, check_recipe
 from qtdog.models.network import Network, to_device_
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
 from qtdog.runs.finished import KINDS
+from qtdog.training.calibration import AnswerCalibration, LabeledLogits, calibrate_answers
 from qtdog.training.finalize import environment
 
 
@@ -274,21 +275,34 @@ def _keep_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set:
 
         scores = EnsembleScores(evaluation_set.source(logits_of, source), *evaluation_set.test(logits_of, test))
     on_source, on_test = _members_alone(source), _members_alone(test)
-    calibration = calibrate(on_source, on_test)
-    cascade = plan_cascade(on_source, on_test, calibration["temperature"], spec.cascade_loss_frac)
+    answers = _calibrate(on_source, on_test, evaluation_set)
+    cascade = plan_cascade(on_source, on_test, answers.temperature, spec.cascade_loss_frac)
     about = {
         "kind": spec.kind,
         "accuracy": scores.accuracy,
         "training_steps": price.training_steps,
         "training_runs": price.training_runs,
-        "temperature": calibration["temperature"],
+        "temperature": answers.temperature,
         "cascade_threshold": cascade["threshold"],
+        "accept_threshold": answers.accept_threshold,
     }
     save_ensemble(spec.file, packed, about)
     verify_file(model, members[0], spec.file)
     size = asdict(ensemble_sizes(spec.file))
-    details = {"size": size, "model_sha256": sha256_file(spec.file), "calibration": calibration, "cascade": cascade}
+    details = {
+        "size": size,
+        "model_sha256": sha256_file(spec.file),
+        "calibration": answers.to_json(),
+        "cascade": cascade,
+    }
     return _Made(scores, price, details)
+
+
+def _calibrate(
+    source: LabeledLogits | None, test: LabeledLogits | None, evaluation_set: EvaluationSet | None
+) -> AnswerCalibration:
+    abstain = TrainConfig().abstain if evaluation_set is None else evaluation_set.config.train.abstain
+    return calibrate_answers(source, test, abstain)
 
 
 def _members_alone(parts: Sequence[LabeledLogits]) -> LabeledLogits | None:
@@ -309,12 +323,16 @@ def _average_members(
     averaged = average_members(members, spec.kind, recipe, evaluation_set, warn)
     network = to_device_(averaged.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
     scores = EnsembleScores({}, {}, {})
+    source: list[LabeledLogits] = []
+    test: list[LabeledLogits] = []
     if evaluation_set is not None:
 
         def logits_of(images: Tensor) -> Tensor:
             return network(images)[None]
 
-        scores = EnsembleScores(evaluation_set.source(logits_of), *evaluation_set.test(logits_of))
+        scores = EnsembleScores(evaluation_set.source(logits_of, source), *evaluation_set.test(logits_of, test))
+    whole = (LabeledLogits.concatenate(parts) if parts else None for parts in (source, test))
+    answers = _calibrate(*whole, evaluation_set)
     price = cost(members, one_model=True, extra_steps=recipe.tune_steps)
     origin = {"kind": spec.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in averaged.used]}
     origin |= {"training_steps": price.training_steps, "training_runs": price.training_runs}
@@ -324,12 +342,15 @@ def _average_members(
         "step": max(member.info.step for member in members),
         "config_hash": members_hash(members, spec.kind),
         "joined": origin,
+        "temperature": answers.temperature,
+        "accept_threshold": answers.accept_threshold,
     }
     save(network, spec.file, metadata=members[0].packed.metadata | changes)
     verify_file(network, members[0], spec.file)
     size = asdict(file_sizes(spec.file))
     recipe_used = asdict(recipe) | {"used": list(averaged.used)}
-    return _Made(scores, price, {"size": size, "model_sha256": sha256_file(spec.file), "recipe": recipe_used})
+    details = {"size": size, "model_sha256": sha256_file(spec.file), "recipe": recipe_used}
+    return _Made(scores, price, details | {"calibration": answers.to_json()})
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.errors import ConfigError
-from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.model import EnsembleInfo, EnsembleModel
+from qtdog.training.calibration import LabeledLogits
 
 ASK_ALL = float("inf")
 """The threshold with which every member is asked."""

@@ -42,6 +42,7 @@ class EnsembleInfo:
         temperature: of the probabilities, fitted on the sources' held-out images; 1 where that was not possible.
         cascade_threshold: confidence at which no further member need be asked (`ensemble.cascade`), chosen on the
             same images; None where that was not possible.
+        accept_threshold: smallest probability of an answer that is accepted, chosen on the same images; likewise.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class EnsembleInfo:
     training_runs: float
     temperature: float = 1.0
     cascade_threshold: float | None = None
+    accept_threshold: float | None = None
 
     @property
     def backbone(self) -> str:
@@ -130,6 +132,7 @@ class _About(BaseModel):
     training_runs: float = Field(ge=0)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     cascade_threshold: float | None = Field(default=None, gt=0, le=1)
+    accept_threshold: float | None = Field(default=None, ge=0, le=1)
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel | EnsembleModel:

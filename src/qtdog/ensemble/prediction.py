@@ -16,11 +16,11 @@ from qtdog.core.errors import ConfigError, DataError, QtdogError
 from qtdog.data.decode import decode_resized
 from qtdog.data.image_folder import require_path
 from qtdog.data.scan import PassedOver, images_below
-from qtdog.ensemble.calibration import LabeledLogits
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import BATCH, EnsembleModel
 from qtdog.ensemble.uncertainty import Uncertainty, uncertainty
 from qtdog.models.text_backbones import make_tokenizer
+from qtdog.training.calibration import LabeledLogits
 from qtdog.training.load_model import LoadedModel
 
 AnyModel = LoadedModel | EnsembleModel
@@ -42,8 +42,8 @@ class Predictions:
 
 
 def temperature_of(model: AnyModel) -> float:
-    """Return the temperature of a model's probabilities: 1 for a single model."""
-    return model.info.temperature if isinstance(model, EnsembleModel) else 1.0
+    """Return the temperature of a model's probabilities: 1 in a file from before it was fitted."""
+    return model.info.temperature
 
 
 def as_cascade(model: AnyModel) -> CascadeModel:

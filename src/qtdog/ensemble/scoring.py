@@ -20,7 +20,6 @@ from qtdog.data.corruptions import CorruptedCache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import DecodedCache
 from qtdog.data.input_cache import InputCache
-from qtdog.ensemble.calibration import LabeledLogits, brier_score, expected_calibration_error, fit_temperature
 from qtdog.ensemble.cascade import measure_cascade
 from qtdog.ensemble.prediction import (
     AnyModel,
@@ -31,32 +30,14 @@ from qtdog.ensemble.prediction import (
     predict_images,
     temperature_of,
 )
-from qtdog.ensemble.uncertainty import Uncertainty, risk_coverage, unknown_auroc
+from qtdog.ensemble.uncertainty import Uncertainty, unknown_auroc
 from qtdog.models.backbones import preprocessing
 from qtdog.runs.record import Score, merge_scores
 from qtdog.runs.statistics import share_interval
 from qtdog.training.build import make_accelerator
+from qtdog.training.calibration import LabeledLogits, Reliability, measure_reliability
 from qtdog.training.evaluation import EvaluationInputs
 from qtdog.training.protocol import DomainProtocol, check_reads, make_protocol, open_inputs, resolve
-
-KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """How far the probabilities of predictions can be trusted, from labeled images.
-
-    Attributes:
-        ece: expected calibration error, 15 bins of equal width.
-        brier: Brier score, 0 … 2.
-        aurc: area under the risk-coverage curve, by entropy.
-        risk_at_90: share of wrong answers among the surest 90 %.
-    """
-
-    ece: float
-    brier: float
-    aurc: float
-    risk_at_90: float
 
 
 def reliability(found: Predictions, labels: Tensor) -> Reliability:
@@ -74,16 +55,7 @@ def reliability(found: Predictions, labels: Tensor) -> Reliability:
         >>> reliability(sure, torch.tensor([0, 1])).risk_at_90
         0.0
     """
-    if not len(labels):
-        raise ConfigError("there are no labeled images to compare the probabilities with")
-    correct = found.probabilities.argmax(1) == labels
-    curve = risk_coverage(found.uncertainty.entropy.cpu().numpy(), correct.cpu().numpy())
-    return Reliability(
-        ece=expected_calibration_error(found.probabilities, labels),
-        brier=brier_score(found.probabilities, labels),
-        aurc=curve.area,
-        risk_at_90=curve.risk_at(KEPT_COVERAGE),
-    )
+    return measure_reliability(found.probabilities, found.uncertainty.entropy, labels)
 
 
 LogitsFunction = Callable[[Tensor], Tensor]
@@ -225,37 +197,6 @@ def mean_accuracy(scores: Scores, index: int) -> float | None:
         0.75
     """
     return sum(part[index].accuracy for part in scores.values()) / len(scores) if scores else None
-
-
-def calibrate(source: LabeledLogits | None, test: LabeledLogits | None) -> dict[str, Any]:
-    """Return the temperature for an ensemble's probabilities, and their reliability without and with it.
-
-    The temperature is fitted to the held-out images of the sources alone; without any it is 1. The test images are
-    measured with it, never fitted to.
-
-    Args:
-        source: members' logits and labels on held-out source images; None without any.
-        test: the same on test images.
-
-    Returns:
-        `temperature`, and for `source` and `test`, where there are such images, `before` and `after`: each `ece`,
-        `brier`, `aurc`, `risk_at_90`.
-
-    Example:
-        >>> right = LabeledLogits(torch.tensor([[[2.0, 0.0]] * 4]), torch.tensor([0, 0, 0, 1]))
-        >>> found = calibrate(right, None)
-        >>> round(found["temperature"], 2), sorted(found)
-        (1.82, ['source', 'temperature'])
-    """
-    temperature = 1.0 if source is None else fit_temperature(source.logits.mean(0), source.labels)
-    found: dict[str, Any] = {"temperature": temperature}
-    for name, images in (("source", source), ("test", test)):
-        if images is not None:
-            found[name] = {
-                when: asdict(reliability(predict_from_logits(images.logits, value), images.labels))
-                for when, value in (("before", 1.0), ("after", temperature))
-            }
-    return found
 
 
 def score_domains(

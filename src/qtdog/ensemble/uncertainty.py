@@ -75,54 +75,6 @@ def uncertainty(member_logits: Tensor, temperature: float = 1.0) -> Uncertainty:
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class RiskCoverage:
-    """Error among the answered images when only the surest are answered.
-
-    Attributes:
-        coverage: share answered, rising to 1, shape (n,).
-        risk: share of wrong answers among them, (n,).
-        area: mean risk over all coverages (AURC); lower is better.
-    """
-
-    coverage: Floats
-    risk: Floats
-    area: float
-
-    def risk_at(self, coverage: float) -> float:
-        """Return the risk when at least this share of the images is answered."""
-        return float(self.risk[int(np.searchsorted(self.coverage, coverage - 1e-12))])
-
-
-def risk_coverage(uncertainties: npt.ArrayLike, correct: npt.ArrayLike) -> RiskCoverage:
-    """Return the risk-coverage curve (El-Yaniv and Wiener, JMLR 2010; area as in Geifman et al., ICLR 2019).
-
-    Images of equal uncertainty are answered together: each of them gets the risk at the end of its group.
-
-    Args:
-        uncertainties: higher is less sure, shape (n,).
-        correct: whether each answer is right, shape (n,).
-
-    Raises:
-        ConfigError: there are no images.
-
-    Example:
-        >>> curve = risk_coverage([0.1, 0.2, 0.9, 0.8], [True, True, False, True])
-        >>> curve.risk.tolist(), curve.risk_at(0.75)
-        ([0.0, 0.0, 0.0, 0.25], 0.0)
-    """
-    values, right = np.asarray(uncertainties, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if not len(values):
-        raise ConfigError("there are no images to draw a risk-coverage curve of")
-    order = np.argsort(values, kind="stable")
-    ranked = values[order]
-    answered = np.arange(1, len(values) + 1)
-    wrong = np.cumsum(1 - right[order])
-    ends = np.searchsorted(ranked, ranked, side="right") - 1
-    risk = (wrong / answered)[ends]
-    return RiskCoverage(answered / len(values), risk, float(risk.mean()))
-
-
 def rejected(uncertainties: npt.ArrayLike, frac: float) -> npt.NDArray[np.bool_]:
     """Return which images to abstain on: the least certain share, rounded down; among equals the later ones.
 

@@ -146,7 +146,7 @@ def description(source: PackedSource, made: Exported) -> dict[str, Any]:
             "channels": info.preprocessing.channels,
             "resize": "bilinear, antialiased, no crop; scaling and normalizing are inside the model",
         },
-        "threshold": None,
+        "threshold": info.accept_threshold,
         "temperature": info.temperature,
         "source_domains": list(info.source_domains),
         "target_domain": info.target_domain,

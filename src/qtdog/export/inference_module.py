@@ -22,10 +22,11 @@ class AnswerHead(nn.Module):
 
     Args:
         temperature: T.
+        accept_threshold: smallest probability of an answer that is accepted; None for no such output.
 
     Shapes:
         (n, members, n_classes) and, for a cascade, members asked (n,) → logits and probabilities (n, n_classes), each
-        disagreement (n,)
+        disagreement (n,), and with a threshold whether the answer is accepted, bool (n,)
 
     Example:
         >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
@@ -35,12 +36,18 @@ class AnswerHead(nn.Module):
         [[[1.0, 1.0]], [[2.0, 0.0]], [0.5], [1.0]]
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, accept_threshold: float | None = None) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.accept_threshold = temperature, accept_threshold
 
     def forward(self, each: Tensor, asked: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return logits and probabilities, and of several members entropy, mutual information and agreement."""
+        """Return logits and probabilities, of several members their doubt, and with a threshold what is accepted."""
+        answers = self._answers(each, asked)
+        if self.accept_threshold is None:
+            return answers
+        return *answers, answers[1].amax(1) >= self.accept_threshold
+
+    def _answers(self, each: Tensor, asked: Tensor | None) -> tuple[Tensor, ...]:
         if each.shape[1] == 1:
             logits = each[:, 0]
             return logits, (logits / self.temperature).softmax(1)
@@ -105,6 +112,8 @@ OUTPUTS = {
     True: ("logits", "probabilities", "entropy", "mutual_information", "agreement"),
 }
 """Names of the outputs, by whether there are several members."""
+ACCEPT = "accept"
+"""Name of the output that a model with a threshold has besides: whether the answer is accepted."""
 ASKED = "members"
 """Name of the output that a cascade has besides."""
 
@@ -142,9 +151,10 @@ class InferenceModule(nn.Module):
         preprocessing: their preprocessing.
         temperature: of the probabilities.
         threshold: confidence at which no further member is asked; None to ask all.
+        accept_threshold: smallest probability of an answer that is accepted, or None.
 
     Shapes:
-        uint8 (n, H, W, C) → logits and probabilities (n, n_classes), each disagreement and members (n,)
+        uint8 (n, H, W, C) → logits and probabilities (n, n_classes), each disagreement, accept and members (n,)
 
     Example:
         >>> head = nn.Linear(12, 3)
@@ -160,11 +170,13 @@ class InferenceModule(nn.Module):
         preprocessing: Preprocessing,
         temperature: float = 1.0,
         threshold: float | None = None,
+        *,
+        accept_threshold: float | None = None,
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(networks)
         self.prepare = Prepare(preprocessing)
-        self.answer = AnswerHead(temperature)
+        self.answer = AnswerHead(temperature, accept_threshold)
         self.threshold = threshold
         self.eval()
 

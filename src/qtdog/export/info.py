@@ -63,6 +63,7 @@ class ExportInfo(BaseModel):
         n_members: networks inside.
         temperature: the probabilities are softmax(logits / temperature).
         cascade_threshold: confidence at which a cascade asks no further member; None where all are asked.
+        accept_threshold: smallest probability of an answer that is accepted, or None.
         outputs: names of the graph's outputs.
         calibration: for integer activations: `domains`, `n_images`, `method`, `seed`.
         integer_products: convolutions and matrix products that compute in integers, and all that have weights; None in
@@ -82,6 +83,7 @@ class ExportInfo(BaseModel):
     n_members: int = Field(ge=1, le=100)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     cascade_threshold: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    accept_threshold: float | None = Field(default=None, ge=0, le=1)
     outputs: tuple[str, ...]
     calibration: dict[str, Any] | None = None
     integer_products: tuple[int, int] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.inference_module import ASKED, OUTPUTS, InferenceModule
+from qtdog.export.inference_module import ACCEPT, ASKED, OUTPUTS, InferenceModule
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
@@ -26,6 +26,7 @@ class PackedSource:
         infos: what each member says of itself.
         temperature: of the probabilities.
         threshold: of the cascade; None to ask all members.
+        accept_threshold: smallest probability of an answer that is accepted, or None.
     """
 
     path: Path
@@ -33,11 +34,13 @@ class PackedSource:
     infos: tuple[ModelInfo, ...]
     temperature: float = 1.0
     threshold: float | None = None
+    accept_threshold: float | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of what comes out."""
-        return OUTPUTS[len(self.members) > 1] + (() if self.threshold is None else (ASKED,))
+        more = (ACCEPT, self.accept_threshold), (ASKED, self.threshold)
+        return OUTPUTS[len(self.members) > 1] + tuple(name for name, threshold in more if threshold is not None)
 
     def info(self, name: str) -> ExportInfo:
         """Return the description of an export to the format called `name`, nothing being measured yet."""
@@ -52,6 +55,7 @@ class PackedSource:
             n_members=len(self.members),
             temperature=self.temperature,
             cascade_threshold=self.threshold,
+            accept_threshold=self.accept_threshold,
             outputs=self.outputs,
         )
 
@@ -62,7 +66,13 @@ class PackedSource:
             ModelError: the backbone is not known here, or does not fit.
         """
         networks = build_networks(self.path, self.members, self.infos[0])
-        return InferenceModule(networks, self.infos[0].preprocessing, self.temperature, self.threshold)
+        return InferenceModule(
+            networks,
+            self.infos[0].preprocessing,
+            self.temperature,
+            self.threshold,
+            accept_threshold=self.accept_threshold,
+        )
 
     def codes(self) -> dict[str, QuantizedTensor]:
         """Return the integer codes by the names that the weights have in `module()`."""
@@ -89,14 +99,18 @@ def read_packed_source(path: Path, *, cascade: bool = False) -> PackedSource:
         if cascade:
             raise ConfigError(f"a cascade is made of an ensemble; {path} holds one model")
         packed = load_packed(path)
-        return PackedSource(path, (packed,), (_image_info(path, packed),))
+        info = _image_info(path, packed)
+        return PackedSource(path, (packed,), (info,), info.temperature, accept_threshold=info.accept_threshold)
     whole = load_ensemble(path)
     infos = tuple(_image_info(path, member) for member in whole.members)
     for name in STRUCTURE:
         if any(getattr(info, name) != getattr(infos[0], name) for info in infos):
             raise FormatError(f"{path}: the members of an ensemble have one {name}, found several")
     temperature = _number(path, "temperature", whole.about.get("temperature", 1.0))
-    return PackedSource(path, whole.members, infos, temperature, _threshold(path, whole.about) if cascade else None)
+    accept = whole.about.get("accept_threshold")
+    accept = None if accept is None else _number(path, "accept_threshold", accept)
+    threshold = _threshold(path, whole.about) if cascade else None
+    return PackedSource(path, whole.members, infos, temperature, threshold, accept)
 
 
 def _image_info(path: Path, packed: PackedModel) -> ModelInfo:

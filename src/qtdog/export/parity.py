@@ -135,7 +135,7 @@ def measure_parity(packed: Ask, exported: Ask, images: LabelledImages, progress:
             progress(min(start + BATCH, len(images.pixels)), len(images.pixels))
     one, other = ({name: np.concatenate([part[name] for part in side]) for name in side[0]} for side in (ours, theirs))
     same = one[ASKED] == other[ASKED] if ASKED in one else np.ones(len(images.pixels), dtype=bool)
-    apart = {name: one[name][same] - other[name][same] for name in one}
+    apart = {name: np.subtract(one[name][same], other[name][same], dtype=np.float32) for name in one}
     choices = one["logits"].argmax(1), other["logits"].argmax(1)
     right = choices[0] == images.labels, choices[1] == images.labels
     return Parity(

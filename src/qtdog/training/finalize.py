@@ -40,8 +40,9 @@ from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record, Score
 from qtdog.runs.selection import select
 from qtdog.training.batch_norm import fit_batch_norm_
+from qtdog.training.calibration import LabeledLogits, calibrate_answers
 from qtdog.training.components import Components, RunState
-from qtdog.training.evaluation import group_scores
+from qtdog.training.evaluation import evaluating, group_scores
 from qtdog.training.load_model import load_model
 
 CALIBRATION_BATCH = 32
@@ -209,7 +210,9 @@ def write_run_result(components: Components, state: RunState, final: Final, fold
         RunError: the saved file does not give the logits of the training-time model.
     """
     dataset = components.dataset
-    save(components.network, folder.model_file, metadata=_metadata(components, final.record))
+    answers = calibrate_answers(*_validation_and_test_logits(components), components.config.train.abstain)
+    fitted = {"temperature": answers.temperature, "accept_threshold": answers.accept_threshold}
+    save(components.network, folder.model_file, metadata=_metadata(components, final.record) | fitted)
     verify_model_file(components, folder)
     result = _result(components, state, final.record) | {
         "dataset": dataset.card.name,
@@ -218,11 +221,35 @@ def write_run_result(components: Components, state: RunState, final: Final, fold
         "model_sha256": sha256_file(folder.model_file),
         "layers": [asdict(layer) for layer in layer_report(components.network)] if components.quantizer else [],
         "coverage": components.quantizer.coverage.to_json() if components.quantizer else None,
+        "calibration": answers.to_json(),
         "environment": environment(),
     }
     result |= group_scores(components)
     write_atomic(folder.result_file, json.dumps(result | final.extra, indent=1))
     return result | final.extra
+
+
+def _validation_and_test_logits(components: Components) -> tuple[LabeledLogits | None, LabeledLogits | None]:
+    """Return the logits of the sources' validation images, if none was trained on, and of the test images."""
+    protocol, in_domain = components.protocol, components.config.data.test_mode == "in-domain"
+    source = [] if protocol.train_on_heldout else list(protocol.selection_sets().values())
+    test = [protocol.splits[domain].test for domain in protocol.sources] if in_domain else []
+    if protocol.target is not None and not in_domain:
+        test = [protocol.splits[protocol.target].everything]
+    return _labeled_logits(components, source), _labeled_logits(components, test)
+
+
+@torch.no_grad()
+def _labeled_logits(components: Components, parts: list[Indices]) -> LabeledLogits | None:
+    if not sum(map(len, parts)):
+        return None
+    device = components.accelerator.device
+    with evaluating(components.network):
+        found = [
+            LabeledLogits(components.network(images.to(device)).float().cpu()[None], labels.cpu())
+            for images, labels in components.inputs.batches(np.concatenate(parts))
+        ]
+    return LabeledLogits.concatenate(found)
 
 
 def _metadata(components: Components, chosen: Record) -> dict[str, Any]:

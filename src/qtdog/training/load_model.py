@@ -93,6 +93,8 @@ class ModelInfo(_Untrusted):
         head: what the classifier stands on, as `model.head` says it.
         timm: version of timm that built the backbone; "" for one of our own, or in a file from before it was kept.
         plugins: those that the run was made with.
+        temperature: of the probabilities, fitted on the sources' validation images; 1 in a file from before it was.
+        accept_threshold: smallest probability of an answer that is accepted, chosen on the same images, or None.
     """
 
     backbone: str
@@ -109,6 +111,8 @@ class ModelInfo(_Untrusted):
     feature_params: dict[str, bool | int | float | str] = {}
     head: Literal["linear", "text"] = "linear"
     timm: str = Field(default="", max_length=100)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    accept_threshold: float | None = Field(default=None, ge=0, le=1)
     plugins: tuple[PluginNote, ...] = Field(default=(), max_length=100)
 
 
@@ -136,9 +140,9 @@ class LoadedModel(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C)."""
+        """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C): softmax(logits / T)."""
         device = next(self.network.parameters()).device
-        return self(self.prepare(images).to(device)).softmax(1)
+        return (self(self.prepare(images).to(device)) / self.info.temperature).softmax(1)
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel:
