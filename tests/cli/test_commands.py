@@ -171,6 +171,12 @@ def test_a_packed_file_is_the_warm_start_of_a_run_on_all_sites(qtdog, model, tmp
     assert all(torch.allclose(one, other, rtol=0, atol=1e-20) for one, other in pairs)  # its updates are tiny
 
 
+def test_abstain_is_a_share_of_the_validation_images(qtdog):
+    outcome = qtdog("train", *NET, "--abstain", "0.25", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "abstain: 0.25" in outcome.out
+
+
 def test_members_differ_by_their_seed(qtdog, tmp_path):
     outcome = qtdog("train", "--target", "75", *SHORT, "--members", 2, "--seed", 5, "--out", tmp_path / "m", "--json")
     assert outcome.code == 0

@@ -12,7 +12,7 @@ from qtdog.cli.options import JsonOutput, Model
 if TYPE_CHECKING:
     from qtdog.export.export import Exported
 
-FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch or executorch. Default: the float one that OUT's suffix says."
+FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch, executorch or c. Default: the float one of OUT's suffix."
 DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
 BUNDLE = "Write a folder that runs without qtdog: model.onnx (INT8), predict.py, model.json and README.md."

@@ -331,8 +331,8 @@ def _average_members(
             return network(images)[None]
 
         scores = EnsembleScores(evaluation_set.source(logits_of, source), *evaluation_set.test(logits_of, test))
-    whole = (LabeledLogits.concatenate(parts) if parts else None for parts in (source, test))
-    answers = _calibrate(*whole, evaluation_set)
+    on_source, on_test = (LabeledLogits.concatenate(parts) if parts else None for parts in (source, test))
+    answers = _calibrate(on_source, on_test, evaluation_set)
     price = cost(members, one_model=True, extra_steps=recipe.tune_steps)
     origin = {"kind": spec.kind} | asdict(recipe) | {"members": [members[k].info.config_hash for k in averaged.used]}
     origin |= {"training_steps": price.training_steps, "training_runs": price.training_runs}

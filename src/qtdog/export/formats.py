@@ -9,6 +9,7 @@ from typing import Any
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.registry import Registry
+from qtdog.export.c_header import save_header
 from qtdog.export.info import ExportInfo
 from qtdog.export.onnx_graph import save_onnx
 from qtdog.export.openvino import save_openvino
@@ -58,6 +59,9 @@ FORMATS.add(
 )
 FORMATS.add(
     "executorch", Format("ExecuTorch", "A program for phones; float weights.", ".pte", save_executorch, graph=False)
+)
+FORMATS.add(
+    "c", Format("C header", "Codes, step sizes and shapes for a program of one's own.", ".h", save_header, graph=False)
 )
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError, unknown
+from qtdog.export.c_header import open_header
 from qtdog.export.executorch import open_executorch
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.openvino import open_openvino
@@ -168,6 +169,7 @@ SUFFIXES = {
     ".xml": ("openvino",),
     ".pt2": ("torch",),
     ".pte": ("executorch",),
+    ".h": ("torch",),
     ".safetensors": ("torch",),
 }
 """The runtimes that can open a kind of file, the usual one first."""
@@ -253,7 +255,7 @@ def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int =
 
     Args:
         path: .onnx, .xml (OpenVINO, its .bin beside it), .pt2 (`torch.export`), .pte (ExecuTorch), or a packed
-            .safetensors, which runs in eager PyTorch.
+            .safetensors or a C header, from which eager PyTorch layers are made.
         runtime: "onnxruntime", "openvino", "torch" or "executorch"; None for the usual one of the file.
         threads: that it may use. For "torch" it is a setting of the whole process.
 
@@ -271,6 +273,6 @@ def open_runtime(path: str | Path, *, runtime: str | None = None, threads: int =
         raise ConfigError(f"{name} cannot open {path}; {path.suffix} files run in {' or '.join(able)}")
     if not path.is_file():
         raise FormatError(f"{path} does not exist; give the path of a model file")
-    opener = open_packed if path.suffix == ".safetensors" else RUNTIMES[name]
+    opener = {".safetensors": open_packed, ".h": open_header}.get(path.suffix, RUNTIMES[name])
     info, run, native = opener(path, threads)
     return OpenModel(path, name, info, native, _explaining(path, name, run))
