@@ -41,7 +41,7 @@ class AnswerHead(nn.Module):
         self.temperature, self.accept_threshold = temperature, accept_threshold
 
     def forward(self, each: Tensor, asked: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return logits and probabilities, of several members their doubt, and with a threshold what is accepted."""
+        """Return logits and probabilities, of several members their disagreement, and what a threshold accepts."""
         answers = self._answers(each, asked)
         if self.accept_threshold is None:
             return answers
