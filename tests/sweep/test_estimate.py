@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qtdog.data.open import open_any
-from qtdog.sweep.estimate import Throughput, probe
+from qtdog.sweep.estimate import Throughput
 from qtdog.sweep.journal import Outcome, append_journal
+from qtdog.training.step_time import probe
 
 
 def test_a_probe_has_the_threads_of_a_run_and_one_slow_step_does_not_count(short_config):

@@ -13,8 +13,8 @@ from qtdog.core.errors import ModelError
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.text import TextDomains
 from qtdog.models.flops import training_flops
-from qtdog.sweep.estimate import OVERHEAD, probe
 from qtdog.training.protocol import make_protocol
+from qtdog.training.step_time import OVERHEAD, probe
 
 CORE_FLOPS = (
     3e10  # that a core of a processor sustains in training, measured with ResNet-50; a guess within a factor of 2

@@ -193,7 +193,8 @@ def dry_run(plan: Plan, tasks: Sequence[Task], folder: Path, *, resources: Resou
 
 def step_times(plan: Plan, tasks: Sequence[Task], throughput: Throughput, threads: int) -> dict[str, float]:
     """Return seconds per step by task name, probing what no finished run tells."""
-    from qtdog.sweep.estimate import cost_class, probe
+    from qtdog.sweep.estimate import cost_class
+    from qtdog.training.step_time import probe
 
     probed: dict[tuple[object, ...], float] = {}
     found = {}

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import heapq
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from qtdog.core.config import Config
 from qtdog.core.errors import RunError
-from qtdog.data.dataset import DomainDataset
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, read_journal
 from qtdog.sweep.plan import Task
 from qtdog.sweep.runner import is_done, steps_made
-from qtdog.training.build import build_components
-from qtdog.training.components import Components
-from qtdog.training.loop import begin_step, update
-
-OVERHEAD = 1.2  # until something was measured
+from qtdog.training.step_time import OVERHEAD
 
 
 def cost_class(config: Config) -> tuple[object, ...]:
@@ -109,9 +100,6 @@ def finished_step_s(task: Task, out: Path) -> float | None:
         return None
 
 
-PROBE_STEPS = 5
-
-
 @dataclass(frozen=True)
 class Schedule:
     """What a simulation came to.
@@ -160,41 +148,6 @@ def simulate(tasks: Sequence[Task], slots: int, seconds: Callable[[Task], float]
         now, name = heapq.heappop(running)
         ends[name] = now
     return Schedule(now, busy, len(tasks), max(chains.values(), default=0.0))
-
-
-def probe(
-    config: Config, dataset: DomainDataset, *, threads: int, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Return the seconds of one training step of a configuration on this machine: the median of five.
-
-    Args:
-        config: of a run.
-        dataset: its data.
-        threads: of each run of the sweep. Two threads on two cores of which another process has one wait for each
-            other at every operation, and would tell nothing of a run with one.
-        clock: returns a time in seconds.
-
-    Raises:
-        ConfigError, DataError, ModelError: as in `training.build.build_components`.
-    """
-    short = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        parts = build_components(short, dataset)
-        parts.network.train()
-        return statistics.median(
-            [_step_s(parts, step, clock) for step in range(PROBE_STEPS + 1)][1:]
-        )  # one makes buffers
-    finally:
-        torch.set_num_threads(before)
-
-
-def _step_s(parts: Components, step: int, clock: Callable[[], float]) -> float:
-    started = clock()
-    begin_step(parts, step)
-    update(parts, parts.batches.batch(step), step).item()  # on a GPU, wait until it is done
-    return clock() - started
 
 
 def task_seconds(task: Task, step_s: Mapping[str, float], *, overhead: float) -> float:

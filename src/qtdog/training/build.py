@@ -27,7 +27,6 @@ from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
 from qtdog.objectives.consistency import N_VIEWS, Consistency
 from qtdog.objectives.distill import BatchTeacher, Distill, FeatureDistill, Teacher
-from qtdog.objectives.label_smoothing import LabelSmoothing
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training import swad  # noqa: F401  (registers its averager)
@@ -98,6 +97,8 @@ def build_components(
     setting = _setting(config, protocol, network, accelerator.num_processes, dataset.card.channels)
     objective = make_objective(setting, config.objective.params)
     if config.objective.label_smoothing:
+        from qtdog.objectives.label_smoothing import LabelSmoothing
+
         objective = LabelSmoothing(objective, config.objective.label_smoothing)
     if config.objective.consistency:
         _check_consistency(config)

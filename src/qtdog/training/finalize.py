@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from qtdog.conversion.calibrate import calibrate_
 from qtdog.conversion.inspect import layer_report
 from qtdog.conversion.save import save
 from qtdog.core.config import config_hash
@@ -73,6 +72,8 @@ def quantize_after_training_(
     images = CalibrationImages(
         components, calibration_indices(components.batches.pools, n_wanted, components.config.train.seed)
     )
+    from qtdog.conversion.calibrate import calibrate_  # other runs need none of the methods after training
+
     layers = calibrate_(
         components.network, quantizer.name, images, damping=quantizer.damping, check=check_interrupt, progress=progress
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +25,10 @@ from qtdog.training.finalize import final_network_, write_run_result
 from qtdog.training.fork import begin_fork_, fork_point_config
 from qtdog.training.loop import TrainingRun, nothing, train
 from qtdog.training.plugins import keep_plugins
-from qtdog.training.shared_updates import SharedRun, SharedUpdates, open_shared_runs
 from qtdog.training.signals import StopRequest, interruption
+
+if TYPE_CHECKING:
+    from qtdog.training.shared_updates import SharedRun
 
 HealthCheck = Callable[[list[LayerHealth], list[SourceRecord]], None]
 
@@ -179,7 +181,9 @@ def train_in_folder(
         contextlib.ExitStack() as ending,
     ):
         followers = []
-        if shared_runs:
+        if shared_runs:  # other runs need not know how it is done
+            from qtdog.training.shared_updates import open_shared_runs
+
             opened = open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from)
             followers = locks.enter_context(opened)
         check_interrupt = interrupt_check(components, stop)
@@ -192,6 +196,8 @@ def train_in_folder(
                 one.folder.rewrite_metrics(one.state.lines)
         callback = user
         if followers:  # what the others have is settled before the user may stop the run
+            from qtdog.training.shared_updates import SharedUpdates
+
             callback = CallbackList([SharedUpdates(run, followers, check_interrupt), user])
         callback.on_start(config, state.step)
         ending.callback(callback.on_end)
