@@ -140,8 +140,8 @@ def is_backbone(name: str) -> bool:
 def _backbone_sha256(objective: ObjectiveConfig) -> str:
     """A backbone is known by its name, as `model.backbone` is, and by the content of its weights if they are a file."""
     weights = Path(objective.teacher_weights)
-    told = sha256_file(weights) if weights.is_file() else objective.teacher_weights
-    return hashlib.sha256(f"backbone {objective.teacher} {told}".encode()).hexdigest()
+    weights_hash = sha256_file(weights) if weights.is_file() else objective.teacher_weights
+    return hashlib.sha256(f"backbone {objective.teacher} {weights_hash}".encode()).hexdigest()
 
 
 def check_trainable(dataset: DomainDataset, data: DataConfig) -> None:
