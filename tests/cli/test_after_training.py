@@ -9,5 +9,7 @@ def test_the_command_line_quantizes_after_training_and_says_what_it_cost(qtdog, 
     assert done.code == 0, done.err
     assert "erm + gptq 7 bit" in done.out
     assert "in float, before quantization: source" in done.out
+    assert "of the validation images answered" in done.out
+    assert ("of the test images answered" in done.out) == (target == "75")
     assert ("test –" in done.out) == (target == "none")
     assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -258,7 +258,20 @@ def _where_to_look(result: dict[str, Any]) -> list[str]:
         before = result["after_training"]["float"]
         source, test = percent(before["source_accuracy"]), percent(before["test_accuracy"])
         lines.append(f"       in float, before quantization: source {source}, test {test}")
-    return lines
+    return lines + _what_is_answered(result.get("calibration", {}))
+
+
+def _what_is_answered(calibration: Mapping[str, Any]) -> list[str]:
+    """Return in words what the threshold of confidence answers and errs; nothing in a result from before it was."""
+    threshold = calibration.get("accept_threshold")
+    if threshold is None:
+        return []
+    parts = []
+    for part, images in (("source", "of the validation images"), ("test", "of the test images")):
+        found = calibration.get(part, {}).get("accept")
+        if found is not None:
+            parts.append(f"{found['coverage']:.1%} {images} answered, {found['error']:.1%} of them wrong")
+    return [f"       probability ≥ {threshold:.3f}: {'; '.join(parts)}"]
 
 
 TEACHER = (
