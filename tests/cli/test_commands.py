@@ -70,8 +70,9 @@ def test_eval_under_corruption_scores_the_corrupted_images(qtdog, model):
     loaded, dataset = load_model(out / "model.safetensors"), open_dataset(str(root))
     for row in rows:
         keys = dataset.indices(row["domain"])
-        images = corrupt(open_cache(dataset, 16).gather(keys), row["corruption"], row["severity"], keys=list(keys))
-        right = loaded.probabilities(images).argmax(1).numpy() == dataset.class_index[keys]
+        images = open_cache(dataset, 16).gather(keys).permute(0, 3, 1, 2)
+        corrupted = corrupt(images, row["corruption"], row["severity"], keys=list(keys)).permute(0, 2, 3, 1)
+        right = loaded.probabilities(corrupted).argmax(1).numpy() == dataset.class_index[keys]
         assert row["accuracy"] == right.mean()
         assert row["n"] == len(keys)
     table = qtdog("eval", out / "model.safetensors", root, *asked)
