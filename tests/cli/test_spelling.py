@@ -152,3 +152,16 @@ def commands_below(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[
             yield from commands_below(child, (*path, name))
     if not hasattr(command, "commands"):
         yield path, command
+
+
+def test_members_of_plugins_are_listed_with_their_file(qtdog: Any):
+    file = Path(__file__).parents[2] / "examples" / "own_methods.py"
+    for words, name in (
+        (("list", "backbones"), "patches"),
+        (("list", "backbones", "patch"), "patches"),
+        (("list", "objectives"), "worst-domain"),
+        (("data", "list"), "tinted"),
+    ):
+        lines = qtdog(*words, "--plugin", file).out.splitlines()
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert "plug-in own_methods.py" in line

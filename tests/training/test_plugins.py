@@ -361,3 +361,17 @@ def test_an_installed_package_offers_plugins_as_entry_points(
     (tmp_path / "installed_plugin_of_a_test.py").write_text("raise ValueError('broken')")
     with pytest.raises(ConfigError, match=r"the plug-in of package installed_plugin_of_a_test failed: ValueError"):
         load_entry_points(points=[Point()])
+
+
+def test_a_failing_task_of_a_sweep_names_the_plugin_and_its_line(tmp_path: Path):
+    (tmp_path / "bad_loss.py").write_text(
+        "import qtdog\n@qtdog.register('objective', 'bad-loss')\nclass Bad(qtdog.Objective):\n    'x'\n"
+        "    def loss(self, domains):\n        return domains[0].no_such_field\n"
+    )
+    (tmp_path / "study.yaml").write_text(
+        "name: own\nplugins: [bad_loss.py]\nbase: {set: {data.image_size: 12, train.steps: 2, train.eval_every: 2}}\n"
+        "methods: {mine: {set: {objective.name: bad-loss}}}\ngrid: {target: ['75']}\n"
+    )
+    plan = make_plan(read_study(tmp_path / "study.yaml"))
+    outcome = run_task(plan.tasks[0], tmp_path / "out", plan.dataset, RunCallbacks())
+    assert outcome.reason.startswith("plug-in bad_loss.py, line 6: AttributeError: ")

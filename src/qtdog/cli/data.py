@@ -203,10 +203,25 @@ def list_cards(*, as_json: JsonOutput = False) -> None:
     from qtdog.data.cards import CARDS
 
     if as_json:
-        print_json([asdict(CARDS[name]) | {"here": _here(name)} for name in CARDS])
+        others = [{"name": name, "title": about, "here": origin} for name, about, origin in _plugin_datasets()]
+        print_json([*(asdict(CARDS[name]) | {"here": _here(name)} for name in CARDS), *others])
         return
     rows = [[name, CARDS[name].title, _count(CARDS[name]), _here(name) or "–"] for name in CARDS]
+    rows += [[name, about, "–", origin] for name, about, origin in _plugin_datasets()]
     print_table(["name", "what", "images", "here"], rows)
+
+
+def _plugin_datasets() -> list[tuple[str, str, str]]:
+    """Return name, first line of the docstring and plug-in of each data set that a plug-in makes."""
+    from qtdog.data.open import OWN_DATASETS
+    from qtdog.training.plugins import load_entry_points, member_origins
+
+    load_entry_points()
+    origins = {name: origin for (axis, name), origin in member_origins().items() if axis == "dataset"}
+    return [
+        (name, (OWN_DATASETS[name].__doc__ or "").partition("\n")[0], f"plug-in {origin}")
+        for name, origin in origins.items()
+    ]
 
 
 def _count(card: DatasetCard) -> str:

@@ -39,19 +39,24 @@ def show_backbones(pattern: str, *, as_json: bool) -> None:
 def backbone_rows(pattern: str) -> list[dict[str, Any]]:
     """Return one row per backbone, without its classifier; sizes are missing where there are too many names."""
     from qtdog.models.backbones import KNOWN_BACKBONES, backbone_names
+    from qtdog.training.plugins import load_entry_points, member_origins
 
-    names = list(KNOWN_BACKBONES)
+    load_entry_points()
+    names = [*(name for axis, name in member_origins() if axis == "backbone"), *KNOWN_BACKBONES]
     if pattern:
-        names = [name for name in {**KNOWN_BACKBONES, **dict.fromkeys(backbone_names())} if pattern in name.lower()]
+        names = [name for name in dict.fromkeys([*names, *backbone_names()]) if pattern in name.lower()]
     return [_row(name, sized=len(names) <= MAX_MEASURED) for name in names]
 
 
 def _row(name: str, *, sized: bool) -> dict[str, Any]:
     from qtdog.models.backbones import KNOWN_BACKBONES
     from qtdog.models.weights import pretraining_of
+    from qtdog.training.plugins import origin_of
 
-    known = KNOWN_BACKBONES.get(name)
+    known, origin = KNOWN_BACKBONES.get(name), origin_of("backbone", name)
     about = "" if known is None else known.about + (f" (pip install 'qtdog[{known.extra}]')" if known.extra else "")
+    if origin is not None:
+        return {"name": name, "about": f"plug-in {origin.name}", "pretraining": ""} | (_sizes(name) if sized else {})
     return {"name": name, "about": about, "pretraining": pretraining_of(name)} | (_sizes(name) if sized else {})
 
 
@@ -75,6 +80,8 @@ def _sizes(name: str) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     saw = row["pretraining"].partition(" (")[0] or "nothing: random only"
+    if row["about"].startswith("plug-in "):
+        saw = row["about"]
     if "n_parameters" not in row:
         return [row["name"], NO_SIZE, NO_SIZE, saw]
     return [row["name"], f"{row['n_parameters'] / 1e6:.2f} M", f"{row[f'{BITS}bit_bytes'] / 1e6:.2f} MB", saw]

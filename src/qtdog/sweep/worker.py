@@ -29,6 +29,7 @@ from qtdog.sweep.journal import Outcome, Status
 from qtdog.sweep.plan import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
 from qtdog.training.loggers import with_loggers
+from qtdog.training.plugins import place_in_plugin
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.shared_updates import SharedRun
 
@@ -66,6 +67,8 @@ def failure(task: Task, error: Exception, seconds: float) -> Outcome:
     elif isinstance(error, Interrupted):
         status = "stopped"
     reason = str(error) or type(error).__name__
+    if place := place_in_plugin(error):
+        reason = f"{place}: {type(error).__name__}: {reason}"
     return Outcome(task.name, status, reason[:1000], type(error).__name__, seconds=seconds)
 
 

@@ -182,6 +182,18 @@ def _line_of(error: Exception, path: str) -> str:
     return f" in line {line}" if line else ""
 
 
+def place_in_plugin(error: BaseException) -> str:
+    """Return where in a plug-in an error arose, like "plug-in my_loss.py, line 5"; "" if it arose in none."""
+    trace, place = error.__traceback__, ""
+    names = {plugin.path: plugin.name for plugin in _loaded.values()}
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file in names:
+            place = f"plug-in {names[file]}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
 def name_plugins(paths: Sequence[str | Path]) -> None:
     """Run plug-in files for all further runs of this process (`--plugin`), instead of those that were named before.
 
