@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qtdog.conversion.attach import attach
+from qtdog.conversion.attach import activation_grids, attach, input_layers
 from qtdog.conversion.save import save
 from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import PackedSource, read_packed_source
@@ -19,6 +20,7 @@ from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.packed_file import load_packed
+from qtdog.quantizers.activations import ActivationQuantizer, quantize_inputs_
 
 SIZE = 32
 CLASSES = ("bird", "cat", "dog")
@@ -41,6 +43,13 @@ def settle_batch_norm_(network: Network, seed: int) -> None:
     network.eval()
 
 
+def smooth_photos(seed: int) -> np.ndarray:
+    """Return uint8 images (48, SIZE, SIZE, 3)."""
+    coarse = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (48, 3, 4, 4))).float()
+    fine = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear").permute(0, 2, 3, 1)
+    return fine.to(torch.uint8).numpy()
+
+
 def make_packed(
     path: Path,
     backbone: str,
@@ -49,6 +58,7 @@ def make_packed(
     bits: int = 7,
     quantizer: str = "lsq",
     accept: float | None = None,
+    activations: int = 0,
     **more: Any,
 ) -> Path:
     """Write a packed model with random weights, quantized, and return the file."""
@@ -59,6 +69,15 @@ def make_packed(
     # far-apart logits, so that a rounding cannot change the class
     network.classifier.weight.data *= 30
     attach(network, bits=bits, quantizer=quantizer, exclude=["classifier"], **more).enable()
+    if activations:
+        for module in input_layers(network).values():
+            quantize_inputs_(module, activations, "moving")
+        for module in network.modules():
+            if isinstance(module, ActivationQuantizer):
+                module.train()
+        with torch.no_grad():
+            network(torch.from_numpy(smooth_photos(seed=5)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        network.eval()
     mean, std = preprocessing(backbone, channels=3)
     told = {
         "backbone": backbone,
@@ -71,6 +90,7 @@ def make_packed(
         "bits": bits,
         "step": seed,
         "config_hash": str(seed),
+        "activations": {name: asdict(grid) for name, grid in activation_grids(network).items()},
     }
     if accept is not None:
         told |= {"temperature": 30.0, "accept_threshold": accept}
@@ -113,7 +133,4 @@ def ensemble_file(packed: Callable[..., Path], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def photos() -> LabelledImages:
     """Forty-eight images with smooth structure, and labels without meaning."""
-    rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 256, (48, 3, 4, 4))).float()
-    fine = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear").permute(0, 2, 3, 1)
-    return LabelledImages(fine.to(torch.uint8).numpy(), rng.integers(0, 3, 48), ("indoor", "night"))
+    return LabelledImages(smooth_photos(seed=0), np.random.default_rng(1).integers(0, 3, 48), ("indoor", "night"))

@@ -232,3 +232,34 @@ def test_a_graph_tells_nothing_of_the_place_where_it_was_made(kind, source, phot
     content = export(source("digits_cnn"), tmp_path / "m.onnx", kind, photos).path.read_bytes()
     assert b".py" not in content
     assert b"qtdog/" not in content
+
+
+@pytest.mark.parametrize(("backbone", "bits"), [("test_resnet", 8), ("test_efficientnet", 6)])
+def test_trained_grids_are_the_ranges_of_the_integer_graph(backbone, bits, source, photos, tmp_path):
+    packed = source(backbone, activations=bits)
+    made = export(packed, tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=8)
+    assert made.parity.agreement_frac > 0.8
+    arrays, nodes = initialisers(made.path), onnx.load(made.path).graph.node
+    makers = {output: node for node in nodes for output in node.output}
+    grids = {np.float32(grid.scale): grid for grid in packed.grids(0).values()}
+    trained = 0
+    for node in nodes:
+        if node.op_type != "QuantizeLinear" or arrays[node.input[1]][()] not in grids:
+            continue
+        grid = grids[arrays[node.input[1]][()]]
+        trained += 1
+        assert arrays[node.input[2]] == -grid.qmin
+        if bits < 8:
+            before = makers[node.input[0]]
+            assert before.op_type == "Clip"
+            low, high = (arrays[name] for name in before.input[1:])
+            assert (low, high) == (np.float32(grid.qmin * grid.scale), np.float32(grid.qmax * grid.scale))
+    # one activation of several layers has the widest of their grids
+    assert trained >= 0.6 * len(grids)
+
+
+def test_float_graphs_round_activations_as_trained(source, photos, tmp_path):
+    packed = source("test_efficientnet", activations=6)
+    made = export(packed, tmp_path / "m.onnx", "onnx", photos)
+    assert made.parity.agreement_frac > 0.9
+    assert sum(node.op_type == "Round" for node in onnx.load(made.path).graph.node) == len(packed.grids(0))

@@ -34,6 +34,7 @@ from qtdog.core.quantized import MAX_BITS, MIN_BITS
 from qtdog.core.random import derive
 from qtdog.packing.layout import DTYPE_NAMES
 from qtdog.packing.packed_file import load_packed
+from qtdog.quantizers.activations import CHILD, ActivationGrid, ActivationQuantizer
 from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
 from qtdog.quantizers.computed_weight import guard_
 from qtdog.quantizers.registry import QUANTIZERS, check_options, works_after_training
@@ -534,3 +535,25 @@ _HOOKED: list[Any] = []  # registered once: torch allows no hook to remove itsel
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _WATCHES:
         _WATCHES[:] = [watch for watch in _WATCHES if watch.after_step(optimizer)]
+
+
+def input_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers whose `weight` is quantized, by name: layers with one input."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        and is_parametrized(module, "weight")
+        and isinstance(module.get_submodule("parametrizations.weight.0"), Quantizer)
+    }
+
+
+def activation_grids(model: nn.Module) -> dict[str, ActivationGrid]:
+    """Return the grids of the inputs of a model's layers, by name; {} where activations stay float."""
+    found = {}
+    for name, module in input_layers(model).items():
+        own = getattr(module.get_submodule("parametrizations.weight.0"), CHILD, None)
+        if isinstance(own, ActivationQuantizer) and own.started.item():
+            found[name] = own.grid()
+    return found

@@ -155,6 +155,15 @@ class QuantizerConfig(Section):
         description="bits of the layers that a glob pattern or a kind (depthwise, pointwise) means, like "
         "{'*.blocks.0': 8}; later ones win",
     )
+    activation_bits: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_BITS,
+        description="bits of the inputs of quantized layers, rounded in training; 0: float",
+    )
+    activation_range: Literal["learned", "moving"] = Field(
+        default="learned", description="their step size is learned, or follows the largest values"
+    )
     start_step: int | None = Field(default=None, ge=0, description="first quantized step; default: by start_frac")
     start_frac: float = Field(
         default=START_FRAC, gt=0, lt=1, description="where start_step is not given, as a share of the steps"
@@ -304,6 +313,15 @@ class Config(Section):
             raise ValueError(
                 f"quantizer.start_step {start} is not before train.steps {self.train.steps}: nothing would be quantized"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _activations_can_be_rounded(self) -> Config:
+        bits, name = self.quantizer.activation_bits, self.quantizer.name
+        if bits == 1:
+            raise ValueError(f"quantizer.activation_bits must be 0 (float) or {MIN_BITS} to {MAX_BITS}, not 1")
+        if bits and name in AFTER_TRAINING:
+            raise ValueError(f"quantizer '{name}' works after training and rounds no activations; take lsq, or 0 bits")
         return self
 
     @model_validator(mode="after")

@@ -271,6 +271,10 @@ def _soup_config(members: Sequence[Member], recipe: Recipe) -> Config:
             if value != trees[0][key]:
                 text = f"{first.path} and {member.path} differ in quantizer.{key}: {trees[0][key]} and {value}"
                 raise ConfigError(f"{text}. A soup has one grid; make members of one, or --kind eoq")
+    if first.config.quantizer.activation_bits:
+        raise ConfigError(
+            "the grids of activations have no mean that fits the soup's; make members without, or --kind eoq"
+        )
     name = first.config.quantizer.name
     if "calibration_images" in QUANTIZERS[name].reads:
         text = f"quantizer '{name}' finds its codes from images of the finished model, so the mean of weights has none"

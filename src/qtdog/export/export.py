@@ -17,12 +17,12 @@ from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
 from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import ExportInfo
-from qtdog.export.int8 import calibrate_activations, plan_int8, quantize_
+from qtdog.export.int8 import calibrate_activations, plan_int8, quantize_, trained_ranges
 from qtdog.export.integer_weight import IntegerWeight, refit
 from qtdog.export.onnx_ensemble import join
 from qtdog.export.onnx_graph import COMPUTED, find_codes, member_graphs, store_integers_
 from qtdog.export.packed_source import PackedSource
-from qtdog.export.parity import Parity, measure_parity
+from qtdog.export.parity import ROUNDED, Parity, measure_parity
 from qtdog.export.runtimes import open_packed_source, open_points, open_runtime
 
 Watch = Callable[[str], Progress]
@@ -115,14 +115,13 @@ def _check(source: PackedSource, kind: Format, images: LabelledImages) -> None:
 def _graph(
     source: PackedSource, info: ExportInfo, calibration: LabelledImages | None, watch: Watch
 ) -> tuple[Any, ExportInfo]:
-    module = source.module()
+    # integer activations are made of a float graph: their grids replace the rounding that the module would show
+    module = source.module(float_activations=calibration is not None)
     graphs = list(member_graphs(source, module, watch("translating")))
     codes = [find_codes(graph, member.quantized) for graph, member in zip(graphs, source.members, strict=True)]
     if calibration is not None:
         computed = [refit_computed_(graph, found) for graph, found in zip(graphs, codes, strict=True)]
-        rounded, n_integer, n_products = _quantize_(
-            graphs, codes, module, calibration, source.path, watch("calibrating")
-        )
+        rounded, n_integer, n_products = _quantize_(graphs, codes, module, calibration, source, watch("calibrating"))
         done = {"calibration": _calibration(calibration), "integer_products": (n_integer, n_products)}
         info = info.model_copy(update=done | {"notes": _notes(rounded, sum(computed))})
     for graph, found in zip(graphs, codes, strict=True):
@@ -136,7 +135,7 @@ def _quantize_(
     codes: list[dict[str, IntegerWeight]],
     module: InferenceModule,
     images: LabelledImages,
-    path: Path,
+    source: PackedSource,
     progress: Progress,
 ) -> tuple[list[str], int, int]:
     """Make each member compute in integers, in place.
@@ -150,13 +149,16 @@ def _quantize_(
     plans = [plan_int8(graph, found) for graph, found in zip(graphs, codes, strict=True)]
     n_integer, n_products = sum(len(plan.nodes) for plan in plans), sum(plan.n_products for plan in plans)
     if not n_integer:
-        text = f"{path}: none of its {n_products} products could become integer: no convolution (of other than the"
+        text = (
+            f"{source.path}: none of its {n_products} products could become integer: no convolution (of other than the"
+        )
         raise ModelError(f"{text} transposed kind) or matrix product has weights with codes. Export to a float format")
     rounded: list[str] = []
     for index, (graph, found, plan) in enumerate(zip(graphs, codes, plans, strict=True)):
         names = list(plan.points)
         read = _reader(module, open_points(graph, names))
         ranges = calibrate_activations(names, read, images.pixels, progress=_part(progress, index, len(graphs)))
+        ranges |= trained_ranges(plan, source.grids(index))
         rounded += [f"members.{index}.{name}" for name in quantize_(graph, plan, found, ranges)]
     return rounded, n_integer, n_products
 
@@ -209,7 +211,8 @@ def verify_export(
     threads = torch.get_num_threads()
     packed = open_packed_source(source, threads)
     parity = measure_parity(packed, open_runtime(draft, threads=threads), images, watch("comparing"))
-    problems = parity.problems(kind.limits)
+    rounds = not kind.integer and any(info.activations for info in source.infos)
+    problems = parity.problems(ROUNDED if rounds else kind.limits)
     if problems:
         text = f"{out} was not written: as {kind.title} it does not answer like the packed model"
         raise RunError(f"{text} on {parity.n_images} images: {'; '.join(problems)}")

@@ -15,6 +15,7 @@ from qtdog.core.progress import Progress
 from qtdog.export.info import library
 from qtdog.export.integer_weight import SAFE, IntegerWeight, seven_bits
 from qtdog.export.onnx_graph import LINEAR, PRODUCTS, constant, weight_sources
+from qtdog.quantizers.activations import ActivationGrid
 
 CLIPS = ("Relu", "Clip")
 
@@ -102,20 +103,54 @@ MEMORY_BYTES = 2**28
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """What one activation may be: low ≤ 0 ≤ high, so that 0 has a code of its own (padding is exact)."""
+    """What one activation may be: low ≤ 0 ≤ high, so that 0 has a code of its own (padding is exact).
+
+    Attributes:
+        low, high: ends of the range.
+        levels: steps between them; fewer than 255 for fewer than 8 bits.
+        step: width of a step where it was trained; None for the range by the levels.
+    """
 
     low: float
     high: float
+    levels: int = LEVELS
+    step: float | None = None
 
     @property
     def scale(self) -> float:
-        """Width of a step of 8 bits."""
-        return float(np.float32((self.high - self.low) / LEVELS)) or 1.0
+        """Width of a step."""
+        if self.step is not None:
+            return self.step
+        return float(np.float32((self.high - self.low) / self.levels)) or 1.0
 
     @property
     def zero_point(self) -> int:
         """The code of 0."""
         return round(-self.low / self.scale)
+
+
+def trained_ranges(plan: Int8Plan, grids: Mapping[str, ActivationGrid]) -> dict[str, ActivationRange]:
+    """Return the ranges that training gave to the inputs of products, by activation.
+
+    Where several layers take one activation the widest of their grids is that of the graph, which rounds it once. What
+    no layer takes as its input (a sum, a convolution's output before it) has no trained range.
+
+    Args:
+        plan: of the graph.
+        grids: by layer name; a convolution's weight keeps the name of its layer.
+    """
+    found: dict[str, ActivationRange] = {}
+    for node in plan.nodes:
+        grid = grids.get(str(node.inputs[1].name).removesuffix(".weight"))
+        if grid is None:
+            continue
+        name = str(node.inputs[0].name)
+        name = plan.shared.get(name, name)
+        ends = (grid.qmin * grid.scale, grid.qmax * grid.scale)
+        made = ActivationRange(*ends, levels=grid.qmax - grid.qmin, step=grid.scale)
+        if name not in found or made.high - made.low > found[name].high - found[name].low:
+            found[name] = made
+    return found
 
 
 def calibrate_activations(
@@ -260,11 +295,18 @@ def _round_(model: Any, name: str, value: Any, found: ActivationRange) -> None:
     scale = constant(model.graph, f"{name}.scale", np.array(found.scale, dtype=np.float32))
     zero = constant(model.graph, f"{name}.zero", np.array(found.zero_point, dtype=np.uint8))
     source = _implied(value, found)
-    to_codes = ir.node("QuantizeLinear", [source, scale, zero])
+    clip = None
+    if found.levels < LEVELS:  # the codes of 8 bits reach further than those of training
+        bounds = [
+            constant(model.graph, f"{name}.{end}", np.array(getattr(found, end), dtype=np.float32))
+            for end in ("low", "high")
+        ]
+        clip = ir.node("Clip", [source, *bounds])
+    to_codes = ir.node("QuantizeLinear", [source if clip is None else clip.outputs[0], scale, zero])
     back = ir.node("DequantizeLinear", [to_codes.outputs[0], scale, zero])
     anchor = value.producer()
     assert anchor is not None  # the graph's input is uint8, never a point
-    model.graph.insert_after(anchor, [to_codes, back])
+    model.graph.insert_after(anchor, [to_codes, back] if clip is None else [clip, to_codes, back])
     for node, index in users:
         node.replace_input_with(index, back.outputs[0])
     if source is not value:
@@ -279,7 +321,7 @@ def _implied(value: Any, found: ActivationRange) -> Any:
     if activation_function(node.inputs[0]) is not node:
         return value
     low, high = _bounds(node)
-    top = (LEVELS - found.zero_point) * found.scale
+    top = (found.levels - found.zero_point) * found.scale
     inside = found.zero_point == 0 and low <= 0 and top <= high * (1 + 1e-6)
     return node.inputs[0] if inside and low == 0 else value
 

@@ -13,6 +13,7 @@ from qtdog.export.inference_module import ACCEPT, ASKED, OUTPUTS, InferenceModul
 from qtdog.export.info import ExportInfo
 from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
 from qtdog.packing.packed_file import PackedModel, load_packed
+from qtdog.quantizers.activations import ActivationGrid
 from qtdog.training.load_model import STRUCTURE, ModelInfo, build_networks, read_info
 
 
@@ -59,13 +60,16 @@ class PackedSource:
             outputs=self.outputs,
         )
 
-    def module(self) -> InferenceModule:
+    def module(self, *, float_activations: bool = False) -> InferenceModule:
         """Return the model as a module from uint8 images to the outputs, weights dequantized, in evaluation mode.
+
+        Args:
+            float_activations: leave activations in float, although the model was trained with grids for them.
 
         Raises:
             ModelError: the backbone is not known here, or does not fit.
         """
-        networks = build_networks(self.path, self.members, self.infos[0])
+        networks = build_networks(self.path, self.members, self.infos[0], float_activations=float_activations)
         return InferenceModule(
             networks,
             self.infos[0].preprocessing,
@@ -73,6 +77,11 @@ class PackedSource:
             self.threshold,
             accept_threshold=self.accept_threshold,
         )
+
+    def grids(self, index: int) -> dict[str, ActivationGrid]:
+        """Return the grids that member `index` was trained with, of the inputs of layers by name."""
+        notes = self.infos[index].activations
+        return {name: ActivationGrid(note.bits, note.signed, note.scale) for name, note in notes.items()}
 
     def codes(self) -> dict[str, QuantizedTensor]:
         """Return the integer codes by the names that the weights have in `module()`."""

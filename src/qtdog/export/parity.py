@@ -35,6 +35,8 @@ class ParityLimits:
 
 FLOAT = ParityLimits(agreement_frac=0.999, logits=1e-4)
 INTEGER = ParityLimits(agreement_frac=0.8, accuracy_loss=0.005)
+ROUNDED = ParityLimits(agreement_frac=0.9, accuracy_loss=0.005)
+"""Of a float graph that rounds activations as training did: a value half-way between two points may fall to either."""
 
 
 @dataclass(frozen=True)

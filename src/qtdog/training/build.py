@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
-from qtdog.conversion.attach import Attached, attach
+from qtdog.conversion.attach import Attached, attach, input_layers
 from qtdog.core.config import Config, ObjectiveConfig, OptimizerConfig, QuantizerConfig
 from qtdog.core.errors import ConfigError
 from qtdog.core.progress import Progress
@@ -27,6 +27,7 @@ from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
 from qtdog.objectives.consistency import N_VIEWS, Consistency
 from qtdog.objectives.distill import BatchTeacher, Distill, FeatureDistill, Teacher
+from qtdog.quantizers.activations import quantize_inputs_
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training import swad  # noqa: F401  (registers its averager)
@@ -105,6 +106,8 @@ def build_components(
         objective = Consistency(objective, config.objective.consistency)
     objective = with_teacher(objective, config.objective, teacher, setting).to(accelerator.device)
     quantizer = make_quantizer(config.quantizer, network)
+    if quantizer is not None and config.quantizer.activation_bits:
+        _quantize_activations_(config.quantizer, quantizer, accelerator.num_processes)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
     model, prepared = accelerator.prepare(Trainable(network), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
@@ -217,6 +220,18 @@ def make_quantizer(config: QuantizerConfig, network: Network) -> Attached | None
         exclude=config.exclude,
         **{name: getattr(config, name) for name in OPTION_NAMES},
     )
+
+
+def _quantize_activations_(config: QuantizerConfig, quantizer: Attached, n_processes: int) -> None:
+    """Let the convolutions and linear layers with a quantized weight round their inputs too.
+
+    Raises:
+        ConfigError: several processes, each of which would begin its grids with images of its own.
+    """
+    if n_processes > 1:
+        raise ConfigError("quantizer.activation_bits works in one process: grids begin with the images of a batch")
+    for module in input_layers(quantizer.model).values():
+        quantize_inputs_(module, config.activation_bits, config.activation_range)
 
 
 def make_optimizer(

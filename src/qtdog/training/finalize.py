@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from qtdog.conversion.attach import activation_grids
 from qtdog.conversion.inspect import layer_report
 from qtdog.conversion.save import save
 from qtdog.core.config import config_hash
@@ -284,6 +285,8 @@ def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
     }
     if FeaturizerSpec(config.model.backbone, channels, size).is_timm:
         metadata["timm"] = timm.__version__
+    if grids := activation_grids(components.network):
+        metadata["activations"] = {name: asdict(grid) for name, grid in grids.items()}
     if config.plugins.sha256:
         pairs = zip(config.plugins.files, config.plugins.sha256, strict=True)
         # names alone: folders of this machine are nobody's business

@@ -31,6 +31,7 @@ from qtdog.models.weights import read_weight_file
 from qtdog.packing.ensemble_file import is_ensemble
 from qtdog.packing.layout import KEY, read_header
 from qtdog.packing.packed_file import PackedModel, load_packed
+from qtdog.quantizers.activations import ActivationGrid, fix_inputs_
 from qtdog.runs.folder import RunFolder
 from qtdog.training.plugins import load_entry_points, origin_of
 
@@ -70,6 +71,14 @@ class PluginNote(_Untrusted):
     sha256: str = Field(max_length=64)
 
 
+class ActivationNote(_Untrusted):
+    """The grid of a layer's input: step size, bits, and whether there are negative codes."""
+
+    bits: int = Field(ge=2, le=8)
+    signed: bool
+    scale: float = Field(gt=0, allow_inf_nan=False)
+
+
 # What the members of one ensemble have in common, by attribute of `ModelInfo`.
 STRUCTURE = ("backbone", "head", "feature_layer", "feature_params", "classes", "preprocessing")
 
@@ -95,6 +104,7 @@ class ModelInfo(_Untrusted):
         plugins: those that the run was made with.
         temperature: of the probabilities, fitted on the sources' validation images; 1 in a file from before it was.
         accept_threshold: smallest probability of an answer that is accepted, chosen on the same images, or None.
+        activations: grids of the inputs of layers, by name; {} where activations are float.
     """
 
     backbone: str
@@ -114,6 +124,7 @@ class ModelInfo(_Untrusted):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     accept_threshold: float | None = Field(default=None, ge=0, le=1)
     plugins: tuple[PluginNote, ...] = Field(default=(), max_length=100)
+    activations: dict[str, ActivationNote] = Field(default={}, max_length=100_000)
 
 
 class LoadedModel(nn.Module):
@@ -170,7 +181,9 @@ SIZE_FACTOR = 2
 SPARE_VALUES = 2**20
 
 
-def build_networks(path: Path, members: Sequence[PackedModel], info: ModelInfo) -> list[Network]:
+def build_networks(
+    path: Path, members: Sequence[PackedModel], info: ModelInfo, *, float_activations: bool = False
+) -> list[Network]:
     """Return a network for each content of a file, in evaluation mode on the CPU.
 
     A value that several contents share, or that has several names, is one tensor in all networks. A file that names a
@@ -180,8 +193,10 @@ def build_networks(path: Path, members: Sequence[PackedModel], info: ModelInfo) 
         path: the file, for errors.
         members: contents with the same names and shapes.
         info: the description of the first.
+        float_activations: leave activations in float, although the networks were trained with grids for them.
 
     Raises:
+        FormatError: a grid of an activation is out of range, or of a layer that there is not.
         ModelError: the backbone is not known here, is far larger than the content, or does not fit it.
     """
     _compare_plugins(path, info)
@@ -196,8 +211,20 @@ def build_networks(path: Path, members: Sequence[PackedModel], info: ModelInfo) 
         network = copy.deepcopy(empty, dict(shared))  # tensors that the file does not hold are the same in all
         for name, value in (*member.quantized.items(), *member.rest.items()):
             _set_tensor_(network, name, value, made)
+        if not float_activations:
+            _round_inputs_(network, read_info(path, member.metadata) if member.metadata else info, path)
         networks.append(network.eval())
     return networks
+
+
+def _round_inputs_(network: Network, info: ModelInfo, path: Path) -> None:
+    """Let layers round their inputs to the grids that a file describes, each member to its own."""
+    modules = dict(network.named_modules())
+    for name, note in info.activations.items():
+        layer = modules.get(name)
+        if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            raise FormatError(f"{path}: it has a grid for the input of '{name[:80]}', which is no layer of the network")
+        fix_inputs_(layer, ActivationGrid(note.bits, note.signed, note.scale))
 
 
 def _compare_plugins(path: Path, info: ModelInfo) -> None:
