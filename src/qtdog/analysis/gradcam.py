@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -187,17 +189,20 @@ def blurred(image: Tensor) -> Tensor:
 INCHES = 1.7
 
 
-def draw_cam(pixels: Tensor, names: Sequence[str], maps: Mapping[str, Maps], folder: Path) -> list[str]:
-    """Draw the images, and the maps of each run over them; return the names of the files.
+def draw_cam(
+    pixels: Tensor, names: Sequence[str], maps: Mapping[str, Maps], answers: Mapping[str, Sequence[str]], folder: Path
+) -> list[str]:
+    """Draw the images, the maps of each run over them and what it predicts; return the names of the files.
 
     Args:
         pixels: uint8 (n, H, W, C).
         names: the true class of each image.
         maps: of each run by its label, (n, H, W) in [0, 1].
+        answers: of each run by its label: the predicted class of each image, in words.
         folder: where to.
     """
     n_rows, n_columns = len(names), 1 + len(maps)
-    size = (INCHES * n_columns, INCHES * n_rows + 0.4)
+    size = (INCHES * n_columns + 0.6, (INCHES + 0.2) * n_rows + 0.4)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
     for row, (image, name) in enumerate(zip(pixels.numpy(), names, strict=True)):
         show_image(axes[row][0], image)
@@ -205,9 +210,12 @@ def draw_cam(pixels: Tensor, names: Sequence[str], maps: Mapping[str, Maps], fol
         for axis, (label, found) in zip(axes[row][1:], maps.items(), strict=True):
             show_image(axis, image)
             axis.imshow(found[row], cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+            axis.set_xlabel(escape_dollar(answers[label][row]), fontsize=7)
             if row == 0:
                 axis.set_title(escape_dollar(label), fontsize=8, wrap=True)
-    axes[0][0].set_title("image", fontsize=8)
+    axes[0][0].set_title("image and its class", fontsize=8)
+    scale = ScalarMappable(Normalize(0, 1), "inferno")
+    figure.colorbar(scale, ax=axes, label="evidence for the true class", shrink=0.6, alpha=0.55)
     return save_figure(figure, folder, "cam")
 
 
@@ -283,13 +291,14 @@ def measure_cam(
     shown = min(plan.n_shown, len(images.keys))
     maps = {run.label: _maps(run, images, range(shown), plan) for run in runs}
     names = [runs[0].dataset.classes[label] for label in images.labels[:shown]]
+    answers = {run.label: _answers(run, images, range(shown)) for run in runs}
     result = AnalysisResult(
         kind="cam",
         title=f"Class-activation maps on {domain}",
         settings=settings,
         runs=[run.to_json() for run in runs],
         numbers=[_numbers(run, points, images) for run in runs],
-        figures=draw_cam(images.pixels[:shown], names, maps, folder),
+        figures=draw_cam(images.pixels[:shown], names, maps, answers, folder),
         notes=(
             "Maps of the true class. deletion: low is faithful; insertion: high is faithful.",
             "random_*: the same scores when pixels go in random order; ± of a mean is over the images.",
@@ -320,6 +329,13 @@ def _maps(run: AnalyzedRun, images: Images, places: Sequence[int], plan: CamPlan
     labels = images.labels[list(places)].tolist()
     prepared = _prepared(run, images, places)
     return heatmaps(run.model.network, prepared, labels, stage=plan.stage)
+
+
+@torch.no_grad()
+def _answers(run: AnalyzedRun, images: Images, places: Sequence[int]) -> list[str]:
+    best = run.model(_prepared(run, images, places)).softmax(1).max(1)
+    classes = run.dataset.classes
+    return [f"predicted {classes[label]} ({100 * p:.0f} %)" for p, label in zip(*map(Tensor.tolist, best), strict=True)]
 
 
 def _scores(run: AnalyzedRun, images: Images, i: int, plan: CamPlan) -> list[float]:
