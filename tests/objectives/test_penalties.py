@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from qtdog.objectives.base import DomainOutputs
-from qtdog.objectives.coral import coral_penalty
-from qtdog.objectives.deep_coral import deep_coral_penalty
+from qtdog.objectives.coral import coral_penalty, deep_coral_penalty
 from qtdog.objectives.functional import mean_over_pairs, random_ring
 from qtdog.objectives.irm import irm_penalty, scale_gradient
 from qtdog.objectives.mmd import mmd
