@@ -18,6 +18,8 @@ import torch
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, DataError, Interrupted, ModelError
 from qtdog.core.progress import StopAfter
+from qtdog.data.dataset import ImageDataset
+from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_any, open_texts
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
@@ -188,6 +190,12 @@ def test_a_method_that_needs_stages_says_so(dataset: TextDomains, tmp_path: Path
     config = text_config(short_config, dataset, objective={"name": "miro"})
     with pytest.raises(ModelError, match="no stages with a feature map"):
         run(config, dataset, RunFolder(tmp_path / "run"))
+
+
+def test_texts_are_no_images(dataset: TextDomains):
+    assert not isinstance(dataset, ImageDataset)
+    with pytest.raises(DataError, match="is a data set of texts, and images are wanted here"):
+        open_cache(dataset, 8)
 
 
 def test_texts_are_tokenised_once(dataset: TextDomains, tmp_path: Path):

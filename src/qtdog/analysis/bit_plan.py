@@ -15,8 +15,8 @@ from qtdog.core.config import AFTER_TRAINING, Config, config_hash
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError, unknown
 from qtdog.core.quantized import MAX_BITS, MIN_BITS
-from qtdog.data.dataset import DomainDataset, DomainSubset
-from qtdog.data.text import SEEN, TextDomains
+from qtdog.data.dataset import DomainDataset, DomainSubset, ImageDataset
+from qtdog.data.text import SEEN
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def without_target(dataset: DomainDataset, target: str) -> DomainSubset:
         >>> without_target(RotatedDigits(), "75").domains
         ('0', '15', '30', '45', '60')
     """
-    if isinstance(dataset, TextDomains):
+    if not isinstance(dataset, ImageDataset):
         text = f"choosing bits leaves out one source domain after another, and {dataset.card.name} has only one"
         raise ConfigError(f"{text}, '{SEEN}': compare trained runs by their held-out texts instead")
     if target != "none" and target not in dataset.domains:

@@ -111,7 +111,7 @@ def _show(members: Sequence[Member], result: dict[str, Any], file: Path) -> None
     from qtdog.report.tables import cost_table
     from qtdog.runs.finished import KINDS, method_name
 
-    runs = [member.result | {"training_steps": member.config.train.steps} for member in members]
+    runs = [{**member.result, "training_steps": member.config.train.steps} for member in members]
     first = method_name(members[0].config.model_dump())
     title = f"{KINDS[result['kind']].title} of {len(members)}"
     headers, rows = cost_table({f"{first}: mean of {len(members)}": runs, title: [result]})

@@ -1,4 +1,4 @@
-"""The contract of a data set (images that each belong to one domain and one class), and views of it."""
+"""The contract of a data set (samples that each belong to one domain and one class), of images, and views of it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ Resize = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 
 
 class DomainDataset(ABC):
-    """Images in a fixed order (domain, class, file name), each with one domain and one class.
+    """Samples (images, texts) in a fixed order (domain, class, file name), each with one domain and one class.
 
-    The order is the one that torchvision's `ImageFolder` gives each domain, so that splits equal DomainBed's.
+    The order is the one that torchvision's `ImageFolder` gives each domain, so that splits equal DomainBed's. How a
+    sample is read is a matter of its kind: `ImageDataset`, `data.text.TextDomains`.
 
     Attributes:
         card: the card.
         domains: domain names, sorted.
         classes: class names, sorted.
-        keys: a stable name per image (n,), such as its relative path.
+        keys: a stable name per sample (n,), such as its relative path.
         domain_index: int16 (n,), positions in `domains`.
         class_index: int16 (n,), positions in `classes`.
         official_split: int8 (n,), positions in `data.dataset.SPLIT_NAMES` if the data set
@@ -64,8 +65,52 @@ class DomainDataset(ABC):
     notes: Sequence[str] = ()
 
     def __len__(self) -> int:
-        """Return the number of images n."""
+        """Return the number of samples n."""
         return len(self.keys)
+
+    def indices(self, domain: str) -> npt.NDArray[np.int64]:
+        """Return the positions of a domain's samples, ascending (DataError if there is no such domain)."""
+        if domain not in self.domains:
+            raise DataError(f"'{domain}' is not a domain of {self.card.name}; it has {', '.join(self.domains)}")
+        return np.flatnonzero(self.domain_index == self.domains.index(domain))
+
+    def trains_on(self, domain: str) -> bool:
+        """Return whether a domain may be trained on: an official division leaves some to validation and test."""
+        return self.official_split is None or bool((self.official_split[self.indices(domain)] == TRAIN).any())
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Return how many samples there are, int64 (domains, classes)."""
+        table = np.zeros((len(self.domains), len(self.classes)), dtype=np.int64)
+        np.add.at(table, (self.domain_index, self.class_index), 1)
+        return table
+
+    def missing_classes(self) -> list[tuple[str, str]]:
+        """Return the (domain, class) pairs that have no sample."""
+        return [(self.domains[d], self.classes[c]) for d, c in np.argwhere(self.counts() == 0)]
+
+    @abstractmethod
+    def signature(self) -> str:
+        """Return a cheap fingerprint that changes whenever a sample is changed, added, removed or relabelled."""
+
+    @abstractmethod
+    def newest_change_ns(self) -> int:
+        """Return when the latest change of any sample happened (ns since 1970), or 0 if they cannot change."""
+
+    @abstractmethod
+    def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
+        """Return the hex sha256 of all samples' content, names and labels; the same wherever the data set lies.
+
+        Args:
+            progress: of hashing.
+            hashes: of each sample's content, if known.
+
+        Raises:
+            DataError: a sample cannot be read.
+        """
+
+
+class ImageDataset(DomainDataset):
+    """A data set of images, each of which can be read."""
 
     @abstractmethod
     def read(self, i: int) -> npt.NDArray[np.uint8]:
@@ -104,16 +149,6 @@ class DomainDataset(ABC):
         """
         return resize(self.read(i), size), self.sample_sha256(i)
 
-    def indices(self, domain: str) -> npt.NDArray[np.int64]:
-        """Return the positions of a domain's images, ascending (DataError if there is no such domain)."""
-        if domain not in self.domains:
-            raise DataError(f"'{domain}' is not a domain of {self.card.name}; it has {', '.join(self.domains)}")
-        return np.flatnonzero(self.domain_index == self.domains.index(domain))
-
-    def trains_on(self, domain: str) -> bool:
-        """Return whether a domain may be trained on: an official division leaves some to validation and test."""
-        return self.official_split is None or bool((self.official_split[self.indices(domain)] == TRAIN).any())
-
     def signature(self) -> str:
         """Return a cheap fingerprint that changes whenever an image is changed, added, removed or relabelled."""
         digest = hashlib.sha256(f"{self.domains}\0{self.classes}".encode())
@@ -125,16 +160,6 @@ class DomainDataset(ABC):
     def newest_change_ns(self) -> int:
         """Return when the latest change of any image happened (ns since 1970), or 0 if they cannot change."""
         return max(self.sample_change_ns(i) for i in range(len(self)))
-
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Return how many images there are, int64 (domains, classes)."""
-        table = np.zeros((len(self.domains), len(self.classes)), dtype=np.int64)
-        np.add.at(table, (self.domain_index, self.class_index), 1)
-        return table
-
-    def missing_classes(self) -> list[tuple[str, str]]:
-        """Return the (domain, class) pairs that have no image."""
-        return [(self.domains[d], self.classes[c]) for d, c in np.argwhere(self.counts() == 0)]
 
     def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
         """Return the hex sha256 of all images' content, names and labels; the same wherever the data set lies.
@@ -159,6 +184,13 @@ class DomainDataset(ABC):
     def sample_hashes(self, progress: Progress = None) -> list[str]:
         """Return `sample_sha256` of every image, computed in a few threads (DataError if one cannot be read)."""
         return map_samples(self.sample_sha256, len(self), progress)
+
+
+def require_images(dataset: DomainDataset) -> ImageDataset:
+    """Return the data set if it is of images (DataError if it is of texts)."""
+    if not isinstance(dataset, ImageDataset):
+        raise DataError(f"{dataset.card.name} is a data set of texts, and images are wanted here")
+    return dataset
 
 
 def map_samples(function: Callable[[int], T], n: int, progress: Progress = None) -> list[T]:
@@ -282,7 +314,7 @@ def sample_arrays(
     return np.array(pairs[0], dtype=np.int16), np.array(pairs[1], dtype=np.int16)
 
 
-class ImageSubset(DomainDataset):
+class ImageSubset(ImageDataset):
     """Images of another data set, in the same order; nothing asks for the others.
 
     Content, signature and decoded cache are those of the chosen images alone. The classes are those of the whole, so
@@ -296,7 +328,7 @@ class ImageSubset(DomainDataset):
     """
 
     def __init__(
-        self, dataset: DomainDataset, indices: npt.NDArray[np.int64], domains: list[int], card: DatasetCard
+        self, dataset: ImageDataset, indices: npt.NDArray[np.int64], domains: list[int], card: DatasetCard
     ) -> None:
         self.card = card
         self.domains = tuple(dataset.domains[d] for d in domains)
@@ -361,7 +393,7 @@ class DomainSubset(ImageSubset):
         (('0', '15'), 600)
     """
 
-    def __init__(self, dataset: DomainDataset, domains: Collection[str]) -> None:
+    def __init__(self, dataset: ImageDataset, domains: Collection[str]) -> None:
         if not domains:
             raise DataError(f"no domain of {dataset.card.name} is kept; it has {', '.join(dataset.domains)}")
         places = np.sort(np.concatenate([dataset.indices(domain) for domain in sorted(set(domains))]))

@@ -24,7 +24,7 @@ from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, lock_file, remove_leftovers, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool, normalise
-from qtdog.data.dataset import N_THREADS, DomainDataset, Resize, map_samples
+from qtdog.data.dataset import N_THREADS, DomainDataset, ImageDataset, Resize, map_samples, require_images
 from qtdog.data.decode import DECODE_VERSION, to_square
 from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
 from qtdog.data.input_cache import Indices, InputCache, cache_root
@@ -144,7 +144,7 @@ def _stretches(sources: Positions, targets: Positions) -> Iterator[tuple[int, in
         yield int(sources[start]), int(targets[start]), end - start
 
 
-def version_mark(dataset: DomainDataset, rows: Rows) -> str:
+def version_mark(dataset: ImageDataset, rows: Rows) -> str:
     """Return the name of the file that marks the versions of one data set among all caches.
 
     Two caches are versions of one data set if folder, list, domains and size are the same, and the images are not. The
@@ -231,8 +231,9 @@ def content_and_hashes(
     dataset: DomainDataset, progress: Progress, folder: Path, settled_ns: int = SETTLED_NS
 ) -> tuple[str, Hashes | None]:
     """Return the data set's content, and the sha256 of each image's file if images are files."""
-    files = dataset.files()
+    files = dataset.files() if isinstance(dataset, ImageDataset) else None
     if files is not None:
+        assert isinstance(dataset, ImageDataset)
         hashes = _indexed(dataset, *files, folder, progress, settled_ns)
         text = hashes.tobytes().hex()
         return dataset.content_sha256(hashes=[text[i : i + 64] for i in range(0, len(text), 64)]), hashes
@@ -247,7 +248,7 @@ def content_and_hashes(
 
 
 def _indexed(
-    dataset: DomainDataset, root: str, paths: list[str], folder: Path, progress: Progress, settled_ns: int
+    dataset: ImageDataset, root: str, paths: list[str], folder: Path, progress: Progress, settled_ns: int
 ) -> Hashes:
     def hash_rows(rows: npt.NDArray[np.int64]) -> list[str]:
         places = rows.tolist()
@@ -275,7 +276,7 @@ def open_cache(
         DataError: images cannot be read (up to 20 are named), or the disk is too small.
         RunError: the cache folder cannot be written.
     """
-    folder = folder or cache_root()
+    dataset, folder = require_images(dataset), folder or cache_root()
     rows = Rows(len(dataset), image_size, dataset.card.channels)
     content, hashes = content_and_hashes(dataset, progress, folder, settled_ns)
     key = hashlib.sha256(json.dumps([content, image_size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
@@ -309,7 +310,7 @@ def _require_space(folder: Path, n_bytes: int) -> None:
 
 
 def _decode(
-    dataset: DomainDataset, rows: Rows, missing: Positions, hashes: Hashes | None, handle: int, progress: Progress
+    dataset: ImageDataset, rows: Rows, missing: Positions, hashes: Hashes | None, handle: int, progress: Progress
 ) -> None:
     """Decode the images at `missing` into an open file; what is decoded must be what was hashed, if it was."""
     errors: list[str] = []
@@ -337,7 +338,7 @@ def _decode(
 
 
 def read_as_hashed(
-    dataset: DomainDataset, i: int, size: int, hashes: Hashes | None, resize: Resize = to_square
+    dataset: ImageDataset, i: int, size: int, hashes: Hashes | None, resize: Resize = to_square
 ) -> npt.NDArray[np.uint8]:
     """Return image i, resized; what is decoded must be what was hashed, if it was (DataError)."""
     if hashes is None:

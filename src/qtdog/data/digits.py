@@ -16,12 +16,12 @@ from PIL import Image
 from qtdog.core.errors import DataError
 from qtdog.core.random import numpy_stream
 from qtdog.data.cards import ROTATED_DIGITS, DatasetCard
-from qtdog.data.dataset import DomainDataset, sample_arrays
+from qtdog.data.dataset import ImageDataset, sample_arrays
 
 SIZE = 28
 
 
-class RotatedDigits(DomainDataset):
+class RotatedDigits(ImageDataset):
     """scikit-learn's digits, upsampled to 28 x 28 and rotated counter-clockwise by 0, 15, …, 75 degrees.
 
     Each image is in exactly one domain. The assignment is a fixed random one that spreads every class evenly.
@@ -102,7 +102,7 @@ FLIP_COLOUR = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
 Pixels = npt.NDArray[np.uint8]
 
 
-class MnistDataset(DomainDataset):
+class MnistDataset(ImageDataset):
     """MNIST's digits in several domains.
 
     Args:

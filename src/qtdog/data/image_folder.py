@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from qtdog.core.errors import DataError, nearest
 from qtdog.data.cards import DatasetCard, card_for
-from qtdog.data.dataset import DomainDataset, Resize, check_domain_names, composed, look_alikes, sample_arrays
+from qtdog.data.dataset import ImageDataset, Resize, check_domain_names, composed, look_alikes, sample_arrays
 from qtdog.data.decode import HINT, FileGoneError, decode, decode_bytes, decode_resized, read_file, to_square
 from qtdog.data.scan import (
     IMAGE_SUFFIXES,
@@ -36,7 +36,7 @@ class ImageFile(NamedTuple):
     key: str
 
 
-class FileDataset(DomainDataset):
+class FileDataset(ImageDataset):
     """Image files below `root`, in the order of `records`.
 
     Args:
@@ -125,7 +125,7 @@ def _open_regular(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def require_domains(dataset: DomainDataset, min_domains: int, where: Path) -> None:
+def require_domains(dataset: ImageDataset, min_domains: int, where: Path) -> None:
     """Raise DataError if a data set has fewer domains than are needed."""
     found = len(dataset.domains)
     if found < min_domains:

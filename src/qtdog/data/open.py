@@ -16,7 +16,7 @@ from qtdog.core.files import write_atomic
 from qtdog.core.progress import Progress
 from qtdog.core.registry import Registry
 from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
-from qtdog.data.dataset import DomainDataset, ImageSubset, map_samples
+from qtdog.data.dataset import DomainDataset, ImageDataset, ImageSubset, map_samples
 from qtdog.data.decode import HINT, DecodeError, FileGoneError, decoder
 from qtdog.data.digits import MnistDataset, RotatedDigits
 from qtdog.data.file_index import NOTES, SETTLED_NS
@@ -28,7 +28,7 @@ from qtdog.data.wilds import open_camelyon17, open_reviews
 
 COLUMN = re.compile(r"(?P<path>.+\.(?:csv|jsonl)):(?P<column>[^:/\\]+)", re.IGNORECASE)
 
-OPENERS: dict[str, Callable[[Path, DatasetCard], DomainDataset]] = {
+OPENERS: dict[str, Callable[[Path, DatasetCard], ImageDataset]] = {
     "camelyon17": open_camelyon17,
     "colored-mnist": lambda root, card: MnistDataset(card, root),
     "rotated-mnist": lambda root, card: MnistDataset(card, root),
@@ -142,7 +142,7 @@ def _explain_unknown(source: str) -> str:
     return f"'{source}' is not a known data set: {hint}Known: {', '.join(names)}"
 
 
-def _open_benchmark(name: str, root: Path, min_domains: int) -> DomainDataset:
+def _open_benchmark(name: str, root: Path, min_domains: int) -> ImageDataset:
     card = CARDS[name]
     if card.kind == "reviews":
         raise DataError(f"{name} is a data set of texts, and images are wanted here")
@@ -220,7 +220,7 @@ def without_unreadable(
         DataError: no image can be read, or the machine failed to read one.
         RunError: the cache folder cannot be written.
     """
-    if isinstance(dataset, TextDomains):
+    if not isinstance(dataset, ImageDataset):
         return dataset
     skipped = _unreadable(dataset, progress, folder or cache_root(), settled_ns)
     if not skipped:
@@ -234,7 +234,7 @@ def without_unreadable(
     return kept
 
 
-def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path, settled_ns: int) -> list[tuple[str, str]]:
+def _unreadable(dataset: ImageDataset, progress: Progress, folder: Path, settled_ns: int) -> list[tuple[str, str]]:
     try:
         note = folder / "unreadable" / f"{dataset.signature()}-{decoder()}.json"
     except FileGoneError:  # a link to nowhere has no signature: then all are looked at each time
@@ -248,7 +248,7 @@ def _unreadable(dataset: DomainDataset, progress: Progress, folder: Path, settle
     return found
 
 
-def why_unreadable(dataset: DomainDataset, i: int) -> str:
+def why_unreadable(dataset: ImageDataset, i: int) -> str:
     """Return why the content of image i cannot be decoded, or that it is gone; "" if it can be decoded.
 
     Raises:

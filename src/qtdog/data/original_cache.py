@@ -27,7 +27,7 @@ from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder
 from qtdog.core.progress import Progress
 from qtdog.data.augment import RATIO, SCALE
-from qtdog.data.dataset import N_THREADS, DomainDataset
+from qtdog.data.dataset import N_THREADS, DomainDataset, ImageDataset, require_images
 from qtdog.data.decode import DECODE_VERSION, to_shorter_side
 from qtdog.data.decoded_cache import (
     HASH_BYTES,
@@ -134,6 +134,7 @@ def open_originals(
         RunError: the cache folder cannot be written, or the disk is full.
     """
     folder = folder or cache_root()
+    dataset = require_images(dataset)
     rows = Rows(len(dataset), kept_side(image_size), dataset.card.channels)
     content, hashes = content_and_hashes(dataset, progress, folder)
     key = hashlib.sha256(json.dumps([content, rows.size, rows.channels, DECODE_VERSION]).encode()).hexdigest()
@@ -160,7 +161,7 @@ def _is_whole(place: Path, rows: Rows) -> bool:
 
 
 def _build(
-    dataset: DomainDataset, rows: Rows, hashes: Hashes | None, place: Path, caches: Path, progress: Progress
+    dataset: ImageDataset, rows: Rows, hashes: Hashes | None, place: Path, caches: Path, progress: Progress
 ) -> None:
     """Write images and shapes; what an older cache holds is copied from there."""
     find_older = _older_images(rows, hashes, caches)

@@ -13,7 +13,7 @@ from PIL import Image
 from qtdog.core.errors import DataError
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import (
-    DomainDataset,
+    ImageDataset,
     check_domain_names,
     composed,
     is_missing,
@@ -25,7 +25,7 @@ from qtdog.data.decode import DecodeError, to_pixels
 MULTI_LABEL = "each image needs one label and one domain; several labels for one image (multi-label) are not supported"
 
 
-class SequenceDataset(DomainDataset):
+class SequenceDataset(ImageDataset):
     """Images that a function gives, with a label and a domain each.
 
     Args:

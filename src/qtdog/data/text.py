@@ -162,22 +162,6 @@ class TextDomains(DomainDataset):
         """Return the texts at `indices`."""
         return self._texts.texts(indices)
 
-    def read(self, i: int) -> npt.NDArray[np.uint8]:
-        """Refuse: there is no image (DataError)."""
-        raise DataError(f"{self.card.name} is a data set of texts, and images are wanted here")
-
-    def sample_signature(self, i: int) -> str:
-        """Return the hex sha256 of text i."""
-        return self.sample_sha256(i)
-
-    def sample_change_ns(self, i: int) -> int:
-        """Return 0: the texts are in memory."""
-        return 0
-
-    def sample_sha256(self, i: int) -> str:
-        """Return the hex sha256 of text i."""
-        return hashlib.sha256(self._texts.text(i).encode("utf-8", errors="surrogatepass")).hexdigest()
-
     def signature(self) -> str:
         """Return the hex sha256 of all texts, names and labels."""
         return self.content_sha256()
@@ -186,7 +170,7 @@ class TextDomains(DomainDataset):
         """Return 0: the texts are in memory."""
         return 0
 
-    def content_sha256(self, progress: Progress = None, hashes: object = None) -> str:
+    def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
         """Return the hex sha256 of all texts, names and labels; it is fast enough to need no progress."""
         self._content = self._content or self._texts.content_sha256()
         return self._content

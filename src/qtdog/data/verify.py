@@ -14,7 +14,18 @@ from PIL import Image
 from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
 from qtdog.data.cards import check_counts
-from qtdog.data.dataset import ID_TEST, ID_VAL, SPLIT_NAMES, TEST, TRAIN, VAL, DomainDataset, map_samples
+from qtdog.data.dataset import (
+    ID_TEST,
+    ID_VAL,
+    SPLIT_NAMES,
+    TEST,
+    TRAIN,
+    VAL,
+    DomainDataset,
+    ImageDataset,
+    map_samples,
+    require_images,
+)
 from qtdog.data.decode import HINT
 from qtdog.data.file_index import Changes, compare_hashes, files_below, hash_of, read_hashes
 from qtdog.data.image_folder import FileDataset
@@ -111,7 +122,8 @@ def verify(dataset: DomainDataset, progress: Progress = None, *, near: bool = Fa
         >>> verify(RotatedDigits()).ok
         True
     """
-    found = map_samples(lambda i: _examine(dataset, i, near), len(dataset), progress)
+    images = require_images(dataset)
+    found = map_samples(lambda i: _examine(images, i, near), len(dataset), progress)
     contents = [image.content for image in found]
     empty = {dataset.classes[c] for c in np.flatnonzero(dataset.counts().sum(axis=0) == 0)}
     passed, same = dataset.passed_over, _groups(contents)
@@ -144,7 +156,7 @@ class _Examined(NamedTuple):
     look: str
 
 
-def _examine(dataset: DomainDataset, i: int, near: bool) -> _Examined:
+def _examine(dataset: ImageDataset, i: int, near: bool) -> _Examined:
     content = ""
     try:
         content = dataset.sample_sha256(i)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
-from qtdog.data.dataset import DomainDataset, map_samples
+from qtdog.data.dataset import DomainDataset, map_samples, require_images
 from qtdog.data.decoded_cache import content_sha256
 from qtdog.export.packed_source import PackedSource
 from qtdog.training.load_model import ModelInfo, training_configs
@@ -83,6 +83,7 @@ def draw_images(
         DataError: none of the domains is a source, the data has classes or channels that the model does not know, or an
             image cannot be read.
     """
+    images = require_images(dataset)
     domains = choose_domains(dataset, info, draw)
     preprocessing = info.preprocessing
     if dataset.card.channels != preprocessing.channels:
@@ -95,7 +96,7 @@ def draw_images(
     if strange:
         raise DataError(f"{dataset.card.name}: {unknown('class', strange[0], info.classes)}")
     labels = np.array([info.classes.index(name) for name in names], dtype=np.int64)
-    read = map_samples(lambda k: dataset.read_resized(int(places[k]), preprocessing.image_size), len(places), progress)
+    read = map_samples(lambda k: images.read_resized(int(places[k]), preprocessing.image_size), len(places), progress)
     shape = (0, preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
     pixels = np.stack(read) if read else np.zeros(shape, dtype=np.uint8)
     return LabelledImages(pixels, labels, domains, info.target_domain in domains)
