@@ -18,7 +18,7 @@ from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import content_sha256
-from qtdog.data.open import open_readable
+from qtdog.data.open import open_readable, recorded_source
 from qtdog.runs.find import require_run
 from qtdog.runs.folder import RunFolder
 from qtdog.training.load_model import LoadedModel, load_model
@@ -114,7 +114,8 @@ def open_analyzed_runs(
     runs = [require_run(path) for path in paths]
     source = data or runs[0].config.data.source
     skip = any(run.config.data.skip_unreadable for run in runs)
-    dataset = open_readable(source, skip_unreadable=skip, progress=progress)
+    with recorded_source(source, is_recorded=not data):
+        dataset = open_readable(source, skip_unreadable=skip, progress=progress)
     content = content_sha256(dataset, progress=progress)
     for run in runs:
         if run.config.data.content != content:

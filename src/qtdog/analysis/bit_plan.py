@@ -14,6 +14,7 @@ from qtdog.analysis.mixed_precision import require_grid
 from qtdog.core.config import AFTER_TRAINING, Config, config_hash
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError, unknown
+from qtdog.core.files import safe_name
 from qtdog.core.quantized import MAX_BITS, MIN_BITS
 from qtdog.data.dataset import DomainDataset, DomainSubset, ImageDataset
 from qtdog.data.text import SEEN
@@ -300,4 +301,4 @@ def place(out: Path, left_out: str, run: str) -> Path:
         >>> place(Path("runs"), "site/a", "7-bit").as_posix()
         'runs/site_a/7-bit'
     """
-    return out / left_out.replace("/", "_") / run
+    return out / safe_name(left_out) / run

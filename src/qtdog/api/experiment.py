@@ -30,7 +30,7 @@ from qtdog.core.files import safe_name, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.core.safe_text import read_json
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import IN_PYTHON, open_any, without_unreadable
+from qtdog.data.open import IN_PYTHON, open_any, recorded_source, without_unreadable
 from qtdog.report.render import markdown
 from qtdog.report.tables import cost_table, target_table
 from qtdog.runs.finished import KINDS, method_name
@@ -168,7 +168,7 @@ def join_members(
 
     members = [read_member(folder) for folder in folders]
     kind = fitting_kind(members)
-    name = members[0].config.data.target.replace("/", "_")
+    name = safe_name(members[0].config.data.target)
     folder = Path("runs") / f"{kind}-{members_hash(members, kind)}" if out is None else out / f"{name}-{kind}"
     spec = EnsembleSpec(kind, folder / "model.safetensors")
     result = finished(members, spec)
@@ -240,7 +240,10 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
     saved = _saved(request)
     dataset = request.dataset
     if dataset is None:
-        dataset = open_any(build_config([*saved, *own, flags, *assigned]).data.source, min_domains=1)
+        source = build_config([*saved, *own, flags, *assigned]).data.source
+        is_recorded = bool(saved) and source == saved[0]["data"]["source"]
+        with recorded_source(source, is_recorded=is_recorded):
+            dataset = open_any(source, min_domains=1)
     else:
         assigned.append({"data": {"source": f"{IN_PYTHON}{dataset.card.name}"}})
     methods_only = all(isinstance(given, str) and is_method_preset(given) for given in request.presets)
@@ -298,7 +301,7 @@ def _target_plan(request: Request, configs: Sequence[Config], *, several: bool) 
     folders = [RunFolder(_place(out, one, several=several, members=members.number)) for one in configs]
     fork_point = None
     if members.fork_at and out is not None:
-        name = configs[0].data.target.replace("/", "_")
+        name = safe_name(configs[0].data.target)
         fork_point = ForkPoint(configs[0], RunFolder(out / f"{name}-beginning"), members.until)
     return [Planned(one, folder, fork_point) for one, folder in zip(configs, folders, strict=True)]
 

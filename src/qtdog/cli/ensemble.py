@@ -89,7 +89,7 @@ def find_evaluation_set(members: Sequence[Member], data: str | None) -> Evaluati
     """
     from qtdog.cli.console import CountingBar, warn
     from qtdog.core.errors import DataError
-    from qtdog.data.open import open_readable
+    from qtdog.data.open import open_readable, recorded_source
     from qtdog.ensemble.members import share_splits
     from qtdog.ensemble.scoring import open_evaluation_set
 
@@ -97,7 +97,8 @@ def find_evaluation_set(members: Sequence[Member], data: str | None) -> Evaluati
     try:
         progress, skip = CountingBar("decoding images"), config.data.skip_unreadable
         source = data or config.data.source
-        dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=progress)
+        with recorded_source(source, is_recorded=not data):
+            dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=progress)
         return open_evaluation_set(config, dataset, same_splits=share_splits(members), progress=progress)
     except DataError as error:
         if data is not None:

@@ -57,7 +57,7 @@ def evaluate(
     from qtdog.cli.ensemble import ensemble_cost, show_cost
     from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
-    from qtdog.data.open import open_readable
+    from qtdog.data.open import open_readable, recorded_source
     from qtdog.ensemble.model import load
     from qtdog.ensemble.prediction import as_cascade, find_images
     from qtdog.ensemble.scoring import score_domains, unknown_auroc_of
@@ -76,7 +76,8 @@ def evaluate(
     source = data or data_argument or (configs[0].data.source if configs else None)
     if source is None:
         raise ConfigError(f"no run lies beside {model}, so its data set is not known: give it with --data")
-    dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
+    with recorded_source(source, is_recorded=not (data or data_argument)):
+        dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
     warn_skipped(dataset)
     if corrupt or severity:
         _corrupted(loaded, dataset, corrupt or ["all"], severity or [], model=model, as_json=as_json)

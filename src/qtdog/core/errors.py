@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 class QtdogError(Exception):
-    """Base of every error that qtdog raises on purpose; its text says what to do.
+    r"""Base of every error that qtdog raises on purpose; its text says what to do.
 
-    The command line prints the text alone (no traceback) and exits with `exit_code`.
+    The command line prints the text alone (no traceback) and exits with `exit_code`. File names that are not UTF-8 are
+    shown with `\xNN` for each odd byte, so that the text can be written anywhere.
     """
 
     exit_code: int = 1
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return _writable(super().__str__())
+
+
+def _writable(text: str) -> str:
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a pair, which no file name holds
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 class ConfigError(QtdogError):
@@ -84,9 +97,13 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     Example:
         >>> unknown("objective", "emr", ["erm"])
         "unknown objective 'emr'; did you mean 'erm'? Known: erm"
+
+    Names that look alike are shown with their codes.
     """
     names = sorted(known)
     close = nearest(given, names)
+    if close and unicodedata.normalize("NFKC", close) == unicodedata.normalize("NFKC", given):
+        return f"unknown {kind} {given!a}, which only looks like {close!a}: take that"
     hint = f"; did you mean '{close}'?" if close else "."
     listed = ", ".join(names[:20]) + (f" … ({len(names)} in all)" if len(names) > 20 else "")
     return f"unknown {kind} '{given}'{hint} Known: {listed or 'none'}"

@@ -146,7 +146,7 @@ def require_path(path: Path, what: str) -> None:
     if not parent.is_dir():
         raise DataError(f"{what} {path} does not exist, and neither does its folder {parent}")
     close = nearest(path.name, [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")])
-    hint = f"; did you mean {parent / close}?" if close else f"; look in {parent}"
+    hint = f"; did you mean {parent / close}?" if close else f"; look in {parent.resolve()}"
     raise DataError(f"{what} {path} does not exist{hint}")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,34 @@ def open_readable(
     """
     dataset = open_any(source, min_domains=min_domains)
     return without_unreadable(dataset, progress) if skip_unreadable else dataset
+
+
+@contextlib.contextmanager
+def recorded_source(source: str, *, is_recorded: bool = True) -> Iterator[None]:
+    """Within it, an error about data that are no longer where a run recorded them says how to give their new place.
+
+    Args:
+        source: what a run recorded, or what a user gave.
+        is_recorded: whether a run did.
+
+    Raises:
+        DataError: the one that was raised within, with that hint if nothing lies at `source`.
+
+    Example:
+        >>> with recorded_source("/gone/photos"):
+        ...     open_dataset("/gone/photos")
+        Traceback (most recent call last):
+        ...
+        qtdog.core.errors.DataError: ... A run recorded this place: if the data moved, --data tells where it is.
+    """
+    try:
+        yield
+    except DataError as error:
+        match = COLUMN.fullmatch(source)
+        if not is_recorded or source in list(CARDS) or Path(match["path"] if match else source).expanduser().exists():
+            raise
+        text = f"{str(error).rstrip('.')}. A run recorded this place: if the data moved, --data tells where it is."
+        raise DataError(text) from error
 
 
 def without_unreadable(

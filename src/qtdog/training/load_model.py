@@ -22,7 +22,7 @@ from qtdog.core.quantized import QuantizedTensor
 from qtdog.core.safe_text import read_json
 from qtdog.data.augment import normalise
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.open import open_readable
+from qtdog.data.open import open_readable, recorded_source
 from qtdog.models.backbones import create_network, known_name
 from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network, to_device_
@@ -428,9 +428,10 @@ def open_training_data(
     configs = [config for file in model_files for config in training_configs(file)]
     if source is None and not configs:
         raise ConfigError(f"no run lies beside {model_files[0]}, so its data set is not known: give it with --data")
-    return open_readable(
-        configs[0].data.source if source is None else source,
-        skip_unreadable=any(config.data.skip_unreadable for config in configs),
-        min_domains=min_domains,
-        progress=progress,
-    )
+    how: dict[str, Any] = {"min_domains": min_domains, "progress": progress}
+    how["skip_unreadable"] = any(config.data.skip_unreadable for config in configs)
+    if source is not None:
+        return open_readable(source, **how)
+    recorded = configs[0].data.source
+    with recorded_source(recorded):
+        return open_readable(recorded, **how)

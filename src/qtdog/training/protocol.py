@@ -15,7 +15,7 @@ from qtdog.core.config_io import Tree, load_preset
 from qtdog.core.errors import ConfigError, DataError, ModelError, unknown
 from qtdog.core.files import sha256_file
 from qtdog.core.progress import Progress
-from qtdog.data.dataset import DomainDataset
+from qtdog.data.dataset import DomainDataset, composed
 from qtdog.data.decoded_cache import content_sha256, open_cache
 from qtdog.data.input_cache import InputCache
 from qtdog.data.label_noise import with_wrong_labels
@@ -83,6 +83,8 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
     if data.content not in ("", content):
         text = f"the images of {data.source} changed since this configuration was made"
         raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). Start a new run.")
+    if data.target not in dataset.domains and composed(data.target) in dataset.domains:
+        data = data.model_copy(update={"target": composed(data.target)})  # typed or copied in another Unicode form
     if data.target != "none" and data.target not in dataset.domains:
         raise ConfigError(unknown("target domain", data.target, [*dataset.domains, "all", "none"]))
     check_trainable(dataset, data)
