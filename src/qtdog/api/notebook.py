@@ -267,9 +267,11 @@ def train(
         KeyboardInterrupt: Ctrl-C; a checkpoint was written first, and `resume=True` goes on from it.
 
     Example:
-        >>> result = qtdog.train("photos/", target="hospital_c", preset="lsq-sma", steps=2000)  # doctest: +SKIP
-        >>> result.accuracy, result.folder  # doctest: +SKIP
-        (0.847, PosixPath('runs/5d0c7e4b1a2f'))
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> result = train(target="75", preset="lsq-sma", steps=4, batch_size=2, out=folder, progress=False)
+        >>> result.method, result.target, result.rows()[-1]["step"]
+        ('erm + sma + lsq 7 bit', '75', 4)
     """
     source = None if data is None or isinstance(data, DomainDataset) else str(data)
     dataset = data if isinstance(data, DomainDataset) else None

@@ -169,7 +169,15 @@ def compare(runs: Sequence[str | Path] | str | Path, *, selection: str = "source
         RunError: a path does not exist, or nothing is finished.
 
     Example:
-        >>> qtdog.compare(["runs/a", "runs/b"])  # doctest: +SKIP
+        >>> import tempfile
+        >>> from qtdog.api.notebook import train
+        >>> folders = [tempfile.mkdtemp() for _ in range(2)]
+        >>> results = [
+        ...     train(target="75", quantizer=name, steps=2, batch_size=2, out=folder, progress=False)
+        ...     for name, folder in zip(["none", "lsq"], folders)
+        ... ]
+        >>> list(compare(folders)["method"])
+        ['erm + float', 'erm + lsq 7 bit']
     """
     paths = [runs] if isinstance(runs, (str, Path)) else runs
     found = find_runs([Path(path) for path in paths])

@@ -324,8 +324,16 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> TrainedMode
         ModelError: its backbone is not known here, or does not fit.
 
     Example:
-        >>> qtdog.load("runs/c").evaluate("photos/").accuracy  # doctest: +SKIP
-        0.847
+        >>> import tempfile
+        >>> from qtdog.api.notebook import train
+        >>> folder = tempfile.mkdtemp()
+        >>> result = train(target="75", steps=2, batch_size=2, out=folder, progress=False)
+        >>> model = load(folder)
+        >>> found = model.predict(np.zeros((28, 28), dtype=np.uint8), progress=False)
+        >>> found.probabilities.shape, found.classes[0] in model.classes
+        ((1, 10), True)
+        >>> model.evaluate("rotated-digits", progress=False).domains["75"]["accuracy"] == result.accuracy
+        True
     """
     file = find_model(path)
     return TrainedModel(file, load_file(file, device=device))
