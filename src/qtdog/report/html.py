@@ -9,12 +9,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from qtdog import __version__
@@ -189,8 +190,7 @@ def build_page(run_set: RunSet, options: PageOptions) -> str:
     groups = [_group(number, run_set.of(name), options) for number, name in enumerate(run_set.datasets)]
     measured = {one.selection for group in groups for one, _ in group["tables"]}
     style, script = asset("style.css"), "".join(map(asset, ("tables.js", "panel.js", "charts.js")))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(asset("report.html")).render(
+    return _template().render(
         title=options.title,
         version=__version__,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -207,6 +207,12 @@ def build_page(run_set: RunSet, options: PageOptions) -> str:
         style_hash=csp_hash(style),
         script_hash=csp_hash(script),
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(asset("report.html"))
 
 
 def _group(number: int, runs: Sequence[FinishedRun], options: PageOptions) -> dict[str, Any]:

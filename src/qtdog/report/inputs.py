@@ -99,8 +99,8 @@ def _read(file: Path) -> Analysis:
             figures=figures,
             files=there,
         )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise RunError(f"{file} is not what an analysis writes ({error!r}). Leave it out") from error
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        raise RunError(f"{file} is not what an analysis writes ({str(error)[:200]!r}). Leave it out") from error
 
 
 def _beside(folder: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.safe_text import csv_line, one_line
@@ -67,7 +68,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     id: str = ""
 
-    @property
+    @cached_property
     def numeric(self) -> list[bool]:
         """Of each column, whether it holds numbers only."""
         columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]

@@ -183,7 +183,8 @@ def check_result(result: Mapping[str, Any]) -> None:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"'{where}': {first['msg']} (found {str(first['input'])[:40]!r})") from error
-    checked_number(result["size"], "bytes", low=0, whole=True)
+    for key in ("bytes", "ratio"):
+        checked_number(result["size"], key, low=0, whole=key == "bytes")
 
 
 def merge_scores(parts: list[Score]) -> Score:

@@ -111,4 +111,14 @@ def _digest(path: Path) -> object:
 def _copy(theirs: Path, ours: Path) -> None:
     """Put a copy of `theirs` in the place of `ours`, all at once; the old copy stays if that fails."""
     with replacing_folder(ours) as new:
-        shutil.copytree(theirs, new, symlinks=True, ignore=shutil.ignore_patterns(".lock", "*.tmp"))
+        _copy_tree(theirs, new)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy the files below a folder; not by `shutil.copytree`, whose errors do not say that the disk is full."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _copy_tree(path, target / path.name)
+        elif path.name != ".lock" and path.suffix != ".tmp":
+            shutil.copy2(path, target / path.name, follow_symlinks=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -133,6 +134,8 @@ def write_checkpoint(
             try:
                 save(_apart(tensors), file)
             except SafetensorError as error:  # a full disk, among others, comes as this and not as an OSError
+                if number := re.search(r"os error (\d+)", str(error)):
+                    raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
                 text = f"could not write {path}: {error}. The older checkpoints are unchanged."
                 raise RunError(f"{text} Free some space, and start again with --resume.") from error
             hashes[name] = sha256_file(file)

@@ -1,0 +1,36 @@
+"""The harnesses of this folder with a few inputs each; their full numbers are commands."""
+
+from __future__ import annotations
+
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+INPUTS = runpy.run_path(str(HERE / "hostile_inputs.py"))
+SERVERS = runpy.run_path(str(HERE / "hostile_servers.py"))
+KILLS = runpy.run_path(str(HERE / "kill_everywhere.py"))
+COUNTS = {"runs": 25, "archives": 300, "weights": 200, "images": 300}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", INPUTS["KINDS"])
+def test_hostile_inputs_are_sound_or_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert INPUTS["run"](kind, COUNTS[kind], seed=1) == []
+
+
+def test_hostile_servers_end_in_the_whole_file_or_a_reason():
+    behaviours = [(name, *one) for name, one in SERVERS["BEHAVIOURS"].items()]
+    assert len(behaviours) >= 40
+    with ThreadPoolExecutor(len(behaviours)) as pool:
+        found = pool.map(lambda one: (one[0], SERVERS["problem"]([one[2]], one[1])), behaviours)
+    assert {name: text for name, text in found if text and name != "length too short"} == {}
+
+
+@pytest.mark.parametrize("work", KILLS["WORKS"])
+@pytest.mark.parametrize("how", KILLS["HOWS"])
+def test_work_goes_on_after_a_kill_or_a_full_disk(work, how, tmp_path):
+    assert KILLS["run"](work, how, 4, tmp_path) == []
