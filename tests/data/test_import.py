@@ -133,3 +133,24 @@ def test_what_is_something_else_is_said(lay_out, tmp_path):
     with pytest.raises(DataError, match="is there already"):
         adopt(source, source, card, "link", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("what", ["image", "folder"])
+def test_a_link_that_leads_out_of_the_folder_is_refused(lay_out, tmp_path, what):
+    card = CARDS["pacs"]
+    source = lay_out("{domain}/{label}/{i}.jpg", card.domains, card.classes)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "0.jpg").write_bytes(b"mine")
+    if what == "image":
+        (source / "photo" / "dog" / "0.jpg").unlink()
+        (source / "photo" / "dog" / "0.jpg").symlink_to(tmp_path / "secret" / "0.jpg")
+    else:
+        (source / "photo" / "dog" / "more").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match="leads out of"):
+        adopt(source, tmp_path / "new", card, "copy", {})
+    assert not (tmp_path / "new").exists()
+    inside = source / "photo" / "dog" / ("0.jpg" if what == "image" else "more")
+    inside.unlink()
+    (source / "photo" / "dog" / "2.jpg").symlink_to(source / "photo" / "dog" / "1.jpg")
+    adopt(source, tmp_path / "new", card, "copy", {})
+    assert (tmp_path / "new" / "photo" / "dog" / "2.jpg").read_bytes() == (source / "photo/dog/1.jpg").read_bytes()

@@ -6,6 +6,7 @@ With QTDOG_HOSTILE_INPUTS=100000 in the environment there are more.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -123,7 +124,7 @@ def alter(tree, rng):
         if not any(inner) or rng.random() < 0.3:
             break
         tree = rng.choice([value for value in inner if value])
-    value = rng.choice(VALUES)
+    value = copy.deepcopy(rng.choice(VALUES))  # what was put in may be changed in its turn
     if isinstance(tree, list):
         tree[rng.randrange(len(tree))] = value
         return

@@ -43,6 +43,7 @@ from qtdog.data.fetch import fetch, remember
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.index import ask, refresh
 from qtdog.sweep.merge import merge_folders
+from qtdog.training.build import make_accelerator
 from qtdog.training.run import RunCallbacks
 from qtdog.training.run import run as train_run
 
@@ -88,12 +89,16 @@ class Work(ABC):
 class Train(Work):
     """A run of three steps with a checkpoint each."""
 
+    def __init__(self, shared: Path) -> None:
+        super().__init__(shared)
+        self.dataset = DomainSubset(RotatedDigits(), ("0", "30"))
+        make_accelerator(build_config([load_preset("digits")]))
+
     def do(self, folder: Path) -> None:
         """Train, with --resume."""
-        dataset = DomainSubset(RotatedDigits(), ("0", "30"))
         config = build_config([load_preset("digits"), TINY, {"data": {"content": "x" * 64}}])
         callbacks = RunCallbacks(warn=lambda text: None)
-        train_run(config, dataset, RunFolder(folder / "run"), resume=True, callbacks=callbacks)
+        train_run(config, self.dataset, RunFolder(folder / "run"), resume=True, callbacks=callbacks)
 
     def counts(self, name: str) -> bool:
         """Compare the model; other files have times in them."""

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 INPUTS = runpy.run_path(str(HERE / "hostile_inputs.py"))
 SERVERS = runpy.run_path(str(HERE / "hostile_servers.py"))
 KILLS = runpy.run_path(str(HERE / "kill_everywhere.py"))
-COUNTS = {"runs": 25, "archives": 300, "weights": 200, "images": 300}
+COUNTS = {"runs": 10, "archives": 300, "weights": 200, "images": 300}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -33,4 +33,4 @@ def test_hostile_servers_end_in_the_whole_file_or_a_reason():
 @pytest.mark.parametrize("work", KILLS["WORKS"])
 @pytest.mark.parametrize("how", KILLS["HOWS"])
 def test_work_goes_on_after_a_kill_or_a_full_disk(work, how, tmp_path):
-    assert KILLS["run"](work, how, 4, tmp_path) == []
+    assert KILLS["run"](work, how, 2 if work == "train" else 4, tmp_path) == []

@@ -232,6 +232,7 @@ def adopt(
     """
     require_new(target)
     layout = _layout(source, card)
+    _require_inside(layout.images, source)
     with atomic_folder(target) as temporary:
         _place(layout.images, temporary, PLACERS[how], progress)
         write_hashes(temporary, origin | {"layout": layout.name}, progress)
@@ -263,6 +264,22 @@ def _find_marked(source: Path, card: DatasetCard, markers: Iterable[str]) -> Pat
             return Path(top)
         folders[:] = [name for name in folders if not name.startswith((".", "patient_"))]
     raise DataError(f"{source} is no copy of {card.name}: no folder in it has {' and '.join(markers)}")
+
+
+def _require_inside(images: Iterable[ImagePlace], source: Path) -> None:
+    """Raise DataError if an image is a link that leads out of the folder: a received one may link to any file here."""
+    root = os.path.realpath(source)
+    folders: dict[str, str] = {}
+    for image in images:
+        above, name = os.path.split(image.path)
+        if above not in folders:
+            folders[above] = os.path.realpath(above)
+        place = os.path.join(folders[above], name)
+        place = os.path.realpath(place) if os.path.islink(place) else place
+        if not place.startswith(os.path.join(root, "")):
+            raise DataError(
+                f"{image.path} leads out of {source}, to {place}: import the folder that it lies in, or copy it there"
+            )
 
 
 def _place(images: list[ImagePlace], folder: Path, put: Callable[[Path, Path], object], progress: Progress) -> None:
