@@ -60,7 +60,7 @@ def one_line(text: str) -> str:
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _FULL_WIDTH = ("\uff1d", "\uff0b", "\uff0d", "\uff20")  # spreadsheets for East Asian languages take them too
-_PLAIN_NUMBER = re.compile(r"[+-]?(inf|nan|\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?( … [+-]?\d+(\.\d+)?)?")
+_PLAIN_NUMBER = re.compile(r"…|[+-]?(inf|nan|\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def no_formula(text: str) -> str:
