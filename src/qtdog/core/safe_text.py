@@ -74,7 +74,7 @@ def no_formula(text: str) -> str:
     """
     shown = printable(text)
     starts = text.startswith(_FORMULA) or text.lstrip().startswith((*_FORMULA, *_FULL_WIDTH))
-    return f"'{shown}" if starts and not all(map(_PLAIN_NUMBER.fullmatch, text.split(" "))) else shown
+    return f"'{shown}" if starts and not all(map(_PLAIN_NUMBER.fullmatch, re.split("[ ;]", text))) else shown
 
 
 def csv_line(cells: Iterable[object]) -> str:
