@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,8 +33,6 @@ from qtdog.cli.sweep_table import table
 from qtdog.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.journal import Outcome
     from qtdog.sweep.local import Resources
@@ -299,13 +298,8 @@ def _show_status(
         out.print(f"About {duration_text(left)} of one worker left, by the runs that are done.", highlight=False)
 
 
-def retry(
-    study: StudyFile,
+def read_engine_options(
     *,
-    out: OutFolder = None,
-    data: DataFolder = None,
-    only: Only = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     log: Log = None,
     engine: EngineChoice = EngineName.LOCAL,
     workers: Workers = None,
@@ -314,6 +308,42 @@ def retry(
     address: Address = None,
     partition: Partition = "",
     hours: Hours = 4.0,
+) -> EngineOptions:
+    """Return the engine that the command line asks for.
+
+    Raises:
+        ConfigError: a flag that the engine would not read.
+    """
+    options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
+    options.check()
+    return options
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the flags of `read_engine_options` in the place of its argument `options`."""
+    parts = [inspect.signature(function, eval_str=True).parameters for function in (command, read_engine_options)]
+    own, flags = (list(part.values()) for part in parts)
+
+    def run(**values: Any) -> None:
+        options = read_engine_options(**{flag.name: values.pop(flag.name) for flag in flags})
+        command(**values, options=options)
+
+    parameters = [*(parameter for parameter in own if parameter.name != "options"), *flags]
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    return run
+
+
+@with_engine_options
+def retry(
+    study: StudyFile,
+    *,
+    out: OutFolder = None,
+    data: DataFolder = None,
+    only: Only = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
+    options: EngineOptions,
 ) -> None:
     """Try just the runs again that failed (`qtdog sweep STUDY` does so too, beside what is missing).
 
@@ -325,8 +355,6 @@ def retry(
     from qtdog.sweep.plan import select_tasks, with_needs
     from qtdog.sweep.runner import discard_unfinished
 
-    options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
-    options.check()
     plan, folder = open_plan(study, data, out)
     failed = set(read_failures(folder))
     tasks = [task for task in (select_tasks(plan.tasks, only) if only else plan.tasks) if task.name in failed]
@@ -372,6 +400,7 @@ LIMIT = "Start at most this number of runs, then stop. Default: all."
 DRY = "Check the study, show what is missing and how long it would take; start nothing."
 
 
+@with_engine_options
 def sweep(
     study: StudyFile,
     *,
@@ -380,14 +409,7 @@ def sweep(
     only: Only = None,
     limit: Annotated[int | None, typer.Option(min=1, help=LIMIT)] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help=DRY)] = False,
-    log: Log = None,
-    engine: EngineChoice = EngineName.LOCAL,
-    workers: Workers = None,
-    threads: Threads = None,
-    gpus: Gpus = None,
-    address: Address = None,
-    partition: Partition = "",
-    hours: Hours = 4.0,
+    options: EngineOptions,
 ) -> None:
     """Make all runs of a study that are missing; stopped or killed, the same command goes on.
 
@@ -402,8 +424,6 @@ def sweep(
     """
     from qtdog.sweep.plan import select_tasks
 
-    options = EngineOptions(engine.value, workers, threads, gpus, address, partition, hours, tuple(log or ()))
-    options.check()
     plan, folder = open_plan(study, data, out)
     tasks = options.for_loggers(select_tasks(plan.tasks, only) if only else plan.tasks)
     if dry:
