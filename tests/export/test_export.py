@@ -183,7 +183,7 @@ def test_what_is_accepted_is_an_output_where_the_file_has_a_threshold(name, sour
 class _Broken(PackedSource):
     """A source whose module has an operator that ONNX lacks."""
 
-    def module(self) -> InferenceModule:
+    def module(self, *, float_activations: bool = False) -> InferenceModule:
         class Odd(nn.Module):
             def forward(self, x):
                 return torch.special.bessel_j0(x.mean((2, 3)))

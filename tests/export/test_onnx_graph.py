@@ -30,7 +30,7 @@ class Built(PackedSource):
 
     make: Callable[[], Network]
 
-    def module(self) -> InferenceModule:
+    def module(self, *, float_activations: bool = False) -> InferenceModule:
         network = self.make()
         network.load_state_dict(plain_state_dict(self.members[0]))
         return InferenceModule([network], self.infos[0].preprocessing)
