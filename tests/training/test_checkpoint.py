@@ -170,3 +170,12 @@ def test_another_number_of_threads_is_told(tmp_path):
     (text,) = warnings
     assert "with 77 thread(s) until step 9" in text
     assert "OMP_NUM_THREADS=77" in text
+
+
+def test_what_a_kill_left_of_an_old_one_is_removed(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, sample(step))
+    (tmp_path / "step-00000001").mkdir()  # a kill while it was removed
+    (tmp_path / "step-00000001" / "network.safetensors").write_bytes(b"")
+    put_aside_broken(tmp_path, 3)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-00000002", "step-00000003"]

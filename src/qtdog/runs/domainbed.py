@@ -94,12 +94,12 @@ def read_domainbed(*files: Path) -> DomainBedRuns:
                     doubles.setdefault((setting, frozenset(envs)), {})[int(line["step"])] = line
                 else:
                     found.left_out[MANY_UNSEEN] += 1
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
                 raise RunError(f"{path}, line {number}, is no evaluation of DomainBed ({error!r})") from error
     for (setting, target, _), (path, lines) in singles.items():
         try:
             found.runs.append(_run(path, setting, target, lines, doubles))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise RunError(f"{path} is no file of DomainBed's evaluations ({error!r})") from error
     return found
 

@@ -223,7 +223,7 @@ def refresh(root: Path, *, read: RowReader = read_row) -> Path | sqlite3.Connect
             return file
         except (OSError, sqlite3.OperationalError):  # not writable, full, or in use
             break
-        except sqlite3.DatabaseError:  # damaged where the check did not look
+        except (sqlite3.DatabaseError, UnicodeDecodeError):  # damaged where the check did not look
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
     database = sqlite3.connect(":memory:")
@@ -260,7 +260,7 @@ def _open(file: Path) -> sqlite3.Connection:
         except sqlite3.OperationalError:  # not writable, or in use: not damaged
             database.close()
             raise
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
             if attempt == 2:
                 raise
         database.close()

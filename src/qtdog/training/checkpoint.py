@@ -157,7 +157,8 @@ BROKEN = "broken-"
 def put_aside_broken(folder: Path, step: int | None) -> None:
     """Rename the checkpoints behind `step`, which are broken since the run goes on from there.
 
-    Else two of them would push out the next whole ones. They are removed when two whole ones are there.
+    Else two of them would push out the next whole ones. They are removed when two whole ones are there. Older ones than
+    are kept, which a process was killed at removing, are removed now.
 
     Args:
         folder: of the checkpoints.
@@ -169,6 +170,8 @@ def put_aside_broken(folder: Path, step: int | None) -> None:
             with clear_disk_errors(path):
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
+    for old in checkpoint_folders(folder)[:-KEPT]:
+        shutil.rmtree(old)
 
 
 def _apart(tensors: Tensors) -> Tensors:
