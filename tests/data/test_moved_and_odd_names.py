@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -47,3 +50,12 @@ def test_every_message_can_be_written(image_tree):
         open_folder(image_tree)
     str(found.value).encode()
     assert str(ConfigError("half a pair: \ud800")).encode()
+
+
+def test_file_names_are_utf8_whatever_the_locale_says(image_tree):
+    (image_tree / "night").rename(image_tree / "café")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "qtdog", "data", "card", str(image_tree), "--json"]
+    done = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["café"] == {"bird": 6, "cat": 6, "dog": 6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -107,8 +108,18 @@ def take_plugins(args: list[str]) -> tuple[list[str], list[str]]:
     return left, files
 
 
+def _decode_names_as_utf8() -> None:
+    """Start again where the locale says that file names are not UTF-8: a name means the same whatever the locale."""
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"  # workers inherit it
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")  # of the terminal
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """Run the program; a QtdogError becomes one readable message and its exit code."""
+    _decode_names_as_utf8()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a letter of some name loses no output
     try:
