@@ -125,9 +125,12 @@ class FinishedRun:
 def settings_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what makes the method of a configuration, by `section.key`.
 
-    A float network has no grid, so of its quantizer only the name is kept.
+    A float network has no grid, so of its quantizer only the name is kept. A teacher that is a file differs from target
+    to target and does not count; one that is a backbone does, by its name.
 
     Example:
+        >>> settings_of({"objective": {"teacher": "resnet50", "teacher_sha256": "f0"}})
+        {'objective.teacher': 'resnet50'}
         >>> settings_of({"quantizer": {"name": "none", "bits": 7}, "train": {"steps": 5, "seed": 1}})
         {'quantizer.name': 'none', 'train.steps': 5}
     """
@@ -135,7 +138,15 @@ def settings_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if tree.get("quantizer", {}).get("name") == "none":
         tree["quantizer"] = {"name": "none"}
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
+    settings = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
+    teacher = _named_teacher(flat.get("objective.teacher"))
+    return settings | ({"objective.teacher": teacher} if teacher else {})
+
+
+def _named_teacher(teacher: object) -> str:
+    """Return the name of a teacher that is a backbone; "" for a file, whose name is no part of the method."""
+    text = str(teacher or "")
+    return "" if text.endswith(".safetensors") else text
 
 
 NO_TARGET = "no unseen domain"
@@ -149,9 +160,12 @@ def method_name(config: Mapping[str, Any]) -> str:
         'erm + lsq 7 bit'
         >>> method_name({"objective": {"name": "coral"}, "averager": {"name": "swad"}, "quantizer": {"name": "none"}})
         'coral + swad + float'
+        >>> method_name({"objective": {"name": "erm"}, "quantizer": {"name": "lsq", "bits": 7, "activation_bits": 8}})
+        'erm + lsq 7 bit, activations 8 bit'
     """
     names = [config["objective"]["name"]]
-    names += ["teacher"] if config["objective"].get("teacher") else []
+    if config["objective"].get("teacher"):
+        names.append(f"teacher {_named_teacher(config['objective']['teacher'])}".rstrip())
     axes = [config.get("model", {}).get("feature_layer", "none")]
     axes += [config.get(axis, {}).get("name", "none") for axis in ("step_rule", "averager")]
     return " + ".join([*names, *(name for name in axes if name not in ("none", "plain")), _grid(config["quantizer"])])
@@ -161,7 +175,8 @@ def _grid(quantizer: Mapping[str, Any]) -> str:
     if quantizer["name"] == "none":
         return "float"
     mixed = " (mixed)" if quantizer.get("layer_bits") else ""
-    return f"{quantizer['name']} {quantizer['bits']} bit{mixed}"
+    activations = f", activations {quantizer['activation_bits']} bit" if quantizer.get("activation_bits") else ""
+    return f"{quantizer['name']} {quantizer['bits']} bit{mixed}{activations}"
 
 
 def unseen(result: Mapping[str, Any]) -> str:
