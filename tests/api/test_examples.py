@@ -29,9 +29,13 @@ STUDY = EXAMPLES / "own_study.yaml"
 def run_cell(source: str, namespace: dict[str, Any]) -> Any:
     """Run a cell as a notebook does, and return the value of its last expression."""
     tree = ast.parse(source)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1]
+    if not isinstance(last, ast.Expr):
+        exec(compile(tree, "cell", "exec"), namespace)
+        return None
+    tree.body.pop()
     exec(compile(tree, "cell", "exec"), namespace)
-    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
 
 
 def test_the_notebook_trains_plots_predicts_exports_and_compares_in_ten_cells(

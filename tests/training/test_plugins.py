@@ -23,6 +23,7 @@ from qtdog.core.progress import StopAfter
 from qtdog.sweep.plan import Task, make_plan
 from qtdog.sweep.study import read_study
 from qtdog.sweep.worker import run_task
+from qtdog.training.load_model import ModelInfo
 from qtdog.training.plugins import AXES, forget_plugins, load_entry_points, load_plugins, member_origins
 from qtdog.training.run import RunCallbacks
 
@@ -278,7 +279,9 @@ def test_a_member_of_every_axis_trains_and_its_model_answers(all_axes: tuple[Pat
     file, result = all_axes
     assert set(AXES) == {axis for axis, _ in member_origins()}
     assert result.config.plugins.files == (str(file),)
-    assert result.model.info.feature_layer == "own-gain"
+    info = result.model.info
+    assert isinstance(info, ModelInfo)
+    assert info.feature_layer == "own-gain"
     scores = result.model.evaluate("own-data", progress=False)
     assert scores.domains["2"]["accuracy"] == result.accuracy
 
@@ -316,7 +319,9 @@ def test_a_model_names_its_plugin_when_it_is_loaded_without_it(
     all_axes: tuple[Path, qtdog.RunResult], tmp_path: Path, anew: Any
 ):
     file, result = all_axes
-    assert [(one.name, one.sha256) for one in result.model.info.plugins] == [
+    info = result.model.info
+    assert isinstance(info, ModelInfo)
+    assert [(one.name, one.sha256) for one in info.plugins] == [
         ("all_axes.py", hashlib.sha256(ALL.encode()).hexdigest())
     ]
     anew()
