@@ -29,12 +29,8 @@ from qtdog.training.finalize import environment
 
 MODEL, SCRIPT, ABOUT, CARD = "model.onnx", "predict.py", "model.json", "README.md"
 BUNDLE_FORMATS = ("onnx-int8", "onnx")
-INLINED: dict[str, tuple[str, ...]] = {
-    "core/errors.py": ("QtdogError", "DataError"),
-    "data/scan.py": (),
-    "data/decode.py": (),
-}
-"""What the script imports, by module: these classes, or all. Their text becomes part of it, so that both read alike."""
+INLINED = ("core/errors.py", "data/scan.py", "data/decode.py")
+"""Modules that the script imports. Their text becomes part of it, so that both read alike."""
 N_TIMED = 30
 
 
@@ -164,15 +160,11 @@ def script() -> str:
     """Return the content of predict.py: our own reading of images and folders with the script around it, one file."""
     root = Path(__file__).parents[1]
     own = (root / "export" / "bundle_predict.py").read_text(encoding="utf-8")
-    texts = {name: (root / name).read_text(encoding="utf-8") for name in INLINED} | {"": own}
+    texts = [*((root / name).read_text(encoding="utf-8") for name in INLINED), own]
     imports: set[str] = set()
     bodies = []
-    for name, text in texts.items():
-        tree, wanted = ast.parse(text), INLINED.get(name, ())
-        if wanted:
-            parts = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in wanted]
-            bodies.append("\n\n\n".join(ast.get_source_segment(text, node) or "" for node in parts))
-            continue
+    for text in texts:
+        tree = ast.parse(text)
         heads = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         outside = (node for node in heads if not ast.unparse(node).startswith(("from qtdog", "from __future__")))
         imports |= {ast.unparse(node) for node in outside}
