@@ -70,6 +70,7 @@ def no_plugins() -> Any:
     [
         ("README.md", 2),
         ("docs/quickstart.md", 6),
+        ("docs/tutorials/engineer.md", 7),
     ],
 )
 @pytest.mark.usefixtures("no_plugins")

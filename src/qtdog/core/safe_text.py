@@ -66,15 +66,16 @@ _PLAIN_NUMBER = re.compile(r"…|[+-]?(inf|nan|\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?
 def no_formula(text: str) -> str:
     r"""Return text for a cell of a CSV file that no spreadsheet takes for a formula; numbers stay, also several.
 
-    A formula starts with one of `= + - @`, also behind blanks, tabs and line breaks; it gets a `'` before it.
+    A formula starts with one of `= + - @`, also behind blanks, tabs and line breaks; it gets a `'` before it. Several
+    numbers have blanks or semicolons between them.
 
     Example:
-        >>> no_formula("=1+1"), no_formula("-0.4"), no_formula(" =1"), no_formula("-1e-05 2.0")
-        ("'=1+1", '-0.4', "' =1", '-1e-05 2.0')
+        >>> no_formula("=1+1"), no_formula("-0.4"), no_formula(" =1"), no_formula("-1e-05 2.0; 3.0")
+        ("'=1+1", '-0.4', "' =1", '-1e-05 2.0; 3.0')
     """
     shown = printable(text)
     starts = text.startswith(_FORMULA) or text.lstrip().startswith((*_FORMULA, *_FULL_WIDTH))
-    return f"'{shown}" if starts and not all(map(_PLAIN_NUMBER.fullmatch, re.split("[ ;]", text))) else shown
+    return f"'{shown}" if starts and not all(map(_PLAIN_NUMBER.fullmatch, re.split("[ ;]+", text))) else shown
 
 
 def csv_line(cells: Iterable[object]) -> str:
