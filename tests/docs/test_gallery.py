@@ -21,7 +21,7 @@ SMALLER = {
     r"\* 3 \+": lambda found: "* 2 +",
     r"points=\d+": lambda found: "points=3",
     r"num_images=\d+": lambda found: "num_images=4",
-    r"num_(directions|vectors)=\d+": lambda found: f"num_{found[1]}=2",
+    r"num_directions=\d+": lambda found: "num_directions=2",
     r"radii=\[0, 1, 2, 3, 4\]": lambda found: "radii=[0, 1]",
     r"bits in \(3, 5, 7\)": lambda found: "bits in (7,)",
 }
