@@ -28,6 +28,7 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.calibrate import calibrate_
 from qtdog.core.random import torch_stream
 from qtdog.data.augment import normalise
+from qtdog.data.dataset import require_images
 from qtdog.data.open import open_dataset
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.weights import BACKBONE, is_installed
@@ -42,7 +43,7 @@ def images(n: int) -> tuple[Tensor, str]:
     """Return n images as the network sees them, (n, 3, SIZE, SIZE), and what they are."""
     root = Path(os.environ.get("QTDOG_DATA", "../shared/data")) / "pacs"
     if root.is_dir():
-        dataset = open_dataset(str(root))
+        dataset = require_images(open_dataset(str(root)))
         chosen = calibration_indices({domain: dataset.indices(domain) for domain in SOURCES}, n, seed=0)
         pixels = torch.from_numpy(np.stack([dataset.read_resized(int(index), SIZE) for index in chosen]))
         return normalise(pixels, *preprocessing(BACKBONE)), f"PACS: {', '.join(SOURCES)}"

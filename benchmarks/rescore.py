@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qtdog.data.dataset import DomainSubset
+from qtdog.data.dataset import DomainSubset, require_images
 from qtdog.data.open import open_dataset
 from qtdog.ensemble.scoring import score_domains
 from qtdog.runs.find import run_folders
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--data", default="rotated-digits")
     options = parser.parse_args()
-    dataset = open_dataset(options.data)
+    dataset = require_images(open_dataset(options.data))
     n_wrong = 0
     for folder in map(RunFolder, run_folders(options.runs)):
         result, config = folder.read_result(), folder.read_config()

@@ -14,6 +14,7 @@ import pytest
 from qtdog.core.errors import DataError, RunError
 from qtdog.data import cards
 from qtdog.data.cards import CARDS
+from qtdog.data.dataset import require_images
 from qtdog.data.fetch import Fetched, fetch, remember, remembered
 from qtdog.data.file_index import files_below
 from qtdog.data.open import open_dataset, open_texts
@@ -50,7 +51,7 @@ def test_every_benchmark_is_fetched_verified_trained_on_and_predicted(name, card
     Path(tmp_path / "one").mkdir()
     from PIL import Image
 
-    pixels = dataset.read(0)
+    pixels = require_images(dataset).read(0)
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(tmp_path / "one" / "a.png")
     code, out, err = qtdog("predict", run / "model.safetensors", tmp_path / "one", "--json")
     assert code == 0, err

@@ -241,12 +241,12 @@ def test_trained_grids_are_the_ranges_of_the_integer_graph(backbone, bits, sourc
     assert made.parity.agreement_frac > 0.8
     arrays, nodes = initialisers(made.path), onnx.load(made.path).graph.node
     makers = {output: node for node in nodes for output in node.output}
-    grids = {np.float32(grid.scale): grid for grid in packed.grids(0).values()}
+    grids = {float(np.float32(grid.scale)): grid for grid in packed.grids(0).values()}
     trained = 0
     for node in nodes:
-        if node.op_type != "QuantizeLinear" or arrays[node.input[1]][()] not in grids:
+        if node.op_type != "QuantizeLinear" or float(arrays[node.input[1]]) not in grids:
             continue
-        grid = grids[arrays[node.input[1]][()]]
+        grid = grids[float(arrays[node.input[1]])]
         trained += 1
         assert arrays[node.input[2]] == -grid.qmin
         if bits < 8:

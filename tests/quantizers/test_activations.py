@@ -54,6 +54,7 @@ def test_a_learned_step_has_lsqs_start_and_gradient():
     ratio = values.detach() / quantizer.scale().detach()
     by_scale = torch.where(ratio < 7, ratio.round() - ratio, torch.tensor(7.0)).sum()
     torch.testing.assert_close(quantizer.log_scale.grad, (by_scale * 0.1)[None], rtol=1e-4, atol=1e-5)
+    assert values.grad is not None
     assert torch.equal(values.grad, (ratio < 7).float())
 
 

@@ -122,7 +122,7 @@ def rows(two):
 def test_an_index_that_is_not_ours_is_made_anew(how, two, tmp_path):
     expected = rows(two)
     file = index_file(two)
-    content = bytearray(file.read_bytes())
+    content, before = bytearray(file.read_bytes()), b""
     if how == "noise":
         content[100:3000] = os.urandom(2900)
         file.write_bytes(content)
@@ -167,6 +167,5 @@ def test_a_file_of_the_same_size_and_date_is_read_again(two):
 
 
 def test_names_that_are_no_utf8_are_shown(two):
-    target = os.fsencode(two) + b"/\xff"
-    shutil.copytree(os.fsencode(two / "good"), target)
+    shutil.copytree(two / "good", os.fsdecode(os.fsencode(two) + b"/\xff"))
     assert "\\udcff" in [row["folder"] for row in ask(refresh(two))]

@@ -154,13 +154,16 @@ def test_damaged_files_are_rows_that_say_so_and_mistakes_of_the_program_are_not_
     plan, out = copied
     folder = out / next(task.name for task in plan.tasks if task.kind == "run")
     result = json.loads((folder / "result.json").read_text())
-    assert read_row(folder)["test_accuracy"] == result["test_accuracy"]
+    row = read_row(folder)
+    assert row is not None
+    assert row["test_accuracy"] == result["test_accuracy"]
     without = {key: result[key] for key in result if key != "selection"}
     for damaged in (result | {"size": "large"}, result | {"size": {}}, result | {"test_accuracy_80": 3}, without):
         (folder / "result.json").write_text(json.dumps(damaged))
         row = read_row(folder)
+        assert row is not None
         assert row["state"] == "damaged"
-        assert "result.json" in row["error"]
+        assert "result.json" in str(row["error"])
         assert "test_accuracy" not in row
     with pytest.raises(AttributeError, match="a mistake in the program"):
         read_row(Unreadable(folder))

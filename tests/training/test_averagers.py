@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from qtdog.conversion.attach import attach, sites
@@ -78,7 +78,9 @@ def test_dequantized_weights_are_averaged_and_step_sizes_refitted(make, mode):
                 if parameter.requires_grad:
                     parameter += 0.1 * torch.randn_like(parameter)
         averager.after_step(step, network)
-        seen.append(network[0].weight.detach().clone())
+        first = network[0]
+        assert isinstance(first, nn.Linear)
+        seen.append(first.weight.detach().clone())
     mean = torch.stack(seen).mean(0)
     tensors, extra = averager.state()
     resumed.restore(tensors, json.loads(json.dumps(extra)))
@@ -91,6 +93,7 @@ def test_dequantized_weights_are_averaged_and_step_sizes_refitted(make, mode):
             assert isinstance(layer, nn.Linear)
             error = (layer.weight - mean).square().sum()
             steps = handle.layers["0"].step_sizes()
+            assert steps is not None
             torch.testing.assert_close(steps, initial_scale(mean, handle.layers["0"].spec, "mse"))
             for factor in (0.8, 0.95, 1.05, 1.25):
                 scale = (steps * factor)[:, None]

@@ -126,7 +126,9 @@ def test_broken_ones_do_not_push_out_new_whole_ones(tmp_path):
     put_aside_broken(tmp_path, None)
     for step in (60, 120, 130):
         write_checkpoint(tmp_path, sample(step))
-        assert latest_checkpoint(tmp_path, pytest.fail).step == step
+        newest = latest_checkpoint(tmp_path, pytest.fail)
+        assert newest is not None
+        assert newest.step == step
         there = sorted(path.name for path in tmp_path.iterdir())
         aside = ["broken-step-00000100", "broken-step-00000200"]
         assert there[:2] == aside if step == 60 else all(name.startswith("step-") for name in there)
@@ -136,7 +138,9 @@ def test_broken_ones_do_not_push_out_new_whole_ones(tmp_path):
 def test_a_whole_one_before_a_broken_one_is_kept(tmp_path):
     write_checkpoint(tmp_path, sample(40))
     (write_checkpoint(tmp_path, sample(50)) / "checkpoint.json").unlink()
-    put_aside_broken(tmp_path, latest_checkpoint(tmp_path, lambda text: None).step)
+    whole = latest_checkpoint(tmp_path, lambda text: None)
+    assert whole is not None
+    put_aside_broken(tmp_path, whole.step)
     write_checkpoint(tmp_path, sample(60))
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-00000040", "step-00000060"]
 
