@@ -9,7 +9,7 @@ PACKAGE := $(VENV)/.package
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint docs pictures bench gpu-check clean
+.PHONY: help setup demo test stress lint docs pictures bench gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ lint: setup ## style, format, types, import contract
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
-test: lint ## lint, then all tests
+test: lint ## lint, then all tests but those of make stress
 	@$(BIN)/pytest
+
+stress: setup ## the tests that make test leaves out: kills, interrupts, fresh processes (many seconds each)
+	@$(BIN)/pytest -m stress
 
 docs: setup ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

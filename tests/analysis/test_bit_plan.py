@@ -79,4 +79,5 @@ def test_sources_are_what_is_left_without_the_target(digits):
 
 
 def test_folders_of_domains_with_a_slash_lie_below_out():
-    assert place(Path("out"), "a/b", "float") == Path("out/a_b/float")
+    assert place(Path("out"), "a/b", "float").parts[0::2] == ("out", "float")
+    assert len({place(Path("out"), name, "float") for name in ("a/b", "a_b", "a:b")}) == 3

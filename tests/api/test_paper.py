@@ -84,8 +84,7 @@ def names_read(source: str) -> set[str]:
 
 
 def unread(settings: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    files = [path for path in SOURCE.rglob("*.py") if path.name != "config.py"]
-    read = set().union(OPTION_NAMES, *(names_read(path.read_text()) for path in files))
+    read = set().union(OPTION_NAMES, *(names_read(path.read_text()) for path in SOURCE.rglob("*.py")))
     return {(section, key) for section, key in settings if key not in read}
 
 

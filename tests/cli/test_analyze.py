@@ -174,7 +174,7 @@ def test_what_makes_no_sense_is_refused(qtdog, runs, tmp_path, image_tree):
     (unfinished / "model.safetensors").unlink()
     cases = {
         ("flatness", unfinished): "is not finished",
-        ("noise", runs["float"]): "ships float weights",
+        ("noise", runs["float"]): "saved float weights",
         ("flatness", tmp_path / "nowhere"): "is no folder",
         ("stability", image_tree): "has no config.yaml",
         ("errors", runs["lsq"], "--data", image_tree): "other images",

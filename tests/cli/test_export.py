@@ -82,6 +82,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.stress
 def test_nothing_is_left_when_the_export_is_told_to_end(run_folder, tmp_path):
     command = [sys.executable, "-m", "qtdog.cli.main", "export", run_folder, "-o", tmp_path / "out" / "m.onnx"]
     for number in (signal.SIGTERM, signal.SIGINT):

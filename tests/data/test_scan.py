@@ -114,7 +114,7 @@ def test_images_outside_of_a_class_and_raw_files_are_said(small):
 def test_the_parts_of_a_split_are_no_classes(tmp_path, parts):
     names = (f"{d}/{p}/{c}/{i}.png" for d in "ab" for p in parts for c in ("cat", "dog") for i in range(2))
     root = make(tmp_path / "photos", *names)
-    with pytest.raises(DataError, match=r"DOMAIN/SPLIT/CLASS/image .*'qtdog data import .*photos --to NEW'"):
+    with pytest.raises(DataError, match=r"DOMAIN/SPLIT/CLASS/image .*'qtdog data import .*photos -o NEW'"):
         open_folder(root)
     adopt(root, tmp_path / "new", DatasetCard("new", "New"), "link", {})
     dataset = open_folder(tmp_path / "new")

@@ -19,9 +19,9 @@ SMALLER = {
     r'steps=300|"steps": 300': lambda found: found[0].replace("300", "4"),
     r"members=3": lambda found: "members=2",
     r"\* 3 \+": lambda found: "* 2 +",
-    r"points=\d+": lambda found: "points=3",
+    r"num_points=\d+": lambda found: "num_points=3",
     r"num_images=\d+": lambda found: "num_images=4",
-    r"num_directions=\d+": lambda found: "num_directions=2",
+    r"num_directions=\d+": lambda found: "num_directions=4",
     r"radii=\[0, 1, 2, 3, 4\]": lambda found: "radii=[0, 1]",
     r"bits in \(3, 5, 7\)": lambda found: "bits in (7,)",
 }

@@ -139,6 +139,7 @@ def test_a_worker_sends_what_a_user_can_mend(files, tmp_path):
     assert "made for 12 pixels" in str(error)
 
 
+@pytest.mark.stress
 def test_memory_of_a_model_is_counted_behind_the_libraries(files):
     with Worker(BenchmarkJob(files / "one.onnx", "onnxruntime", 1, 1, None)) as worker:
         one = worker.opened
@@ -162,6 +163,7 @@ def test_operators_of_the_file_and_of_the_runtime(files):
     assert eager.n_in_runtime is None
 
 
+@pytest.mark.stress
 def test_models_beside_one_another_until_an_interrupt(files, tmp_path):
     seen = []
 

@@ -88,6 +88,7 @@ def test_a_log_on_a_full_disk_stops_the_sweep_instead_of_being_tried_again(make_
     assert (outcome.status, outcome.error) == ("disk", "OSError")
 
 
+@pytest.mark.stress
 def test_a_killed_fork_server_loses_nothing(make_tiny, local, tmp_path, running):
     plan = make_tiny()
     expected = running.measured(running.in_this_process(plan, tmp_path / "whole"), plan)
@@ -107,6 +108,7 @@ def test_a_killed_fork_server_loses_nothing(make_tiny, local, tmp_path, running)
     assert running.measured(out, plan) == expected
 
 
+@pytest.mark.stress
 def test_an_unguarded_script_in_a_folder_with_strange_modules_runs_a_study(make_tiny, tmp_path):
     plan = make_tiny(methods={"float": {"presets": ["float"]}}, grid={"target": "75", "seed": 0})
     text = plan.study.model_dump(mode="json", exclude_defaults=True)
@@ -142,6 +144,7 @@ def test_sigterm_leaves_checkpoints_and_no_process(make_tiny, tmp_path):
     assert all(list((out / task.name).glob("checkpoint/step-*/checkpoint.json")) for task in plan.tasks)
 
 
+@pytest.mark.stress
 def test_killed_workers_and_a_killed_driver_lose_nothing(make_tiny, local, tmp_path, running):
     sma = {"presets": ["float"], "set": {"averager.name": "sma", "averager.params": {"start": 24}}}
     methods = {"float": {"presets": ["float"]}, "lsq": {"presets": ["lsq"]}, "sma": sma}

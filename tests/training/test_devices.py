@@ -102,7 +102,7 @@ def test_every_member_of_every_axis_stays_on_the_device(
     train_steps(on_meta(short_config(**needs(section, name)), digits))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_combinations_stay_on_the_device(seed: int, short_config: Callable[..., Config], digits: RotatedDigits):
     rng = random.Random(seed)
     changes: dict[str, Any] = {}

@@ -79,7 +79,7 @@ def test_the_context_ships_quantized_and_answers_for_a_batch(tmp_path, config, d
     assert [name for name in names if name.startswith("context")] == [f"context.layers.{i}" for i in (0, 3, 6)]
     shipped = load_model(folder.model_file)
     assert shipped.info.feature_layer == "context"
-    assert shipped.info.feature_params == {"channels": 1, "width": 8}
+    assert shipped.info.feature_params == {"channels": 1, "width": 8, "group": 0}
     images = torch.rand(6, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(shipped(images), shipped(images))

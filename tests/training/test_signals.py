@@ -21,6 +21,7 @@ from qtdog.training.signals import StopRequest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.stress
 def test_killed_and_resumed_gives_the_same_file():
     command = [sys.executable, ROOT / "tests" / "stress" / "kill_resume.py", "--kills", "2", "--steps", "60"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)

@@ -298,7 +298,7 @@ def place(out: Path, left_out: str, run: str) -> Path:
     """Return the folder of one run below `out`.
 
     Example:
-        >>> place(Path("runs"), "site/a", "7-bit").as_posix()
-        'runs/site_a/7-bit'
+        >>> place(Path("runs"), "site-a", "7-bit").as_posix(), place(Path("runs"), "site/a", "7-bit").as_posix()
+        ('runs/site-a/7-bit', 'runs/site_a-f72eace5335d/7-bit')
     """
     return out / safe_name(left_out) / run

@@ -138,6 +138,8 @@ def read_plan(out: Path) -> tuple[dict[str, Any], Members] | None:
             number, splits, fork_at = (tree["crew"][key] for key in ("members", "splits", "fork_at"))
             return tree["config"], Members(number, splits, fork_at)
         return tree["config"], Members(**tree["members"])
+    except RunError as error:
+        raise RunError(f"{error}; delete it, and give the flags again with --resume") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} is damaged ({error}); delete it, and give the flags again with --resume") from error
 
