@@ -116,7 +116,6 @@ class Quiet:
             self.failed.append(outcome.reason)
 
 
-@pytest.mark.stress
 def test_a_study_of_the_plugin_runs_with_local_workers_and_with_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plugins: None
 ):

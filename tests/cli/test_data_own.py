@@ -113,7 +113,6 @@ def test_rare_classes_may_weigh_more(qtdog, scans, tmp_path):
     assert "did you mean 'balanced'" in outcome.err
 
 
-@pytest.mark.stress
 def test_every_later_command_leaves_out_what_the_run_left_out(qtdog, scans, tmp_path):
     broken = scans / "hill" / "malignant" / "2.webp"
     broken.write_bytes(broken.read_bytes()[:60])

@@ -7,6 +7,8 @@
 # pyright: reportOperatorIssue=false
 # pyright: reportOptionalMemberAccess=false
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -233,3 +235,41 @@ def test_tuning_from_a_file_leaves_its_float_layers_and_refuses_what_does_not_fi
 
 def parametrized(model):
     return [module for module in model.modules() if parametrize.is_parametrized(module)]
+
+
+FOREACH_MUL_: Any = vars(torch)["_foreach_mul_"]
+FOREACH_ADD_: Any = vars(torch)["_foreach_add_"]
+WRITES = {
+    "out": lambda weight: torch.add(weight.clone(), 1, out=weight),
+    "several outs": lambda weight: torch.max(torch.ones(3, *weight.shape), 0, out=(weight, weight.clone().long())),
+    "function in place": lambda weight: torch.relu_(weight),
+    "inplace": lambda weight: torch.nn.functional.relu(weight, inplace=True),
+    "foreach": lambda weight: FOREACH_MUL_([torch.ones(2), weight], 2.0),
+    "method": lambda weight: weight.mul_(2),
+    "item": lambda weight: weight.__setitem__(0, 0.0),
+    "operator": lambda weight: weight.__iadd__(1),
+    "init": lambda weight: torch.nn.init.zeros_(weight),
+    "copy": lambda weight: weight.detach().copy_(torch.zeros_like(weight)),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_way_to_write_to_a_computed_weight_is_refused(name):
+    layer = nn.Linear(4, 3)
+    attach(layer).enable()
+    before = layer.weight.clone()
+    with torch.no_grad(), pytest.raises(ModelError, match="computed at each use"):
+        WRITES[name](layer.weight)
+    assert torch.equal(layer.weight, before)
+
+
+def test_reading_a_computed_weight_gives_plain_tensors():
+    layer = nn.Linear(4, 3)
+    attach(layer).enable()
+    target = torch.zeros(3, 4)
+    with torch.no_grad():
+        FOREACH_ADD_([target], [layer.weight])
+        torch.add(layer.weight, 1, out=torch.empty(3, 4))
+    assert torch.equal(target, layer.weight)
+    for value in (layer.weight + 1, layer.weight.clone(), torch.stack([layer.weight]), layer.weight.T):
+        assert type(value) is torch.Tensor

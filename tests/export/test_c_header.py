@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from qtdog.core.errors import FormatError
+from qtdog.core.errors import FormatError, ModelError
 from qtdog.export.c_header import open_header, save_header
 from qtdog.export.export import export
 from qtdog.export.packed_source import read_packed_source
@@ -84,3 +84,9 @@ def test_a_changed_or_cut_header_is_refused(source, photos, tmp_path):
     path.write_text("/* nothing */\n")
     with pytest.raises(FormatError, match="does not say what it is"):
         open_header(path, 1)
+
+
+def test_rounded_activations_are_refused_as_the_header_has_no_grids(source, photos, tmp_path):
+    with pytest.raises(ModelError, match=r"rounded activations.*onnx-int8"):
+        export(source("test_resnet", activations=8), tmp_path / "model.h", "c", photos)
+    assert not list(tmp_path.glob("model*"))

@@ -62,7 +62,6 @@ def test_two_processes_match_one(tmp_path):
         torch.testing.assert_close(networks[1][name], ours, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.stress
 def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(tmp_path):
     flags = FLAGS | {"image_size": 32, "steps": 2, "start_step": 1, "backbone": "test_resnet", "weights": "none"}
     in_two_processes(tmp_path / "run", flags, "model.freeze_bn=false")

@@ -66,7 +66,7 @@ def guess_step_s(config: Config, dataset: DomainDataset, *, cores: int | None = 
     size = config.data.max_tokens if isinstance(dataset, TextDomains) else config.data.image_size
     try:
         flops = training_flops(config.model.backbone, channels=dataset.card.channels, size=size)
-    except ModelError:  # it will be told when the run begins
+    except ModelError:  # an error when the run begins
         return None
     return flops * images_per_step(config, dataset) / (CORE_FLOPS * (cores or torch.get_num_threads()))
 

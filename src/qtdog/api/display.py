@@ -46,7 +46,7 @@ class SafeConsole(Console):
 
 out = SafeConsole(quiet=not SPEAKS, markup=False)
 err = SafeConsole(stderr=True, quiet=not SPEAKS, markup=False)
-MEASURED_STEPS, MEASURED_S = 3, 2.0  # from which the time of a run is told
+MEASURED_STEPS, MEASURED_S = 3, 2.0  # after which the time of a run is estimated
 WORTH_SAYING_S = 30.0  # of a run that is left
 LINE_EVERY_S = 30.0  # between two lines about the steps, where there is no bar
 

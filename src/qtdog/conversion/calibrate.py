@@ -280,24 +280,24 @@ def calibrate_(
         >>> layer.method, layer.error <= layer.rounding_error
         ('obc', True)
     """
-    found = _checked_sites(model, method, batches)
+    checked = _checked_sites(model, method, batches)
     Attached(model).set_enabled(False)
-    passes = [] if method == "rtn" else plan_passes(model, found, HESSIAN_BYTES)
-    count = _Progress(len(passes) * len(batches) + len(found), progress, check)
+    passes = [] if method == "rtn" else plan_passes(model, checked, HESSIAN_BYTES)
+    count = _Progress(len(passes) * len(batches) + len(checked), progress, check)
     outcomes: dict[str, Outcome] = {}
     for group in passes:
         hessians = _record(model, group, batches, count)
         for site in group:
             outcomes[site.name] = _solve(site, method, hessians.pop(site.name, None), damping, check)
             count.step()
-    for site in found:
+    for site in checked:
         if site.name not in outcomes:
             why = "" if method == "rtn" else f"its Hessian would take {_hessian_bytes(model, site) / 1e9:.1f} GB"
             outcomes[site.name] = _rounded(site, why)
             count.step()
-    for site in found:
+    for site in checked:
         _fixed(site).set_(outcomes[site.name][0])
-    return [outcomes[site.name][1] for site in found]
+    return [outcomes[site.name][1] for site in checked]
 
 
 def _checked_sites(model: nn.Module, method: str, batches: Batches) -> list[Site]:

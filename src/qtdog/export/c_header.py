@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qtdog.core.errors import FormatError
+from qtdog.core.errors import FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import ExportInfo, parse_info
@@ -29,7 +29,7 @@ HEAD = """/* A model of qtdog as data: codes, step sizes and shapes of its quant
  *
  * A weight is points[code - qmin] * scale, or code * scale where points is NULL. With axis -1 there is one scale;
  * else the index along that axis says which, and with several groups of dimension 0 it is scale number
- * group * dims[axis] + index. Arrays are are in C order. Input: pixels of image_size x image_size,
+ * group * dims[axis] + index. Arrays are in C order. Input: pixels of image_size x image_size,
  * (pixel / 255 - mean) / std for each channel; the probabilities are softmax(logits / temperature). qtdog_about is the
  * description as JSON.
  */
@@ -64,8 +64,14 @@ def save_header(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> N
 
     Raises:
         FormatError: a tensor that no array of the header can hold (complex numbers, more than 6 dimensions).
+        ModelError: the model rounds activations, of whose grids the header has no array.
     """
     first = source.infos[0]
+    if any(info.activations for info in source.infos):
+        raise ModelError(
+            f"{source.path} was trained with rounded activations, and a C header holds no grids for them: a program "
+            "made from it would answer otherwise. Use --format onnx-int8 or openvino-int8, which have them"
+        )
     arrays: list[str] = []
     made: dict[int, str] = {}
     weights, tensors = [], []

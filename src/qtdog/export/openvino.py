@@ -13,7 +13,7 @@ from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.onnx_graph import to_bytes
 from qtdog.export.packed_source import PackedSource
 
-# where the processor has bfloat16, OpenVINO computes in it unless told otherwise, and logits move by 0.2
+# where the processor has bfloat16, OpenVINO computes in it unless the precision is set, and logits move by 0.2
 PRECISION = "f32"
 
 
@@ -76,7 +76,7 @@ def save_openvino(source: PackedSource, graph: Any, path: Path, info: ExportInfo
             said = " ".join(str(error).split())[:400]
             raise ModelError(f"OpenVINO cannot convert {source.path}: {said}") from error
         model.set_rt_info(info.model_dump_json(), KEY)
-        # a full disk is told as the operating system tells it; OpenVINO has one error for everything
+        # a full disk is an error of the operating system's; OpenVINO has one error for everything
         n_described = DESCRIBED_BYTES * len(model.get_ordered_ops()) + len(info.model_dump_json())
         require_space(path.with_suffix(".bin"), len(content))
         require_space(path, n_described)

@@ -235,4 +235,30 @@ class Objective(nn.Module):
         return self.loss(view.outputs(batch))
 
 
+class WrappedObjective(Objective):
+    """Something around the loss of another objective, which looks only at features, logits and labels; abstract.
+
+    Hyper-parameters, their checks and the learning rate are those of the objective inside.
+
+    Args:
+        objective: the loss of the labels.
+        limit: why an objective that runs the model itself cannot be inside, as the end of a sentence.
+
+    Raises:
+        ConfigError: the objective runs the model itself.
+    """
+
+    def __init__(self, objective: Objective, limit: str) -> None:
+        nn.Module.__init__(self)
+        if type(objective).forward is not Objective.forward:
+            raise ConfigError(f"objective '{type(objective).__name__}' runs the model itself {limit}; use erm")
+        self.objective = objective
+        self.params = objective.params
+        self.lr_factor = objective.lr_factor
+
+    def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
+        """Return the loss of the objective inside."""
+        return self.objective.loss(domains)
+
+
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", "qtdog.objectives")

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtdog.core.errors import ConfigError
-from qtdog.objectives.base import DomainBatch, DomainOutputs, ModelView, Objective
+from qtdog.objectives.base import DomainBatch, DomainOutputs, ModelView, Objective, WrappedObjective
 
 N_VIEWS = 2
 """Augmented views beside the clean image, as published."""
@@ -32,7 +31,7 @@ def jensen_shannon(logits: Sequence[Tensor]) -> Tensor:
     return (log_p.exp() * (log_p - log_mean)).sum(dim=2).mean()
 
 
-class Consistency(Objective):
+class Consistency(WrappedObjective):
     """objective(clean images) + λ · JS(clean, two views), all from one pass over three times the images.
 
     Args:
@@ -44,18 +43,8 @@ class Consistency(Objective):
     """
 
     def __init__(self, objective: Objective, weight: float) -> None:
-        torch.nn.Module.__init__(self)  # hyper-parameters and checks are those of the objective
-        if type(objective).forward is not Objective.forward:
-            name = type(objective).__name__
-            raise ConfigError(f"objective '{name}' runs the model itself and knows nothing of views; use erm")
-        self.objective = objective
-        self.params = objective.params
-        self.lr_factor = objective.lr_factor
+        super().__init__(objective, "and knows nothing of views")
         self.weight = weight
-
-    def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
-        """Return the loss of the labels alone."""
-        return self.objective.loss(domains)
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the loss of the clean images and the divergence of their views (ValueError without views)."""

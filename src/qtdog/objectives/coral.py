@@ -66,9 +66,13 @@ class CORAL(Objective):
     MIN_DOMAINS = 2
     MIN_BATCH = 2
 
+    def penalty(self, features: Sequence[Tensor]) -> Tensor:
+        """Return how far the features (n, d) of the domains differ."""
+        return coral_penalty(features)
+
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
         """Return the scalar loss of the outputs of all source domains."""
-        penalty = coral_penalty([domain.features for domain in domains])
+        penalty = self.penalty([domain.features for domain in domains])
         return domain_losses(domains).mean() + self.number("weight") * penalty
 
 
@@ -98,21 +102,17 @@ def _covariance_distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 @OBJECTIVES.register("deep-coral")
-class DeepCORAL(Objective):
+class DeepCORAL(CORAL):
     """Alignment of the features' covariances alone: Deep CORAL (Sun and Saenko, ECCV workshops 2016).
 
     L = mean over domains of CE + weight · `deep_coral_penalty` of the penultimate features. DomainBed's form is
     `coral`: it counts the means too, and covariances four times as much.
     """
 
-    MEAN_CROSS_ENTROPY: ClassVar[str] = "domains"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(1.0, "of the penalty (λ; searched as coral's)", low=0, search=(1e-1, 10), log=True),
     }
-    MIN_DOMAINS = 2
-    MIN_BATCH = 2
 
-    def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
-        """Return the scalar loss of the outputs of all source domains."""
-        penalty = deep_coral_penalty([domain.features for domain in domains])
-        return domain_losses(domains).mean() + self.number("weight") * penalty
+    def penalty(self, features: Sequence[Tensor]) -> Tensor:
+        """Return how far the covariances of the features (n, d) of the domains differ."""
+        return deep_coral_penalty(features)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.base import DomainBatch, DomainOutputs, ModelView, Objective, ObjectiveSetting
+from qtdog.objectives.base import DomainBatch, ModelView, Objective, ObjectiveSetting, WrappedObjective
 from qtdog.objectives.functional import linear_head
 
 
@@ -57,7 +57,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * functional.kl_div(given, target, reduction="batchmean", log_target=True)
 
 
-class Distill(Objective):
+class Distill(WrappedObjective):
     """w · T² KL(teacher ‖ student) + (1 - w) · objective, both from one pass of the student.
 
     The teacher sees the very images that the student sees, augmentation included (consistent teaching: Beyer et al.,
@@ -74,20 +74,10 @@ class Distill(Objective):
     """
 
     def __init__(self, objective: Objective, teacher: Teacher, *, weight: float, temperature: float) -> None:
-        torch.nn.Module.__init__(self)  # hyper-parameters and checks are those of the objective
-        if type(objective).forward is not Objective.forward:
-            name = type(objective).__name__
-            raise ConfigError(f"objective '{name}' runs the model itself and cannot have a teacher beside it; use erm")
-        self.objective = objective
-        self.params = objective.params
-        self.lr_factor = objective.lr_factor
+        super().__init__(objective, "and cannot have a teacher beside it")
         self.weight = weight
         self.temperature = temperature
         self._teacher = teacher
-
-    def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
-        """Return the loss of the labels alone."""
-        return self.objective.loss(domains)
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the weighted sum of both losses."""

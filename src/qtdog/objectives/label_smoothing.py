@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.base import DomainOutputs, Objective
+from qtdog.objectives.base import DomainOutputs, Objective, WrappedObjective
 
 
 def smoothing_term(domains: Sequence[DomainOutputs], over: str = "images") -> Tensor:
@@ -35,7 +35,7 @@ def smoothing_term(domains: Sequence[DomainOutputs], over: str = "images") -> Te
     return torch.cat(terms).mean() if over == "images" else torch.stack([term.mean() for term in terms]).mean()
 
 
-class LabelSmoothing(Objective):
+class LabelSmoothing(WrappedObjective):
     """An objective whose mean cross-entropy is with labels of which a share ε is spread evenly over all classes.
 
     What else the objective adds (penalties on features) stays.
@@ -49,16 +49,13 @@ class LabelSmoothing(Objective):
     """
 
     def __init__(self, objective: Objective, share: float) -> None:
-        torch.nn.Module.__init__(self)  # hyper-parameters and checks are those of the objective
-        if not objective.MEAN_CROSS_ENTROPY or type(objective).forward is not Objective.forward:
+        if not objective.MEAN_CROSS_ENTROPY:
             name = type(objective).__name__
             raise ConfigError(
                 f"objective '{name}' is not the mean cross-entropy with terms beside it, so labels cannot be smoothed "
                 "(objective.label_smoothing is for erm, coral, deep-coral and mmd)"
             )
-        self.objective = objective
-        self.params = objective.params
-        self.lr_factor = objective.lr_factor
+        super().__init__(objective, "and its labels cannot be smoothed")
         self.share = share
 
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:

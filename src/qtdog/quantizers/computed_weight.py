@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -11,12 +12,46 @@ from torch import Tensor, nn
 from qtdog.core.errors import ModelError
 from qtdog.quantizers.base import is_transformed
 
+_HARMLESS = ("requires_grad_", "share_memory_", "detach_")
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_ASSIGNING = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
+
+
+def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield what a function of torch writes to: `out`, and the first argument where it works in place.
+
+    Example:
+        >>> list(_written("add_", ("w", 1), {})), list(_written("add", ("w", 1), {"out": "v"}))
+        ([None, 'w'], ['v'])
+    """
+    outputs = kwargs.get("out")
+    yield from outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    in_place = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+    if args and (in_place or kwargs.get("inplace")):
+        yield from args[0] if isinstance(args[0], (tuple, list)) else [args[0]]  # a list for `torch._foreach_…_`
+
 
 class ComputedWeight(Tensor):
-    """The weight of an enabled layer, computed at this use: a change in place would be lost, so it raises."""
+    """The weight of an enabled layer, computed at this use: a change in place would be lost, so it raises.
 
-    # operations return plain tensors, at no cost
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    Operations return plain tensors.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch, unless it writes to a computed weight.
+
+        Raises:
+            ModelError: it does.
+        """
+        options = kwargs or {}
+        for target in _written(getattr(func, "__name__", ""), args, options):
+            if isinstance(target, ComputedWeight):
+                target._refuse_()
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateImportUsage]
+            return func(*args, **options)
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -42,14 +77,6 @@ class ComputedWeight(Tensor):
             "the weight of an enabled quantizer is computed at each use, so a change in place would be lost: assign "
             "`layer.weight = value`, or change the weight behind it, `attached(model).weights_()[layer name]`"
         )
-
-
-_HARMLESS = ("requires_grad_", "share_memory_", "detach_")
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_ASSIGNING = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
-for _name in dir(Tensor):
-    if _name in _ASSIGNING or (_name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS):
-        setattr(ComputedWeight, _name, ComputedWeight._refuse_)
 
 
 def guard_(module: nn.Module, tensor_name: str) -> None:

@@ -36,7 +36,7 @@ class Averager(ABC):
         start: the first number of updates after which weights may count: 0, or the start step of a quantized run, since
             step sizes mean nothing before it.
         begin: number of the first update that counts.
-        n_steps: updates of the whole run, told where its parts are put together.
+        n_steps: updates of the whole run, set by `make_averager`.
         COUNTS_FLOAT: whether weights before the start step of a quantized run count.
     """
 

@@ -85,7 +85,7 @@ def build_components(
     check_backbone(config.model.backbone)
     if config.quantizer.name != "none":
         _ = QUANTIZERS[config.quantizer.name]  # refuses an unknown name
-    # Images before weights: a broken one is told before anything is fetched.
+    # Images before weights: a broken one is an error before anything is fetched.
     with accelerator.main_process_first():
         data = config.data
         cache = open_inputs(
