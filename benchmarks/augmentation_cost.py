@@ -27,7 +27,7 @@ from qtdog.data.input_cache import Indices, InputCache
 from qtdog.data.loader import TrainBatches
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network
-from qtdog.objectives.consistency import jensen_shannon
+from qtdog.objectives.wrappers import jensen_shannon
 
 N_IMAGES, N_DOMAINS, N_CLASSES = 256, 3, 7
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qtdog.api.cost import training_flops
 from qtdog.api.paper import TRIALS, Cost, count_runs, find_study, narrow, shipped_studies
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset, preset_names
@@ -15,7 +16,6 @@ from qtdog.core.errors import ConfigError
 from qtdog.data.cards import CARDS
 from qtdog.models.backbones import preprocessing
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.flops import training_flops
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.sweep.expected import expected_rows

@@ -5,7 +5,7 @@ import pytest
 
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.data.label_noise import with_wrong_labels
+from qtdog.data.splits import with_wrong_labels
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.protocol import make_protocol, resolve, run_labels

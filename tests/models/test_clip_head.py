@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from qtdog.core.config import Config
 from qtdog.core.errors import ModelError
 from qtdog.data.open import open_dataset
-from qtdog.models import clip_head as clip_text
+from qtdog.models import backbones as clip_text
 from qtdog.models.backbones import create_network
 from qtdog.models.featurizers import pretrained_cfg
 from qtdog.models.network import Network

@@ -8,7 +8,7 @@ from torch.nn import functional
 from qtdog.core.errors import ConfigError, Interrupted
 from qtdog.core.progress import StopAfter
 from qtdog.objectives.base import OBJECTIVES, DomainBatch, ObjectiveSetting
-from qtdog.objectives.consistency import Consistency, jensen_shannon
+from qtdog.objectives.wrappers import Consistency, jensen_shannon
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.protocol import resolve

@@ -8,7 +8,7 @@ from torch.nn import functional
 from qtdog.core.errors import ConfigError
 from qtdog.objectives.base import OBJECTIVES, ObjectiveSetting
 from qtdog.objectives.distill import Distill
-from qtdog.objectives.label_smoothing import LabelSmoothing
+from qtdog.objectives.wrappers import LabelSmoothing
 from qtdog.training.build import build_components
 from qtdog.training.loop import update
 from qtdog.training.protocol import resolve

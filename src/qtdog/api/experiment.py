@@ -374,7 +374,7 @@ def train_runs(
             start = fork_point.checkpoint(config, dataset, callbacks)
         teacher = None
         if config.objective.teacher:
-            from qtdog.ensemble.teacher import load_teacher  # one run without a teacher needs no ensembles
+            from qtdog.ensemble.teacher import load_teacher
 
             teacher = load_teacher(config, dataset)
         logged = replace(callbacks, callback=with_loggers(loggers, folder.path, callbacks.callback))

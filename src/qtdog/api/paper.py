@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qtdog.api.cost import training_flops
 from qtdog.core.config import Config
 from qtdog.core.config_io import Tree
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.data.cards import CARDS
-from qtdog.models.flops import training_flops
 from qtdog.models.text_backbones import TEXT_BACKBONES
 from qtdog.sweep.expected import ExpectedRow, tasks_of_row
 from qtdog.sweep.plan import Plan
@@ -195,7 +195,7 @@ def cost_of(runs: Iterable[PlannedRun]) -> Cost:
     """Return what the runs cost that are not finished; a run that several rows share counts once.
 
     Raises:
-        ModelError: as in `models.flops.training_flops`.
+        ModelError: as in `api.cost.training_flops`.
     """
     missing = {run.config.model_dump_json(): run for run in runs if not run.is_done}
     by_network: dict[tuple[str, int, int], float] = {}

@@ -11,11 +11,10 @@ import typer
 from qtdog.cli.analyze import analyze_app
 from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
-from qtdog.cli.compare import compare
 from qtdog.cli.data import data_app
 from qtdog.cli.demo import demo
 from qtdog.cli.ensemble import ensemble
-from qtdog.cli.evaluate import evaluate
+from qtdog.cli.evaluate import compare, evaluate
 from qtdog.cli.export import export
 from qtdog.cli.listing import inspect_file, listing
 from qtdog.cli.predict import predict

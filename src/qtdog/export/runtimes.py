@@ -15,11 +15,40 @@ import torch
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError, unknown
 from qtdog.export.c_header import open_header
-from qtdog.export.executorch import open_executorch
 from qtdog.export.info import KEY, ExportInfo, library, parse_info
 from qtdog.export.openvino import open_openvino
 from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.models.network import to_device_
+
+
+def open_executorch(path: Path, threads: int) -> tuple[ExportInfo, Callable[[Any], list[Any]], Any]:
+    """Return description, function and program of a .pte file; images are taken one by one.
+
+    Args:
+        path: the file.
+        threads: ignored: the Python runtime takes what it finds.
+
+    Raises:
+        FormatError: damaged, or not made by qtdog.
+        ModelError: executorch is not installed.
+    """
+    runtime = library("executorch.runtime").Runtime.get()
+    try:
+        program = runtime.load_program(path)
+        info = program.load_method(KEY).execute([])[0] if KEY in program.method_names else None
+        method = program.load_method("forward")
+    except RuntimeError as error:
+        raise FormatError(f"{path} cannot be opened by ExecuTorch: {error}") from error
+
+    def run(images: Any) -> list[Any]:
+        rows = [
+            [value.numpy().copy() for value in method.execute([image])]
+            for image in torch.from_numpy(np.ascontiguousarray(images)).split(1)
+        ]
+        return [np.concatenate(column) for column in zip(*rows, strict=True)]
+
+    return parse_info(path, info), run, method
+
 
 QUIET = 3  # onnxruntime's level "error"
 

@@ -15,6 +15,9 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
 from qtdog.core.registry import HyperParameters, Registry, Value, fill
 
+N_VIEWS = 2
+"""Augmented views beside the clean image where an objective compares them, as AugMix published it."""
+
 
 @dataclass(frozen=True)
 class DomainOutputs:
@@ -171,7 +174,7 @@ class Objective(nn.Module):
         MIN_BATCH: fewest images per domain and step.
         EQUAL_SHARES: whether every domain must have as many images in a batch.
         MEAN_CROSS_ENTROPY: what the cross-entropy in its `loss` is the mean over, "images" or "domains" (of their
-            means), if nothing else in it reads labels, so that these can be smoothed (`objectives.label_smoothing`).
+            means), if nothing else in it reads labels, so that these can be smoothed (`objectives.wrappers`).
         ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
             nobody gathers, or has parameters of its own.
         lr_factor: of the objective's own parameters.

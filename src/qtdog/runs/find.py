@@ -24,9 +24,9 @@ from qtdog.runs.finished import (
     unseen,
 )
 from qtdog.runs.folder import RunFolder
+from qtdog.runs.labels import read_labels, state_folder, study_files, study_method
 from qtdog.runs.record import Record, check_result
 from qtdog.runs.statistics import replicate
-from qtdog.runs.study_names import read_labels, state_folder, study_files, study_method
 
 
 def read_run(path: Path) -> FinishedRun | None:

@@ -19,8 +19,8 @@ from qtdog.core.safe_text import read_json
 from qtdog.runs.find import SMALL_FILES, is_shared_steps, read_run, run_folders, sweep_folders
 from qtdog.runs.finished import FinishedRun
 from qtdog.runs.folder import RunFolder, last_line
+from qtdog.runs.labels import read_failure_reasons, read_labels, state_folder, study_files
 from qtdog.runs.selection import apply_selection
-from qtdog.runs.study_names import read_failure_reasons, read_labels, state_folder, study_files
 
 Value = str | int | float | None
 IndexRow = dict[str, Value]

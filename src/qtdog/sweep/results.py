@@ -11,9 +11,9 @@ from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.safe_text import read_json
 from qtdog.runs.find import read_run
 from qtdog.runs.index import COLUMNS, IndexRow, finished_row
+from qtdog.runs.labels import study_method
 from qtdog.runs.selection import apply_selection
 from qtdog.runs.statistics import Comparison, Condition, compare_pairs, pair_up, replicate
-from qtdog.runs.study_names import study_method
 from qtdog.sweep.plan import Plan, Task
 from qtdog.sweep.runner import is_done
 

@@ -24,8 +24,7 @@ from qtdog.models.backbones import check_backbone, create_network, preprocessing
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.models.network import Network, to_device_
 from qtdog.models.stages import find_stages
-from qtdog.objectives.base import OBJECTIVES, Objective, ObjectiveSetting
-from qtdog.objectives.consistency import N_VIEWS, Consistency
+from qtdog.objectives.base import N_VIEWS, OBJECTIVES, Objective, ObjectiveSetting
 from qtdog.objectives.distill import BatchTeacher, Distill, FeatureDistill, Teacher
 from qtdog.quantizers.activations import quantize_inputs_
 from qtdog.quantizers.base import OPTION_NAMES
@@ -98,10 +97,12 @@ def build_components(
     setting = _setting(config, protocol, network, accelerator.num_processes, dataset.card.channels)
     objective = make_objective(setting, config.objective.params)
     if config.objective.label_smoothing:
-        from qtdog.objectives.label_smoothing import LabelSmoothing
+        from qtdog.objectives.wrappers import LabelSmoothing
 
         objective = LabelSmoothing(objective, config.objective.label_smoothing)
     if config.objective.consistency:
+        from qtdog.objectives.wrappers import Consistency
+
         _check_consistency(config)
         objective = Consistency(objective, config.objective.consistency)
     objective = with_teacher(objective, config.objective, teacher, setting).to(accelerator.device)

@@ -18,8 +18,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset, composed
 from qtdog.data.decoded_cache import content_sha256, open_cache
 from qtdog.data.input_cache import InputCache
-from qtdog.data.label_noise import with_wrong_labels
-from qtdog.data.splits import DomainSplits, make_splits, training_obstacles
+from qtdog.data.splits import DomainSplits, make_splits, training_obstacles, with_wrong_labels
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.models.backbones import preprocessing
 from qtdog.models.text_backbones import TEXT_BACKBONES, make_tokenizer, vocabulary, vocabulary_id
@@ -176,7 +175,7 @@ def make_protocol(config: Config, dataset: DomainDataset) -> DomainProtocol:
 class RunLabels:
     """The labels of a run, class of each image (n,): what it trains on, and what it is evaluated by.
 
-    They differ where `data.label_noise` makes labels of the sources wrong. The target's, and those of the in-domain
+    They differ where `data.splits` makes labels of the sources wrong. The target's, and those of the in-domain
     test part, are always right.
     """
 

@@ -10,15 +10,15 @@ from qtdog.core.config import ObjectiveConfig
 from qtdog.core.errors import Interrupted, ModelError
 from qtdog.core.progress import StopAfter
 from qtdog.data.input_cache import cache_root
-from qtdog.ensemble.backbone_teacher import (
+from qtdog.ensemble.teacher import (
     RIDGE,
     BackboneTeacher,
     Lens,
     build_backbone,
     fit_linear_head,
     load_backbone_teacher,
+    load_teacher,
 )
-from qtdog.ensemble.teacher import load_teacher
 from qtdog.objectives.base import DomainBatch
 from qtdog.objectives.distill import feature_distance
 from qtdog.runs.folder import RunFolder
