@@ -516,7 +516,7 @@ sweep_app = typer.Typer(
     cls=SweepGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Make all runs of a study, and go on where they stopped: [bold]qtdog sweep STUDY.yaml[/].",
+    help="Make all runs of a study, and go on where they stopped: qtdog sweep STUDY.yaml.",
 )
 sweep_app.command(name=DEFAULT)(sweep)
 for _command in (status, retry, table, merge):

@@ -51,7 +51,6 @@ class Site(NamedTuple):
         prefix: what precedes its tensors in the state dict of the attached model.
         quantizer: its quantizer.
         weight: the Parameter that trains.
-        on_top: class names of parametrizations that were registered after the quantizer.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Site(NamedTuple):
     prefix: str
     quantizer: Quantizer
     weight: nn.Parameter
-    on_top: tuple[str, ...] = ()
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -78,7 +76,6 @@ def sites(model: nn.Module) -> list[Site]:
                     prefix=f"{dot}parametrizations.{tensor_name}.",
                     quantizer=parametrizations[0],
                     weight=parametrizations.original,
-                    on_top=tuple(type(other).__name__ for other in list(parametrizations)[1:]),
                 )
                 found.append(site)
     return found
@@ -118,14 +115,12 @@ class Attached:
         """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing.
 
         Raises:
-            ModelError: a weight that is not finite or sharded, or a parametrization or mask on top of a quantizer; no
-                quantizer has been enabled then.
+            ModelError: a weight that is not finite or sharded; no quantizer has been enabled then.
         """
         waiting = [site for site in sites(self.model) if not site.quantizer.enabled]
         if waiting:
             refuse_sharded(self.model)
         for site in waiting:
-            refuse_on_top(site)
             if not torch.isfinite(site.weight).all():
                 raise ModelError(f"the weight of layer '{site.name}' is not finite, so it can have no step size")
         for site in waiting:
@@ -244,7 +239,8 @@ def attach(
 
     The Parameter objects stay the same, so an optimizer made before still trains the weights. It lacks the step sizes:
     make it after with `Attached.param_groups`, or add them with `Attached.add_to`. A warning says so at the second
-    update of an optimizer that trains an enabled weight without its step size.
+    update of an optimizer that trains an enabled weight without its step size. Nothing else may compute the weight from
+    then on: masks, norms and parametrizations on top of a quantizer are refused with the layer's name.
 
     With `like`, tuning goes on from a file that `save` wrote: the model gets the packed file's weights, the layers that
     it quantizes get its codes, step sizes and bits, and the quantizers are enabled at once.
@@ -346,7 +342,7 @@ def _register_(layer: Layer, quantizer: Quantizer) -> None:
     if not layer.weight.requires_grad:
         quantizer.requires_grad_(False)
     register_parametrization(layer.module, layer.tensor_name, quantizer.to(layer.weight.device))
-    guard_(layer.module, layer.tensor_name)
+    guard_(layer.module, layer.tensor_name, layer.name)
 
 
 def attached(model: nn.Module) -> Attached:
@@ -444,19 +440,6 @@ def refuse_sharded(model: nn.Module) -> None:
                 f"'{name or type(module).__name__}' is sharded (FSDP or tensor parallelism): a step size needs the "
                 "whole weight. Use DistributedDataParallel, which keeps weights whole"
             )
-
-
-def refuse_on_top(site: Site) -> None:
-    """Refuse a parametrization or mask on top of a quantizer: what it makes of the weight is on no grid.
-
-    Raises:
-        ModelError: naming the layer and the parametrization.
-    """
-    if site.on_top:
-        raise ModelError(
-            f"layer '{site.name}' has {', '.join(site.on_top)} on top of its quantizer, whose result no file of codes "
-            "can hold: remove it (torch.nn.utils.parametrize.remove_parametrizations), or exclude the layer"
-        )
 
 
 def _refuse_embedding(layer: Layer, quantizer: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtdog.conversion.attach import Site, refuse_on_top, refuse_sharded, sites
+from qtdog.conversion.attach import Site, refuse_sharded, sites
 from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.packing.packed_file import save_packed
@@ -40,8 +40,7 @@ def bake(model: nn.Module) -> Baked:
     grid, as they are in evaluation mode.
 
     Raises:
-        ModelError: a quantized weight that is not finite, a parametrization or mask on top of a quantizer, or a state
-            dict with something that is no tensor.
+        ModelError: a quantized weight that is not finite, or a state dict with something that is no tensor.
         ConfigError: the model is sharded (FSDP).
     """
     refuse_sharded(model)
@@ -52,7 +51,6 @@ def bake(model: nn.Module) -> Baked:
     renamed: dict[str, str] = {}
     floats: dict[str, Tensor] = {}
     for site in sites(model):
-        refuse_on_top(site)
         covered.append(site.prefix)
         if site.quantizer.packs:
             key = id(site.quantizer)
@@ -101,7 +99,7 @@ def save(model: nn.Module, path: Path | str, *, metadata: Mapping[str, Any] | No
     Of a wrapper (DistributedDataParallel, torch.compile, AveragedModel, timm's ModelEmaV3) the model inside is saved.
 
     Raises:
-        ModelError: a weight that is not finite, or a parametrization or mask on top of a quantizer.
+        ModelError: a weight that is not finite.
         ConfigError: the model is sharded (FSDP).
         FormatError: a NaN in the rest of the state dict, or metadata that JSON cannot hold.
         RunError: the disk is full or not writable; the old file is intact.
