@@ -145,13 +145,7 @@ def guard_(module: nn.Module, tensor_name: str, layer: str) -> None:
         tensor_name: name of that weight in the module.
         layer: name of the layer, for errors.
     """
-    parametrizations: Any = module.get_submodule(f"parametrizations.{tensor_name}")
-    parametrizations.__class__ = _SoleParametrization
-    parametrizations.layer = layer
-    if not isinstance(module._parameters, _ParametersOfLayer):
-        module._parameters = _ParametersOfLayer(module._parameters)
-        module._parameters.layers = {}
-    module._parameters.layers[tensor_name] = layer
+    _refuse_others_(module, tensor_name, layer)
     cls: Any = type(module)  # made by torch for this module (and its copies) alone
     computed = getattr(cls, tensor_name)
 
@@ -170,21 +164,36 @@ def guard_(module: nn.Module, tensor_name: str, layer: str) -> None:
             _check_fit(quantizer.quantized(value).dequantize(), value.detach(), layer)
 
     setattr(cls, tensor_name, property(get, assign))
+    _take_parameters_(cls, tensor_name, layer)
+    if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, which would go on to be the float ones
+        module.__dict__.pop("_flat_weights", None)
+        cls._flat_weights = property(_flat_weights, lambda self, value: None)
+
+
+def _refuse_others_(module: nn.Module, tensor_name: str, layer: str) -> None:
+    parametrizations: Any = module.get_submodule(f"parametrizations.{tensor_name}")
+    parametrizations.__class__ = _SoleParametrization
+    parametrizations.layer = layer
+    if not isinstance(module._parameters, _ParametersOfLayer):
+        module._parameters = _ParametersOfLayer(module._parameters)
+        module._parameters.layers = {}
+    module._parameters.layers[tensor_name] = layer
+
+
+def _take_parameters_(cls: Any, tensor_name: str, layer: str) -> None:
     register = cls.register_parameter
 
     def register_parameter(self: Any, name: str, parameter: nn.Parameter | None) -> None:
         """Take `layer.weight = nn.Parameter(…)` for a new value, where torch would refuse a second Parameter."""
-        if name == f"{tensor_name}_orig" and isinstance(getattr(type(self), tensor_name, None), property):
+        computed = isinstance(getattr(type(self), tensor_name, None), property)  # until the quantizer is removed
+        if computed and name == f"{tensor_name}_orig":
             _refuse_second(layer, "a mask of torch.nn.utils.prune")  # which keeps the weight under that name
-        if name == tensor_name and parameter is not None and isinstance(getattr(cls, name, None), property):
+        if computed and name == tensor_name and parameter is not None:
             setattr(self, name, parameter.detach())
         else:
             register(self, name, parameter)
 
     cls.register_parameter = register_parameter
-    if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, which would go on to be the float ones
-        module.__dict__.pop("_flat_weights", None)
-        cls._flat_weights = property(_flat_weights, lambda self, value: None)
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:
