@@ -41,6 +41,14 @@ def small(tmp_path: Path) -> Path:
     return make(tmp_path / "photos", *(f"{d}/{c}/{i}.png" for d in "ab" for c in ("cat", "dog") for i in range(5)))
 
 
+def images(root: Path) -> Path:
+    """20 different images."""
+    for i, (d, c, n) in enumerate((d, c, n) for d in "ab" for c in ("cat", "dog") for n in range(5)):
+        (root / d / c).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(root / d / c / f"{n}.png")
+    return root
+
+
 @pytest.mark.parametrize("place", ["c", "a/cow"])
 def test_a_domain_or_class_that_is_a_link_to_nowhere_is_refused(small, place):
     (small / place).symlink_to("unmounted")
@@ -108,6 +116,38 @@ def test_images_outside_of_a_class_and_raw_files_are_said(small):
     assert first.startswith("2 images lie outside of a class folder and are left out, such as ")
     assert second.startswith("1 files .cr2 are left out, such as ")
     assert "2 .txt" in dataset.passed_over.summary()
+
+
+def test_verify_says_what_it_passed_over(tmp_path):
+    root = images(tmp_path / "photos")
+    assert verify(open_folder(root)).text() == "20 images: nothing wrong"
+    make(root, "a/notes.txt", "a/cat/more.txt", "b/@eaDir/x.jpg")
+    report = verify(open_folder(root))
+    assert report.text().splitlines() == [
+        "20 images: nothing wrong with these, 2 other files passed over",
+        f"passed over: 2 .txt (such as {root}/a/notes.txt), 1 folders @eaDir",
+    ]
+
+
+def test_an_image_with_an_unknown_suffix_is_a_finding(tmp_path):
+    root = images(tmp_path / "photos")
+    (root / "a" / "cat" / "0.png").rename(root / "a" / "cat" / "0.jpg_large")
+    make(root, "a/cat/0.jpg_large~", "a/cat/x.xmp")
+    dataset = open_folder(root)
+    text = f"1 files .jpg_large hold images and are left out for their name, such as {root}/a/cat/0.jpg_large"
+    assert dataset.passed_over.problems() == [f"{text}: give them an image's suffix"]
+    report = verify(dataset)
+    assert not report.ok
+    assert "problems found" in report.text()
+
+
+def test_files_of_a_common_suffix_are_not_all_opened(tmp_path):
+    root = images(tmp_path / "photos")
+    make(root, *(f"a/cat/{i:03d}.xmp" for i in range(30)))
+    (root / "a" / "cat" / "999.xmp").write_bytes((root / "a/cat/0.png").read_bytes())
+    assert open_folder(root).passed_over.problems() == []
+    (root / "a" / "cat" / "999.xmp").rename(root / "a" / "cat" / "-.xmp")
+    assert len(open_folder(root).passed_over.problems()) == 1
 
 
 @pytest.mark.parametrize("parts", [("train", "val"), ("train", "crossval", "test"), ("Train",)])

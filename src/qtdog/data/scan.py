@@ -47,6 +47,8 @@ JUNK_FOLDERS = frozenset(
 """What a NAS, a Mac, Windows, a notebook or an image viewer leaves behind; in lower case."""
 JUNK_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini"))
 MAX_SUFFIXES = 8
+MAX_LOOKS = 20
+"""Files of an unknown suffix are opened to see if they are images, until so many of that suffix were none."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class PassedOver:
     Attributes:
         suffixes: suffix → number of files that do not count as images; "" is none.
         examples: suffix → one of their paths.
+        disguised: suffix → number of those whose content begins like an image.
         misplaced: images outside of ROOT/DOMAIN/CLASS.
         links: links that lead nowhere.
         special: pipes, sockets and devices.
@@ -64,6 +67,7 @@ class PassedOver:
 
     suffixes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    disguised: Counter[str] = field(default_factory=Counter)
     misplaced: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     special: list[str] = field(default_factory=list)
@@ -77,7 +81,12 @@ class PassedOver:
     def add_file(self, path: str) -> None:
         """Count a file that is no image."""
         suffix = os.path.splitext(path)[1].lower()
+        n_others = self.suffixes[suffix] - self.disguised[suffix]
         self.suffixes[suffix] += 1
+        if suffix and n_others < MAX_LOOKS and _begins_like_an_image(path):
+            if not self.disguised[suffix]:
+                self.examples[suffix] = path
+            self.disguised[suffix] += 1
         self.examples.setdefault(suffix, path)
 
     def problems(self) -> list[str]:
@@ -95,6 +104,10 @@ class PassedOver:
             found.append(
                 f"{self.suffixes[suffix]:,} files {suffix} are left out, such as {example}: store them as JPEG or PNG"
             )
+        for suffix, n in sorted(self.disguised.items()):
+            if suffix not in UNREAD_SUFFIXES:
+                text = "hold images and are left out for their name, such as"
+                found.append(f"{n:,} files {suffix} {text} {self.examples[suffix]}: give them an image's suffix")
         return found
 
     def summary(self) -> str:

@@ -53,6 +53,7 @@ class Report:
         differences: sentences on where the data set differs from its dataset card.
         changes: how its files differ from the list that was made when it was fetched or imported; None without a list.
         passed_over: which files are no images of the data set; "" if all are.
+        n_passed_over: how many these are.
     """
 
     n_images: int
@@ -68,6 +69,7 @@ class Report:
     differences: list[str]
     changes: Changes | None = None
     passed_over: str = ""
+    n_passed_over: int = 0
 
     @property
     def ok(self) -> bool:
@@ -77,9 +79,17 @@ class Report:
     def text(self) -> str:
         """Return the findings for people, at most 20 lines of a kind."""
         listed = "" if self.changes is None else "; files compared with the list of the fetch or import"
-        head = f"{self.n_images:,} images: " + ("nothing wrong" if self.ok else "problems found") + listed
+        head = f"{self.n_images:,} images: {self._verdict()}{listed}"
         sections = [_section(title, lines) for title, lines in self._sections() if lines]
         return "\n".join([head, *sections, *([self.passed_over] if self.passed_over else [])])
+
+    def _verdict(self) -> str:
+        if not self.ok:
+            return "problems found"
+        if not self.passed_over:
+            return "nothing wrong"
+        others = f"{self.n_passed_over:,} other files" if self.n_passed_over else "some folders"
+        return f"nothing wrong with these, {others} passed over"
 
     def _sections(self) -> list[tuple[str, list[str]]]:
         changes = self.changes or Changes([], [], [])
@@ -145,6 +155,7 @@ def verify(dataset: DomainDataset, progress: Progress = None, *, near: bool = Fa
         differences=check_counts(dataset),
         changes=_changes(dataset, contents),
         passed_over=passed.summary() if passed else "",
+        n_passed_over=passed.n_files if passed else 0,
     )
 
 
