@@ -1,16 +1,19 @@
 import errno
 import os
+import runpy
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.transforms import Resize
 
 from qtdog.core.errors import DataError
 from qtdog.data import decode as module
 from qtdog.data.decode import DecodeError, FileGoneError, decode, decode_bytes, decode_resized, to_square
+
+STRESS = runpy.run_path(str(Path(__file__).parents[1] / "stress" / "decode_memory.py"))
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -130,6 +133,24 @@ def test_values_without_a_white_are_refused_whatever_holds_them(tmp_path, values
         decode(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("values", [[0, 4095], [5, 40_000]])
+def test_signed_numbers_have_no_white(tmp_path, values):
+    Image.fromarray(np.tile(np.array(values, dtype=np.int32), (4, 2))).save(tmp_path / "a.tif")
+    with pytest.raises(DecodeError, match="nothing says which is white"):
+        decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_twelve_bits_in_colors_of_sixteen_are_refused(tmp_path, channels):
+    STRESS["png_16"](tmp_path / "a.png", channels, 0xC000, side=4)
+    assert np.unique(decode(tmp_path / "a.png")).tolist() == [0xC0]
+    STRESS["png_16"](tmp_path / "a.png", channels, 4095, side=4)
+    with pytest.raises(DecodeError, match="16 bits, but no value above 4,095, and nothing says which is white"):
+        decode(tmp_path / "a.png")
+    STRESS["png_16"](tmp_path / "a.png", channels, 0, side=4)
+    assert not decode(tmp_path / "a.png").any()
+
+
 def test_a_black_sixteen_bit_image_is_black(tmp_path):
     Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "a.png")
     assert not decode(tmp_path / "a.png").any()
@@ -176,16 +197,44 @@ def test_failures_of_the_machine_are_no_failures_of_the_image(tmp_path, monkeypa
 
 def test_decoding_stays_within_its_memory(tmp_path, monkeypatch):
     Image.fromarray(np.full((500, 500), 40000, dtype=np.uint16)).save(tmp_path / "a.png")
-    monkeypatch.setattr(module, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(module, "SMALL_BYTES", 1000)
     assert decode(tmp_path / "a.png").shape == (500, 500, 3)
     monkeypatch.setattr(module, "MAX_DECODE_BYTES", 2_000_000)
-    with pytest.raises(DecodeError, match="decoding 500 x 500 pixels takes 2,750,000 bytes"):
+    n_bytes = 20 * 500 * 500 + (tmp_path / "a.png").stat().st_size
+    with pytest.raises(DecodeError, match=f"decoding 500 x 500 pixels takes {n_bytes:,} bytes"):
         decode(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF"])
+def test_what_is_too_large_is_refused_before_its_pixels_are_read(tmp_path, monkeypatch, kind):
+    for name, value in (("SMALL_BYTES", 1000), ("MAX_DECODE_BYTES", 2000)):
+        monkeypatch.setattr(module, name, value)
+
+    def load(*_: object) -> None:
+        raise AssertionError("the pixels were read")
+
+    Image.fromarray(noise(40, 40)).save(tmp_path / "a", kind)
+    with Image.open(tmp_path / "a") as image:
+        kinds = {type(image), ImageFile.ImageFile}
+    for opened in kinds:
+        monkeypatch.setattr(opened, "load", load)
+    with pytest.raises(DecodeError, match="decoding 40 x 40 pixels takes"):
+        decode(tmp_path / "a")
+
+
+def test_a_progressive_jpeg_counts_with_its_coefficients_however_small_it_is_made(tmp_path, monkeypatch):
+    for name, value in (("LARGE_PIXELS", 1000), ("SMALL_BYTES", 1000), ("MAX_DECODE_BYTES", 2_000_000)):
+        monkeypatch.setattr(module, name, value)
+    Image.new("RGB", (600, 600)).save(tmp_path / "plain.jpg")
+    Image.new("RGB", (600, 600)).save(tmp_path / "progressive.jpg", progressive=True)
+    assert decode_resized(tmp_path / "plain.jpg", 32).shape == (32, 32, 3)
+    with pytest.raises(DecodeError, match=r"progressive\.jpg is too large"):
+        decode_resized(tmp_path / "progressive.jpg", 32)
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     Image.fromarray(noise(40, 40)).save(tmp_path / "a.png")
-    monkeypatch.setattr(module, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(module, "SMALL_BYTES", 1000)
     together, most = threading.Semaphore(0), []
     inner = module.to_pixels
 

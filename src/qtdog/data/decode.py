@@ -16,14 +16,16 @@ from PIL import Image, ImageOps
 
 from qtdog.core.errors import DataError
 
-DECODE_VERSION = 3
+DECODE_VERSION = 4
 """Part of the cache's key: raise it when the pixels that `decode` or `to_square` give change."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 """What Pillow may open. Others run programs (EPS starts Ghostscript) or are seldom meant as images."""
 MODES = {1: "L", 3: "RGB"}
 LARGE_PIXELS = 16_000_000
-"""A JPEG file with more pixels is made smaller while it is decoded, if less will do; others come one at a time."""
+"""A JPEG file with more pixels is made smaller while it is decoded, if less will do."""
+SMALL_BYTES = 1 << 28
+"""Images that take more memory to decode come one at a time."""
 SPARE = 2
 """It is left at least so many times as large as asked for: the antialiased resize that follows does the rest."""
 MAX_DECODE_BYTES = 1 << 31
@@ -100,11 +102,15 @@ def decode_bytes(content: bytes, name: str, channels: int = 3, size: int | None 
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats(content)) as image:
-            if size is not None and image.width * image.height > LARGE_PIXELS:
+            stored = image.width * image.height
+            if size is not None and stored > LARGE_PIXELS:
                 image.draft(None, (SPARE * size, SPARE * size))
-            if image.width * image.height <= LARGE_PIXELS:
+            n_bytes = decode_bytes_needed(image, stored, len(content))
+            if n_bytes <= SMALL_BYTES:
                 return to_pixels(image, channels)
-            _require_memory(image)
+            if n_bytes > MAX_DECODE_BYTES:
+                text = f"decoding {image.width} x {image.height} pixels takes {n_bytes:,} bytes"
+                raise Image.DecompressionBombError(text)
             with _one_large_image:
                 return to_pixels(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -125,22 +131,33 @@ def decoder() -> str:
 def to_pixels(image: Image.Image, channels: int = 3) -> npt.NDArray[np.uint8]:
     """Return a Pillow image as uint8 (H, W, channels), as `decode` does a file.
 
-    16-bit grey keeps its upper 8 bits: 65,535 is white. Nothing in a file says that another value is white, so an image
-    whose values lie below 16,384 is refused: it may hold 12 bits, which would come out nearly black.
+    16-bit images keep their upper 8 bits: 65,535 is white. Nothing in a file says that another value is white, so an
+    image whose values lie below 16,384 is refused: it may hold 12 bits, which would come out nearly black.
 
     Raises:
-        ValueError: the pixels are floating-point numbers, negative, of more than 16 bits, or of fewer bits than they
-            are stored with; and what Pillow raises for a broken file.
+        ValueError: the pixels are floating-point numbers, signed, of more than 16 bits, or of fewer bits than they are
+            stored with; and what Pillow raises for a broken file.
 
     Example:
         >>> to_pixels(Image.fromarray(np.full((1, 1), 0x8034, dtype=np.uint16)), channels=1).item() == 0x80
         True
     """
-    pixels = np.asarray(_to_eight_bit(ImageOps.exif_transpose(image)).convert(MODES[channels]))
+    stored = _stored_as(image)
+    turned = image.getexif().get(ORIENTATION, 1) != 1
+    upright = _to_eight_bit(ImageOps.exif_transpose(image) if turned else image, stored)
+    pixels = np.asarray(upright if upright.mode == MODES[channels] else upright.convert(MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _to_eight_bit(image: Image.Image) -> Image.Image:
+def _stored_as(image: Image.Image) -> str:
+    """Return how Pillow calls the pixels of a file that is not loaded yet, like "RGB;16B"; "" if it is not known."""
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3]
+        return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+    return ""
+
+
+def _to_eight_bit(image: Image.Image, stored: str) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
         values = np.asarray(image)
         low, high = int(values.min(initial=0)), int(values.max(initial=0))
@@ -150,9 +167,18 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
             raise ValueError(
                 f"it has 16 bits, but no value above {high:,}, and nothing says which is white; {EIGHT_BITS}"
             )
+        if image.mode == "I" and image.format == "TIFF":
+            raise ValueError(f"its values are signed or have 32 bits, and nothing says which is white; {EIGHT_BITS}")
         return Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError(f"its pixels are floating-point numbers, and nothing says which is white; {EIGHT_BITS}")
+    if ";16" in stored and image.mode in ("RGB", "RGBA", "RGBX", "LA"):  # Pillow has kept the upper 8 bits
+        high = max(high for _, high in image.getextrema()[: 1 if image.mode == "LA" else 3])
+        if 0 < high < FULL_RANGE >> 8:
+            largest = (high << 8) + 255
+            raise ValueError(
+                f"it has 16 bits, but no value above {largest:,}, and nothing says which is white; {EIGHT_BITS}"
+            )
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")
     return image
@@ -161,12 +187,35 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 EIGHT_BITS = "store all images of the data set with 8 bits, scaled alike"
 
 
-def _require_memory(image: Image.Image) -> None:
-    """Refuse an image whose decoding takes more than `MAX_DECODE_BYTES`: stored, as 8 bits, as RGB, as an array."""
-    stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(image.mode, 4)
-    n_bytes = image.width * image.height * (2 * stored + (4 if stored < 4 else 0) + 3)
-    if n_bytes > MAX_DECODE_BYTES:
-        raise Image.DecompressionBombError(f"decoding {image.width} x {image.height} pixels takes {n_bytes:,} bytes")
+BYTES_PER_PIXEL = {"WEBP": 24, "JPEG2000": 26, "AVIF": 24, "TIFF": 20}
+"""What the decoders of these formats take, with everything that is made of the pixels.
+
+`python tests/stress/decode_memory.py` measures it.
+"""
+RGB_BYTES_PER_PIXEL, OTHER_BYTES_PER_PIXEL = 11, 16
+"""Of other formats: what is not RGB is converted, so that a second copy is in memory."""
+COEFFICIENT_BYTES = 8
+"""Of each pixel of a progressive JPEG file, whatever it is made smaller to: a 16-bit number for each channel."""
+
+
+def decode_bytes_needed(image: Image.Image, n_stored: int, n_file: int) -> int:
+    """Return an upper bound of the memory that decoding an opened image takes, in bytes.
+
+    Args:
+        image: opened and not loaded; perhaps made smaller by `draft`.
+        n_stored: pixels in the file.
+        n_file: bytes of the file, which is in memory.
+    """
+    usual = RGB_BYTES_PER_PIXEL if image.mode == "RGB" else OTHER_BYTES_PER_PIXEL
+    per_pixel = BYTES_PER_PIXEL.get(image.format or "", usual)
+    # the turned copy; a PNG file may say only behind its pixels that it lies on its side
+    if image.format == "PNG" or image.getexif().get(ORIENTATION, 1) != 1:
+        per_pixel += 4
+    coefficients = COEFFICIENT_BYTES * n_stored if image.info.get("progressive") else 0
+    return image.width * image.height * per_pixel + coefficients + n_file
+
+
+ORIENTATION = 0x0112  # of EXIF
 
 
 def _formats(content: bytes) -> tuple[str, ...]:
