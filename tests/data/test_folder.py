@@ -93,6 +93,12 @@ def test_a_name_that_is_not_utf8_is_shown(image_tree: Path) -> None:
         open_folder(image_tree)
 
 
+def test_the_name_of_an_empty_class_is_utf8_as_well(image_tree: Path) -> None:
+    (image_tree / "night" / "ki\udcffn").mkdir()
+    with pytest.raises(DataError, match=r"photos/night/ki\\xffn is not UTF-8: rename it"):
+        open_folder(image_tree)
+
+
 def test_an_image_is_read_as_stored(image_tree: Path) -> None:
     pixels = open_folder(image_tree).read(0)
     assert pixels.shape == (20, 24, 3)

@@ -173,15 +173,21 @@ def _to_eight_bit(image: Image.Image, stored: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError(f"its pixels are floating-point numbers, and nothing says which is white; {EIGHT_BITS}")
     if ";16" in stored and image.mode in ("RGB", "RGBA", "RGBX", "LA"):  # Pillow has kept the upper 8 bits
-        high = max(high for _, high in image.getextrema()[: 1 if image.mode == "LA" else 3])
-        if 0 < high < FULL_RANGE >> 8:
-            largest = (high << 8) + 255
-            raise ValueError(
-                f"it has 16 bits, but no value above {largest:,}, and nothing says which is white; {EIGHT_BITS}"
-            )
+        _require_full_range(image)
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")
     return image
+
+
+def _require_full_range(image: Image.Image) -> None:
+    """Refuse an image of the upper 8 of 16 bits that are all small (ValueError)."""
+    colors = image.getextrema()[: 1 if image.mode == "LA" else 3]
+    high = max(int(high) for _, high in colors)  # pyright: ignore[reportGeneralTypeIssues]  # several bands
+    if 0 < high < FULL_RANGE >> 8:
+        largest = (high << 8) + 255
+        raise ValueError(
+            f"it has 16 bits, but no value above {largest:,}, and nothing says which is white; {EIGHT_BITS}"
+        )
 
 
 EIGHT_BITS = "store all images of the data set with 8 bits, scaled alike"

@@ -176,7 +176,8 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     if not records:
         raise DataError(_explain_nothing_found(root))
     _require_images_everywhere(root, classes, records)
-    _require_utf8([record.key for record in records], root)
+    folders = [f"{domain}/{label}" for domain, labels in classes.items() for label in labels]
+    _require_utf8([*(record.key for record in records), *folders], root)
     _refuse_split_folders(root, records)
     names = tuple(sorted({label for labels in classes.values() for label in labels}))
     own = DatasetCard(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
