@@ -140,7 +140,7 @@ def planned_runs(plan: Plan, out: Path, rows: Iterable[ExpectedRow], n_trials: i
         for task in map(plan.__getitem__, names):
             config = task.config
             assert config is not None
-            sources = [one for one in plan.dataset.domains if one != config.data.target and plan.dataset.trains_on(one)]
+            sources = plan.dataset.sources(config.data.target)
             runs.append(PlannedRun(row.title, config, task.folder(out), len(sources), is_done(task, out)))
     return runs
 

@@ -78,6 +78,10 @@ class DomainDataset(ABC):
         """Return whether a domain may be trained on: an official division leaves some to validation and test."""
         return self.official_split is None or bool((self.official_split[self.indices(domain)] == TRAIN).any())
 
+    def sources(self, target: str | None) -> tuple[str, ...]:
+        """Return the domains that are trained on when `target` is not: all but it that may be."""
+        return tuple(domain for domain in self.domains if domain != target and self.trains_on(domain))
+
     def counts(self) -> npt.NDArray[np.int64]:
         """Return how many samples there are, int64 (domains, classes)."""
         table = np.zeros((len(self.domains), len(self.classes)), dtype=np.int64)

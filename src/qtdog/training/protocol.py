@@ -166,9 +166,8 @@ def make_protocol(config: Config, dataset: DomainDataset) -> DomainProtocol:
     """Return the roles that the configuration gives to domains and images."""
     data = config.data
     target = None if data.target == "none" else data.target
-    sources = tuple(domain for domain in dataset.domains if domain != target and dataset.trains_on(domain))
     splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
-    return DomainProtocol(sources, target, splits, data.train_on_heldout)
+    return DomainProtocol(dataset.sources(target), target, splits, data.train_on_heldout)
 
 
 @dataclass(frozen=True)
