@@ -69,6 +69,11 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} days"
 
 
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def warn(text: str) -> None:
     """Print a warning to standard error."""
     err.print(Text.assemble(("warning:", "yellow"), " ", text), highlight=False, soft_wrap=True)
@@ -89,7 +94,7 @@ class TrainingBar(RunCallback):
 
     def say(self, text: str) -> None:
         """Print a line."""
-        err.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(text)
 
     def on_start(self, config: Config, step: int) -> None:
         """Show the title and an empty bar; where none can be drawn, the title alone."""

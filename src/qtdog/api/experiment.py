@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qtdog.api.budget import Budget, choose, fits, taken_over, taken_over_text
 from qtdog.api.display import TrainingBar, warn
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import (
@@ -21,6 +22,7 @@ from qtdog.core.config_io import (
     build_config,
     is_method_preset,
     load_preset,
+    merge_trees,
     option_tree,
     parse_assignment,
     preset_plugins,
@@ -212,6 +214,7 @@ class Request:
         out: the run folder, or the folder of run folders if there are several; None for `runs/`.
         resume: go on with what is there.
         plugins: files of plug-ins, run now (`training.plugins`).
+        budget: how long it may take; None to take sizes and lengths as they are.
         dataset: the data, if it is an object and not something that `flags["data"]` names.
     """
 
@@ -223,6 +226,7 @@ class Request:
     resume: bool = False
     dataset: DomainDataset | None = None
     plugins: Sequence[str | Path] = ()
+    budget: Budget | None = None
 
 
 def configure(request: Request) -> tuple[DomainDataset, Config]:
@@ -250,7 +254,29 @@ def configure(request: Request) -> tuple[DomainDataset, Config]:
         assigned.append({"data": {"source": f"{IN_PYTHON}{dataset.card.name}"}})
     methods_only = all(isinstance(given, str) and is_method_preset(given) for given in request.presets)
     base = saved or [dataset_layer(dataset, with_preset=methods_only)]
-    return dataset, build_config([*base, *own, flags, *assigned])
+    given = [*own, flags, *assigned]
+    if not saved and request.budget is not None:
+        base += _fitted(request, request.budget, dataset, base[0], given)
+    return dataset, build_config([*base, *given])
+
+
+def _fitted(request: Request, budget: Budget, dataset: DomainDataset, base: Tree, layers: Sequence[Tree]) -> list[Tree]:
+    """Return the layer of sizes and lengths that fit the time, or that an earlier run of this request has; or none."""
+    given = merge_trees(layers)
+    if not fits(budget, dataset, given):
+        return []
+    earlier = None if request.out is None else _earlier(request.out)
+    if earlier is not None and request.out is not None:
+        budget.say(taken_over_text(request.out, earlier))
+        return [taken_over(earlier)]
+    members = request.members.number
+    return [choose(budget, dataset, lambda layer: build_config([base, layer, given]), given, members=members)]
+
+
+def _earlier(out: Path) -> Config | None:
+    """Return the configuration of what was trained in a folder before; None if nothing was."""
+    planned = read_plan(out)
+    return RunFolder(out).read_config() if planned is None else build_config([planned[0]])
 
 
 def plugin_files(request: Request) -> list[str]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
+from qtdog.api.budget import budget_of
 from qtdog.api.display import as_frame, python_progress
 from qtdog.api.experiment import (
     Members,
@@ -229,6 +230,7 @@ def train(
     preset: str | Sequence[str] = (),
     config: Config | None = None,
     out: str | Path | None = None,
+    budget: str | None = None,
     members: int = 1,
     member_splits: str = "same",
     fork_at: str | int | None = None,
@@ -247,6 +249,8 @@ def train(
         preset: names (`qtdog list presets`) or YAML files; later ones win.
         config: a whole configuration below all other options, instead of the defaults.
         out: the run folder, or the folder of run folders if there are several. Default: `runs/HASH`.
+        budget: choose image size and number of steps so that everything takes about this long here, like "20min".
+            Default: 15 minutes on a processor where no backbone, size or number of steps is given.
         members: train so many models, seeds counted up, and make one ensemble of those of each target.
         member_splits: "same" held-out images for all members, or "different".
         fork_at: train the float steps up to "start" (of quantization) or to a step once, for all members.
@@ -281,7 +285,8 @@ def train(
     folder = None if out is None else Path(out)
     wanted = Members(members, member_splits, None if fork_at is None else str(fork_at))
     flags = {"data": source, "target": target} | options
-    request = with_saved_members(Request(flags, presets, (), wanted, folder, resume, dataset, plugins))
+    allowed = budget_of(budget, quiet=progress is False)
+    request = with_saved_members(Request(flags, presets, (), wanted, folder, resume, dataset, plugins, allowed))
     callbacks = python_progress(progress)
     dataset, plan = make_plan(request, callbacks.progress)
     if folder is not None and len(plan) > 1:

@@ -52,6 +52,12 @@ FORK_AT = "Train the float steps up to the start of quantization (or to STEP) on
 DRY = "Show the runs, the effective configuration and an estimate of the time; train nothing and write nothing."
 
 
+BUDGET = (
+    "Choose image size and number of steps so that everything takes about this long here, like 20min or 2h. Default: "
+    "15min on a processor where no backbone, size or number of steps is given."
+)
+
+
 class Splits(StrEnum):
     """Which images the members of an ensemble hold out."""
 
@@ -77,6 +83,7 @@ def train(
     bits: Bits = None,
     start_step: Annotated[int | None, panel("Method", START)] = None,
     steps: Steps = None,
+    budget: Annotated[str | None, panel("Training", BUDGET, metavar="TIME")] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
     seed: Seed = None,
@@ -95,7 +102,7 @@ def train(
     Examples:
       qtdog train                                                     (embedded digits, trains on all domains)
 
-      qtdog train --data photos/ --target hospital_c --preset pacs-lite --bits 7
+      qtdog train --data photos/ --target hospital_c --budget 20min   (size and length that fit; default 15min on a CPU)
 
       qtdog train --data photos/ --target all -o runs/photos      (each domain unseen in turn, one table)
 
@@ -105,13 +112,14 @@ def train(
     """
     given = dict(locals())
     from qtdog.api import experiment
+    from qtdog.api.budget import budget_of
     from qtdog.cli.console import CountingBar, print_json
 
     flags = {name: given[name] for name in experiment.FLAGS}
     if abstain is not None:
         assign = [*(assign or ()), f"train.abstain={abstain}"]
     wanted = experiment.Members(members, member_splits.value, fork_at)
-    request = experiment.Request(flags, preset or (), assign or (), wanted, out, resume)
+    request = experiment.Request(flags, preset or (), assign or (), wanted, out, resume, budget=budget_of(budget))
     request = experiment.with_saved_members(request)
     dataset, plan = experiment.make_plan(request, CountingBar("reading images"))
     announce(dataset)

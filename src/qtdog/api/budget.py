@@ -1,0 +1,263 @@
+"""The right size by itself: image size and number of steps that fit the time there is, measured on this machine.
+
+A user with photographs and a processor gets a run that ends while they wait, not the paper's ResNet-50 for days. What
+is chosen lands in the run's `config.yaml` like anything else; what the user gives is never changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtdog.api.cost import device_type, training_flops
+from qtdog.api.display import duration_text, say
+from qtdog.core.config import Config
+from qtdog.core.config_io import Tree, load_preset, merge_trees
+from qtdog.core.errors import ConfigError, ModelError
+from qtdog.data.dataset import DomainDataset
+from qtdog.training.protocol import DomainProtocol, make_protocol
+from qtdog.training.step_time import network_step_s
+
+DEFAULT_S = 15 * 60.0
+PRESET = "small"
+SIZES = (224, 192, 160, 128, 96, 64)  # largest first
+IMAGES_PER_STEP = 96  # with many sources each gives fewer
+MIN_BATCH, MIN_STEPS, MAX_STEPS = 4, 100, 5000
+PASSES = 20  # over the sources: enough, as in the study
+N_EVALUATIONS = 10
+MARGIN = 1.35  # rounding, augmentation, checkpoints, decoding, the start: time of a run over that of its bare steps
+MEASURED_IMAGES = 16
+CHOSEN = ("model.backbone", "data.image_size", "train.steps")
+UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long `train` may take, in all.
+
+    Attributes:
+        seconds: for all runs together.
+        asked: whether the user named it; without, a time is kept only where nothing says what to train.
+        say: is called with a line about what was chosen.
+        measure: returns the seconds of an update, as `training.step_time.network_step_s` does.
+        device: type of the device, like "cpu"; None for that of this machine.
+    """
+
+    seconds: float = DEFAULT_S
+    asked: bool = False
+    say: Callable[[str], None] = say
+    measure: Callable[..., float] = network_step_s
+    device: str | None = None
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether no accelerator will train."""
+        return (self.device or device_type()) == "cpu"
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds.
+
+    Raises:
+        ConfigError: the text is no time above zero.
+
+    Example:
+        >>> parse_duration("20min"), parse_duration("1.5h"), parse_duration("1h30m")
+        (1200.0, 5400.0, 5400.0)
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|s|m|h)", text.strip())
+    if not parts or re.sub(r"\s", "", text) != "".join(number + unit for number, unit in parts):
+        raise ConfigError(f"'{text}' is no length of time: write 90s, 20min, 2h or 1h30m")
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise ConfigError(f"'{text}' is no time to train in: write 20min, or 2h")
+    return seconds
+
+
+def budget_of(text: str | None, *, quiet: bool = False) -> Budget:
+    """Return the budget that a user named, or the default one if `text` is None.
+
+    Args:
+        text: like "20min".
+        quiet: say nothing of what is chosen.
+
+    Raises:
+        ConfigError: the text is no length of time.
+    """
+    tell = _silence if quiet else say
+    return Budget(say=tell) if text is None else Budget(parse_duration(text), asked=True, say=tell)
+
+
+def _silence(_: str) -> None:
+    return None
+
+
+def fits(budget: Budget, dataset: DomainDataset, given: Tree) -> bool:
+    """Return whether sizes are chosen: a time was named, or nothing says what to train and a processor has to do it.
+
+    Args:
+        budget: of the request.
+        dataset: its data; a data set with a preset of its own (digits) is small already.
+        given: what the user said: presets, flags and assignments, merged.
+    """
+    if dataset.card.kind == "reviews":
+        if budget.asked:
+            raise ConfigError("--budget is for images; the length of a run on texts is --steps")
+        return False
+    if budget.asked:
+        return True
+    is_open = not any(_value(given, name) is not None for name in CHOSEN)
+    return is_open and dataset.card.preset is None and budget.on_processor
+
+
+def choose(
+    budget: Budget,
+    dataset: DomainDataset,
+    build: Callable[[Tree], Config],
+    given: Tree,
+    *,
+    members: int = 1,
+) -> Tree:
+    """Return the layer below what the user gave: on a processor the preset `small`, and sizes and a length that fit.
+
+    The largest image size is taken at which the sources can be passed over twenty times (300 to 5,000 steps); at that
+    size, or the smallest, the run is as long as the time allows, up to twice that.
+
+    Args:
+        budget: the time.
+        dataset: the data.
+        build: makes the configuration of a layer with what the user gave on top.
+        given: what the user gave, merged.
+        members: runs for each target.
+
+    Raises:
+        ConfigError: what the user gave is wrong.
+        ModelError: the backbone cannot be built at any size.
+    """
+    layer = load_preset(PRESET) if budget.on_processor else {}
+    config = build(layer)
+    protocol = _example(config, dataset)
+    if _value(given, "data.batch_size") is None:
+        batch = max(MIN_BATCH, min(config.data.batch_size, IMAGES_PER_STEP // len(protocol.sources)))
+        layer = merge_trees([layer, {"data": {"batch_size": batch}}])
+        config = build(layer)
+    per_step = config.data.batch_size * len(protocol.sources)
+    n_runs = members * (len(dataset.domains) if config.data.target == "all" else 1)
+    available = budget.seconds / n_runs / MARGIN
+    n_evaluated, n_trained = _numbers_of_images(protocol, config.data.test_mode)
+    enough = max(3 * MIN_STEPS, min(MAX_STEPS, PASSES * n_trained // per_step))
+    size, image_s = _image_time(config, dataset, given, budget.measure)
+    fixed = _value(given, "data.image_size") is not None
+    wanted_steps = _value(given, "train.steps")
+
+    evaluated = (N_EVALUATIONS + 2) * n_evaluated / 3  # in images that are trained on; a forward pass is a third of it
+    seconds = {size: image_s} if fixed else _scaled(config, dataset, size, image_s)
+
+    def fitting(at: int) -> float:
+        return (available / seconds[at] - evaluated) / per_step
+
+    best = next((at for at in seconds if fitting(at) >= (wanted_steps or enough)), min(seconds))
+    steps = wanted_steps or _rounded(max(MIN_STEPS, min(fitting(best), 2 * enough, MAX_STEPS)))
+    every = max(1, steps // N_EVALUATIONS)
+    layer = merge_trees([layer, {"data": {"image_size": best}, "train": {"steps": steps, "eval_every": every}}])
+    expected = n_runs * MARGIN * (steps * per_step + evaluated) * seconds[best]
+    budget.say(_in_words(budget, build(layer), expected, n_runs, per_step * seconds[best]))
+    return layer
+
+
+def taken_over(saved: Config) -> Tree:
+    """Return the layer that chose what a run in the folder has, so that the same command finds it again."""
+    return merge_trees(
+        [
+            load_preset(PRESET),
+            {
+                "data": {"image_size": saved.data.image_size, "batch_size": saved.data.batch_size},
+                "train": {"steps": saved.train.steps, "eval_every": saved.train.eval_every},
+            },
+        ]
+    )
+
+
+def taken_over_text(folder: Path, saved: Config) -> str:
+    """Return in words that sizes are those of a run that is there."""
+    size = saved.data.image_size
+    return f"{size} × {size} pixels and {saved.train.steps:,} steps, as chosen before for {folder}"
+
+
+def _example(config: Config, dataset: DomainDataset) -> DomainProtocol:
+    """Return the protocol of the first run; a target that there is not is refused later, with the nearest name."""
+    target = dataset.domains[0] if config.data.target == "all" else config.data.target
+    known = target if target in dataset.domains else "none"
+    return make_protocol(config.model_copy(update={"data": config.data.model_copy(update={"target": known})}), dataset)
+
+
+def _in_words(budget: Budget, config: Config, expected: float, n_runs: int, step_s: float) -> str:
+    size = config.data.image_size
+    what = f"{config.model.backbone}, {size} × {size} pixels, {config.data.batch_size} images per source"
+    runs = f"{n_runs} runs of {config.train.steps:,} steps take" if n_runs > 1 else f"{config.train.steps:,} steps take"
+    fit = "which fits" if expected <= 1.1 * budget.seconds else "which is the least and does not fit"
+    text = (
+        f"Chosen for {duration_text(budget.seconds)} on this machine ({step_s:.2g} s per step): {what}; {runs} about "
+        f"{duration_text(expected)}, {fit}."
+    )
+    return text + ("" if budget.asked else " --budget 2h gives more time; --backbone, --image-size or --steps decide.")
+
+
+def _numbers_of_images(protocol: DomainProtocol, test_mode: str) -> tuple[int, int]:
+    """Return how many images each evaluation reads, and how many are trained on."""
+    splits = protocol.splits
+    evaluated = sum(len(part) for part in protocol.selection_sets().values())
+    if test_mode == "in-domain":
+        evaluated += sum(len(splits[domain].test) for domain in protocol.sources)
+    elif protocol.target is not None:
+        evaluated += len(splits[protocol.target].everything)
+    return evaluated, sum(len(pool) for pool in protocol.train_pools().values())
+
+
+def _image_time(
+    config: Config, dataset: DomainDataset, given: Mapping[str, Any], measure: Callable[..., float]
+) -> tuple[int, float]:
+    """Return an image size that the backbone takes, and the seconds that training takes for each such image."""
+    fixed = _value(given, "data.image_size")
+    error: ModelError | None = None
+    for size in [fixed] if fixed else [config.data.image_size, *SIZES]:
+        try:
+            seconds = measure(config, dataset, n_images=MEASURED_IMAGES, size=size)
+        except ModelError as found:
+            error = found
+            continue
+        return size, seconds / MEASURED_IMAGES
+    assert error is not None
+    raise error
+
+
+def _scaled(config: Config, dataset: DomainDataset, measured: int, image_s: float) -> dict[int, float]:
+    """Return the seconds that training takes for an image, by size, largest first: time goes with the arithmetic."""
+    flops = {}
+    for size in {*SIZES, measured}:
+        try:
+            flops[size] = training_flops(config.model.backbone, channels=dataset.card.channels, size=size)
+        except ModelError:  # not a size of this backbone
+            continue
+    if measured not in flops:
+        return {measured: image_s}
+    return {size: image_s * flops[size] / flops[measured] for size in sorted(flops, reverse=True)}
+
+
+def _value(tree: Mapping[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    return tree.get(section, {}).get(key)
+
+
+def _rounded(steps: float) -> int:
+    """Return a number of steps with two digits, rounded down, so that a second measurement often gives it again.
+
+    Example:
+        >>> _rounded(1234.5), _rounded(87)
+        (1200, 87)
+    """
+    unit = 10 ** max(0, len(str(int(steps))) - 2)
+    return int(steps) // unit * unit

@@ -1,0 +1,134 @@
+"""The right size by itself: what is chosen fits the time, lands in the configuration, and gives way to the user."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtdog.api.budget import MARGIN, N_EVALUATIONS, SIZES, Budget, parse_duration
+from qtdog.api.experiment import Members, Request, configure
+from qtdog.core.config import Config
+from qtdog.core.errors import ConfigError
+from qtdog.data.digits import RotatedDigits
+from qtdog.runs.folder import RunFolder
+
+FAST = 1e-4  # seconds of an image at 96 pixels
+
+
+def asked(
+    photos: Path,
+    *,
+    budget: Budget | None = None,
+    image_s: float = FAST,
+    presets: Any = (),
+    out: Any = None,
+    **flags: Any,
+) -> tuple[Config, list[str]]:
+    """Return what a request becomes where training takes `image_s` for an image of 96 pixels, and what was said."""
+    said: list[str] = []
+
+    def measure(config: Config, dataset: Any, *, n_images: int, size: int) -> float:
+        return n_images * image_s * (size / 96) ** 2
+
+    allowed = replace(budget or Budget(), say=said.append, measure=measure, device="cpu")
+    request = Request({"data": str(photos), **flags}, presets, (), Members(), out, budget=allowed)
+    return configure(request)[1], said
+
+
+def test_photographs_alone_get_one_small_model_that_ends_in_a_quarter_of_an_hour(image_tree: Path):
+    config, said = asked(image_tree, target="night")
+    assert (config.model.backbone, config.quantizer.name, config.averager.name) == (
+        "tf_efficientnet_lite0",
+        "lsq",
+        "sma",
+    )
+    assert config.data.image_size == 224  # thirty images are passed over hundreds of times at any size
+    assert config.train.steps == 600  # twice the least that counts as enough
+    assert config.train.eval_every == 60
+    assert len(said) == 1
+    assert "Chosen for 15 min on this machine" in said[0]
+    assert "224 × 224 pixels, 16 images per source; 600 steps take about 14 s, which fits." in said[0]
+    assert "--budget 2h gives more time" in said[0]
+
+
+def test_the_size_is_the_largest_that_fits_and_the_steps_fill_the_time(image_tree: Path):
+    """Two sources of 15 training images, 16 images of each per step; 24 images are evaluated."""
+    image_s = 0.05
+    config, _ = asked(image_tree, budget=Budget(1200.0, asked=True), image_s=image_s, target="night")
+    size = config.data.image_size
+
+    def seconds(pixels: float, steps: int) -> float:
+        evaluated = (N_EVALUATIONS + 2) * (2 * 3 + 18) / 3
+        return MARGIN * image_s * (pixels / 96) ** 2 * (32 * steps + evaluated)
+
+    assert size in SIZES
+    larger = SIZES[SIZES.index(size) - 1]
+    assert seconds(larger, 300) > 0.9 * 1200  # the arithmetic of the network grows about as the area
+    assert 0.7 * 1200 < seconds(size, config.train.steps) < 1.15 * 1200
+    assert len(str(config.train.steps).rstrip("0")) <= 2
+
+
+def test_too_little_time_gets_the_least_and_a_word(image_tree: Path):
+    config, said = asked(image_tree, budget=Budget(10.0, asked=True), image_s=0.05, target="night")
+    assert (config.data.image_size, config.train.steps) == (64, 100)
+    assert "is the least and does not fit" in said[0]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"backbone": "resnet50.tv_in1k"}, {"image_size": 64}, {"steps": 10}, {"train": {"steps": 10}}]
+)
+def test_whoever_says_what_to_train_is_not_overruled(image_tree: Path, flags: dict[str, Any]):
+    config, said = asked(image_tree, target="night", **flags)
+    assert not said
+    assert config == asked(image_tree, budget=None, target="night", **flags)[0]
+    assert config.model.backbone == "resnet50.tv_in1k"
+
+
+def test_a_named_time_keeps_what_is_given(image_tree: Path):
+    budget = Budget(600.0, asked=True)
+    config, _ = asked(image_tree, budget=budget, target="night", steps=70, batch_size=5, bits=4)
+    assert (config.train.steps, config.data.batch_size, config.quantizer.bits) == (70, 5, 4)
+    config, _ = asked(image_tree, budget=budget, target="night", image_size=48, presets=["float"])
+    assert (config.data.image_size, config.quantizer.name) == (48, "none")
+
+
+def test_the_time_is_for_all_runs_together(image_tree: Path):
+    budget = Budget(400.0, asked=True)
+    one, _ = asked(image_tree, budget=budget, image_s=0.02, target="night", image_size=96)
+    each, _ = asked(image_tree, budget=budget, image_s=0.02, target="all", image_size=96)
+    assert each.train.steps == pytest.approx(one.train.steps / 3, rel=0.2)
+
+
+def test_on_a_gpu_and_on_data_with_a_preset_nothing_changes_unasked(image_tree: Path, digits: RotatedDigits):
+    said: list[str] = []
+    on_gpu = Budget(say=said.append, device="cuda")
+    config = configure(Request({"data": str(image_tree), "target": "night"}, budget=on_gpu))[1]
+    assert (config.model.backbone, config.data.image_size) == ("resnet50.tv_in1k", 224)
+    assert configure(Request({"target": "75"}, budget=Budget(say=said.append)))[1].model.backbone == "digits_cnn"
+    assert not said
+
+
+def test_the_same_command_finds_its_run_again(image_tree: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    first, _ = asked(image_tree, image_s=0.05, target="night", out=out)
+    out.mkdir()
+    RunFolder(out).claim(first, resume=False)
+    again, said = asked(image_tree, image_s=0.01, target="night", out=out)
+    assert again == first
+    assert f"as chosen before for {out}" in said[0]
+
+
+@given(hours=st.integers(0, 99), minutes=st.integers(0, 999), seconds=st.integers(1, 999))
+def test_times_add_up(hours: int, minutes: int, seconds: int):
+    assert parse_duration(f"{hours}h{minutes}min {seconds}s") == 3600 * hours + 60 * minutes + seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "2 days", "-5min", "0min", "20min!", "1h x 3min"])
+def test_what_is_no_time_is_refused(text: str):
+    with pytest.raises(ConfigError, match=r"no (length of )?time"):
+        parse_duration(text)
