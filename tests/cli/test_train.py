@@ -20,3 +20,29 @@ def test_a_dry_run_shows_plan_configuration_and_estimate_and_writes_nothing(qtdo
     assert [run["seed"] for run in tree["runs"]] == [0, 1]
     assert tree["config"]["train"]["steps"] == 4
     assert tree["estimate"]["seconds"] > 0
+
+
+def test_the_end_of_training_says_how_sure_each_accuracy_is_and_where_the_model_errs(qtdog: Any, tmp_path: Path):
+    words = ["train", "--target", "75", "--preset", "lsq", "--steps", "4", "--batch-size", "4", "--image-size", "12"]
+    words += ["--members", "2", "-o", tmp_path / "runs"]
+    shown = qtdog(*words)
+    assert shown.code == 0
+    runs = [json.loads((tmp_path / "runs" / f"75-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    ensemble = json.loads(next((tmp_path / "runs").glob("75-eoq/result.json")).read_text())
+    for result in (*runs, ensemble):
+        rows = result["classes"]["test"]["75"]
+        n, right = (sum(row[key] for row in rows) for key in ("n", "right"))
+        assert n == 299
+        assert right / n == result["test_accuracy"]
+        assert all(row["n"] == row["right"] + sum(row["called"].values()) for row in rows)
+    kept = runs[0]["scores"]["source"]
+    for domain, rows in runs[0]["classes"]["source"].items():
+        n, right = (sum(row[key] for row in rows) for key in ("n", "right"))
+        assert (n, right / n) == (kept[domain]["n"], kept[domain]["accuracy"])
+    curve = runs[0]["calibration"]["test"]["risk_coverage"]
+    assert curve[-1] == [1.0, 1 - runs[0]["test_accuracy"]]
+    accuracy = f"{100 * ensemble['test_accuracy']:.1f}"
+    assert any(line.split()[:3] == ["75", "unseen", accuracy] for line in shown.out.splitlines())
+    assert "where it errs most: 5 of" in shown.out
+    alone = qtdog("train", "--resume", "-o", tmp_path / "runs" / "75-seed0").out
+    assert sum("  validation images  " in line for line in alone.splitlines()) == 5

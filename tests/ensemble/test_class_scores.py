@@ -10,7 +10,8 @@ from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
 from qtdog.ensemble.members import Member
 from qtdog.ensemble.model import load
-from qtdog.ensemble.scoring import class_scores, score_domains
+from qtdog.ensemble.scoring import score_domains
+from qtdog.training.evaluation import class_scores
 
 NAMES = [f"c{number}" for number in range(5)]
 

@@ -94,7 +94,7 @@ def evaluate(
     rows = [_row(domain + (" (trained on)" if domain in sources else ""), score) for domain, score in scores.items()]
     headers = ["domain", "accuracy (%)", "95 % interval", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
     print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", "", ""]])
-    _show_worst_classes(scores)
+    show_worst_classes({domain: score["classes"] for domain, score in scores.items()})
     if cascade:
         _show_cascade(scores)
     for name, value in auroc.items():
@@ -142,26 +142,31 @@ def _row(name: str, score: Mapping[str, Any]) -> list[str]:
     from qtdog.report.tables import percent
 
     trust = [f"{score['ece']:.3f}", f"{score['brier']:.3f}", percent(score["risk_at_90"])]
-    return [name, percent(score["accuracy"]), _range(score["interval"]), f"{score['n']:,}", *trust]
+    return [name, percent(score["accuracy"]), share_range(score["interval"]), f"{score['n']:,}", *trust]
 
 
-def _range(interval: tuple[float, float]) -> str:
+def share_range(interval: tuple[float, float]) -> str:
+    """Return the interval of a share in percent."""
     return "{:.1f} … {:.1f}".format(*(100 * end for end in interval))
 
 
-def _show_worst_classes(scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Show the classes with the lowest accuracy, and what their images were taken for."""
+def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Show the classes with the lowest accuracy, and what their images were taken for.
+
+    Args:
+        classes: by domain, what `training.evaluation.class_scores` gives.
+    """
     from qtdog.cli.console import print_table
     from qtdog.report.tables import percent
     from qtdog.runs.statistics import share_interval
 
-    found = [(domain, one) for domain, score in scores.items() for one in score["classes"] if one["right"] < one["n"]]
+    found = [(domain, one) for domain, rows in classes.items() for one in rows if one["right"] < one["n"]]
     found.sort(key=lambda pair: (pair[1]["right"] / pair[1]["n"], -pair[1]["n"]))
     rows = []
     for domain, one in found[:WORST]:
         share = one["right"] / one["n"]
         called = ", ".join(f"{name} ({count})" for name, count in list(one["called"].items())[:3])
-        interval = _range(share_interval(share, one["n"]))
+        interval = share_range(share_interval(share, one["n"]))
         rows.append([domain, one["class"], percent(share), interval, f"{one['right']} of {one['n']}", called])
     if rows:
         headers = ["domain", "class", "accuracy (%)", "95 % interval", "right", "taken for"]

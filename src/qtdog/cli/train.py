@@ -248,9 +248,33 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
         out.print(f"No score of the ensemble on the sources: {ensembles[0]['no_source_score']}.", soft_wrap=True)
     if first["test_accuracy"] is None:
         out.print("No domain was held out, so nothing says how well it transfers; --target all measures that.")
+    _show_mistakes(ensembles or results)
     for result in [*results, *ensembles]:
         for line in _where_to_look(result):
             out.print(line, highlight=False, soft_wrap=True)
+
+
+def _show_mistakes(results: Sequence[Mapping[str, Any]]) -> None:
+    """Show how sure each accuracy is, of a single run also those of the sources, and the classes it errs most in."""
+    from qtdog.cli.console import print_table
+    from qtdog.cli.evaluate import share_range, show_worst_classes
+    from qtdog.report.tables import percent
+    from qtdog.runs.statistics import share_interval
+
+    test, source = {}, {}
+    for result in results:
+        test |= result.get("classes", {}).get("test", {})
+    if len(results) == 1:
+        source = results[0].get("classes", {}).get("source", {})
+    unseen = "in-domain" if results[0].get("test_mode") == "in-domain" else "unseen"
+    rows = []
+    for role, domains in ((unseen, test), ("validation images", source)):
+        for domain, classes in domains.items():
+            right, n = (sum(one[key] for one in classes) for key in ("right", "n"))
+            rows.append([domain, role, percent(right / n), share_range(share_interval(right / n, n)), f"{n:,}"])
+    if rows:
+        print_table(["domain", "role", "accuracy (%)", "95 % interval", "images"], rows)
+        show_worst_classes(test or source)
 
 
 def _where_to_look(result: dict[str, Any]) -> list[str]:

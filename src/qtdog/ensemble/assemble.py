@@ -29,6 +29,7 @@ from qtdog.packing.ensemble_file import save_ensemble
 from qtdog.packing.sizes import ensemble_sizes, file_sizes
 from qtdog.runs.finished import KINDS
 from qtdog.training.calibration import AnswerCalibration, LabeledLogits, calibrate_answers
+from qtdog.training.evaluation import class_scores
 from qtdog.training.finalize import environment
 
 
@@ -294,6 +295,7 @@ def _keep_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set:
         "model_sha256": sha256_file(spec.file),
         "calibration": answers.to_json(),
         "cascade": cascade,
+        "classes": _by_class(on_test, members[0]),
     }
     return _Made(scores, price, details)
 
@@ -350,7 +352,16 @@ def _average_members(
     size = asdict(file_sizes(spec.file))
     recipe_used = asdict(recipe) | {"used": list(averaged.used)}
     details = {"size": size, "model_sha256": sha256_file(spec.file), "recipe": recipe_used}
-    return _Made(scores, price, details | {"calibration": answers.to_json()})
+    about_answers = {"calibration": answers.to_json(), "classes": _by_class(on_test, members[0])}
+    return _Made(scores, price, details | about_answers)
+
+
+def _by_class(test: LabeledLogits | None, member: Member) -> dict[str, Any]:
+    """Return how the images of each class of the unseen domain were answered; nothing where there is none."""
+    target = member.info.target_domain
+    if test is None or target is None or member.config.data.test_mode == "in-domain":
+        return {}
+    return {"test": {target: class_scores(test.logits.mean(0).argmax(1), test.labels, member.info.classes)}}
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from qtdog.runs.record import Score, merge_scores
 from qtdog.runs.statistics import share_interval
 from qtdog.training.build import make_accelerator
 from qtdog.training.calibration import LabeledLogits, Reliability, measure_reliability
-from qtdog.training.evaluation import EvaluationInputs
+from qtdog.training.evaluation import EvaluationInputs, class_scores
 from qtdog.training.protocol import DomainProtocol, check_reads, make_protocol, open_inputs, resolve
 
 
@@ -246,36 +246,6 @@ def score_domains(
             measured = asdict(measure_cascade(images.logits, images.labels, threshold, temperature_of(model)))
             scores[domain]["cascade"] = {key: measured[key] for key in ("accuracy", "accuracy_all", "members")}
     return scores
-
-
-def class_scores(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return how the images of each class that occurs were answered.
-
-    Args:
-        answers: class indices, shape (n,).
-        labels: class indices, shape (n,).
-        classes: names of all classes, in the order of the indices.
-
-    Returns:
-        a dictionary for each class, in their order: `class`, `n` images, `right` answers, and `called`: the other
-        classes that they were taken for, with how often, most often first.
-
-    Example:
-        >>> class_scores(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), ["cat", "dog"])
-        [{'class': 'cat', 'n': 2, 'right': 1, 'called': {'dog': 1}}, {'class': 'dog', 'n': 1, 'right': 1, 'called': {}}]
-    """
-    # only the pairs that occur: a table of 10,000 classes would have 10^8 cells
-    cells, counts = torch.unique(labels * len(classes) + answers, return_counts=True)
-    found: dict[int, dict[str, Any]] = {}
-    for cell, count in sorted(zip(cells.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0])):
-        label, answer = divmod(cell, len(classes))
-        row = found.setdefault(label, {"class": classes[label], "n": 0, "right": 0, "called": {}})
-        row["n"] += count
-        if answer == label:
-            row["right"] = count
-        else:
-            row["called"][classes[answer]] = count
-    return [found[label] for label in sorted(found)]
 
 
 def open_for(model: AnyModel, dataset: DomainDataset, progress: Progress) -> tuple[InputCache, np.ndarray]:

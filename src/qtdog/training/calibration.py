@@ -160,6 +160,7 @@ def risk_coverage(uncertainties: npt.ArrayLike, correct: npt.ArrayLike) -> RiskC
     return RiskCoverage(answered / len(values), risk, float(risk.mean()))
 
 
+COVERAGES = [round(0.05 * k, 2) for k in range(1, 21)]  # of the curve that is kept
 KEPT_COVERAGE = 0.9  # of the risk that is reported: the least certain tenth is not answered
 
 
@@ -267,7 +268,8 @@ class AnswerCalibration:
     Attributes:
         temperature: of the probabilities, fitted on held-out source images; 1 without any.
         accept_threshold: smallest probability of an answer that is accepted, chosen on the same images; None without.
-        report: by "source" and "test", where there are such images, reliability `before` and `after`, and `accept`.
+        report: by "source" and "test", where there are such images: reliability `before` and `after`; `risk_coverage`,
+            pairs of the share that is answered, the most confident first, and the errors among them; and `accept`.
     """
 
     temperature: float
@@ -308,6 +310,8 @@ def calibrate_answers(source: LabeledLogits | None, test: LabeledLogits | None, 
             when: asdict(measure_reliability(found, torch.special.entr(found).sum(1), images.labels))
             for when, found in (("before", before), ("after", after))
         }
+        curve = risk_coverage(-best.values.double().numpy(), (best.indices == images.labels).numpy())
+        report[name]["risk_coverage"] = [[share, curve.risk_at(share)] for share in COVERAGES]
         if threshold is not None:
             accept = measure_acceptance(best.values, best.indices == images.labels, threshold)
             report[name]["accept"] = asdict(accept)

@@ -236,3 +236,33 @@ def _correct(components: Components, indices: np.ndarray) -> np.ndarray:
             logits = components.network(tokens.to(components.accelerator.device))
             right.append((logits.argmax(1).cpu() == labels).numpy())
     return np.concatenate(right)
+
+
+def class_scores(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return how the images of each class that occurs were answered.
+
+    Args:
+        answers: class indices, shape (n,).
+        labels: class indices, shape (n,).
+        classes: names of all classes, in the order of the indices.
+
+    Returns:
+        a dictionary for each class, in their order: `class`, `n` images, `right` answers, and `called`: the other
+        classes that they were taken for, with how often, most often first.
+
+    Example:
+        >>> class_scores(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), ["cat", "dog"])
+        [{'class': 'cat', 'n': 2, 'right': 1, 'called': {'dog': 1}}, {'class': 'dog', 'n': 1, 'right': 1, 'called': {}}]
+    """
+    # only the pairs that occur: a table of 10,000 classes would have 10^8 cells
+    cells, counts = torch.unique(labels * len(classes) + answers, return_counts=True)
+    found: dict[int, dict[str, Any]] = {}
+    for cell, count in sorted(zip(cells.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0])):
+        label, answer = divmod(cell, len(classes))
+        row = found.setdefault(label, {"class": classes[label], "n": 0, "right": 0, "called": {}})
+        row["n"] += count
+        if answer == label:
+            row["right"] = count
+        else:
+            row["called"][classes[answer]] = count
+    return [found[label] for label in sorted(found)]

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -42,7 +42,7 @@ from qtdog.runs.selection import select
 from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.calibration import LabeledLogits, calibrate_answers
 from qtdog.training.components import Components, RunState
-from qtdog.training.evaluation import evaluating, group_scores
+from qtdog.training.evaluation import class_scores, evaluating, group_scores
 from qtdog.training.load_model import load_model
 
 CALIBRATION_BATCH = 32
@@ -212,7 +212,8 @@ def write_run_result(components: Components, state: RunState, final: Final, fold
         RunError: the saved file does not give the logits of the training-time model.
     """
     dataset = components.dataset
-    answers = calibrate_answers(*_validation_and_test_logits(components), components.config.train.abstain)
+    source, test = _validation_and_test_logits(components)
+    answers = calibrate_answers(_joined(source), _joined(test), components.config.train.abstain)
     fitted = {"temperature": answers.temperature, "accept_threshold": answers.accept_threshold}
     save(components.network, folder.model_file, metadata=_metadata(components, final.record) | fitted)
     verify_model_file(components, folder)
@@ -224,6 +225,7 @@ def write_run_result(components: Components, state: RunState, final: Final, fold
         "layers": [asdict(layer) for layer in layer_report(components.network)] if components.quantizer else [],
         "coverage": components.quantizer.coverage.to_json() if components.quantizer else None,
         "calibration": answers.to_json(),
+        "classes": {"source": _by_class(source, dataset.classes), "test": _by_class(test, dataset.classes)},
         "environment": environment(),
     }
     result |= group_scores(components)
@@ -231,27 +233,41 @@ def write_run_result(components: Components, state: RunState, final: Final, fold
     return result | final.extra
 
 
-def _validation_and_test_logits(components: Components) -> tuple[LabeledLogits | None, LabeledLogits | None]:
-    """Return the logits of the sources' validation images, if none was trained on, and of the test images."""
+def _validation_and_test_logits(components: Components) -> tuple[dict[str, LabeledLogits], dict[str, LabeledLogits]]:
+    """Return by domain the logits of the sources' validation images, if none was trained on, and of the test images."""
     protocol, in_domain = components.protocol, components.config.data.test_mode == "in-domain"
-    source = [] if protocol.train_on_heldout else list(protocol.selection_sets().values())
-    test = [protocol.splits[domain].test for domain in protocol.sources] if in_domain else []
+    source = {} if protocol.train_on_heldout else protocol.selection_sets()
+    test = {domain: protocol.splits[domain].test for domain in protocol.sources} if in_domain else {}
     if protocol.target is not None and not in_domain:
-        test = [protocol.splits[protocol.target].everything]
+        test = {protocol.target: protocol.splits[protocol.target].everything}
     return _labeled_logits(components, source), _labeled_logits(components, test)
 
 
 @torch.no_grad()
-def _labeled_logits(components: Components, parts: list[Indices]) -> LabeledLogits | None:
-    if not sum(map(len, parts)):
-        return None
+def _labeled_logits(components: Components, parts: Mapping[str, Indices]) -> dict[str, LabeledLogits]:
+    parts = {domain: indices for domain, indices in parts.items() if len(indices)}
+    if not parts:
+        return {}
     device = components.accelerator.device
     with evaluating(components.network):
-        found = [
-            LabeledLogits(components.network(images.to(device)).float().cpu()[None], labels.cpu())
-            for images, labels in components.inputs.batches(np.concatenate(parts))
-        ]
-    return LabeledLogits.concatenate(found)
+        found = LabeledLogits.concatenate(
+            [
+                LabeledLogits(components.network(images.to(device)).float().cpu()[None], labels.cpu())
+                for images, labels in components.inputs.batches(np.concatenate(list(parts.values())))
+            ]
+        )
+    sizes = list(map(len, parts.values()))
+    split = zip(parts, found.logits.split(sizes, dim=1), found.labels.split(sizes), strict=True)
+    return {domain: LabeledLogits(logits, labels) for domain, logits, labels in split}
+
+
+def _joined(parts: Mapping[str, LabeledLogits]) -> LabeledLogits | None:
+    return LabeledLogits.concatenate(list(parts.values())) if parts else None
+
+
+def _by_class(parts: Mapping[str, LabeledLogits], classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return by domain how the images of each class were answered (`training.evaluation.class_scores`)."""
+    return {domain: class_scores(one.logits.mean(0).argmax(1), one.labels, classes) for domain, one in parts.items()}
 
 
 def _metadata(components: Components, chosen: Record) -> dict[str, Any]:
