@@ -208,6 +208,26 @@ def test_a_fetch_that_was_killed_behind_its_rename_is_finished(card, server, hom
     assert "is there already" in err
 
 
+def test_what_a_kill_left_unsettled_is_settled_by_the_next_fetch(card, server, home):
+    vlcs, settled = card("vlcs"), []
+
+    def killed(fetched):
+        (home / ".fetched.json.abcdefgh.tmp").write_text("{")
+        raise KeyboardInterrupt
+
+    def settle(fetched):
+        settled.append(fetched.folder)
+        remember("vlcs", fetched)
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(vlcs, home / "vlcs", settle=killed)
+    assert (home / "vlcs").is_dir()
+    fetch(vlcs, home / "vlcs", settle=settle)
+    assert settled == [home / "vlcs"]
+    assert remembered("vlcs")
+    assert [path.name for path in home.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_folder_that_is_there_is_left_alone(card, server, home, qtdog):
     card("pacs")
     (home / "pacs").mkdir(parents=True)

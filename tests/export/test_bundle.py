@@ -59,8 +59,14 @@ def bundle(packed, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     draw_photos(folder / "photos")
     source = read_packed_source(packed("test_resnet", accept=0.4))
+    (folder / "site" / ".model.json.abcdefgh.tmp").mkdir(parents=True)  # as a kill leaves it
     write_bundle(source, folder / "site", photos, name="onnx")
     return folder / "site", source.path, folder / "photos"
+
+
+def test_what_a_kill_left_is_removed(bundle):
+    site, _, _ = bundle
+    assert [path.name for path in site.iterdir() if path.name.startswith(".")] == []
 
 
 def test_every_photograph_gets_the_answer_of_predict(bundle):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -210,6 +211,36 @@ def test_a_file_that_answers_otherwise_is_refused_and_the_old_one_kept(source, p
         export(source("test_resnet"), tmp_path / "m.pt2", "torch", photos)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
     assert (tmp_path / "m.pt2").read_text() == "before"
+
+
+def test_an_export_cut_off_between_its_files_leaves_none_of_two_exports(source, photos, tmp_path, monkeypatch):
+    right, replace = FORMATS["torch"], Path.replace
+
+    def save(source, graph, path, info):
+        right.save(source, graph, path, info)
+        path.with_suffix(".bin").write_text("after")
+
+    def cut_off(file, target):
+        if Path(target).name == "m.pt2":
+            raise KeyboardInterrupt
+        return replace(file, target)
+
+    monkeypatch.setitem(FORMATS._members, "torch", dataclasses.replace(right, save=save))
+    for name in ("m.pt2", "m.bin", "m.pt2.json"):
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(Path, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        export(source("digits_cnn"), tmp_path / "m.pt2", "torch", photos)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("m.bin", "after")]
+    monkeypatch.setattr(Path, "replace", replace)
+    export(source("digits_cnn"), tmp_path / "m.pt2", "torch", photos)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.pt2", "m.pt2.json"]
+
+
+def test_openvino_reports_no_use_to_its_makers(source, photos, tmp_path):
+    telemetry = pytest.importorskip("openvino_telemetry")
+    export(source("digits_cnn"), tmp_path / "m.xml", "openvino", photos)
+    assert not telemetry.Telemetry().consent
 
 
 def test_a_float_model_has_nothing_to_compute_with_in_integers(source, photos, tmp_path):

@@ -1,12 +1,14 @@
 """Kill work before each of its file operations, or let files grow to a limit only; then do it again and compare.
 
-    python tests/stress/kill_everywhere.py train fetch merge index export sweep
+    python tests/stress/kill_everywhere.py train fetch sweep merge index export
     python tests/stress/kill_everywhere.py train --full --count 30
 
-A child process does the work. An audit hook counts its changes of files below its folder, and ends it by SIGKILL before
-operation number n; with --full the system refuses to write files beyond a size instead, as a full disk does, and the
-work must end with the message that says what to do. The next child, left alone, must bring what an undisturbed one
-brings, bit for bit, and leave no temporary file.
+A child process, forked when everything is imported, does the work. An audit hook counts the changes of files below its
+folder, of its own workers too, and ends the process that is about to make change number n by SIGKILL. With --full the
+system refuses to write files beyond a size instead, as a full disk does, and the work must end with the message that
+says what to do. The next child, left alone, must bring what an undisturbed one brings, bit for bit, and leave no
+temporary file. It is also a fault when files of two exports lie together, when a process takes five seconds of
+processor time or 150 MiB of memory more than the undisturbed one, hangs, or changes a file elsewhere.
 """
 
 from __future__ import annotations
@@ -14,43 +16,57 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
+import json
+import mmap
+import multiprocessing
 import os
+import re
 import resource
 import runpy
+import select
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import yaml
 
 from qtdog.core.config_io import build_config, load_preset
-from qtdog.core.errors import QtdogError
+from qtdog.core.errors import QtdogError, RunError
 from qtdog.data.cards import CARDS, Archive
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.digits import RotatedDigits
-from qtdog.data.fetch import fetch, remember
+from qtdog.data.fetch import fetch, remember, work_folder
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.index import ask, refresh
+from qtdog.sweep.journal import save_labels
+from qtdog.sweep.local import LocalEngine, Resources
 from qtdog.sweep.merge import merge_folders
+from qtdog.sweep.plan import make_plan
+from qtdog.sweep.runner import Driver, check_tasks, unfinished
+from qtdog.sweep.study import Study
 from qtdog.training.build import make_accelerator
 from qtdog.training.run import RunCallbacks
 from qtdog.training.run import run as train_run
 
 TESTS = Path(__file__).parents[1]
-CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.truncate", "os.chmod")
+WATCH = runpy.run_path(str(Path(__file__).with_name("watch.py")))
 REFUSED = 3  # exit code of a child whose work was refused by an error of qtdog's
 MESSAGE = "What was there before is unchanged"
+MAX_MORE_SECONDS, MAX_MORE_KIB = 5.0, 150 * 1024  # than the undisturbed work takes
+HANGS_S = 120.0  # of wall time; other processes may need the cores
 TINY = {
     "data": {"target": "none", "holdout_frac": 0.02, "batch_size": 2, "image_size": 8, "workers": 0},
     "train": {"steps": 3, "eval_every": 3, "checkpoint_every": 1},
@@ -61,7 +77,7 @@ TINY = {
 class Work(ABC):
     """Something that writes files in a folder."""
 
-    LATER = ""  # the name of a file whose remains are removed when it is written next, which the next start does not
+    ONE_PROCESS = False  # and seconds long: what a kill would leave is copied on the way; a refusal changes nothing
 
     def __init__(self, shared: Path) -> None:
         self.shared = shared  # what all starts have in common: inputs, caches
@@ -73,6 +89,11 @@ class Work(ABC):
     @abstractmethod
     def do(self, folder: Path) -> None:
         """Do it, or go on with it."""
+
+    def torn(self, folder: Path, whole: Path) -> str:
+        """Return what is wrong with what a disturbed start left, "" for nothing; `whole` is what the work brings."""
+        del folder, whole
+        return ""
 
     def result(self, folder: Path) -> dict[str, str]:
         """Return what came of it: path → hash, without what time and place decide."""
@@ -134,8 +155,6 @@ class Merge(Work):
 class Fetch(Work):
     """A small data set from a server of this process."""
 
-    LATER = ".fetched.json."
-
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
         self.files: dict[str, bytes] = runpy.run_path(str(TESTS / "data" / "small_archives.py"))["published"]("vlcs")
@@ -164,12 +183,12 @@ class Fetch(Work):
         """Fetch it, unless it is there, and remember its hash."""
         os.environ["QTDOG_DATA"] = str(folder)
         target = folder / "vlcs"
-        if not target.is_dir() or (folder / ".vlcs.fetch").is_dir():
-            remember("vlcs", fetch(self.card, target))
+        if not target.is_dir() or work_folder(target).is_dir():
+            fetch(self.card, target, settle=lambda found: print(remember("vlcs", found)))
 
     def counts(self, name: str) -> bool:
-        """Leave out what has a date, and what a kill between the last two steps leaves to be trusted anew."""
-        return not name.endswith((".lock", "origin.json", "fetched.json")) and not name.startswith(self.LATER)
+        """Leave out what has a date."""
+        return not name.endswith((".lock", "origin.json"))
 
 
 class Index(Work):
@@ -195,62 +214,192 @@ class Index(Work):
 
 
 class Export(Work):
-    """A small network as ONNX, OpenVINO and a program of torch."""
+    """A small network in one format, where the export of another one is already."""
+
+    ONE_PROCESS = True
+    FORMAT, MAIN, COMPANIONS = "onnx", "model.onnx", ("model.onnx.json",)
+    LIBRARIES = (
+        "onnx",
+        "onnxscript.optimizer",
+        "onnx_ir.passes.common",
+        "onnxruntime",
+        "torch.export",
+        "torch._dynamo",
+    )
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
         made = runpy.run_path(str(TESTS / "export" / "conftest.py"))
-        self.packed = made["make_packed"](shared / "model.safetensors", "test_resnet")
+        self.packed = made["make_packed"](shared / "model.safetensors", "digits_cnn")
+        self.other = made["make_packed"](shared / "other.safetensors", "digits_cnn", seed=1)
+        for name in self.LIBRARIES:
+            importlib.import_module(name)  # once, for all children
+
+    def begin(self, folder: Path) -> None:
+        """Copy the export of another network, made by the first call."""
+        old = self.shared / "old"
+        if not old.is_dir():
+            old.mkdir()
+            self.packed, self.other = self.other, self.packed
+            end = child(self, old, nothing)
+            self.packed, self.other = self.other, self.packed
+            assert not end.code, end.said
+        shutil.copytree(old, folder, dirs_exist_ok=True)
 
     def do(self, folder: Path) -> None:
-        """Export it in each format."""
+        """Export it."""
         from qtdog.export.export import export
-        from qtdog.export.images import LabelledImages
         from qtdog.export.packed_source import read_packed_source
 
+        export(read_packed_source(self.packed), folder / self.MAIN, self.FORMAT, self.images())
+
+    def images(self) -> Any:
+        """Return eight images of noise."""
+        from qtdog.export.images import LabelledImages
+
         rng = np.random.default_rng(0)
-        images = LabelledImages(rng.integers(0, 256, (8, 32, 32, 3), np.uint8), rng.integers(0, 3, 8), ("a", "b"))
-        for name, suffix in (("onnx", ".onnx"), ("openvino", ".xml"), ("torch", ".pt2")):
-            if not (folder / f"model{suffix}.json").is_file():
-                export(read_packed_source(self.packed), folder / f"model{suffix}", name, images)
+        return LabelledImages(rng.integers(0, 256, (8, 32, 32, 3), np.uint8), rng.integers(0, 3, 8), ("a", "b"))
+
+    def torn(self, folder: Path, whole: Path) -> str:
+        """Return which files lie beside a main file of another export."""
+        main = folder / self.MAIN
+        if not main.is_file():
+            return ""
+        source = self.shared / "old" if main.read_bytes() == (self.shared / "old" / self.MAIN).read_bytes() else whole
+        names = [name for name in self.COMPANIONS if self.is_other(folder / name, source / name)]
+        return f"{self.MAIN} is that of {source.name}, {names} are not" if names else ""
+
+    def is_other(self, file: Path, expected: Path) -> bool:
+        """Return whether a file is there and says something else than another one, but for paths and times."""
+        if not file.is_file():
+            return False
+        if file.suffix != ".json":
+            return file.read_bytes() != expected.read_bytes()
+        found, wanted = json.loads(file.read_text()), json.loads(expected.read_text())
+        return found["parity"] != wanted["parity"]
 
     def counts(self, name: str) -> bool:
-        """Leave out bytes that differ from export to export, and descriptions with times."""
-        return name.endswith((".onnx", ".tmp"))
+        """Compare what is the same from export to export, without times."""
+        return name.endswith((".onnx", ".bin", ".tmp", ".h"))
+
+
+class ExportInt8(Export):
+    """With integer activations."""
+
+    FORMAT = "onnx-int8"
+
+
+class ExportOpenVino(Export):
+    """Two files, of which one names the other."""
+
+    FORMAT, MAIN, COMPANIONS = "openvino", "model.xml", ("model.bin", "model.xml.json")
+    LIBRARIES = (*Export.LIBRARIES, "openvino")
+
+
+class ExportTorch(Export):
+    """A program of torch."""
+
+    FORMAT, MAIN, COMPANIONS = "torch", "model.pt2", ("model.pt2.json",)
+
+
+class ExportHeader(Export):
+    """A header for C."""
+
+    FORMAT, MAIN, COMPANIONS = "c", "model.h", ("model.h.json",)
+
+
+class Bundle(Export):
+    """A folder of an ONNX model, a script, a description and a card."""
+
+    FORMAT, MAIN, COMPANIONS = "onnx", "model.json", ()
+
+    def do(self, folder: Path) -> None:
+        """Write it."""
+        from qtdog.export.bundle import write_bundle
+        from qtdog.export.packed_source import read_packed_source
+
+        write_bundle(read_packed_source(self.packed), folder, self.images(), name=self.FORMAT)
+
+    def torn(self, folder: Path, whole: Path) -> str:
+        """The description has the hash of the model, which the script compares."""
+        del folder, whole
+        return ""
+
+    def counts(self, name: str) -> bool:
+        """Leave out the card, which has times."""
+        return not name.endswith(".md")
+
+
+class Silent:
+    """Shows nothing."""
+
+    def show(self, progress: Any) -> None:
+        pass
+
+    def ended(self, task: Any, outcome: Any) -> None:
+        pass
 
 
 class Sweep(Work):
-    """A study of two runs with shared steps, from a process of its own."""
+    """A study of two runs with shared float steps, one worker, forked, so that its changes are counted too."""
+
+    SET: ClassVar = {
+        "data.batch_size": 2,
+        "data.image_size": 12,
+        "data.holdout_frac": 0.02,
+        "train.steps": 2,
+        "train.eval_every": 2,
+        "train.checkpoint_every": 1,
+        "quantizer.start_step": 1,
+    }
+
+    def __init__(self, shared: Path) -> None:
+        super().__init__(shared)
+        tree = {"name": "s", "data": "rotated-digits", "base": {"presets": ["digits"], "set": self.SET}}
+        tree |= {"methods": {"lsq": {}, "dorefa": {"presets": ["dorefa"]}}, "grid": {"target": ["0"], "seed": 0}}
+        self.plan = make_plan(Study.model_validate(tree | {"share_prefix": True}))
+        make_accelerator(build_config([load_preset("digits")]))
 
     def do(self, folder: Path) -> None:
-        """Run it with one worker."""
-        from qtdog.api.studies import sweep
-
-        study = {"name": "s", "data": "rotated-digits", "base": {"presets": ["digits"], "set": SWEPT}}
-        study |= {"methods": {"lsq": {}}, "grid": {"target": ["0"], "seed": "0..1"}}
-        if not (self.shared / "s.yaml").is_file():
-            (self.shared / "s.yaml").write_text(yaml.safe_dump(study))
-        sweep(self.shared / "s.yaml", out=folder / "runs", workers=1, progress=False)
+        """Run it, or go on with it, as `qtdog.sweep` does."""
+        plan, out = self.plan, folder / "runs"
+        check_tasks(unfinished(plan.tasks, out), plan.dataset)
+        save_labels(plan.study.name, plan.labels, out)
+        engine = LocalEngine(out, plan.source, Resources(1, 1), context=multiprocessing.get_context("fork"))
+        failed = Driver(plan.tasks, out, engine, Silent(), poll_s=0.05, busy_s=0.1).run().failed
+        if failed:
+            raise RunError("; ".join(outcome.reason for outcome in failed.values()))
 
     def counts(self, name: str) -> bool:
         """Compare the models."""
         return name.endswith(("model.safetensors", ".tmp"))
 
 
-SWEPT = {
-    "data.batch_size": 2,
-    "data.image_size": 8,
-    "train.steps": 2,
-    "train.eval_every": 2,
-    "quantizer.start_step": 1,
-}
 WORKS: dict[str, type[Work]] = {"train": Train, "fetch": Fetch, "merge": Merge, "index": Index}
-LONG_WORKS: dict[str, type[Work]] = {"export": Export, "sweep": Sweep}  # by command alone
+EXPORTS: dict[str, type[Work]] = {
+    "export-onnx": Export,
+    "export-int8": ExportInt8,
+    "export-openvino": ExportOpenVino,
+    "export-torch": ExportTorch,
+    "export-c": ExportHeader,
+    "export-bundle": Bundle,
+}
+LONG_WORKS: dict[str, type[Work]] = {"sweep": Sweep, **EXPORTS}  # by command alone
 HOWS = ("kill", "full")
 
 
-def child(work: Work, folder: Path, before: Callable[[Path], None]) -> tuple[int, str]:
-    """Do the work in a process of its own and return its exit code and what it said."""
+@dataclass(frozen=True)
+class End:
+    """How a child ended: exit code, what it said, its processor time and memory."""
+
+    code: int
+    said: str
+    seconds: float
+    max_kib: int
+
+
+def child(work: Work, folder: Path, before: Callable[[Path], None]) -> End:
+    """Do the work in a process of its own and return how it ended."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if not pid:
@@ -275,48 +424,66 @@ def child(work: Work, folder: Path, before: Callable[[Path], None]) -> tuple[int
         finally:
             os._exit(code)
     os.close(theirs)
-    with os.fdopen(ours, "rb") as stream:
-        said = stream.read().decode(errors="replace")
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+    said = all_said(ours, pid)
+    _, status, usage = os.wait4(pid, 0)
+    return End(os.waitstatus_to_exitcode(status), said, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 
-def is_change(event: str, arguments: Sequence[Any], folder: str) -> bool:
-    """Return whether an audit event is a change of a file below a folder."""
-    if event == "open":
-        path, _, flags = arguments
-        changes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    else:
-        path, changes = (arguments[0] if arguments else None), event in CHANGES
-    return bool(changes) and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder)
+def all_said(handle: int, pid: int) -> str:
+    """Return what comes from a pipe until its end; a child that says nothing for long and lives is ended."""
+    parts, ends = [], time.monotonic() + HANGS_S
+    while True:
+        ready = select.select([handle], [], [], max(0.0, ends - time.monotonic()))[0]
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+            parts.append(f" HANGS: ended after {HANGS_S:.0f} s".encode())
+            break
+        if not (part := os.read(handle, 65536)):
+            break
+        parts.append(part)
+    os.close(handle)
+    return b"".join(parts).decode(errors="replace")
 
 
-def kill_before(number: int) -> Callable[[Path], None]:
-    """Return what ends this process before change number `number` below the folder."""
+class Count:
+    """A number that processes forked from this one share."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    def next(self) -> int:
+        """Add one and return the sum."""
+        value = self.value + 1
+        struct.pack_into("<q", self._memory, 0, value)
+        return value
+
+    @property
+    def value(self) -> int:
+        """The sum."""
+        return struct.unpack_from("<q", self._memory)[0]
+
+
+def count_changes(count: Count, elsewhere: Path | None = None, kill_at: int = 0) -> Callable[[Path], None]:
+    """Return what counts the changes below a folder, in this process and its children.
+
+    Args:
+        count: of the changes.
+        elsewhere: the file in which changes of other files are listed.
+        kill_at: number of the change before which the process that makes it is killed; 0 for none.
+    """
 
     def install(folder: Path) -> None:
-        seen, place = [0], str(folder)
+        place, temporary = os.path.realpath(folder), os.path.realpath(tempfile.gettempdir())
+        sound = (place, temporary, "/dev/", "/proc/", "/tmp/torchinductor_")
+        report = -1 if elsewhere is None else os.open(elsewhere, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if is_change(event, arguments, place):
-                seen[0] += 1
-                if seen[0] == number:
+            path = WATCH["changed_path"](event, arguments)
+            if path.startswith(place):
+                if count.next() == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-
-    return install
-
-
-def count_changes(report: Path) -> Callable[[Path], None]:
-    """Return what keeps the number of changes so far in a file."""
-
-    def install(folder: Path) -> None:
-        handle, place, seen = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), str(folder), [0]
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if is_change(event, arguments, place):
-                seen[0] += 1
-                os.pwrite(handle, str(seen[0]).encode(), 0)
+            elif report >= 0 and (event in WATCH["STARTS"] or (path and not path.startswith(sound))):
+                os.write(report, f"{event} {path}\n".encode())
 
         sys.addaudithook(hook)
 
@@ -340,65 +507,177 @@ def nothing(_folder: Path) -> None:
 
 def spread(n: int, count: int) -> list[int]:
     """Return `count` numbers from 1 to n, evenly spread; all of them if there are no more."""
-    return list(range(1, n + 1)) if count >= n else sorted({1 + round(i * (n - 1) / (count - 1)) for i in range(count)})
+    return list(range(1, n + 1)) if count >= n else sorted({1 + i * (n - 1) // max(1, count - 1) for i in range(count)})
 
 
 def run(name: str, how: str, count: int, place: Path) -> list[str]:
     """Disturb a work at `count` places (0 for all) and return the faults."""
-    shared = place / "shared"
-    shared.mkdir()
-    work = {**WORKS, **LONG_WORKS}[name](shared)
-    whole = place / "whole"
-    whole.mkdir()
+    tempfile.tempdir = str(place / "tmp")  # what lies elsewhere is noticed
+    try:
+        return _run(name, how, count, place)
+    finally:
+        tempfile.tempdir = None
+
+
+def _run(name: str, how: str, count: int, place: Path) -> list[str]:
+    shared, whole, elsewhere = place / "shared", place / "whole", place / "elsewhere"
+    for one in (shared, whole, place / "tmp"):
+        one.mkdir()
+    work, changes = {**WORKS, **LONG_WORKS}[name](shared), Count()
     work.begin(whole)
-    code, said = child(work, whole, count_changes(place / "n"))
-    if code:
-        return [f"{name}, undisturbed: exit code {code}: {said[-500:]}"]
-    expected, n_changes = work.result(whole), int((place / "n").read_text())
-    largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-    faults = []
+    end = child(work, whole, count_changes(changes, elsewhere))
+    if end.code:
+        return [f"{name}, undisturbed: exit code {end.code}: {end.said[-500:]}"]
+    faults = [f"{name}, elsewhere: {line}" for line in sorted(set(elsewhere.read_text().splitlines()))]
+    if how == "kill" and work.ONE_PROCESS:
+        return faults + _copied_states(work, name, place, end)
     if how == "kill":
-        disturbances = {f"killed before change {n}": kill_before(n) for n in spread(n_changes, count or n_changes)}
+        numbers = spread(changes.value, count or changes.value)
+        disturbances = {f"killed before change {n}": count_changes(Count(), kill_at=n) for n in numbers}
     else:
-        sizes = sorted({int(largest ** (i / (max(2, count or 30) - 1))) for i in range(count or 30)})
+        sizes = file_sizes(whole, count or 32)
         disturbances = {f"files of at most {size} bytes": limit_files(size) for size in sizes}
+    begun, sound = place / "begun", set[frozenset[tuple[str, str]]]()
+    if work.ONE_PROCESS:
+        work.begin(begun)
+        sound.add(state_of(begun))
     for number, (what, before) in enumerate(disturbances.items()):
         folder = place / f"disturbed-{number}"
         folder.mkdir()
         work.begin(folder)
-        faults += [f"{name}, {what}: {fault}" for fault in disturbed(work, folder, before, expected)]
+        faults += told(name, what, disturbed(work, folder, before, whole, end, sound))
         shutil.rmtree(folder)
-    DONE[name, how] = len(disturbances)
+        DONE[name, how] = number + 1
     return faults
+
+
+def told(name: str, what: str, faults: list[str]) -> list[str]:
+    """Print faults at once, and return them."""
+    found = [f"{name}, {what}: {fault}" for fault in faults]
+    for fault in found:
+        print(fault, file=sys.stderr, flush=True)
+    return found
+
+
+def _copied_states(work: Work, name: str, place: Path, undisturbed: End) -> list[str]:
+    """Copy the folder before each change of a work, as a kill would leave it there, and go on in each copy."""
+    folder, states = place / "copied", place / "states"
+    folder.mkdir()
+    states.mkdir()
+    work.begin(folder)
+    end = child(work, folder, copy_states(states))
+    if end.code:
+        return [f"{name}, copied: exit code {end.code}: {end.said[-500:]}"]
+    faults, sound = [], set[frozenset[tuple[str, str]]]()
+    for number, state in enumerate(sorted(states.iterdir(), key=lambda path: int(path.name)), 1):
+        faults += told(
+            name, f"killed before change {number}", gone_on(work, state, place / "whole", undisturbed, sound)
+        )
+        DONE[name, "kill"] = number
+    return faults
+
+
+def copy_states(states: Path) -> Callable[[Path], None]:
+    """Return what copies the folder before each change."""
+
+    def install(folder: Path) -> None:
+        place, busy, count = os.path.realpath(folder), [False], Count()
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if not busy[0] and WATCH["changed_path"](event, arguments).startswith(place):
+                busy[0] = True
+                shutil.copytree(folder, states / str(count.next()), symlinks=True)
+                busy[0] = False
+
+        sys.addaudithook(hook)
+
+    return install
+
+
+def state_of(folder: Path) -> frozenset[tuple[str, str]]:
+    """Return names and content of all files, names of temporary files without their random part."""
+    found = set()
+    for path in folder.rglob("*"):
+        if "cache" not in path.relative_to(folder).parts:
+            name = re.sub(r"\.[a-z0-9_]{8}\.tmp", ".tmp", path.relative_to(folder).as_posix())
+            found.add((name, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""))
+    return frozenset(found)
+
+
+def file_sizes(folder: Path, count: int) -> list[int]:
+    """Return `count` sizes up to that of the largest file, on a logarithmic scale, as far as there are so many."""
+    largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for n in range(count, 20 * count):
+        sizes = sorted({int(largest ** (i / (n - 1))) for i in range(n)})
+        if len(sizes) >= min(count, largest):
+            return sizes
+    return list(range(1, largest + 1))
 
 
 DONE: dict[tuple[str, str], int] = {}
 
 
-def disturbed(work: Work, folder: Path, before: Callable[[Path], None], expected: dict[str, str]) -> list[str]:
+States = set[frozenset[tuple[str, str]]]
+
+
+def disturbed(
+    work: Work, folder: Path, before: Callable[[Path], None], whole: Path, undisturbed: End, sound: States
+) -> list[str]:
     """Return what is wrong after a disturbed start and an undisturbed one."""
-    code, said = child(work, folder, before)
-    if code not in (0, REFUSED, -signal.SIGKILL) or (code == REFUSED and MESSAGE not in said):
-        return [f"exit code {code}: {said[-600:]}"]
-    code, said = child(work, folder, nothing)
-    if code:
-        return [f"the next start ends with {code}: {said[-600:]}"]
-    found = work.result(folder)
+    first = child(work, folder, before)
+    if first.code not in (0, REFUSED, -signal.SIGKILL) or (first.code == REFUSED and MESSAGE not in first.said):
+        return [f"exit code {first.code}: {first.said[-600:]}"]
+    faults = excesses(first, undisturbed)
+    if work.ONE_PROCESS and first.code == REFUSED and state_of(folder) not in sound:
+        faults.append("refused, and the folder has changed")
+    return faults + gone_on(work, folder, whole, undisturbed, sound)
+
+
+def gone_on(work: Work, folder: Path, whole: Path, undisturbed: End, sound: States) -> list[str]:
+    """Return what is wrong with what a disturbed start left, and with what the next one brings.
+
+    Args:
+        work: the work.
+        folder: where it was disturbed.
+        whole: where it was not.
+        undisturbed: how that ended.
+        sound: what some starts of a work in one process left, from which the next one brought what it should.
+    """
+    faults, state = [torn] if (torn := work.torn(folder, whole)) else [], state_of(folder)
+    if work.ONE_PROCESS and state in sound:
+        return faults
+    end = child(work, folder, nothing)
+    if end.code:
+        return [*faults, f"the next start ends with {end.code}: {end.said[-600:]}"]
+    found, expected = work.result(folder), work.result(whole)
     left = [path.name for path in folder.rglob("*.tmp") if "cache" not in path.parts]
-    left = [name for name in left if not (work.LATER and name.startswith(work.LATER))]
     differ = [key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)]
-    return [f"differ: {sorted(differ)[:5]}"] * bool(differ) + [f"left: {left[:5]}"] * bool(left)
+    faults += [f"differ: {sorted(differ)[:5]}"] * bool(differ) + [f"left: {left[:5]}"] * bool(left)
+    faults += excesses(end, undisturbed)
+    if not faults:
+        sound.add(state)
+    return faults
+
+
+def excesses(end: End, undisturbed: End) -> list[str]:
+    """Return what a start took beyond the bounds."""
+    faults = [end.said[-600:]] if "HANGS" in end.said else []
+    if end.seconds - undisturbed.seconds > MAX_MORE_SECONDS:
+        faults.append(f"{end.seconds:.1f} s of processor time, undisturbed {undisturbed.seconds:.1f} s")
+    if end.max_kib - undisturbed.max_kib > MAX_MORE_KIB:
+        faults.append(f"{end.max_kib >> 10} MiB of memory, undisturbed {undisturbed.max_kib >> 10} MiB")
+    return faults
 
 
 def main() -> None:
     """Disturb each work, and print the faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("works", nargs="+", choices=[*WORKS, *LONG_WORKS])
+    parser.add_argument("works", nargs="+", choices=[*WORKS, "export", *LONG_WORKS])
     parser.add_argument("--full", action="store_true", help="limit the size of files instead of killing")
-    parser.add_argument("--count", type=int, default=0, help="places; all file operations, or 30 sizes, by default")
+    parser.add_argument("--count", type=int, default=0, help="places; all file operations, or 32 sizes, by default")
     options = parser.parse_args()
     how, faults = ("full" if options.full else "kill"), list[str]()
-    for name in options.works:
+    for name in [one for work in options.works for one in (EXPORTS if work == "export" else [work])]:
         with tempfile.TemporaryDirectory() as place:
             found = run(name, how, options.count, Path(place))
         print(f"{name}, {how}: {DONE.get((name, how), 0)} places, {len(found)} faults", flush=True)

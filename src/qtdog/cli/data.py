@@ -55,13 +55,13 @@ def fetch(
         if not work_folder(target).is_dir():  # else a fetch that was stopped goes on, wherever it was
             require_new(target)
         _agree(card, yes)
+    differences: list[str] = []
     try:
         with _bars() as steps:
-            fetched = run(card, target, steps=steps)
+            fetched = run(card, target, steps=steps, settle=lambda found: differences.extend(_check(name, found)))
     except KeyboardInterrupt as error:
         text = f"interrupted: what was downloaded is kept beside {target}; the same command goes on from there"
         raise Interrupted(text) from error
-    differences = _check(name, fetched)
     _say(fetched, differences)
     if as_json:
         print_json(

@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,26 @@ def work_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.fetch"
 
 
-def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, limits: Limits | None = None) -> Fetched:
+def fetch(
+    card: DatasetCard,
+    target: Path,
+    *,
+    steps: Steps | None = None,
+    limits: Limits | None = None,
+    settle: Callable[[Fetched], None] | None = None,
+) -> Fetched:
     """Download the data set into the new folder `target`.
 
     A hash that the card gives must be met. Where nobody published one, that of the first complete fetch is remembered
     in the data home and must be met from then on: trust on first use.
+
+    Args:
+        card: of the data set.
+        target: its folder to be; it must be new, but after a fetch that was stopped.
+        steps: progress.
+        limits: of the downloads.
+        settle: checks what came, and remembers it, while the working folder is still there: if the process is killed
+            meanwhile, the next call does it again.
 
     Raises:
         DataError: it has no address, a download failed, the content is another one, or an archive is refused.
@@ -92,7 +107,7 @@ def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, limits
     with _alone(work):
         known = remembered(card.name)
         if begun and (placed := _placed(card, target, known)) is not None:
-            shutil.rmtree(work)
+            _settle(placed, settle, work)
             return placed
         require_new(target)
         files = [
@@ -106,9 +121,18 @@ def fetch(card: DatasetCard, target: Path, *, steps: Steps | None = None, limits
             for archive in card.archives
         ]
         layout = _unpack_and_place(work, files, card, target, steps)
+        expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in card.archives}
+        first_time = [file.path.name for file in files if not expected[file.path.name]]
+        fetched = Fetched(target, files, first_time, layout)
+        _settle(fetched, settle, work)
+    return fetched
+
+
+def _settle(fetched: Fetched, settle: Callable[[Fetched], None] | None, work: Path) -> None:
+    if settle is not None:
+        settle(fetched)
+    with clear_disk_errors(work):
         shutil.rmtree(work)
-    expected = {archive.file: archive.sha256 or known.get(archive.file, "") for archive in card.archives}
-    return Fetched(target, files, [file.path.name for file in files if not expected[file.path.name]], layout)
 
 
 def _placed(card: DatasetCard, target: Path, known: Mapping[str, str]) -> Fetched | None:

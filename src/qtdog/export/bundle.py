@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 
 from qtdog import __version__
 from qtdog.core.errors import ConfigError
-from qtdog.core.files import clear_disk_errors, sha256_file, sync_file, sync_folder
+from qtdog.core.files import sha256_file, sync_file, sync_folder, temporary_folder, umask
 from qtdog.export.export import Exported, Watch, export
 from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
@@ -108,23 +106,18 @@ def write_bundle(
     """
     if name not in BUNDLE_FORMATS:
         raise ConfigError(f"a bundle holds an ONNX model: its format is {' or '.join(BUNDLE_FORMATS)}, not {name}")
-    with clear_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".bundle.", suffix=".tmp", dir=out))
-        try:
-            made = export(source, draft / MODEL, name, images, calibration=calibration, watch=watch)
-            about = description(source, made)
-            (draft / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-            (draft / SCRIPT).write_text(script(), encoding="utf-8")
-            card = model_card(source, made, about, latency_ms(draft / MODEL, images.pixels[:1]))
-            (draft / CARD).write_text(card, encoding="utf-8")
-            for file in (CARD, SCRIPT, MODEL, ABOUT):  # the last one makes the others valid
-                sync_file(draft / file)
-                (draft / file).chmod(0o644)
-                (draft / file).replace(out / file)
-            sync_folder(out)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    with temporary_folder(out / ABOUT) as draft:
+        made = export(source, draft / MODEL, name, images, calibration=calibration, watch=watch)
+        about = description(source, made)
+        (draft / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+        (draft / SCRIPT).write_text(script(), encoding="utf-8")
+        card = model_card(source, made, about, latency_ms(draft / MODEL, images.pixels[:1]))
+        (draft / CARD).write_text(card, encoding="utf-8")
+        for file in (CARD, SCRIPT, MODEL, ABOUT):  # the last one makes the others valid
+            sync_file(draft / file)
+            (draft / file).chmod(0o666 & ~umask())
+            (draft / file).replace(out / file)
+        sync_folder(out)
     return Exported(out / MODEL, made.info, made.parity, made.n_bytes, made.packed_bytes)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qtdog.core.errors import DataError, ModelError, RunError
-from qtdog.core.files import sync_file, sync_folder, temporary_folder, umask, write_atomic
+from qtdog.core.files import sync_file, sync_folder, temporary_folder, umask
 from qtdog.core.progress import Progress
 from qtdog.export.formats import FORMATS, Format
 from qtdog.export.images import LabelledImages
@@ -98,9 +98,9 @@ def export(
         info = info.model_copy(update={"parity": asdict(parity)})
         kind.save(source, graph, draft, info)
         n_bytes = sum(file.stat().st_size for file in folder.iterdir())
-        _move(folder, draft, out)
-    made = Exported(out, info, parity, n_bytes, source.path.stat().st_size)
-    write_atomic(out.with_name(f"{out.name}.json"), json.dumps(made.to_json(), indent=1))
+        made = Exported(out, info, parity, n_bytes, source.path.stat().st_size)
+        (folder / f"{out.name}.json").write_text(json.dumps(made.to_json(), indent=1))
+        _move(folder, out)
     return made
 
 
@@ -219,10 +219,16 @@ def verify_export(
     return parity
 
 
-def _move(folder: Path, draft: Path, out: Path) -> None:
-    """Move what was written to its place, the file that names the others last."""
-    for file in sorted(folder.iterdir(), key=lambda file: file == draft):
+def _move(folder: Path, out: Path) -> None:
+    """Move what was written to its place; a process killed meanwhile leaves no files of two exports together."""
+    about = f"{out.name}.json"
+    files = sorted(folder.iterdir(), key=lambda file: (file.name == about, file.name == out.name))
+    for file in files:
         sync_file(file)
         file.chmod(0o666 & ~umask())
+    (out.parent / about).unlink(missing_ok=True)
+    if len(files) > 2:  # with weights in a file of their own
+        out.unlink(missing_ok=True)
+    for file in files:
         file.replace(out.parent / file.name)
     sync_folder(out.parent)

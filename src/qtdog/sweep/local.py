@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,7 +131,7 @@ class _Worker:
     """A running worker: its task, its process, its GPU, and the pipe that its outcome comes through."""
 
     task: Task
-    process: ForkServerProcess
+    process: BaseProcess
     gpu: str
     outcome: connection.Connection
 
@@ -145,12 +147,21 @@ class LocalEngine:
         source: what opens the data set.
         resources: how the runs share the machine.
         loggers: names of the loggers that the runs' numbers are sent to.
+        context: how workers are started; None for a fork server.
     """
 
-    def __init__(self, out: Path, source: str, resources: Resources, *, loggers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        out: Path,
+        source: str,
+        resources: Resources,
+        *,
+        loggers: Sequence[str] = (),
+        context: BaseContext | None = None,
+    ) -> None:
         self.slots, self._resources = resources.workers, resources
         self._setup = WorkerSetup(out.absolute(), source, resources.threads, tuple(loggers))
-        self._context = multiprocessing.get_context("forkserver")
+        self._context: Any = context or multiprocessing.get_context("forkserver")
         self._workers: dict[str, _Worker] = {}
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import tarfile
 import tempfile
 import time
@@ -73,6 +74,7 @@ class RayEngine:
         self._send_files = shared is False
         own = {} if address else {"num_cpus": (workers or 1) * threads, "include_dashboard": False}
         try:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports its use to its makers
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **own)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunError(f"no Ray cluster at {address}: {error}. On its head: ray start --head") from error

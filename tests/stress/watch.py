@@ -1,0 +1,69 @@
+"""An audit hook that notes what no input and no disturbance may bring about."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "webbrowser.open")
+CONNECTS = ("socket.connect",)
+# event → where in its arguments the changed path is, and the handle of the folder that it is relative to
+CHANGES = {
+    "os.mkdir": (0, 2),
+    "os.rmdir": (0, 1),
+    "os.remove": (0, 1),
+    "os.chmod": (0, 2),
+    "os.rename": (1, 3),
+    "os.link": (1, 3),
+    "os.symlink": (1, 2),
+    "os.truncate": (0, 9),
+}
+
+
+def changed_path(event: str, arguments: Sequence[Any]) -> str:
+    """Return the whole path of what an audit event changes, links of its folders resolved; "" for none."""
+    folder = -1
+    if event == "open":
+        path, _, flags = arguments
+        if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return ""
+    elif event in CHANGES:
+        place, handle = CHANGES[event]
+        path = arguments[place]
+        folder = arguments[handle] if handle < len(arguments) else -1
+    else:
+        return ""
+    if not isinstance(path, str | bytes | os.PathLike):
+        return ""  # a handle: its opening was seen
+    name = os.fsdecode(path)
+    if folder != -1:
+        name = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
+    if event == "open":
+        return os.path.realpath(name)
+    above, last = os.path.split(os.path.abspath(name))
+    return os.path.join(os.path.realpath(above), last)
+
+
+class Watch:
+    """Notes started programs, connections, and changes of files outside of some folders, while `places` is set.
+
+    A hook cannot be removed: a process needs one of these.
+
+    Args:
+        forbidden: events that must not happen.
+    """
+
+    def __init__(self, forbidden: Sequence[str] = (*STARTS, *CONNECTS)) -> None:
+        self.places: tuple[str, ...] = ()
+        self.seen, self.forbidden = list[str](), tuple(forbidden)
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.places:
+            return
+        if event in self.forbidden:
+            self.seen.append(f"{event} {arguments}")
+        elif (path := changed_path(event, arguments)) and not path.startswith((*self.places, "/dev/", "/proc/")):
+            self.seen.append(f"{path} is changed")
