@@ -7,11 +7,13 @@ import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtdog.cli import main as main_module
 from qtdog.core.errors import FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors, lock_file, safe_name, write_atomic
 from qtdog.runs.folder import RunFolder
@@ -52,6 +54,39 @@ def test_what_a_place_refuses_is_one_sentence_with_the_path(tmp_path, code):
     with pytest.raises(RunError, match=r"could not write .*/here: ") as caught, clear_disk_errors(tmp_path / "here"):
         raise OSError(code, os.strerror(code))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ENOLCK])
+def test_what_no_command_expected_of_a_place_is_one_sentence(monkeypatch, capsys, code):
+    def refuse(_: object) -> None:
+        raise OSError(code, os.strerror(code), "/some/where")
+
+    monkeypatch.setattr(sys, "argv", ["qtdog", "--version"])
+    monkeypatch.setattr(main_module, "app", refuse)
+    with pytest.raises(SystemExit) as caught:
+        main_module.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: /some/where: ")
+
+
+def test_an_error_of_the_program_keeps_its_trace(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qtdog", "--version"])
+    monkeypatch.setattr(main_module, "app", lambda _: (_ for _ in ()).throw(OSError("a mistake")))
+    with pytest.raises(OSError, match="a mistake"):
+        main_module.main()
+
+
+def test_a_device_or_pipe_is_written_into_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(tmp_path / "pipe", "answer")
+    assert os.read(reader, 100) == b"answer"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    write_atomic(Path("/dev/null"), "x")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(RunError, match="/dev/full: the disk is full"):
+        write_atomic(Path("/dev/full"), "x" * 100_000)
 
 
 def test_a_cache_that_is_a_file_is_said(tmp_path):

@@ -117,7 +117,7 @@ def _decode_names_as_utf8() -> None:
 
 
 def main() -> None:
-    """Run the program; a QtdogError becomes one readable message and its exit code."""
+    """Run the program; a QtdogError, or what a place on a disk refuses, becomes one sentence and an exit code."""
     _decode_names_as_utf8()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a letter of some name loses no output
@@ -132,6 +132,15 @@ def main() -> None:
 
         fail(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        from qtdog.cli.console import fail
+        from qtdog.core.files import place_sentence
+
+        text = place_sentence(error)
+        if not text:
+            raise
+        fail(str(QtdogError(text)))
+        sys.exit(QtdogError.exit_code)
 
 
 def _run_with_plugins(args: list[str], plugins: list[str]) -> None:

@@ -39,21 +39,61 @@ def sync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file-size limit is reached",
+}
+_REFUSED = {
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "the operation is not permitted",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "it is a folder",
+    errno.EEXIST: "a file is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "its links lead back to themselves",
+    errno.EIO: "the disk failed",
+    errno.ESTALE: "the file server lost it",
+    errno.ENOLCK: "the file system has no locks",
+    errno.ENOSYS: "the file system cannot do that",
+    errno.EOPNOTSUPP: "the file system cannot do that",
+    errno.EMFILE: "this process has too many open files",
+    errno.ENFILE: "the machine has too many open files",
+}
+"""What a place on a file system says, by error number, with room and without."""
+
+
 @contextlib.contextmanager
 def clear_disk_errors(path: Path) -> Iterator[None]:
     """Turn "no space left" and its kin into a RunError that names `path` and what to do."""
     try:
         yield
     except OSError as error:
-        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-        reasons |= {errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied"}
-        reasons |= {errno.EFBIG: "the file-size limit is reached", errno.EPERM: "the operation is not permitted"}
-        reasons |= {errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "a file is in the way"}
-        reasons |= {errno.ENAMETOOLONG: "the name is too long", errno.EIO: "the disk failed"}
-        if error.errno not in reasons:
+        reason = (_FULL | _REFUSED).get(error.errno or 0)
+        if reason is None:
             raise
-        text = f"could not write {path}: {reasons[error.errno]}. What was there before is unchanged."
-        raise RunError(f"{text} Free some space (or choose another folder) and start again with --resume.") from error
+        advice = "Free some space (or choose another folder) and start again with --resume."
+        if error.errno not in _FULL:
+            advice = "Choose another place, or mend this one, and start again."
+        raise RunError(f"could not write {path}: {reason}. What was there before is unchanged. {advice}") from error
+
+
+def place_sentence(error: OSError) -> str:
+    """Return one sentence on what is wrong with the place that an error names; "" if the error is none of a place.
+
+    Example:
+        >>> place_sentence(OSError(errno.ENAMETOOLONG, "File name too long", "x"))
+        'x: the name is too long'
+        >>> place_sentence(OSError("anything else"))
+        ''
+    """
+    reasons = _FULL | _REFUSED
+    if error.filename is None:
+        return f"a file could not be written: {reasons[error.errno]}" if error.errno in reasons else ""
+    reasons = reasons | {errno.ENOENT: "there is no such file or folder"}
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else str(error.filename)
+    return f"{name}: {reasons[error.errno]}" if error.errno in reasons else ""
 
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -99,11 +139,17 @@ MAX_NAME_BYTES = 120
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` to `path` through a temporary file beside it and a rename.
 
+    What is there and is no regular file (/dev/null, /dev/stdout, a pipe) is written into and stays what it is.
+
     Raises:
         RunError: the disk is full or not writable; the file that was there before is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     with clear_disk_errors(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as stream:
+                stream.write(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
         with _held(lambda: _new_file(path)) as (handle, temporary):
