@@ -11,8 +11,10 @@ import json
 import os
 import random
 import resource
+import runpy
 import struct
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -29,6 +31,7 @@ from qtdog.packing.packed_file import PackedModel, load_packed, save_packed
 N_INPUTS = int(os.environ.get("QTDOG_HOSTILE_INPUTS", "1250"))  # of each kind of damage, and there are nine
 MAX_GROWTH_KIB = 150_000
 MAX_SECONDS = 2.0
+WATCHED = runpy.run_path(str(Path(__file__).parents[1] / "stress" / "watch.py"))["watched"]
 KEYS = (
     "x",
     "",
@@ -245,19 +248,22 @@ def refused(path):
 def test_damaged_and_hostile_files(files, tmp_path, damage):
     path = tmp_path / "hostile"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    n_refused, slowest = 0, 0.0
+    n_refused, slowest, seen = 0, 0.0, list[str]()
     for index in range(N_INPUTS):
         rng = random.Random(f"{damage.__name__} {index}")
         path.unlink(missing_ok=True)  # on some disks much faster than to write over it
         path.write_bytes(damage(rng.choice(files), rng))
         started = time.process_time()
         try:
-            n_refused += refused(path)
+            with WATCHED(tmp_path) as found:
+                n_refused += refused(path)
+            seen += found
         except Exception as error:
             raise AssertionError(f"input {index} of {damage.__name__}: {error!r}") from error
         slowest = max(slowest, time.process_time() - started)
     assert n_refused > N_INPUTS / 3
     assert slowest < MAX_SECONDS
+    assert seen == []  # no program was started, and no file changed elsewhere
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KIB
 
 

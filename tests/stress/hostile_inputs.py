@@ -23,6 +23,7 @@ import random
 import resource
 import runpy
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -363,37 +364,43 @@ class Images(Kind):
 
 
 KINDS: dict[str, type[Kind]] = {"runs": Runs, "archives": Archives, "weights": Weights, "images": Images}
-_WATCH: list[Any] = []
+watched = runpy.run_path(str(Path(__file__).with_name("watch.py")))["watched"]
+HANGS_S = 120  # of wall time: nothing else ends what waits for a pipe
+
+
+def hang(number: int, frame: object) -> None:
+    """End what waits for ever."""
+    raise TimeoutError(f"hangs: ended after {HANGS_S} s")
 
 
 def run(name: str, count: int, seed: int, first: int = 0) -> list[str]:
     """Read so many inputs of a kind and return the faults."""
     faults: list[str] = []
-    if not _WATCH:  # a hook cannot be removed
-        _WATCH.append(runpy.run_path(str(Path(__file__).with_name("watch.py")))["Watch"]())
-    watch, before = _WATCH[0], 0
+    before, handler = 0, signal.signal(signal.SIGALRM, hang)
     with tempfile.TemporaryDirectory() as folder:
         kind = KINDS[name](Path(folder))
         for number in range(first, first + count):
             rng = random.Random(f"{seed} {name} {number}")
             kind.make(rng)
-            watch.places, watch.seen = (os.path.realpath(folder),), []
             fault, started = "", time.process_time()
+            signal.alarm(HANGS_S)
             try:
-                kind.read()
+                with watched(folder) as seen:
+                    kind.read()
             except QtdogError as error:
                 fault = "" if str(error) else f"{type(error).__name__} without a text"
             except BaseException as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 text = f"{type(error).__name__}: {str(error)[:150]!r}"
                 fault = f"{text} at {where.filename.rpartition('/')[2]}:{where.lineno}"
-            watch.places = ()
+            signal.alarm(0)
             seconds = time.process_time() - started
-            faults += [f"{name} {number}: {one}" for one in [fault, *watch.seen] if one]
+            faults += [f"{name} {number}: {one}" for one in [fault, *seen] if one]
             faults += [f"{name} {number}: {seconds:.1f} s"] if seconds > MAX_SECONDS else []
             before = before or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         faults += [f"{name}: memory grew by {growth / 1024:.0f} MiB"] if growth > MAX_GROWTH_KIB else []
+        signal.signal(signal.SIGALRM, handler)
         if Path("CODE_WAS_RUN").exists():
             faults.append(f"{name}: code was run")
     return faults

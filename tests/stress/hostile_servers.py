@@ -3,14 +3,17 @@
     python tests/stress/hostile_servers.py [--count 200]
 
 Each behaviour is a function that answers one connection. What comes out must be the whole file or a DataError that says
-why, within five seconds; a file of another content must never get its name. The first pass is over every behaviour; a
-larger count mixes them at random, one for each reconnection.
+why, within five seconds; a file of another content must never get its name, memory stays within 100 MiB, no file is
+changed elsewhere and no program is started. The first pass is over every behaviour; a larger count mixes them at random,
+one for each reconnection.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import resource
+import runpy
 import socket
 import sys
 import tempfile
@@ -27,6 +30,8 @@ CONTENT = bytes(range(256)) * 80
 N = len(CONTENT)
 LIMITS = Limits(timeout_s=0.4, attempts=3, reconnects=30, pause_s=0.0, slow_bytes_per_s=5000, slow_s=0.3)
 MAX_SECONDS = 5.0
+MAX_GROWTH_KIB = 100 * 1024
+WATCH = runpy.run_path(str(Path(__file__).with_name("watch.py")))
 Answer = Callable[["Connection"], None]
 
 
@@ -250,18 +255,28 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="behaviours and mixtures of them")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    rng, faults = random.Random(options.seed), []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with WATCH["watched"](tempfile.gettempdir(), forbidden=WATCH["STARTS"]) as seen:
+        faults = run(options.count, options.seed)
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    faults += [*seen, *([f"memory grew by {growth >> 10} MiB"] if growth > MAX_GROWTH_KIB else [])]
+    print(f"{len(BEHAVIOURS)} behaviours, {max(options.count, len(BEHAVIOURS))} downloads, {len(faults)} faults")
+    print("\n".join(faults))
+    sys.exit(1 if faults else 0)
+
+
+def run(count: int, seed: int) -> list[str]:
+    """Try every behaviour, then random mixtures up to a count, and return the faults."""
+    rng, faults = random.Random(seed), list[str]()
     for name, (expected, answer) in BEHAVIOURS.items():
         if name != "length too short" and (found := problem([answer], expected)):
             faults.append(f"{name}: {found}")
     mixable = [name for name in BEHAVIOURS if not length_may_be_short([name])]
-    for number in range(max(0, options.count - len(BEHAVIOURS))):
+    for number in range(max(0, count - len(BEHAVIOURS))):
         names = rng.choices(mixable, k=rng.randint(2, 5))
         if found := problem([BEHAVIOURS[name][1] for name in names]):
             faults.append(f"mixture {number} {names}: {found}")
-    print(f"{len(BEHAVIOURS)} behaviours, {max(options.count, len(BEHAVIOURS))} downloads, {len(faults)} faults")
-    print("\n".join(faults))
-    sys.exit(1 if faults else 0)
+    return faults
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +78,7 @@ class Work(ABC):
     """Something that writes files in a folder."""
 
     ONE_PROCESS = False  # and seconds long: what a kill would leave is copied on the way; a refusal changes nothing
+    MAIN = ""  # the file that such a work writes first
 
     def __init__(self, shared: Path) -> None:
         self.shared = shared  # what all starts have in common: inputs, caches
@@ -529,23 +530,21 @@ def _run(name: str, how: str, count: int, place: Path) -> list[str]:
     if end.code:
         return [f"{name}, undisturbed: exit code {end.code}: {end.said[-500:]}"]
     faults = [f"{name}, elsewhere: {line}" for line in sorted(set(elsewhere.read_text().splitlines()))]
-    if how == "kill" and work.ONE_PROCESS:
-        return faults + _copied_states(work, name, place, end)
+    if work.ONE_PROCESS:
+        (place / "states").mkdir()
+        found = _copied_states(work, place) if how == "kill" else _refused_writes(work, place, count or 32)
+        return faults + _each_state(work, name, how, place, end, found)
     if how == "kill":
         numbers = spread(changes.value, count or changes.value)
         disturbances = {f"killed before change {n}": count_changes(Count(), kill_at=n) for n in numbers}
     else:
         sizes = file_sizes(whole, count or 32)
         disturbances = {f"files of at most {size} bytes": limit_files(size) for size in sizes}
-    begun, sound = place / "begun", set[frozenset[tuple[str, str]]]()
-    if work.ONE_PROCESS:
-        work.begin(begun)
-        sound.add(state_of(begun))
     for number, (what, before) in enumerate(disturbances.items()):
         folder = place / f"disturbed-{number}"
         folder.mkdir()
         work.begin(folder)
-        faults += told(name, what, disturbed(work, folder, before, whole, end, sound))
+        faults += told(name, what, disturbed(work, folder, before, whole, end))
         shutil.rmtree(folder)
         DONE[name, how] = number + 1
     return faults
@@ -559,22 +558,83 @@ def told(name: str, what: str, faults: list[str]) -> list[str]:
     return found
 
 
-def _copied_states(work: Work, name: str, place: Path, undisturbed: End) -> list[str]:
-    """Copy the folder before each change of a work, as a kill would leave it there, and go on in each copy."""
+def _each_state(
+    work: Work, name: str, how: str, place: Path, undisturbed: End, found: list[tuple[str, Path, End]]
+) -> list[str]:
+    """Go on in each folder of a disturbed start, and return the faults."""
+    begun = place / "begun"
+    work.begin(begun)
+    faults, sound = [], {state_of(begun)}
+    for number, (what, state, end) in enumerate(found, 1):
+        wrong = wrong_end(end, undisturbed)
+        if end.code == REFUSED and state_of(state) != state_of(begun):
+            wrong.append("refused, and the folder has changed")
+        faults += told(name, what, wrong or gone_on(work, state, place / "whole", undisturbed, sound))
+        DONE[name, how] = number
+    return faults
+
+
+def _copied_states(work: Work, place: Path) -> list[tuple[str, Path, End]]:
+    """Copy the folder before each change of a work, as a kill would leave it there."""
     folder, states = place / "copied", place / "states"
     folder.mkdir()
-    states.mkdir()
     work.begin(folder)
     end = child(work, folder, copy_states(states))
-    if end.code:
-        return [f"{name}, copied: exit code {end.code}: {end.said[-500:]}"]
-    faults, sound = [], set[frozenset[tuple[str, str]]]()
-    for number, state in enumerate(sorted(states.iterdir(), key=lambda path: int(path.name)), 1):
-        faults += told(
-            name, f"killed before change {number}", gone_on(work, state, place / "whole", undisturbed, sound)
-        )
-        DONE[name, "kill"] = number
-    return faults
+    assert not end.code, end.said
+    files = sorted(states.iterdir(), key=lambda path: int(path.name))
+    return [(f"killed before change {file.name}", file, end) for file in files]
+
+
+def _refused_writes(work: Work, place: Path, count: int) -> list[tuple[str, Path, End]]:
+    """Fork a work when it begins to write, once for each size that files may have."""
+    folder, states, sizes = place / "forked", place / "states", file_sizes(place / "whole", count)
+    folder.mkdir()
+    work.begin(folder)
+    end = child(work, folder, fork_for_each(sizes, work.MAIN, states))
+    assert not end.code, end.said
+    assert len(list(states.iterdir())) == 2 * len(sizes), "it never began to write"
+    ends = [End(**json.loads((states / f"{size}.json").read_text())) for size in sizes]
+    return [(f"files of at most {size} bytes", states / str(size), end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def fork_for_each(sizes: list[int], main: str, states: Path) -> Callable[[Path], None]:
+    """Return what forks a process when it begins to write its main file, one after the other, and keeps their ends."""
+
+    def install(folder: Path) -> None:
+        begun, busy = Path(f"{folder}-begun"), [False]
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if busy[0] or event != "open" or Path(WATCH["changed_path"](event, arguments)).name not in (main, *DRAFTS):
+                return
+            busy[0] = True
+            shutil.copytree(folder, begun)
+            for size in sizes:
+                ours, theirs = os.pipe()
+                pid = os.fork()
+                if not pid:
+                    os.dup2(theirs, 1)
+                    os.dup2(theirs, 2)
+                    os.close(theirs)
+                    os.close(ours)
+                    limit_files(size)(folder)
+                    return
+                os.close(theirs)
+                said = all_said(ours, pid)
+                _, status, usage = os.wait4(pid, 0)
+                seconds = usage.ru_utime + usage.ru_stime
+                end = End(os.waitstatus_to_exitcode(status), said, seconds, usage.ru_maxrss)
+                (states / f"{size}.json").write_text(json.dumps(asdict(end)))
+                shutil.copytree(folder, states / str(size))
+                shutil.rmtree(folder)
+                shutil.copytree(begun, folder)
+            os._exit(0)
+
+        sys.addaudithook(hook)
+
+    return install
+
+
+DRAFTS = ("graph.onnx", "model.onnx")
 
 
 def copy_states(states: Path) -> Callable[[Path], None]:
@@ -620,17 +680,17 @@ DONE: dict[tuple[str, str], int] = {}
 States = set[frozenset[tuple[str, str]]]
 
 
-def disturbed(
-    work: Work, folder: Path, before: Callable[[Path], None], whole: Path, undisturbed: End, sound: States
-) -> list[str]:
+def disturbed(work: Work, folder: Path, before: Callable[[Path], None], whole: Path, undisturbed: End) -> list[str]:
     """Return what is wrong after a disturbed start and an undisturbed one."""
     first = child(work, folder, before)
-    if first.code not in (0, REFUSED, -signal.SIGKILL) or (first.code == REFUSED and MESSAGE not in first.said):
-        return [f"exit code {first.code}: {first.said[-600:]}"]
-    faults = excesses(first, undisturbed)
-    if work.ONE_PROCESS and first.code == REFUSED and state_of(folder) not in sound:
-        faults.append("refused, and the folder has changed")
-    return faults + gone_on(work, folder, whole, undisturbed, sound)
+    return wrong_end(first, undisturbed) or gone_on(work, folder, whole, undisturbed, set())
+
+
+def wrong_end(end: End, undisturbed: End) -> list[str]:
+    """Return what is wrong with how a disturbed start ended."""
+    if end.code not in (0, REFUSED, -signal.SIGKILL) or (end.code == REFUSED and MESSAGE not in end.said):
+        return [f"exit code {end.code}: {end.said[-600:]}"]
+    return excesses(end, undisturbed)
 
 
 def gone_on(work: Work, folder: Path, whole: Path, undisturbed: End, sound: States) -> list[str]:

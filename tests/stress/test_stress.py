@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import shutil
+import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +29,27 @@ def test_hostile_inputs_are_sound_or_refused(kind, tmp_path, monkeypatch):
 def test_hostile_servers_end_in_the_whole_file_or_a_reason():
     behaviours = [(name, *one) for name, one in SERVERS["BEHAVIOURS"].items()]
     assert len(behaviours) >= 40
-    with ThreadPoolExecutor(len(behaviours)) as pool:
-        found = pool.map(lambda one: (one[0], SERVERS["problem"]([one[2]], one[1])), behaviours)
+    watched = SERVERS["WATCH"]["watched"](tempfile.gettempdir(), forbidden=SERVERS["WATCH"]["STARTS"])
+    with ThreadPoolExecutor(len(behaviours)) as pool, watched as seen:
+        found = list(pool.map(lambda one: (one[0], SERVERS["problem"]([one[2]], one[1])), behaviours))
     assert {name: text for name, text in found if text and name != "length too short"} == {}
+    assert seen == []
+
+
+def test_the_watch_sees_what_no_input_may_do(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").write_text("before")
+    with INPUTS["watched"](tmp_path / "in") as seen:
+        (tmp_path / "in" / "a").write_text("x")
+        (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+        (tmp_path / "in" / "link").write_text("x")
+        (tmp_path / "in" / "a").rename(tmp_path / "b")
+        subprocess.run(["true"], check=True)
+        shutil.rmtree(tmp_path / "in")
+        os.mkdir(tmp_path / "in")
+    assert [one.split(" ")[0] for one in seen] == [f"{tmp_path}/out", f"{tmp_path}/b", "subprocess.Popen"]
+    with pytest.raises(TimeoutError, match="hangs"):
+        INPUTS["hang"](0, None)
 
 
 @pytest.mark.parametrize("work", KILLS["WORKS"])

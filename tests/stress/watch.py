@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "webbrowser.open")
@@ -46,24 +47,41 @@ def changed_path(event: str, arguments: Sequence[Any]) -> str:
     return os.path.join(os.path.realpath(above), last)
 
 
-class Watch:
-    """Notes started programs, connections, and changes of files outside of some folders, while `places` is set.
+class _Watch:
+    """The hook of this process; one cannot be removed."""
 
-    A hook cannot be removed: a process needs one of these.
-
-    Args:
-        forbidden: events that must not happen.
-    """
-
-    def __init__(self, forbidden: Sequence[str] = (*STARTS, *CONNECTS)) -> None:
+    def __init__(self) -> None:
         self.places: tuple[str, ...] = ()
-        self.seen, self.forbidden = list[str](), tuple(forbidden)
-        sys.addaudithook(self._hook)
+        self.forbidden: tuple[str, ...] = ()
+        self.seen: list[str] = []
+        sys.addaudithook(self.hook)
 
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.places:
             return
         if event in self.forbidden:
             self.seen.append(f"{event} {arguments}")
         elif (path := changed_path(event, arguments)) and not path.startswith((*self.places, "/dev/", "/proc/")):
             self.seen.append(f"{path} is changed")
+
+
+_ONLY: list[_Watch] = []
+
+
+@contextlib.contextmanager
+def watched(*places: str | os.PathLike[str], forbidden: Sequence[str] = (*STARTS, *CONNECTS)) -> Iterator[list[str]]:
+    """Yield the list of started programs, connections, and changes of files outside of some folders in this block.
+
+    Args:
+        places: where files may be changed.
+        forbidden: events that must not happen.
+    """
+    if not _ONLY:
+        _ONLY.append(_Watch())
+    watch = _ONLY[0]
+    watch.seen, watch.forbidden = [], tuple(forbidden)
+    watch.places = tuple(os.path.realpath(place) for place in places)
+    try:
+        yield watch.seen
+    finally:
+        watch.places = ()
