@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -170,6 +171,20 @@ def test_names_from_files_are_text(open_page: Open):
     page.locator("#g0-curves").get_by_role("button", name="all").click()
     assert page.locator("img").count() == 1
     assert page.locator("#g0-runs a[href*='%3Cimg%20src%3Dx']").count() == 3
+
+
+def test_no_element_is_injected_and_no_file_from_elsewhere_is_shown(open_page: Open, report: Any):
+    page = open_page()
+    page.locator("#g0-curves").get_by_role("button", name="all").click()
+    strange = "iframe, object, embed, base, form, audio, video, [onerror], [onload], [src^=file], [src^=http]"
+    strange += ', link:not([href="data:,"])'
+    assert page.evaluate(f"[...document.querySelectorAll('{strange}')].map((e) => e.outerHTML.slice(0, 100))") == []
+    assert page.locator("script").count() == 2  # the numbers, and the program
+    pictures = page.evaluate("[...document.images].map((image) => atob(image.src.split(',')[1]))")
+    assert [text.encode("latin-1") for text in pictures] == [report.pixel]
+    assert base64.b64encode(report.secret).decode()[:-4] not in page.content()
+    links = page.evaluate("[...document.links].map((one) => one.getAttribute('href'))")
+    assert [one for one in links if one.startswith(("/", "..", "file:", "javascript:", "http"))] == []
 
 
 def test_it_is_readable_on_a_phone(open_page: Open):

@@ -4,8 +4,8 @@
 
 Each behaviour is a function that answers one connection. What comes out must be the whole file or a DataError that says
 why, within five seconds; a file of another content must never get its name, memory stays within 100 MiB, no file is
-changed elsewhere and no program is started. The first pass is over every behaviour; a larger count mixes them at random,
-one for each reconnection.
+changed elsewhere and no program is started. The first pass is over every behaviour; a larger count mixes them at
+random, one for each reconnection.
 """
 
 from __future__ import annotations
