@@ -139,6 +139,44 @@ def test_a_study_takes_the_text_of_its_plugins_to_its_workers(tmp_path: Path):
     assert task.to_json()["plugins"] == [[str(file), text]]
 
 
+STUDY = """
+name: own
+base: {set: {data.image_size: 12, data.batch_size: 4, train.steps: 2, train.eval_every: 2}}
+methods: {mine: {set: {objective.name: study-loss, quantizer.name: none}}}
+grid: {target: ['75']}
+"""
+
+
+def test_what_a_notebook_registers_is_refused_before_a_sweep_starts(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    file = write(tmp_path, "study-loss")
+    namespace: dict[str, Any] = {"__name__": "notebook"}
+    exec(file.read_text(), namespace)  # as a cell does
+    with pytest.raises(ConfigError, match=r"objective 'study-loss' was registered in Python.*plugins=\['FILE\.py'\]"):
+        qtdog.sweep(tmp_path / "study.yaml", out=tmp_path / "runs", progress=False)
+    assert not (tmp_path / "runs").exists()
+    for _ in range(2):
+        study = read_study(tmp_path / "study.yaml").model_copy(update={"plugins": [str(file)]})
+        (task,) = make_plan(study).tasks  # the remedy, also where the cell has run again since
+        assert [path for path, _ in task.plugins] == [str(file)]
+        assert task.config is not None
+        assert task.config.plugins.files == (str(file),)
+        exec(file.read_text(), namespace)
+
+
+def test_an_earlier_version_of_a_plugin_is_run_again(tmp_path: Path):
+    first, second = write(tmp_path, "versions").read_text(), LOSS.format(name="versions", factor=3.0)
+    objectives = AXES["objective"]
+    found = []
+    for text in (first, second, first):
+        file = tmp_path / "versions.py"
+        file.write_text(text)
+        load_plugins([file])
+        found.append(objectives["versions"])
+    constants = [one.loss.__code__.co_consts for one in found]
+    assert constants[0] == constants[2] != constants[1]
+
+
 def test_a_preset_file_names_plugins_beside_it(tmp_path: Path):
     file = write(tmp_path, "beside")
     preset = tmp_path / "mine.yaml"

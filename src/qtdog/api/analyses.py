@@ -29,6 +29,7 @@ from qtdog.analysis.quantization_noise import measure_noise
 from qtdog.analysis.stability import measure_stability
 from qtdog.api.display import CountingBar, as_frame
 from qtdog.api.notebook import SIGINT_CODE, RunResult, RunResults
+from qtdog.api.python_words import in_python
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.progress import Progress
 from qtdog.runs.find import open_run
@@ -105,6 +106,7 @@ class Analysis:
         return "\n".join([*parts, *(f'<img src="data:image/png;base64,{text}">' for text in pictures)])
 
 
+@in_python
 def flatness(
     runs: Runs,
     *,
@@ -139,7 +141,12 @@ def flatness(
         KeyboardInterrupt: Ctrl-C; what is measured is kept.
 
     Example:
-        >>> qtdog.analyze.flatness(["runs/float", "runs/lsq"]).table()  # doctest: +SKIP
+        >>> import qtdog
+        >>> runs, few = ["runs/float", "runs/lsq"], {"radii": [0, 10], "filter_radii": [], "num_images": 4}
+        >>> found = qtdog.analyze.flatness(runs, num_directions=4, **few, progress=False)
+        >>> sorted({row["run"] for row in found.numbers}), [file.suffix for file in found.figures]
+        (['erm + float', 'erm + lsq 7 bit'], ['.png'])
+        >>> shown = found.table(), found.plot()
     """
     given = {"absolute": tuple(sorted(set(radii))), "filter": tuple(sorted(set(filter_radii)))}
     plan = FlatnessPlan({kind: values for kind, values in given.items() if values}, num_directions, num_images, seed)
@@ -149,6 +156,7 @@ def flatness(
     return Analysis(result, ask.folder)
 
 
+@in_python
 def hessian(
     runs: Runs,
     *,
@@ -200,6 +208,7 @@ def hessian(
     return Analysis(result, ask.folder)
 
 
+@in_python
 def surface(
     runs: Runs,
     *,
@@ -238,6 +247,7 @@ def surface(
     return Analysis(result, ask.folder)
 
 
+@in_python
 def noise(runs: Runs, *, out: str | Path = OUT, progress: ShowsCounts = True) -> Analysis:
     """Compare what rounding does to the weights with uniform noise: divergence, symmetry, clipped share, per layer.
 
@@ -256,6 +266,7 @@ def noise(runs: Runs, *, out: str | Path = OUT, progress: ShowsCounts = True) ->
     return Analysis(result, ask.folder)
 
 
+@in_python
 def errors(
     runs: Runs,
     *,
@@ -288,6 +299,7 @@ def errors(
     return Analysis(result, ask.folder)
 
 
+@in_python
 def cam(
     runs: Runs,
     *,
@@ -325,6 +337,7 @@ def cam(
     return Analysis(result, ask.folder)
 
 
+@in_python
 def stability(runs: Runs, *, seed: int = 0, out: str | Path = OUT) -> Analysis:
     """Draw accuracy over the steps of runs, and measure how far selection on the sources can be trusted.
 

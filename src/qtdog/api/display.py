@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.segment import Segment
 from rich.text import Text
 
+from qtdog.api.python_words import python_words
 from qtdog.core.progress import RunCallback
 from qtdog.core.safe_text import printable
 
@@ -218,12 +219,21 @@ def python_progress(progress: bool | RunCallback | Callable[[int, int, float], N
     from qtdog.training.run import RunCallbacks
 
     if progress is True:
-        counting = CountingBar("decoding images"), warn, CountingBar("quantizing after training")
-        return RunCallbacks(TrainingBar(), *counting)
+        counting = CountingBar("decoding images"), _warn_in_python, CountingBar("quantizing after training")
+        return RunCallbacks(_PythonBar(), *counting)
     callback = progress if isinstance(progress, RunCallback) else None
     if callback is None and progress:
         callback = _StepFunction(cast(Callable[[int, int, float], None], progress))
-    return RunCallbacks(callback, warn=lambda text: warnings.warn(text, stacklevel=4))
+    return RunCallbacks(callback, warn=lambda text: warnings.warn(python_words(text), stacklevel=4))
+
+
+class _PythonBar(TrainingBar):
+    def say(self, text: str) -> None:
+        super().say(python_words(text))
+
+
+def _warn_in_python(text: str) -> None:
+    warn(python_words(text))
 
 
 class _StepFunction(RunCallback):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.api.budget import Budget, choose, fits, taken_over, taken_over_text
-from qtdog.api.display import TrainingBar, warn
+from qtdog.api.display import TrainingBar
 from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import (
     SHORT_NAMES,
@@ -394,7 +394,7 @@ def train_runs(
     for number, planned in enumerate(plan, start=1):
         config, folder, fork_point = planned.config, planned.folder, planned.fork_point
         if isinstance(callbacks.callback, TrainingBar) and folder.read_result() is None:
-            _introduce(callbacks.callback, config, dataset, number, plan)
+            _introduce(callbacks.callback, config, dataset, number, plan, callbacks.warn)
         start = None
         if fork_point is not None and folder.read_result() is None:
             start = fork_point.checkpoint(config, dataset, callbacks)
@@ -412,7 +412,14 @@ def train_runs(
     return results
 
 
-def _introduce(bar: TrainingBar, config: Config, dataset: DomainDataset, number: int, plan: Sequence[Planned]) -> None:
+def _introduce(
+    bar: TrainingBar,
+    config: Config,
+    dataset: DomainDataset,
+    number: int,
+    plan: Sequence[Planned],
+    warn: Callable[[str], None],
+) -> None:
     """Let the bar say what the run will do, which one of several it is, and that it would take days if it would."""
     from qtdog.api.cost import describe_run, slow_warning
 

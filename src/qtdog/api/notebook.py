@@ -19,6 +19,7 @@ from qtdog.api.experiment import (
     train_runs,
     with_saved_members,
 )
+from qtdog.api.python_words import in_python
 from qtdog.api.trained_model import TrainedModel, load
 from qtdog.core.config import Config
 from qtdog.core.config_io import Tree
@@ -223,6 +224,7 @@ def _plot(runs: Sequence[RunResult], path: str | Path | None) -> Figure:
     return figure
 
 
+@in_python
 def train(
     data: str | Path | DomainDataset | None = None,
     target: str | None = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtdog.api.display import CountingBar, as_frame, err
+from qtdog.api.python_words import in_python
 from qtdog.core.errors import Interrupted, RunError, unknown
 from qtdog.runs.aggregate import aggregate
 from qtdog.runs.find import find_runs
@@ -38,6 +39,7 @@ class StudyResult:
         """Whether nothing is missing."""
         return not unfinished(self.plan.tasks, self.folder)
 
+    @in_python
     def rows(self, reference: str | None = None, measure: str = "test_accuracy") -> list[dict[str, Any]]:
         """Return a dictionary for each method: mean and standard error by unseen domain, and the paired difference.
 
@@ -101,6 +103,7 @@ class _Lines:
             err.print(f"{outcome.status:7} {name}  {outcome.seconds:.1f} s", highlight=False, markup=False)
 
 
+@in_python
 def sweep(
     study: str | Path,
     *,
@@ -110,6 +113,7 @@ def sweep(
     workers: int | None = None,
     threads: int | None = None,
     gpus: float | None = None,
+    plugins: Sequence[str | Path] = (),
     progress: bool = True,
 ) -> StudyResult:
     """Make all runs of a study that are missing, on this machine, and return what it says.
@@ -122,6 +126,8 @@ def sweep(
         workers: runs at a time. Default: one for each GPU or core.
         threads: of each run.
         gpus: of each run; a fraction shares one.
+        plugins: Python files that register members (`qtdog.register`), beside those that the study names; they are run
+            here and in every worker. A member that is registered in a notebook alone is refused: no worker has it.
         progress: print a line for each run that ends.
 
     Raises:
@@ -130,10 +136,13 @@ def sweep(
         KeyboardInterrupt: Ctrl-C; what ran has written a checkpoint, and the same call goes on.
 
     Example:
-        >>> study = qtdog.sweep("studies/digits.yaml")  # doctest: +SKIP
-        >>> study.table(reference="float")  # doctest: +SKIP
+        >>> import qtdog
+        >>> study = qtdog.sweep("study.yaml", progress=False)
+        >>> study.is_done, list(study.table(reference="float")["method"])
+        (True, ['float', 'lsq'])
     """
     found = read_study(Path(study))
+    found = found.model_copy(update={"plugins": [*found.plugins, *map(str, plugins)]})
     plan = make_plan(found, None if data is None else str(data), CountingBar("reading images") if progress else None)
     folder = default_out(found) if out is None else Path(out)
     tasks = select_tasks(plan.tasks, only) if only else plan.tasks
@@ -152,6 +161,7 @@ def sweep(
     return StudyResult(plan, folder)
 
 
+@in_python
 def compare(runs: Sequence[str | Path] | str | Path, *, selection: str = "source", split: str = "whole") -> Any:
     """Return the table of finished runs and ensembles below some folders: mean and standard error of each method.
 
@@ -169,14 +179,8 @@ def compare(runs: Sequence[str | Path] | str | Path, *, selection: str = "source
         RunError: a path does not exist, or nothing is finished.
 
     Example:
-        >>> import tempfile
-        >>> from qtdog.api.notebook import train
-        >>> folders = [tempfile.mkdtemp() for _ in range(2)]
-        >>> results = [
-        ...     train(target="75", quantizer=name, steps=2, batch_size=2, out=folder, progress=False)
-        ...     for name, folder in zip(["none", "lsq"], folders)
-        ... ]
-        >>> list(compare(folders)["method"])
+        >>> import qtdog
+        >>> list(qtdog.compare(["runs/float", "runs/lsq"])["method"])
         ['erm + float', 'erm + lsq 7 bit']
     """
     paths = [runs] if isinstance(runs, (str, Path)) else runs

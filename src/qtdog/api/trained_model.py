@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qtdog.api.display import CountingBar, as_frame
+from qtdog.api.python_words import in_python
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
@@ -155,6 +156,7 @@ class TrainedModel(nn.Module):
         """Return class probabilities (n, n_classes) of uint8 images (n, H, W, C) of the model's size."""
         return self.model.probabilities(images)
 
+    @in_python
     def predict(self, images: Any, *, progress: bool = True) -> ImagePredictions:
         """Return class, probabilities and uncertainty of images of any size.
 
@@ -167,9 +169,13 @@ class TrainedModel(nn.Module):
             DataError: a path is missing, or an image cannot be read; the text names it.
 
         Example:
-            >>> model = qtdog.load("runs/c")  # doctest: +SKIP
-            >>> model.predict(["a.jpg", pil_image, array]).classes  # doctest: +SKIP
-            ('cat', 'dog', 'dog')
+            >>> import qtdog
+            >>> model = qtdog.load("runs/lsq")
+            >>> array, picture = np.zeros((28, 28), dtype=np.uint8), Image.new("RGB", (40, 30))
+            >>> picture.save("a.png")
+            >>> found = model.predict(["a.png", picture, array], progress=False)
+            >>> found.inputs, found.probabilities.shape, found.classes[0] in model.classes
+            (('a.png', '1', '2'), (3, 10), True)
         """
         is_list = isinstance(images, (list, tuple)) or (
             isinstance(images, (np.ndarray, Tensor)) and np.ndim(np.asarray(images)) == 4
@@ -214,6 +220,7 @@ class TrainedModel(nn.Module):
         device = next(self.parameters()).device
         return member_logits(self.model, self.prepare(inputs).to(device)).float().cpu()
 
+    @in_python
     def evaluate(
         self, data: str | Path | DomainDataset, *, skip_unreadable: bool = False, progress: bool = True
     ) -> Evaluation:
@@ -232,6 +239,7 @@ class TrainedModel(nn.Module):
         dataset = without_unreadable(dataset, bar) if skip_unreadable else dataset
         return Evaluation(score_domains(self.model, dataset, progress=bar), self.info.source_domains)
 
+    @in_python
     def export(
         self,
         path: str | Path,
@@ -278,6 +286,7 @@ class TrainedModel(nn.Module):
         calibration, images = draw_export_images(dataset, source, draw, n_calibration, watch)
         return export_file(source, out, name, images, calibration=calibration, watch=watch)
 
+    @in_python
     def cascade(self) -> nn.Module:
         """Return an ensemble that asks members until the first ones agree confidently (ConfigError for one model)."""
         return as_cascade(self.model)
@@ -312,6 +321,7 @@ def _pixels(name: str, item: Any, size: int, channels: int) -> npt.NDArray[np.ui
     return to_square(to_pixels(Image.fromarray(flat), channels), size)
 
 
+@in_python
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> TrainedModel:
     """Return the model in a file or a run folder: one model or an ensemble.
 
@@ -324,16 +334,10 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> TrainedMode
         ModelError: its backbone is not known here, or does not fit.
 
     Example:
-        >>> import tempfile
-        >>> from qtdog.api.notebook import train
-        >>> folder = tempfile.mkdtemp()
-        >>> result = train(target="75", steps=2, batch_size=2, out=folder, progress=False)
-        >>> model = load(folder)
-        >>> found = model.predict(np.zeros((28, 28), dtype=np.uint8), progress=False)
-        >>> found.probabilities.shape, found.classes[0] in model.classes
-        ((1, 10), True)
-        >>> model.evaluate("rotated-digits", progress=False).domains["75"]["accuracy"] == result.accuracy
-        True
+        >>> import qtdog
+        >>> model = qtdog.load("runs/lsq")
+        >>> model.info.bits, len(model.classes), model.info.target_domain
+        (7, 10, '75')
     """
     file = find_model(path)
     return TrainedModel(file, load_file(file, device=device))

@@ -9,6 +9,8 @@ import typer
 import typer.main
 from typer.core import TyperGroup
 
+from qtdog.api.python_words import ON_COMMAND_LINE
+
 # What an option was called → what it is called: the first of these that the command has.
 RENAMED = {
     "--out": ("--runs", "--output"),
@@ -57,6 +59,7 @@ class QtdogGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for; what is said of a wrong argument cannot move on the terminal."""
+        token = ON_COMMAND_LINE.set(True)
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -65,6 +68,8 @@ class QtdogGroup(TyperGroup):
 
                 setattr(error, "message", printable(message))  # noqa: B010
             raise
+        finally:
+            ON_COMMAND_LINE.reset(token)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the arguments name and what is left of them, old names replaced.

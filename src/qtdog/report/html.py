@@ -185,7 +185,9 @@ def build_page(run_set: RunSet, options: PageOptions) -> str:
 
     Example:
         >>> from qtdog.runs.find import find_runs
-        >>> page = build_page(find_runs([Path("runs/pacs")]), PageOptions(Path("report.html")))  # doctest: +SKIP
+        >>> page = build_page(find_runs([Path("runs/float")]), PageOptions(Path("report.html")))
+        >>> "<title>qtdog report</title>" in page
+        True
     """
     groups = [_group(number, run_set.of(name), options) for number, name in enumerate(run_set.datasets)]
     measured = {one.selection for group in groups for one, _ in group["tables"]}

@@ -30,7 +30,7 @@ from qtdog.sweep.study import (
 )
 from qtdog.training.averagers import make_averager
 from qtdog.training.fork import fork_obstacle, fork_point_config
-from qtdog.training.plugins import load_entry_points, load_plugin_text, load_plugins, named_plugins
+from qtdog.training.plugins import check_reachable, load_entry_points, load_plugin_text, load_plugins, named_plugins
 
 Kind = Literal["fork_point", "run", "ensemble"]
 
@@ -266,7 +266,8 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
         progress: of reading images.
 
     Raises:
-        ConfigError: as in `expand`, members of an ensemble that the study has no run of, or several data sets.
+        ConfigError: as in `expand`, members of an ensemble that the study has no run of, several data sets, or a
+            member of an axis that was registered in Python and that no worker would have.
         DataError: as in `data.open.open_readable` and `expand`.
     """
     if study.datasets:
@@ -277,6 +278,7 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     source = data or study.data or "rotated-digits"
     dataset = open_readable(source, skip_unreadable=skips_unreadable(study), min_domains=1, progress=progress)
     runs = _runs(expand(study, dataset, source, progress))
+    check_reachable(run.config for run in runs if run.config is not None)
     errors: list[str] = []
     ensembles = [task for one in study.ensembles for task in _ensembles(study, one, runs, errors)]
     raise_all(errors)

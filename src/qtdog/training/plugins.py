@@ -70,6 +70,7 @@ class Plugin:
 
 _loaded: dict[str, Plugin] = {}  # by sha256
 _origins: dict[tuple[str, str], Plugin] = {}  # by axis and name of the member
+_entered: dict[str, set[tuple[str, str]]] = {}  # by sha256: axis and name of each member that it entered
 _named: list[Plugin] = []  # for all runs of this process: `--plugin`
 _loading: ContextVar[Plugin | None] = ContextVar("loading", default=None)
 _entry_points_loaded = False
@@ -110,6 +111,7 @@ def register(axis: str, name: str) -> Callable[[Member], Member]:
             entered = QuantizerKind(make, about, frozenset(getattr(member, "READS", ())))
         AXES[axis].add_foreign(name, entered)
         _origins[axis, name] = plugin
+        _entered.setdefault(plugin.sha256, set()).add((axis, name))
         return member
 
     return enter
@@ -144,13 +146,13 @@ def _read(path: Path) -> str:
 
 
 def load_plugin_text(path: str, text: str) -> Plugin:
-    """Run the text of a plug-in file, unless that was done in this process, and return what it is.
+    """Run the text of a plug-in file, unless its members are those of this process now, and return what it is.
 
     Raises:
         ConfigError: it failed; the text names file and line.
     """
     digest = hashlib.sha256(text.encode()).hexdigest()
-    if digest in _loaded:
+    if digest in _loaded and all(_origins[key].sha256 == digest for key in _entered.get(digest, ())):
         return _loaded[digest]
     where = Path(path).expanduser().absolute()
     plugin = Plugin(where.name, digest, text, str(where))
@@ -207,7 +209,7 @@ def forget_plugins() -> None:
     """Remove every plug-in from this process: from its axes, and from what further runs name."""
     for registry in AXES.values():
         registry.remove_foreign()
-    for known in (_loaded, _origins, _named):
+    for known in (_loaded, _origins, _entered, _named):
         known.clear()
 
 
@@ -263,6 +265,29 @@ def load_entry_points(points: Iterable[EntryPoint] | None = None) -> None:
 def plugins_of(config: Config, named: Sequence[Plugin] = ()) -> list[Plugin]:
     """Return the plug-ins of a run: those that were named, and those whose members its configuration uses."""
     load_entry_points()
+    used = [_origins[item] for item in _members(config) if item in _origins]
+    found = {plugin.sha256: plugin for plugin in [*_named, *named, *used]}
+    return [found[digest] for digest in sorted(found)]
+
+
+def check_reachable(configs: Iterable[Config]) -> None:
+    """Refuse members that were registered in Python, in a notebook say: no other process has them.
+
+    Raises:
+        ConfigError: naming the member and the remedy.
+    """
+    for axis, name in dict.fromkeys(member for config in configs for member in _members(config)):
+        plugin = _origins.get((axis, name))
+        if plugin is not None and plugin.text and not plugin.path:  # that of an installed package has no text
+            raise ConfigError(
+                f"{axis} '{name}' was registered in Python ({plugin.name}), so the processes that make the runs of a "
+                "study do not have it: save it to a file and name it, plugins=['FILE.py'], or in the study "
+                "'plugins: [FILE.py]'"
+            )
+
+
+def _members(config: Config) -> list[tuple[str, str]]:
+    """Return axis and name of each member that a configuration uses."""
     chosen = {
         "augmentation": config.data.augment,
         "averager": config.averager.name,
@@ -273,9 +298,7 @@ def plugins_of(config: Config, named: Sequence[Plugin] = ()) -> list[Plugin]:
         "quantizer": config.quantizer.name,
         "step-rule": config.step_rule.name,
     }
-    used = [_origins[item] for item in chosen.items() if item in _origins]
-    found = {plugin.sha256: plugin for plugin in [*_named, *named, *used]}
-    return [found[digest] for digest in sorted(found)]
+    return list(chosen.items())
 
 
 def with_plugins(config: Config, named: Sequence[Plugin] = ()) -> Config:
