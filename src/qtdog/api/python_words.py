@@ -19,7 +19,8 @@ ON_COMMAND_LINE: ContextVar[bool] = ContextVar("on_command_line", default=False)
 RENAMED = {"output": "out", "plugin": "plugins"}
 SWITCHES = ("cascade", "force_target", "resume", "skip_unreadable")
 # What follows an option in a sentence and is no value of it.
-PROSE = "above|and|are|at|decides?|for|gives|goes|holds|is|makes|means|must|needs|not|or|out|says|takes|tells|that|to|trains|with"
+PROSE = "above|and|are|at|decides?|for|gives|goes|holds|is|makes|means|must|needs|not|or|out|says|takes|tells|that|to|"
+PROSE += "trains|with"
 COMMAND = r"(?:qtdog|ray|accelerate) [a-z][^;:,'`]*"
 SETTING = r"--set (?P<section>\w+)\.(?P<key>\w+)=(?P<setting>\[[^\]]*\]|[^\s,;:()]*[^\s,;:().])"
 OPTION = rf"--(?P<name>[a-z]+(?:-[a-z]+)*)(?![\w-])(?: (?P<value>'[^']*'|(?!(?:{PROSE})\b)[^\s,;:()']*[^\s,;:().']))?"
