@@ -6,9 +6,10 @@ import hashlib
 import math
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
@@ -101,7 +102,7 @@ class DomainDataset(ABC):
         """Return when the latest change of any sample happened (ns since 1970), or 0 if they cannot change."""
 
     @abstractmethod
-    def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
+    def content_sha256(self, progress: Progress = None, hashes: Iterable[str] | None = None) -> str:
         """Return the hex sha256 of all samples' content, names and labels; the same wherever the data set lies.
 
         Args:
@@ -165,7 +166,7 @@ class ImageDataset(DomainDataset):
         """Return when the latest change of any image happened (ns since 1970), or 0 if they cannot change."""
         return max(self.sample_change_ns(i) for i in range(len(self)))
 
-    def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
+    def content_sha256(self, progress: Progress = None, hashes: Iterable[str] | None = None) -> str:
         """Return the hex sha256 of all images' content, names and labels; the same wherever the data set lies.
 
         Args:
@@ -301,9 +302,9 @@ def _plain_form(name: str) -> str:
 
 
 def sample_arrays(
-    domains: tuple[str, ...], classes: tuple[str, ...], labels: list[tuple[str, str]]
+    domains: tuple[str, ...], classes: tuple[str, ...], labels: Sequence[tuple[str, ...]]
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
-    """Return (domain_index, class_index) int16 (n,) of a list of (domain, class) names.
+    """Return (domain_index, class_index) int16 (n,) of a list of (domain, class, …) names.
 
     Example:
         >>> sample_arrays(("a", "b"), ("x",), [("b", "x")])
@@ -313,9 +314,11 @@ def sample_arrays(
         if len(names) > MAX_NAMES:
             text = f"there are {len(names):,} {what}, more than {MAX_NAMES:,}"
             raise DataError(f"{text}; such as '{names[0]}'. Is this the right column?")
-    places = [dict(zip(names, range(len(names)), strict=True)) for names in (domains, classes)]
-    pairs = [[place[name] for name in column] for place, column in zip(places, zip(*labels, strict=True), strict=True)]
-    return np.array(pairs[0], dtype=np.int16), np.array(pairs[1], dtype=np.int16)
+    domain_index, class_index = (
+        np.fromiter(map(dict(zip(names, range(len(names)), strict=True)).__getitem__, column), np.int16, len(labels))
+        for names, column in ((domains, map(itemgetter(0), labels)), (classes, map(itemgetter(1), labels)))
+    )
+    return domain_index, class_index
 
 
 class ImageSubset(ImageDataset):

@@ -235,8 +235,7 @@ def content_and_hashes(
     if files is not None:
         assert isinstance(dataset, ImageDataset)
         hashes = _indexed(dataset, *files, folder, progress, settled_ns)
-        text = hashes.tobytes().hex()
-        return dataset.content_sha256(hashes=[text[i : i + 64] for i in range(0, len(text), 64)]), hashes
+        return dataset.content_sha256(hashes=_as_hex(hashes)), hashes
     note = folder / "content" / dataset.signature()
     remembered = note.read_text() if note.is_file() else ""
     if len(remembered) == 64:
@@ -245,6 +244,13 @@ def content_and_hashes(
     if time.time_ns() - dataset.newest_change_ns() > settled_ns:
         write_atomic(note, content)
     return content, None
+
+
+def _as_hex(hashes: Hashes) -> Iterator[str]:
+    """Yield the hashes as text, without half a million texts at once."""
+    for start in range(0, len(hashes), 4096):
+        text = hashes[start : start + 4096].tobytes().hex()
+        yield from (text[i : i + 64] for i in range(0, len(text), 64))
 
 
 def _indexed(

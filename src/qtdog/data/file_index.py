@@ -8,6 +8,7 @@ import os
 import re
 import time
 import zipfile
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -34,11 +35,19 @@ Hashes = npt.NDArray[np.uint8]
 
 
 class Index(NamedTuple):
-    """What is remembered: paths, what `file_stats` says of them, int64 (n, 5), and sha256, uint8 (n, 32)."""
+    """What is remembered: paths, what `file_stats` says of them, int64 (n, 5), and sha256, uint8 (n, 32).
 
-    paths: list[str]
+    The paths are one text with NUL between them: half a million texts would take more memory than all else here.
+    """
+
+    names: str
     stats: Stats
     hashes: Hashes
+
+    @property
+    def paths(self) -> list[str]:
+        """Return the paths."""
+        return self.names.split("\0") if self.names else []
 
 
 def file_stats(paths: Sequence[str]) -> Stats:
@@ -47,14 +56,16 @@ def file_stats(paths: Sequence[str]) -> Stats:
     Raises:
         DataError: a file is gone.
     """
+    signed, unsigned = array("q"), array("Q")  # inode and device have 64 bits without a sign
+    try:
+        for found in map(os.stat, paths):
+            signed.extend((found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            unsigned.extend((found.st_ino, found.st_dev))
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}. {HINT}") from error
     rows = np.empty((len(paths), N_STATS), dtype=np.int64)
-    for i, path in enumerate(paths):
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}. {HINT}") from error
-        identity = (stat.st_ino, stat.st_dev)  # 64 bits without a sign
-        rows[i] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *(value - (value >> 63 << 64) for value in identity)
+    rows[:, :3] = np.frombuffer(signed, dtype=np.int64).reshape(-1, 3)
+    rows[:, 3:] = np.frombuffer(unsigned, dtype=np.uint64).view(np.int64).reshape(-1, 2)
     return rows
 
 
@@ -87,29 +98,30 @@ def file_hashes(
         fresh = hash_rows(missing)
         hashes[missing] = np.frombuffer(bytes.fromhex("".join(fresh)), dtype=np.uint8).reshape(-1, 32)
     if len(missing):
-        _save(place, old, Index(list(paths), now, hashes), settled_ns)
+        _save(place, old, Index("\0".join(paths), now, hashes), settled_ns)
     return hashes
 
 
 def load_index(place: Path) -> Index:
     """Return a saved index; an empty one if there is none, or a damaged one."""
-    empty = Index([], np.empty((0, N_STATS), dtype=np.int64), np.empty((0, 32), dtype=np.uint8))
+    empty = Index("", np.empty((0, N_STATS), dtype=np.int64), np.empty((0, 32), dtype=np.uint8))
     try:
         if place.stat().st_size > MAX_INDEX_BYTES:
             return empty
         # opened here: NumPy leaves the file open if it is no archive
         with place.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
             names = saved["names"].tobytes().decode("utf-8", errors="surrogateescape")
-            index = Index(names.split("\0") if names else [], saved["stats"], saved["hashes"])
+            index = Index(names, saved["stats"], saved["hashes"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
         return empty
-    fits = index.stats.shape == (len(index.paths), N_STATS) and index.hashes.shape == (len(index.paths), 32)
+    n = index.names.count("\0") + 1 if index.names else 0
+    fits = index.stats.shape == (n, N_STATS) and index.hashes.shape == (n, 32)
     return index if fits and index.stats.dtype == np.int64 and index.hashes.dtype == np.uint8 else empty
 
 
 def _known(old: Index, paths: Sequence[str], now: Stats) -> tuple[npt.NDArray[np.bool_], Hashes]:
     """Which files are as the index has them, and their hashes."""
-    if len(old.paths) == len(paths) and old.paths == list(paths):
+    if len(old.stats) == len(paths) and old.names == "\0".join(paths):
         return (old.stats == now).all(axis=1), old.hashes.copy()
     row = {path: i for i, path in enumerate(old.paths)}
     rows = np.fromiter((row.get(path, UNKNOWN) for path in paths), dtype=np.int64, count=len(paths))
@@ -123,9 +135,10 @@ def _known(old: Index, paths: Sequence[str], now: Stats) -> tuple[npt.NDArray[np
 def _save(place: Path, old: Index, new: Index, settled_ns: int) -> None:
     """Write the settled rows of `new`, and those of `old` whose files are still there."""
     settled = np.flatnonzero(new.stats[:, 2] < time.time_ns() - settled_ns)
-    mine = set(new.paths)
-    kept = [i for i, path in enumerate(old.paths) if path not in mine and os.path.exists(path)]
-    names = [*(new.paths[i] for i in settled), *(old.paths[i] for i in kept)]
+    paths, old_paths = new.paths, old.paths
+    mine = set(paths)
+    kept = [i for i, path in enumerate(old_paths) if path not in mine and os.path.exists(path)]
+    names = [*(paths[i] for i in settled), *(old_paths[i] for i in kept)]
     stream = BytesIO()
     np.savez(
         stream,

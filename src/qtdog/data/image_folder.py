@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +59,7 @@ class FileDataset(ImageDataset):
         check_domain_names(card.name, self.domains)
         self.notes = [*look_alikes("domains", self.domains), *look_alikes("classes", self.classes)]
         self.keys = [record.key for record in records]
-        labels = [(record.domain, record.label) for record in records]
-        self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, labels)
+        self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, records)
 
     def path(self, i: int) -> Path:
         """Return the path of image i."""
@@ -200,7 +201,8 @@ def _scan(root: Path, passed: PassedOver) -> tuple[dict[str, list[str]], list[Im
         for label in labels:
             place, class_name = f"{domain}/{label}/", composed(label)
             below = names_below(f"{root}/{domain}/{label}", passed)
-            records += [ImageFile(name, class_name, place + image) for image in below]
+            rows = zip(repeat(name), repeat(class_name), [place + image for image in below])
+            records += map(partial(tuple.__new__, ImageFile), rows)  # a third of the time of ImageFile(*row)
     if not all(map(str.isascii, {label for labels in classes.values() for label in labels} | set(classes))):
         records.sort(key=lambda record: record[:2])  # names of different Unicode forms come together
     return classes, records

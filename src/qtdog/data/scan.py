@@ -14,6 +14,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".heic", ".heif"),
 )
+_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 """Of JPEG, PNG, GIF, BMP and TIFF: tells that a file whose name has no suffix is an image."""
 RAW = (".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2")
@@ -123,10 +124,22 @@ class PassedOver:
 
 @dataclass
 class Listing:
-    """What lies in one folder, hidden and junk left out: names, sorted."""
+    """What lies in one folder, hidden and junk left out: names, sorted.
+
+    Attributes:
+        folders: names of folders.
+        files: names of files.
+        others: those of them that have no image's suffix, or are links.
+    """
 
     folders: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    others: set[str] = field(default_factory=set)
+
+    def add_other(self, name: str) -> None:
+        """Add a file that may be no image."""
+        self.files.append(name)
+        self.others.add(name)
 
 
 def list_folder(folder: str, passed: PassedOver | None = None) -> Listing:
@@ -143,7 +156,12 @@ def list_folder(folder: str, passed: PassedOver | None = None) -> Listing:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith("."):
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if _has_image_suffix(name) and entry.is_file(follow_symlinks=False):  # nearly all of half a million
+                    listing.files.append(name)
+                else:
                     _sort_in(entry, folder, listing, passed)
     except OSError as error:
         raise DataError(f"the folder {error.filename or folder} cannot be read: {error.strerror}") from error
@@ -155,7 +173,7 @@ def list_folder(folder: str, passed: PassedOver | None = None) -> Listing:
 def _sort_in(entry: os.DirEntry[str], folder: str, listing: Listing, passed: PassedOver) -> None:
     if _is_broken_link(entry):
         # one that is named like an image counts as one: training names it, and may leave it out if asked
-        listing.files.append(entry.name) if is_image_name(entry.name) else passed.links.append(entry.path)
+        listing.add_other(entry.name) if is_image_name(entry.name) else passed.links.append(entry.path)
     elif entry.is_dir():
         if entry.name.lower() in JUNK_FOLDERS:
             passed.junk[entry.name] += 1
@@ -163,7 +181,7 @@ def _sort_in(entry: os.DirEntry[str], folder: str, listing: Listing, passed: Pas
             listing.folders.append(entry.name)
     elif entry.is_file():
         if entry.name.lower() not in JUNK_FILES:
-            listing.files.append(entry.name)
+            listing.add_other(entry.name)
     else:
         passed.special.append(entry.path)
 
@@ -203,7 +221,10 @@ def names_below(folder: Path | str, passed: PassedOver | None = None) -> list[st
         left += [os.path.join(top, name) for name in listing.folders]
         images = []
         for name in listing.files:
-            images.append(name) if is_image(top, name) else passed.add_file(os.path.join(top, name))
+            if name not in listing.others or is_image(top, name):
+                images.append(name)
+            else:
+                passed.add_file(os.path.join(top, name))
         found.append((top, images))
     names: list[str] = []
     for top, images in sorted(found):
@@ -229,7 +250,11 @@ def is_image_name(name: str) -> bool:
         >>> is_image_name("a.JPG"), is_image_name("._a.jpg"), is_image_name("notes.txt")
         (True, False, False)
     """
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    return _has_image_suffix(name) and not name.startswith(".")
+
+
+def _has_image_suffix(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in _SUFFIXES
 
 
 def is_image(folder: str, name: str) -> bool:
