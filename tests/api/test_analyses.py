@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import qtdog
-from qtdog.api.analyses import labels_of
+from qtdog.api.analyses import Analysis, labels_of
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.runs.folder import RunFolder
 
@@ -95,3 +95,12 @@ def test_a_run_is_called_what_tells_it_from_the_others(several, names, short_con
         path.mkdir()
         RunFolder(path).claim(short_config(**changes), resume=False)
     assert labels_of(paths) == names
+
+
+def test_notes_and_numbers_are_text_in_a_notebook(tmp_path: Path):
+    hostile = "<script>alert(1)</script>"
+    content = {"numbers": [{"run": hostile}], "notes": [hostile], "figures": [], "title": "t", "kind": "noise"}
+    shown = Analysis(content, tmp_path)._repr_html_()
+    assert shown is not None
+    assert "<script" not in shown
+    assert shown.count("&lt;script&gt;") == 2

@@ -9,7 +9,8 @@ import pytest
 
 from qtdog.core.config_io import load_preset, parse_assignment
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.core.safe_text import csv_line, no_formula, parse_json, parse_yaml, printable, read_json, read_text
+from qtdog.core.printable import printable
+from qtdog.core.safe_text import csv_line, no_formula, parse_json, parse_yaml, read_json, read_text
 from qtdog.sweep.study import read_study
 
 ALIASES = "objective:\n  params:\n    a0: &a0 [x,x]\n" + "".join(

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,24 @@ def test_the_script_imports_three_libraries_and_names_no_command_of_ours():
 def run_script(site, *arguments, environment=None):
     command = [sys.executable, site / "predict.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_names_reach_the_terminal_as_characters(bundle, tmp_path):
+    site, _, photos = bundle
+    received = tmp_path / "site"
+    shutil.copytree(site, received)
+    about = json.loads((received / "model.json").read_text())
+    about["classes"] = [f"\x1b]0;{name}\x07" for name in about["classes"]]
+    (received / "model.json").write_text(json.dumps(about))
+    shutil.copy(photos / "grey.png", tmp_path / "a\x1b[31m\tb.png")
+    (tmp_path / "c\x1b[2J.png").write_bytes(b"x")
+    done = run_script(received, tmp_path / "a\x1b[31m\tb.png", tmp_path / "c\x1b[2J.png")
+    assert "\x1b" not in done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    image, label, *_ = line.split("\t")
+    assert image.endswith("a?[31m?b.png")
+    assert label.startswith("?]0;")
+    assert "c?[2J.png" in done.stderr
 
 
 def test_a_threshold_decides_what_is_accepted_and_lines_have_tabs(bundle):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -93,7 +94,7 @@ class Analysis:
     def _pictures(self) -> list[Image.Image]:
         pictures = []
         for file in self.figures:
-            with Image.open(file) as picture:
+            with Image.open(file, formats=["PNG"]) as picture:
                 pictures.append(picture.copy())
         return pictures
 
@@ -102,7 +103,7 @@ class Analysis:
 
     def _repr_html_(self) -> str | None:
         pictures = [base64.b64encode(file.read_bytes()).decode() for file in self.figures]
-        parts = [as_frame(self.numbers, html=True) or "", *(f"<p>{note}</p>" for note in self.notes)]
+        parts = [as_frame(self.numbers, html=True) or "", *(f"<p>{html.escape(note)}</p>" for note in self.notes)]
         return "\n".join([*parts, *(f'<img src="data:image/png;base64,{text}">' for text in pictures)])
 
 

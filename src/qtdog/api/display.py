@@ -19,8 +19,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from qtdog.api.python_words import python_words
+from qtdog.core.printable import printable
 from qtdog.core.progress import RunCallback
-from qtdog.core.safe_text import printable
 
 if TYPE_CHECKING:  # the command line must answer --help at once
     from qtdog.core.config import Config

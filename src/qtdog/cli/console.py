@@ -26,7 +26,7 @@ from qtdog.api.display import RANK, SPEAKS, SafeConsole, err, out
 from qtdog.api.display import CountingBar as CountingBar
 from qtdog.api.display import TrainingBar as TrainingBar
 from qtdog.api.display import warn as warn
-from qtdog.core.safe_text import printable
+from qtdog.core.printable import printable
 
 
 def fail(text: str) -> None:

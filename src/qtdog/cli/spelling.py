@@ -64,7 +64,7 @@ class QtdogGroup(TyperGroup):
             return super().invoke(ctx)
         except Exception as error:
             if isinstance(message := getattr(error, "message", None), str):  # as click's errors have it
-                from qtdog.core.safe_text import printable
+                from qtdog.core.printable import printable
 
                 setattr(error, "message", printable(message))  # noqa: B010
             raise

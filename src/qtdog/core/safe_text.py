@@ -1,4 +1,4 @@
-"""Text that somebody else wrote: read it within bounds, print it so that it stays text.
+"""Text that somebody else wrote: read it within bounds, write it into cells so that it stays text.
 
 What a parsed text costs depends on its structure, not on its length: a YAML of 500 bytes whose aliases name each other
 expands to millions of values, and 100,000 brackets overflow the stack of a parser. Bounds are checked first.
@@ -18,6 +18,7 @@ from typing import Any, cast
 import yaml
 
 from qtdog.core.errors import QtdogError, RunError
+from qtdog.core.printable import printable
 
 MAX_YAML_BYTES = 1_000_000
 MAX_JSON_BYTES = 64 * 2**20
@@ -29,34 +30,6 @@ MAX_NUMBER = 1000  # characters of a plain scalar of digits: YAML reads 1:1:1:â€
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _JSON_BRACKET = re.compile(r"[\[\]{}]")
 _NUMERIC = re.compile(r"[-+0-9:._]*")
-# C0 and C1 controls, format characters that reorder or hide text, separators that break lines, lone surrogates
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb]"
-)
-
-
-def printable(text: str) -> str:
-    r"""Return text that cannot reach a terminal as more than characters: what is none is a `?`.
-
-    Line breaks and tabs stay. Escape sequences colour, move and overwrite what is on the screen, change its title, and
-    in some terminals type for the user; names of classes, tensors and files may hold them.
-
-    Example:
-        >>> printable("a\x1b[31mred\rb")
-        'a?[31mred?b'
-    """
-    return _UNPRINTABLE.sub("?", text)
-
-
-def one_line(text: str) -> str:
-    r"""Return printable text of one line.
-
-    Example:
-        >>> one_line("a\nb\tc")
-        'a?b?c'
-    """
-    return re.sub(r"[\n\t]", "?", printable(text))
-
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _FULL_WIDTH = ("\uff1d", "\uff0b", "\uff0d", "\uff20")  # spreadsheets for East Asian languages take them too

@@ -27,7 +27,7 @@ from qtdog.training.finalize import environment
 
 MODEL, SCRIPT, ABOUT, CARD = "model.onnx", "predict.py", "model.json", "README.md"
 BUNDLE_FORMATS = ("onnx-int8", "onnx")
-INLINED = ("core/errors.py", "data/scan.py", "data/decode.py")
+INLINED = ("core/errors.py", "core/printable.py", "data/scan.py", "data/decode.py")
 """Modules that the script imports. Their text becomes part of it, so that both read alike."""
 N_TIMED = 30
 

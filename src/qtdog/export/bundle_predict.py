@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from qtdog.core.errors import DataError
+from qtdog.core.printable import one_line, printable
 from qtdog.data.decode import decode_resized
 from qtdog.data.scan import images_below
 
@@ -104,18 +105,19 @@ def print_answers() -> int:
         classifier = Classifier(Path(__file__).resolve().parent, options.threshold)
         files = images_among(options.paths)
     except DataError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     words = {None: "-", True: "accepted", False: "rejected"}
     n_failed = 0
     for row in classifier.rows(files):
         if "error" in row:
             n_failed += 1
-            print(row["error"], file=sys.stderr)
+            print(printable(row["error"]), file=sys.stderr)
         elif options.json:
             print(json.dumps(row))
         else:
-            print(row["image"], row["class"], f"{row['probability']:.4f}", words[row["accepted"]], sep="\t")
+            shown = (one_line(row["image"]), one_line(row["class"]))
+            print(*shown, f"{row['probability']:.4f}", words[row["accepted"]], sep="\t")
     if n_failed:
         print(f"{n_failed} of {len(files)} images could not be read", file=sys.stderr)
     return int(n_failed > 0)

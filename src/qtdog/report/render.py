@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qtdog.core.errors import ConfigError, unknown
-from qtdog.core.safe_text import csv_line, one_line
+from qtdog.core.printable import one_line
+from qtdog.core.safe_text import csv_line
 
 MISSING = "–"
 MARKS = {"best": "*", "second": "+"}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qtdog.core.errors import FolderInUseError, Interrupted, QtdogError
-from qtdog.core.safe_text import printable
+from qtdog.core.printable import printable
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_any, without_unreadable
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished
