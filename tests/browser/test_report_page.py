@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_switch_changes_tables_and_charts(open_page: Open):
     assert size.locator("svg[role=img]").inner_html() != before
 
 
-@pytest.mark.parametrize("chart", ["g0-size", "g0-curves", "g0-latency"])
+@pytest.mark.parametrize("chart", ["g0-size", "g0-curves", "g0-latency", "g0-risk"])
 def test_names_switch_their_lines(open_page: Open, chart: str):
     page = open_page()
     name = "erm + lsq 6 bit" if chart == "g0-curves" else "erm + lsq 4 bit"
@@ -113,7 +114,7 @@ def test_names_switch_their_lines(open_page: Open, chart: str):
 def test_the_sources_can_be_hidden(open_page: Open):
     page = open_page()
     assert page.locator("#g0-curves .dash").count() > 0
-    page.get_by_role("button", name="sources (dashed)").click()
+    page.locator("#g0-curves").get_by_role("button", name="sources (dashed)").click()
     assert page.locator("#g0-curves .dash").count() == 0
     assert page.locator("#g0-curves .line").count() > 0
 
@@ -198,6 +199,34 @@ def test_it_follows_the_readers_scheme(open_page: Open, scheme: str, dark: bool)
     page = open_page(color_scheme=scheme)
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, colour.strip("rgb()").split(","))) < 150) == dark
+
+
+@pytest.mark.parametrize(("scheme", "other"), [("light", "Dark page"), ("dark", "Light page")])
+def test_the_reader_may_choose_the_other_scheme(open_page: Open, scheme: str, other: str):
+    page = open_page(color_scheme=scheme)
+    background = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(background)
+    page.get_by_role("button", name=other).click()
+    assert page.evaluate(background) != before
+    page.get_by_role("button", name="Light page" if scheme == "light" else "Dark page").click()
+    assert page.evaluate(background) == before
+
+
+def test_the_table_of_results_fits_the_window_and_costs_stand_apart(open_page: Open):
+    page = open_page()
+    assert page.evaluate("document.querySelector('#g0-source').parentElement.scrollWidth <= innerWidth")
+    assert "file" not in page.locator("#g0-source thead").inner_text()
+    assert "file" in page.locator("#g0-costs thead").inner_text()
+    assert page.locator("#g0-mistakes tbody tr").count() == 15
+
+
+def test_no_axis_of_accuracy_spans_less_than_ten_points(open_page: Open):
+    page = open_page()
+    for chart, anchor in (("g0-dots", "middle"), ("g0-size", "end")):
+        texts = page.locator(f"#{chart} svg[role=img] > text[text-anchor={anchor}]").all_text_contents()
+        ticks = [float(text) for text in texts if re.fullmatch(r"[0-9.]+", text)]
+        step = sorted(ticks)[1] - sorted(ticks)[0]
+        assert max(ticks) - min(ticks) + 2 * step >= 10
 
 
 def test_paper_shows_every_table_and_no_control(open_page: Open):

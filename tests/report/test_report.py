@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from qtdog.core.config import Config
 from qtdog.core.errors import RunError
 from qtdog.data.digits import RotatedDigits
-from qtdog.report.html import PageOptions, asset, build_page, json_for_html
+from qtdog.report.charts import curves_chart, risk_chart
+from qtdog.report.html import PageOptions, asset, build_page, json_for_html, mistakes_table
 from qtdog.report.inputs import find_analyses, latencies, read_bench
 from qtdog.runs.find import find_runs
-from qtdog.runs.finished import FinishedRun
+from qtdog.runs.finished import FinishedRun, class_counts, risk_points
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.selection import apply_selection
 from qtdog.training.protocol import resolve
@@ -38,7 +40,7 @@ def test_no_text_ends_the_element_that_holds_the_data(text: str):
 
 
 def colours(scheme: str) -> dict[str, str]:
-    blocks = re.findall(r":root \{(.*?)\}", asset("style.css"), re.DOTALL)
+    blocks = re.findall(r":root(?:\[data-scheme=\"dark\"\])? \{(.*?)\}", asset("style.css"), re.DOTALL)
     light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
     return light if scheme == "light" else light | dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[1]))
 
@@ -47,6 +49,13 @@ def luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_dark_page_is_the_same_whether_the_reader_or_the_system_chose_it():
+    by_system, chosen = re.findall(
+        r":root(?::not[^{]*|\[data-scheme=\"dark\"\]) \{(.*?)\}", asset("style.css"), re.DOTALL
+    )
+    assert by_system.split() == chosen.split()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -111,3 +120,46 @@ def test_a_latency_belongs_to_the_run_whose_folder_it_lies_in(entries: list[Fini
 def test_what_is_no_latency_is_refused(p50_s: Any, tmp_path: Path):
     with pytest.raises(RunError, match="no file of 'qtdog bench'"):
         read_bench(bench_file(tmp_path / "a.json", p50_s, "x"))
+
+
+def test_the_worst_classes_are_counted_over_all_trials(entries: list[FinishedRun]):
+    rows = {"lsq": [run for run in entries if run.kind == "run" and run.target == "photo"]}
+    counts = class_counts(rows["lsq"])
+    assert counts.keys() == {("photo", "dog"), ("photo", "horse")}
+    assert sum(counts["photo", "dog"].values()) == 300 * len(rows["lsq"])
+    table = mistakes_table(rows, "t")
+    worst = min(counts, key=lambda key: counts[key][key[1]] / sum(counts[key].values()))
+    assert [cell.text for cell in table.rows[0]][:3] == ["lsq", *worst]
+    right, n = counts[worst][worst[1]], sum(counts[worst].values())
+    assert table.rows[0][5].text == f"{right:,} of {n:,}"
+    other = "horse" if worst[1] == "dog" else "dog"
+    assert table.rows[0][6].text == f"{other} ({n - right:,})"
+
+
+@pytest.mark.parametrize("told", [None, [], "x", {"test": 3}, {"test": {"a": [3, {"class": "b"}, {"right": "x"}]}}])
+def test_what_a_result_says_wrongly_of_classes_and_errors_is_passed_over(entries: list[FinishedRun], told: Any):
+    run = replace(entries[0], result={"classes": told, "calibration": told})
+    assert class_counts([run]) == {}
+    assert risk_points(run, "test") == {}
+
+
+def test_errors_that_are_left_are_means_over_trials_and_end_at_the_error(entries: list[FinishedRun]):
+    runs = [run for run in entries if run.kind == "run" and run.target == "photo" and run.method.endswith("7 bit")]
+    chart = risk_chart({"lsq": runs})
+    (panel,) = chart["panels"]
+    (series,) = panel["series"]
+    errors = [100 * (1 - run.saved.target) for run in runs if run.saved and run.saved.target is not None]
+    assert len(errors) == len(runs) > 1
+    mean = sum(errors) / len(errors)
+    assert series["points"][-1] == pytest.approx([100, mean, min(errors), max(errors), len(runs)], abs=0.01)
+
+
+def test_an_ensemble_is_one_point_at_the_last_step_of_the_others(entries: list[FinishedRun]):
+    ensemble = next(run for run in entries if run.kind == "ensemble")
+    runs = [run for run in entries if run.kind == "run" and run.target == ensemble.target]
+    panels = {panel["title"]: panel for panel in curves_chart({"lsq": runs, "EoQ": [ensemble]})["panels"]}
+    points = {one["part"]: one["points"] for one in panels[ensemble.target]["series"] if one["name"] == "EoQ"}
+    assert ensemble.saved is not None
+    assert ensemble.saved.target is not None
+    accuracy = 100 * ensemble.saved.target
+    assert points["target"][0] == pytest.approx([100, accuracy, accuracy, accuracy, 1], abs=1e-3)

@@ -7,7 +7,7 @@ from typing import Any
 
 from qtdog.report.inputs import Timed
 from qtdog.runs.aggregate import AVERAGE, GAP, SOURCE, WORST, Aggregate
-from qtdog.runs.finished import FinishedRun
+from qtdog.runs.finished import FinishedRun, risk_points
 from qtdog.runs.record import Record
 from qtdog.runs.statistics import Estimate
 
@@ -18,7 +18,8 @@ Chart = dict[str, Any]
 def curves_chart(rows: Rows) -> Chart:
     """Return accuracy over steps, a panel per unseen domain: for each row mean, smallest and largest over its trials.
 
-    The steps are those that all runs of the row evaluated.
+    The steps are those that all runs of the row evaluated. What has no steps of its own, as an ensemble, is one point
+    at the last step of the others.
     """
     targets = sorted({run.target for group in rows.values() for run in group if run.records})
     panels = [{"title": target, **_panel(rows, target)} for target in targets]
@@ -34,6 +35,13 @@ def _panel(rows: Rows, target: str) -> Chart:
             points = _points([{r.seen.step: _accuracy(r, part) for r in run.records} for run in runs])
             if points:
                 series.append({"name": label, "part": part, "points": points})
+    last = max((point[0] for one in series for point in one["points"]), default=None)
+    for label, group in rows.items() if last is not None else ():
+        runs = [run.saved for run in group if run.target == target and not run.records and run.saved is not None]
+        for part in ("target", "source") if runs else ():
+            points = _points([{last: one.source if part == "source" else one.target} for one in runs])
+            if points:
+                series.append({"name": label, "part": part, "points": points})
     return {"series": series, "marks": [{"x": start, "text": "quantization starts"} for start in sorted(starts)]}
 
 
@@ -41,8 +49,8 @@ def _accuracy(record: Record, part: str) -> float | None:
     return record.seen.source_accuracy if part == "source" else record.test_accuracy
 
 
-def _points(runs: Sequence[Mapping[int, float | None]]) -> list[list[float]]:
-    """Return (step, mean, smallest, largest, number of runs) for each step that all runs have."""
+def _points(runs: Sequence[Mapping[Any, float | None]]) -> list[list[float]]:
+    """Return (place, mean, smallest, largest, number of runs) for each place, like a step, that all runs have."""
     steps = sorted(set.intersection(*(set(run) for run in runs)))
     points = []
     for step in steps:
@@ -51,6 +59,28 @@ def _points(runs: Sequence[Mapping[int, float | None]]) -> list[list[float]]:
             numbers = (sum(values) / len(values), min(values), max(values))
             points.append([step, *(round(100 * number, 3) for number in numbers), len(values)])
     return points
+
+
+def risk_chart(rows: Rows) -> Chart:
+    """Return errors over the share of answered images, a panel per unseen domain: for each row mean and range."""
+    panels = []
+    for target in sorted({run.target for group in rows.values() for run in group}):
+        series = []
+        for label, group in rows.items():
+            runs = [run for run in group if run.target == target]
+            for part in ("target", "source"):
+                curves = [risk_points(run, "test" if part == "target" else part) for run in runs]
+                points = _points(curves) if curves and all(curves) else []
+                shown = [[round(100 * point[0], 3), *point[1:]] for point in points]
+                if shown:
+                    series.append({"name": label, "part": part, "points": shown})
+        panels.append({"title": target, "series": series, "marks": []})
+    return {
+        "kind": "lines",
+        "x": "answered (%)",
+        "y": "errors (%)",
+        "panels": [one for one in panels if any(s["part"] == "target" for s in one["series"])],
+    }
 
 
 def dots_chart(tables: Sequence[Aggregate]) -> Chart:

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,15 +20,16 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from qtdog import __version__
-from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_cell, size_chart
+from qtdog.report.charts import curves_chart, dots_chart, latency_chart, main_cell, risk_chart, size_chart
 from qtdog.report.inputs import Analysis, BenchFile, latencies
 from qtdog.report.render import MISSING, Cell, Table
-from qtdog.report.tables import estimate_text, percent, summary_table
+from qtdog.report.tables import estimate_text, methods_cost_table, percent, summary_table
 from qtdog.runs.aggregate import SPLITS, Aggregate, aggregate
 from qtdog.runs.find import RunSet
-from qtdog.runs.finished import NO_TARGET, FinishedRun
+from qtdog.runs.finished import NO_TARGET, FinishedRun, class_counts
 from qtdog.runs.labels import differing, label_rows, value_text
 from qtdog.runs.selection import SELECTIONS, apply_selection
+from qtdog.runs.statistics import share_interval
 
 # in JSON these stand in strings only, and in HTML they could end the element that holds the JSON
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -116,7 +118,7 @@ def _run(label: str, run: FinishedRun, split: str, page: Path) -> list[Cell]:
     step = None if selected is None else selected.step
     size = run.cost.size.get("bytes")
     return [
-        Cell(run.path.name, value=run.path.name, href=link(file, page)),
+        Cell(_run_name(run), value=run.path.name, href=link(file, page)),
         *map(_text_cell, (label, run.target)),
         _several([member.trial for member in run.replicate.members]),
         _several([member.seed for member in run.replicate.members]),
@@ -125,6 +127,42 @@ def _run(label: str, run: FinishedRun, split: str, page: Path) -> list[Cell]:
         *(Cell(percent(value), value=value) for value in (target, source, gap)),
         Cell(MISSING if size is None else f"{size / 1e6:.3g} MB", value=size),
     ]
+
+
+def _run_name(run: FinishedRun) -> str:
+    """Return the name of a run's folder, or in words what it is where the folder is named by a hash."""
+    name = run.path.name
+    if not re.fullmatch(r"[0-9a-f]{12}", name):
+        return name
+    seeds = ", ".join(str(member.seed) for member in run.replicate.members)
+    return f"{run.target}, seed {seeds} ({name[:4]}…)"
+
+
+MAX_MISTAKES = 15  # classes that are shown
+
+
+def mistakes_table(rows: Mapping[str, Sequence[FinishedRun]], name: str) -> Table:
+    """Return the classes of unseen domains in which each method errs most, over all its trials."""
+    found = []
+    for label, group in rows.items():
+        for (domain, class_name), counts in class_counts(group).items():
+            n, right = sum(counts.values()), counts.get(class_name, 0)
+            called = sorted(((count, one) for one, count in counts.items() if one != class_name), reverse=True)
+            found.append((right / n, label, domain, class_name, n, right, called))
+    worst = sorted(found, key=lambda one: (one[0], -one[4]))[:MAX_MISTAKES]
+    cells = [
+        [
+            *map(_text_cell, (label, domain, class_name)),
+            Cell(percent(share), value=share),
+            Cell("{:.1f} … {:.1f}".format(*(100 * end for end in share_interval(share, n))), value=share),
+            Cell(f"{right:,} of {n:,}", value=right),
+            _text_cell(", ".join(f"{one} ({count:,})" for count, one in called[:3])),
+        ]
+        for share, label, domain, class_name, n, right, called in worst
+        if right < n
+    ]
+    head = ["method", "unseen", "class", "accuracy (%)", "95 % interval", "right", "taken for"]
+    return Table(f"The {len(cells)} classes with the lowest accuracy, over all trials", head, cells, id=name)
 
 
 def _text_cell(text: str) -> Cell:
@@ -227,7 +265,9 @@ def _group(number: int, runs: Sequence[FinishedRun], options: PageOptions) -> di
     return {
         "id": name,
         "dataset": runs[0].dataset,
-        "tables": [(one, summary_table(one, f"{name}-{one.selection}")) for one in tables],
+        "tables": [(one, summary_table(one, f"{name}-{one.selection}", with_costs=False)) for one in tables],
+        "costs": methods_cost_table(tables, f"{name}-costs"),
+        "mistakes": mistakes_table(rows, f"{name}-mistakes"),
         "tiles": _tiles(runs, rows, tables),
         "charts": [one for one in _charts(rows, tables, options, name) if _filled(one)],
         "settings": settings,
@@ -250,13 +290,23 @@ def _charts(
         ),
         "size": ("Accuracy and size", "The line joins what nothing beats in both: smaller and more accurate."),
         "latency": ("Accuracy and latency", f"Median of a call as 'qtdog bench' measured it: {setting}."),
-        "curves": ("Accuracy over steps", "A panel per unseen domain. Solid: the unseen domain. Dashed: the sources."),
+        "curves": (
+            "Accuracy over steps",
+            "A panel per unseen domain. Solid: the unseen domain. Dashed: the sources. An ensemble is one point at "
+            "the end.",
+        ),
+        "risk": (
+            "Errors that are left",
+            "Share of wrong answers among the images that are answered, the most confident first. Solid: the unseen "
+            "domain. Dashed: held-out images of the sources.",
+        ),
     }
     made = {
         "dots": dots_chart(tables),
         "size": size_chart(tables),
         "latency": latency_chart(tables, measured),
         "curves": curves_chart(rows),
+        "risk": risk_chart(rows),
     }
     names = list(rows)
     return [

@@ -44,23 +44,36 @@ def estimate_text(value: Estimate) -> str:
     return text if value.error is None else f"{text} ± {percent(value.error)}"
 
 
-def summary_table(numbers: Aggregate, id_: str = "") -> Table:
+def summary_table(numbers: Aggregate, id_: str = "", *, with_costs: bool = True) -> Table:
     """Return a table in DomainBed's layout.
 
     Of each column of unseen domains, their average and the worst the best value is marked, and the second; values that
     read the same are marked alike. Source accuracy and gap are not: a small gap may just be a bad model.
     """
-    headers = ["method", *numbers.columns, "trials", "file", "models", "steps", "passes"]
+    headers = ["method", *numbers.columns, "trials", *(COSTS if with_costs else ())]
     marks = {name: _marks(numbers, name) for name in numbers.columns}
     rows = [
         [
             Cell(row.method, value=row.method),
             *(_estimate_cell(row.cells[name], marks[name][i]) for name in numbers.columns),
-            *_costs(row),
+            Cell(str(row.n_trials), value=row.n_trials),
+            *(_costs(row) if with_costs else ()),
         ]
         for i, row in enumerate(numbers.rows)
     ]
     return Table(numbers.title, headers, rows, [numbers.legend, *numbers.notes], id_)
+
+
+COSTS = ("file", "models", "steps", "passes")
+
+
+def methods_cost_table(tables: Sequence[Aggregate], id_: str = "") -> Table:
+    """Return what each method costs: a row for each that any of the tables has."""
+    found = {row.method: row for numbers in tables for row in numbers.rows}
+    rows = [[Cell(name, value=name), *_costs(row)] for name, row in found.items()]
+    return Table(
+        "What each method costs: one model file, and the training of all its models", ["method", *COSTS], rows, [], id_
+    )
 
 
 def _estimate_cell(value: Estimate, mark: str) -> Cell:
@@ -80,7 +93,6 @@ def _costs(row: MethodSummary) -> list[Cell]:
     steps = MISSING if cost.training_steps is None else f"{cost.training_steps:,}"
     file = file_text(cost.size) if "bytes" in cost.size else MISSING
     return [
-        Cell(str(row.n_trials), value=row.n_trials),
         Cell(file, value=cost.size.get("bytes")),
         Cell(str(row.n_models), value=row.n_models),
         Cell(steps, value=cost.training_steps),

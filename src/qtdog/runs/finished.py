@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,3 +229,52 @@ KINDS.add(
     "soup",
     Kind("soup", "One quantized model: the mean of the latent weights, quantized anew.", "quantized", one_model=True),
 )
+
+
+def class_counts(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], dict[str, int]]:
+    """Return how often images of a class of an unseen domain were answered as each class, summed over runs.
+
+    Args:
+        runs: of which those count whose `result.json` has it; what is malformed there is passed over.
+
+    Returns:
+        by (domain, class), the number of answers by class, the right one among them.
+    """
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for run in runs:
+        for domain, row in _class_rows(run.result):
+            try:
+                answers = {str(row["class"]): int(row["right"])}
+                answers |= {str(name): int(count) for name, count in row["called"].items()}
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue
+            if min(answers.values()) < 0 or not sum(answers.values()):
+                continue
+            total = found.setdefault((domain, str(row["class"])), {})
+            for name, count in answers.items():
+                total[name] = total.get(name, 0) + count
+    return found
+
+
+def _class_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    classes = result.get("classes")
+    test = classes.get("test") if isinstance(classes, Mapping) else None
+    for domain, rows in test.items() if isinstance(test, Mapping) else ():
+        yield from ((str(domain), row) for row in (rows if isinstance(rows, list) else ()))
+
+
+def risk_points(run: FinishedRun, part: str) -> dict[float, float]:
+    """Return by share of answered images the share of errors among them; nothing where the result has no such curve.
+
+    Args:
+        run: finished.
+        part: "test" or "source".
+    """
+    found = run.result.get("calibration")
+    for key in (part, "risk_coverage"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    try:
+        points = {float(coverage): float(risk) for coverage, risk in found or ()}
+    except (TypeError, ValueError):
+        return {}
+    return points if all(0 <= value <= 1 for pair in points.items() for value in pair) else {}

@@ -1,6 +1,7 @@
 // Charts as SVG, from numbers in this page. A chart has names (rows of the table), each with a colour and a shape that it
 // keeps in every chart; names switch off and on, points answer to the pointer and to arrow keys.
 
+const LEAST_RANGE = 10; // points of accuracy that an axis spans at least, so that noise is not blown up
 const FIRST_SHOWN = 8; // of many lines, how many are drawn before a reader chooses
 
 function drawLines(panel, spec, chart, shown, parts) {
@@ -28,7 +29,7 @@ function drawLines(panel, spec, chart, shown, parts) {
       const px = x.at(p[0]), py = y.at(p[1]);
       if (!dash) panel.dot(group, one.name, px, py, one.points.length > 30 ? 2.2 : 3.4);
       const spread = p[4] > 1 ? ` (${number(p[2])} to ${number(p[3])}, ${p[4]} runs)` : "";
-      panel.spots.push({ px, py, name: one.name, lines: [`${dash ? "sources" : "unseen domain"}: ${number(p[1])} %${spread}`, `step ${p[0].toLocaleString("en")}`] });
+      panel.spots.push({ px, py, name: one.name, lines: [`${dash ? "sources" : "unseen domain"}: ${number(p[1])} %${spread}`, `${chart.x}: ${p[0].toLocaleString("en")}`] });
     }
   }
 }
@@ -48,7 +49,7 @@ function drawPoints(panel, points, chart) {
   if (!points.length) return;
   const x = scale([0, ...points.map((p) => p.x)], box.left + 6, box.right - 6, 0.03, panel.width > 520 ? 8 : 5);
   x.ticks = x.ticks.filter((value) => value >= 0);
-  const y = scale(points.flatMap((p) => [p.y - (p.e || 0), p.y + (p.e || 0)]), box.bottom, box.top, 0.1, 6);
+  const y = scale(points.flatMap((p) => [p.y - (p.e || 0), p.y + (p.e || 0)]), box.bottom, box.top, 0.1, 6, LEAST_RANGE);
   panel.axes(x, y, chart.x, chart.y, box);
   const best = front(points);
   const steps = best.map((p, i) => (i ? `H${x.at(p.x)}V${y.at(p.y)}` : `M${x.at(p.x)},${y.at(p.y)}`)).join("");
@@ -75,7 +76,7 @@ function drawDots(panel, rows, chart) {
   const box = { left, right: panel.width - 14, top: 8, bottom: sorted.length * step + 18 };
   if (!sorted.length) return;
   const values = sorted.flatMap((row) => [row.y - (row.e || 0), row.y + (row.e || 0), ...Object.values(row.domains)]).filter((v) => v !== null);
-  const x = scale(values, box.left + 8, box.right - 8, 0.04, panel.width > 620 ? 8 : 5);
+  const x = scale(values, box.left + 8, box.right - 8, 0.04, panel.width > 620 ? 8 : 5, LEAST_RANGE);
   for (const value of x.ticks) {
     element("line", { class: "grid", x1: x.at(value), x2: x.at(value), y1: box.top, y2: box.bottom }, panel.svg);
     element("text", { x: x.at(value), y: box.bottom + 17, "text-anchor": "middle" }, panel.svg, number(value));
@@ -163,7 +164,7 @@ function makeLines(root, chart) {
   const shown = new Set(few), parts = new Set(["target", "source"]), panels = [];
   const draw = () => panels.forEach(([panel, spec]) => drawLines(panel, spec, chart, shown, parts));
   const update = nameButtons(root, chart, shown, draw, (name) => panels.forEach(([panel]) => panel.highlight(name)));
-  const kinds = element("div", { class: "names", role: "group", "aria-label": "Show accuracy on" }, root);
+  const kinds = element("div", { class: "names", role: "group", "aria-label": "Measured on" }, root);
   for (const [part, text] of [["target", "unseen domain (solid)"], ["source", "sources (dashed)"]]) {
     const button = element("button", { type: "button", "aria-pressed": "true", "data-part": part }, kinds, text);
     button.addEventListener("click", () => {
@@ -179,7 +180,7 @@ function makeLines(root, chart) {
     element("h3", {}, box, `unseen: ${spec.title}`);
     panels.push([new Panel(box, `${chart.title}, unseen domain ${spec.title}. Arrow keys move from point to point; the numbers are in the table below.`, chart.names), spec]);
   }
-  const head = ["method", "unseen", "accuracy on", "step", "mean (%)", "lowest", "highest", "runs"];
+  const head = ["method", "unseen", "measured on", chart.x, "mean (%)", "lowest", "highest", "runs"];
   const rows = () => chart.panels.flatMap((p) => p.series.flatMap((s) => s.points.map((q) => [s.name, p.title, s.part === "source" ? "sources" : "unseen domain", ...q])));
   dataTable(root, head, rows, `Numbers of: ${chart.title}`, `${chart.id}-data`);
   update();
@@ -211,6 +212,7 @@ function makeSets(root, chart) {
     return (chart.kind === "lines" ? makeLines : makeSets)(root, chart);
   });
   wireTables(document);
+  wireScheme();
   wireSwitch((selection) => made.forEach((one) => one.select(selection)));
   let width = document.documentElement.clientWidth, waiting = 0;
   window.addEventListener("resize", () => {

@@ -33,8 +33,10 @@ function ticks(low, high, wanted) {
   return found;
 }
 
-function scale(values, from, to, pad, wanted) {
+function scale(values, from, to, pad, wanted, least = 0) {
   let low = Math.min(...values), high = Math.max(...values);
+  const lacking = Math.max(0, least - (high - low)) / 2;
+  low -= lacking; high += lacking;
   const room = (high - low || Math.abs(high) || 1) * pad;
   low -= room; high += room;
   const at = (value) => from + ((value - low) / (high - low)) * (to - from);

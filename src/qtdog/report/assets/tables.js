@@ -58,3 +58,14 @@ function wireSwitch(onChange) {
   first.checked = true;
   show(first.value);
 }
+
+// The page follows the reader's scheme until they choose the other one; it is not remembered, a file has no place for that.
+function wireScheme() {
+  const button = document.getElementById("scheme"), root = document.documentElement;
+  const isDark = () => (root.dataset.scheme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const name = () => { button.textContent = isDark() ? "Light page" : "Dark page"; };
+  button.addEventListener("click", () => { root.dataset.scheme = isDark() ? "light" : "dark"; name(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
+  name();
+  button.hidden = false;
+}
