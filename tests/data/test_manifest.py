@@ -1,9 +1,15 @@
+import csv
 import json
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from qtdog.core.errors import DataError
+from qtdog.data.dataset import composed, is_missing
 from qtdog.data.image_folder import open_folder
 from qtdog.data.manifest import open_manifest
 
@@ -190,3 +196,46 @@ def test_a_class_with_a_separator_in_its_name_is_no_two_classes(image_tree: Path
         'path,class,domain\nnight/cat/0.png,"salt, sea",a\nnight/cat/1.png,"salt, rock",b\n'
     )
     assert open_manifest(image_tree / "a.csv").classes == ("salt, rock", "salt, sea")
+
+
+ODD_LABELS = ["0", "0.0", "-1", "NaN", "None", "NULL", "<NA>", "", " ", "a|b", "a", "b", "cafe\u0301", "caf\u00e9", "A"]
+LETTERS = st.characters(blacklist_categories=("Cs", "Cc"))  # a line break in a cell moves the numbers of lines
+LABELS = st.one_of(st.sampled_from(ODD_LABELS), st.text(LETTERS, min_size=1, max_size=8))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(LABELS, min_size=1, max_size=6), st.booleans())
+@example(["a", "a|b"], False)
+def test_every_label_is_a_class_or_named_with_its_line(labels, as_table):
+    names = [composed(label.strip()) for label in labels]
+    wrong = [i for i, name in enumerate(names) if is_missing(name)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_labels(Path(folder), labels, as_table=as_table)
+        try:
+            dataset, refusal = open_manifest(path, min_domains=1), ""
+        except DataError as error:
+            dataset, refusal = None, str(error)
+    joined = any(re.search(r"[|;,]", name) for name in names)
+    if dataset is None:
+        assert joined or (wrong and f", line {wrong[0] + 1 + as_table}: " in refusal)
+        return
+    assert not wrong
+    assert dataset.classes == tuple(sorted(set(names)))
+    found = {key: dataset.classes[c] for key, c in zip(dataset.keys, dataset.class_index, strict=True)}
+    assert found == {f"{i}.png": name for i, name in enumerate(names)}
+
+
+def write_labels(root: Path, labels: list[str], *, as_table: bool) -> Path:
+    """Write a list of images that have these labels, and the images."""
+    path = root / ("list.csv" if as_table else "list.jsonl")
+    rows = [{"path": f"{i}.png", "label": label, "domain": "d"} for i, label in enumerate(labels)]
+    for row in rows:
+        (root / row["path"]).touch()
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        if as_table:
+            writer = csv.DictWriter(stream, ["path", "label", "domain"])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return path

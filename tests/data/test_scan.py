@@ -282,3 +282,26 @@ def _touch(path: Path) -> None:
         path.touch()
     except OSError:
         return  # a file stands where a folder should, or the other way round
+
+
+LEVELS = st.sampled_from(["train", "val", "test", "cat", "dog", "a", "b"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(LEVELS, min_size=1, max_size=4), min_size=1, max_size=12))
+def test_whatever_the_layout_each_image_has_its_folders_or_a_word(places):
+    deep = [tuple(parts[:2]) for parts in places if len(parts) > 1]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "photos"
+        for i, parts in enumerate(places):
+            _touch(root.joinpath(*parts) / f"{i}.png")
+        try:
+            dataset = open_folder(root, min_domains=1)
+        except DataError as error:
+            text = str(error)
+            assert "photos" in text
+            return
+    labels = zip(dataset.domain_index, dataset.class_index, strict=True)
+    assert sorted((dataset.domains[d], dataset.classes[c]) for d, c in labels) == sorted(deep)
+    assert len(dataset.passed_over.misplaced) == len(places) - len(deep)
+    assert (not dataset.passed_over.problems()) == (len(places) == len(deep))
