@@ -115,6 +115,14 @@ def test_predict_formats(qtdog, model, tmp_path):
     assert (tmp_path / "by-ending.csv").read_text() == (tmp_path / "csv").read_text()
 
 
+def test_predictions_that_cannot_be_written_are_printed(qtdog, model, tmp_path):
+    root, out, _ = model
+    (tmp_path / "file").touch()
+    outcome = qtdog("predict", out / "model.safetensors", root / "x" / "cat", "-o", tmp_path / "file" / "x.csv")
+    assert outcome.code != 0
+    assert len(list(csv.DictReader(io.StringIO(outcome.out)))) == 6
+
+
 def test_loaded_logits_equal_the_training_time_logits(model):
     """The network rebuilt from the last checkpoint, quantizers attached, against the file."""
     from qtdog.conversion.attach import attach

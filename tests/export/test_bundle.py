@@ -163,6 +163,17 @@ def test_a_threshold_decides_what_is_accepted_and_lines_have_tabs(bundle):
     assert 0 < float(probability) <= 1
 
 
+def test_a_locale_without_a_letter_of_a_name_loses_no_row(bundle, tmp_path):
+    site, _, photos = bundle
+    for name in ("a.jpg", "\u732b.jpg", "z.jpg"):
+        (tmp_path / name).write_bytes((photos / "print.jpg").read_bytes())
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = run_script(site, tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr
+    names = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert names == [f"{tmp_path}/{name}" for name in ("a.jpg", "z.jpg", "\\u732b.jpg")]
+
+
 def test_a_damaged_model_and_a_missing_path_are_told(bundle, tmp_path):
     site, _, photos = bundle
     assert "does not exist" in run_script(site, photos / "no.jpg").stderr

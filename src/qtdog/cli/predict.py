@@ -172,6 +172,7 @@ def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:
 
 def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> None:
     from qtdog.cli.console import print_json, print_table, print_text
+    from qtdog.core.errors import RunError
     from qtdog.core.files import write_atomic
 
     names = list(rows[0]) if rows else ["image", "class", "probability"]
@@ -184,7 +185,11 @@ def _write(rows: Sequence[dict[str, Any]], style: Format, out: Path | None) -> N
         if out is None:
             print_text(text)
         else:
-            write_atomic(out, text)
+            try:
+                write_atomic(out, text)
+            except RunError:  # hours of work may be in it
+                print_text(text)
+                raise
 
 
 def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -107,6 +108,8 @@ def print_answers() -> int:
     except DataError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a letter of some name loses no row
     words = {None: "-", True: "accepted", False: "rejected"}
     n_failed = 0
     for row in classifier.rows(files):
