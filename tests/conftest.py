@@ -8,6 +8,8 @@ import os
 # another process is busy. Set before torch is imported; processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import functools
+import gc
 import runpy
 import sys
 from collections.abc import Callable
@@ -43,6 +45,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _libraries_are_no_garbage() -> None:
+    """Keep what is imported by now out of garbage collection: it goes through a million objects every time."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def digits() -> RotatedDigits:
     """The embedded digits, six domains."""
@@ -53,6 +61,17 @@ def digits() -> RotatedDigits:
 def three_digits(digits: RotatedDigits) -> DomainSubset:
     """Three domains of the digits: two sources and the target 75."""
     return DomainSubset(digits, ["0", "15", "75"])
+
+
+@pytest.fixture(scope="session")
+def one_registry() -> Any:
+    """Let exports to ONNX share torch's table of operators: torch makes it anew for each, most of a second."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        make = functools.cache(_registration.ONNXRegistry.from_torchlib)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(make))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

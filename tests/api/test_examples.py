@@ -38,6 +38,7 @@ def run_cell(source: str, namespace: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
 
 
+@pytest.mark.usefixtures("one_registry")
 def test_the_notebook_trains_plots_predicts_exports_and_compares_in_ten_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

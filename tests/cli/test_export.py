@@ -16,11 +16,15 @@ from qtdog.export.images import validation_images
 RUN = ("train", "--data", "rotated-digits", "--target", "75", "--steps", "6", "--image-size", "12")
 
 
-@pytest.fixture
-def run_folder(qtdog, tmp_path):
-    outcome = qtdog(*RUN, "--set", "data.batch_size=8", "--set", "train.eval_every=2", "--out", tmp_path / "run")
-    assert outcome.code == 0, outcome.err
-    return tmp_path / "run"
+pytestmark = pytest.mark.usefixtures("one_registry")
+
+
+@pytest.fixture(scope="module")
+def run_folder(stdout_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    stdout_of(*RUN, "--set", "data.batch_size=8", "--set", "train.eval_every=2", "--out", folder)
+    assert (folder / "model.safetensors").is_file()
+    return folder
 
 
 def test_a_run_becomes_a_file_that_predicts_alike(qtdog, run_folder, tmp_path):

@@ -6,6 +6,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,19 @@ def disarm(command: Any) -> Any:
     return command
 
 
+@cache
+def program() -> Any:
+    from qtdog.cli.main import app
+
+    return disarm(typer.main.get_command(app))
+
+
 def parse(words: list[str]) -> None:
     """Let the program's own parsers read a command line, without running it."""
-    from qtdog.cli.main import app, take_plugins
+    from qtdog.cli.main import take_plugins
 
     words, _ = take_plugins(words)
-    disarm(typer.main.get_command(app)).main(args=words, prog_name="qtdog", standalone_mode=False)
+    program().main(args=words, prog_name="qtdog", standalone_mode=False)
 
 
 def check_configuration(words: list[str]) -> None:

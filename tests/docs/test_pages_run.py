@@ -73,7 +73,7 @@ def no_plugins() -> Any:
         ("docs/tutorials/engineer.md", 7),
     ],
 )
-@pytest.mark.usefixtures("no_plugins")
+@pytest.mark.usefixtures("no_plugins", "one_registry")
 def test_a_page_runs(
     page: str, n_outputs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

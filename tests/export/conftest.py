@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtdog.conversion.attach import activation_grids, attach, input_layers
 from qtdog.conversion.save import save
+from qtdog.export.export import Exported, export
+from qtdog.export.formats import FORMATS
 from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import PackedSource, read_packed_source
 from qtdog.models.backbones import create_network, preprocessing
@@ -99,6 +101,11 @@ def make_packed(
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick(one_registry: None) -> None:
+    """Every export of these tests shares what does not depend on the model."""
+
+
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that makes a packed model once for all tests."""
@@ -117,6 +124,23 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def source(packed: Callable[..., Path]) -> Callable[..., PackedSource]:
     """Return a function that makes a packed model and reads it."""
     return lambda backbone, **options: read_packed_source(packed(backbone, **options))
+
+
+@pytest.fixture(scope="session")
+def exported(
+    source: Callable[..., PackedSource], photos: LabelledImages, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Exported]:
+    """Return a function that exports a packed model once for all tests: they read the file and leave it as it is."""
+    made: dict[str, Exported] = {}
+
+    def make(backbone: str, name: str, *, n_calibration: int = 16, **options: Any) -> Exported:
+        key = f"{backbone} {name} {n_calibration} {sorted(options.items())}"
+        if key not in made:
+            out = tmp_path_factory.mktemp("exported") / f"m{FORMATS[name].suffix}"
+            made[key] = export(source(backbone, **options), out, name, photos, n_calibration=n_calibration)
+        return made[key]
+
+    return make
 
 
 @pytest.fixture(scope="session")

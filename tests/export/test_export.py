@@ -44,9 +44,8 @@ def optimised(path, folder) -> list[str]:
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_vit", "digits_cnn"])
-def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbone, source, photos, tmp_path):
-    packed = source(backbone)
-    made = export(packed, tmp_path / "m.onnx", "onnx", photos)
+def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbone, source, exported):
+    packed, made = source(backbone), exported(backbone, "onnx")
     assert made.parity.agreement_frac == 1
     assert made.parity.max_difference["logits"] <= 1e-4 * max(1, made.parity.largest_logit)
     onnx.checker.check_model(made.path, full_check=True)
@@ -59,14 +58,14 @@ def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbo
 
 
 @pytest.mark.parametrize("options", [{"quantizer": "dorefa"}, {"granularity": "layer"}])
-def test_other_grids_stay_integers_too(options, source, photos, tmp_path):
-    made = export(source("test_resnet", **options), tmp_path / "m.onnx", "onnx", photos)
+def test_other_grids_stay_integers_too(options, exported):
+    made = exported("digits_cnn", "onnx", **options)
     assert made.parity.agreement_frac == 1
     assert any(array.dtype in (np.int8, np.uint8) and array.size > 500 for array in initialisers(made.path).values())
 
 
-def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(source, photos, tmp_path):
-    made = export(source("test_resnet"), tmp_path / "m.onnx", "onnx", photos)
+def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(exported, photos):
+    made = exported("test_resnet", "onnx")
     session = onnxruntime.InferenceSession(str(made.path))
     told = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
     assert told["classes"] == ["bird", "cat", "dog"]
@@ -77,14 +76,13 @@ def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(source, p
         logits, probabilities = (np.asarray(output) for output in outputs)
         assert logits.shape == probabilities.shape == (n, 3)
         np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
-    assert json.loads((tmp_path / "m.onnx.json").read_text())["parity"] == told["parity"]
+    assert json.loads(made.path.with_name("m.onnx.json").read_text())["parity"] == told["parity"]
 
 
-def test_image_files_get_the_class_that_predict_gives_them(source, photos, image_tree, tmp_path):
-    packed = source("test_resnet")
+def test_image_files_get_the_class_that_predict_gives_them(source, exported, image_tree):
+    packed, made = source("test_resnet"), exported("test_resnet", "onnx")
     files = sorted(image_tree.rglob("*.png"))[:9]
     expected = [row["class"] for row in predict_images(load_model(packed.path), files)]
-    made = export(packed, tmp_path / "m.onnx", "onnx", photos)
     session = onnxruntime.InferenceSession(str(made.path))
     found = []
     for file in files:
@@ -100,9 +98,9 @@ EXECUTORCH = pytest.param("executorch", marks=pytest.mark.filterwarnings("ignore
 
 
 @pytest.mark.parametrize("name", ["openvino", "torch", EXECUTORCH])
-def test_the_other_float_formats_answer_alike(name, source, photos, tmp_path):
+def test_the_other_float_formats_answer_alike(name, exported, photos):
     pytest.importorskip(name)
-    made = export(source("test_resnet"), tmp_path / f"m{SUFFIX[name]}", name, photos)
+    made = exported("test_resnet", name)
     assert made.parity.agreement_frac == 1
     again = open_runtime(made.path)
     assert again.info.classes == ("bird", "cat", "dog")
@@ -110,8 +108,8 @@ def test_the_other_float_formats_answer_alike(name, source, photos, tmp_path):
     assert again(photos.pixels[:3])["logits"].shape == (3, 3)
 
 
-def test_the_integer_graph_is_merged_whole_and_never_saturates(source, photos, tmp_path):
-    made = export(source("test_resnet"), tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=16)
+def test_the_integer_graph_is_merged_whole_and_never_saturates(exported, tmp_path):
+    made = exported("test_resnet", "onnx-int8", n_calibration=16)
     assert made.info.calibration == {
         "domains": ["indoor", "night"],
         "n_images": 16,
@@ -143,17 +141,17 @@ def test_standardized_weights_become_integers_too(packed, photos, tmp_path):
     assert "standardized weights were rounded again" in made.info.notes[-1]
 
 
-def test_openvino_runs_the_integer_graph(source, photos, tmp_path):
-    made = export(source("test_resnet"), tmp_path / "m.xml", "openvino-int8", photos, n_calibration=16)
+def test_openvino_runs_the_integer_graph(exported):
+    made = exported("test_resnet", "openvino-int8", n_calibration=16)
     assert made.parity.agreement_frac > 0.85
     executed = open_runtime(made.path).native.get_runtime_model()
     types = [op.get_rt_info()["runtimePrecision"].astype(str) for op in executed.get_ops()]
     assert types.count("u8") > 5
 
 
-def test_eight_bit_weights_are_rounded_again_with_a_word(source, photos, tmp_path):
+def test_eight_bit_weights_are_rounded_again_with_a_word(exported):
     # LSQ's start uses few of the 256 codes, all of them safe; this one uses all
-    made = export(source("test_resnet", bits=8, init="minmax"), tmp_path / "m.onnx", "onnx-int8", photos)
+    made = exported("digits_cnn", "onnx-int8", bits=8, init="minmax")
     assert "rounded again to 7 bits" in made.info.notes[0]
 
 
@@ -258,9 +256,9 @@ def test_too_few_images_are_refused(source, photos, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
-def test_a_graph_tells_nothing_of_the_place_where_it_was_made(kind, source, photos, tmp_path):
+def test_a_graph_tells_nothing_of_the_place_where_it_was_made(kind, exported):
     """No path and no line of a source file: they are of one machine, and change the bytes."""
-    content = export(source("digits_cnn"), tmp_path / "m.onnx", kind, photos).path.read_bytes()
+    content = exported("test_resnet", kind, n_calibration=16).path.read_bytes()
     assert b".py" not in content
     assert b"qtdog/" not in content
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError
-from qtdog.export.export import export
 from qtdog.export.formats import FORMATS, format_for
 from qtdog.export.info import library
 from qtdog.export.parity import FLOAT, INTEGER, Parity
@@ -82,8 +81,7 @@ def test_files_that_are_none_are_refused_with_a_reason(tmp_path, packed):
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_what_a_runtime_cannot_run_is_a_model_error(name, source, photos, tmp_path):
-    suffix = {"onnx": ".onnx", "openvino": ".xml"}[name]
-    model = open_runtime(export(source("test_resnet"), tmp_path / f"m{suffix}", name, photos).path)
+def test_what_a_runtime_cannot_run_is_a_model_error(name, exported):
+    model = open_runtime(exported("digits_cnn", name).path)
     with pytest.raises(ModelError, match=r"cannot run in .* on 1 images of 8 × 8: "):
         model.run(np.zeros((1, 8, 8, 3), dtype=np.uint8))

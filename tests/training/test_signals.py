@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from qtdog.cli.main import main
 from qtdog.core.errors import Interrupted
 from qtdog.core.progress import RunCallback
 from qtdog.runs.folder import RunFolder
@@ -31,24 +34,42 @@ def test_killed_and_resumed_gives_the_same_file():
     assert report["identical"] == report["runs"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_and_leaves(tmp_path, number):
-    out = tmp_path / "run"
-    flags = ["--target", "75", "--batch-size", "4", "--image-size", "12", "--steps", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qtdog", "train", *flags, "--out", str(out), "--set", "train.eval_every=20"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not list(out.glob("checkpoint/step-*")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+FLAGS = ["train", "--target", "75", "--batch-size", "4", "--image-size", "12", "--steps", "100000"]
+FLAGS += ["--set", "train.eval_every=20", "--out"]
+
+
+def left(out: Path, number: signal.Signals, code: object, errors: str) -> None:
+    """Check how `qtdog train` ended after a signal, and that it can go on."""
+    assert code == 128 + number, errors
     assert f"stopped by {number.name}" in errors
     assert "--resume" in errors
     newest = sorted(out.glob("checkpoint/step-*"))[-1]
     assert (newest / "checkpoint.json").is_file()
+
+
+def test_a_signal_writes_a_checkpoint_and_leaves(tmp_path):
+    out, number = tmp_path / "run", signal.SIGTERM
+    command = [sys.executable, "-m", "qtdog", *FLAGS, str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("checkpoint/step-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    left(out, number, process.returncode, errors)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_two_checkpoints_writes_one(tmp_path, number, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qtdog", *FLAGS, str(tmp_path / "run")])
+    updates = itertools.count(1)
+    hook = register_optimizer_step_post_hook(lambda *_: signal.raise_signal(number) if next(updates) == 3 else None)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        hook.remove()
+    left(tmp_path / "run", number, ended.value.code, capsys.readouterr().err)
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").glob("step-*")] == ["step-00000003"]
 
 
 def test_a_signal_that_nothing_checked_for_ends_the_block():

@@ -1,10 +1,11 @@
-"""Two processes on the CPU (gloo) make the run that one makes, within what the order of additions allows."""
+"""Two processes on the CPU (gloo) make the run that one makes, within what the order of additions allows.
+
+Run by torchrun, this file makes what the tests compare (`main_of_two`): one start of two processes for all of them.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,42 +14,85 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qtdog.api.experiment import Request, make_plan
+from qtdog.cli.main import main
+from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.digits import RotatedDigits
+from qtdog.objectives.base import OBJECTIVES
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders
 from qtdog.training.evaluation import Evaluator
 from qtdog.training.load_model import load_model
+from qtdog.training.loop import begin_step, update
 from qtdog.training.run import run
 
-STEPS, START = 6, 3
-FLAGS = {"target": "75", "image_size": 8, "batch_size": 4, "steps": STEPS, "start_step": START}
+FLAGS = {"target": "75", "image_size": 8, "batch_size": 4, "steps": 6, "start_step": 3}
+ADAPTS = FLAGS | {"image_size": 32, "steps": 2, "start_step": 1, "backbone": "test_resnet", "weights": "none"}
+NAMES = ["erm", "irm", "vrex", "groupdro", "coral", "deep-coral", "mmd", "fishr", "rsc", "mms"]
+PARAMS = {"irm": {"anneal_steps": 0}, "vrex": {"anneal_steps": 0}, "fishr": {"anneal_steps": 0, "weight": 10.0}}
+N_STEPS = 3
+AN_ERROR = "now an error"
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def make(name: str, out: Path) -> None:
+    """Make three updates and save the network, the objective's state and the losses."""
+    changes = {
+        "data": {"target": "75", "image_size": 8, "batch_size": 4},
+        "objective": {"name": name, "params": PARAMS.get(name, {})},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "quantizer": {"name": "none"},
+    }
+    config, digits = build_config([load_preset("digits"), changes]), RotatedDigits()
+    parts = build_components(config, digits)
+    parts.network.train()
+    losses = []
+    for step in range(N_STEPS):
+        begin_step(parts, step)
+        losses.append(update(parts, parts.batches.batch(step), step).item())
+    state = {f"network.{key}": value.contiguous() for key, value in parts.network.state_dict().items()}
+    state |= {f"objective.{key}": value for key, value in parts.objective.state_dict().items()}
+    if parts.accelerator.is_main_process:
+        save_file(state | {"losses": torch.tensor(losses)}, out / f"{name}.safetensors")
 
 
-def in_two_processes(out: Path, flags: dict[str, Any], *assigned: str) -> None:
+def train(flags: dict[str, Any], *more: str) -> object:
+    """Run `qtdog train` in this process and return its exit code."""
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    words += [word for one in assigned for word in ("--set", one)]
-    command = [*launch, "-m", "qtdog", "train", *words, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    sys.argv = ["qtdog", "train", *words, *more]
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def main_of_two(out: Path) -> None:
+    """Make in each of two processes what the tests below compare, and end with an error that both tell."""
+    assert not train(FLAGS, "--set", "train.eval_every=2", "--out", str(out / "run"))
+    assert not train(ADAPTS, "--set", "model.freeze_bn=false", "--out", str(out / "adapts"))
+    for name in NAMES:
+        make(name, out)
+    print(AN_ERROR, flush=True)
+    assert train({"target": "74"})
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder that two processes filled, and what they said."""
+    out = tmp_path_factory.mktemp("two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, __file__, str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("model  ") == 1  # only the first process speaks
+    return out, done
 
 
-def test_two_processes_match_one(tmp_path):
+def test_two_processes_match_one(in_two, tmp_path):
     dataset, (planned,) = make_plan(Request(FLAGS, (), ["train.eval_every=2"], out=tmp_path / "one"))
     expected = run(planned.config, dataset, planned.folder)
-    in_two_processes(tmp_path / "two", FLAGS, "train.eval_every=2")
-    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    one, two = RunFolder(tmp_path / "one"), RunFolder(in_two[0] / "run")
     result = json.loads(two.result_file.read_text())
     assert result["config_hash"] == expected["config_hash"]
     assert result["selected_step"] == expected["selected_step"]
@@ -62,10 +106,8 @@ def test_two_processes_match_one(tmp_path):
         torch.testing.assert_close(networks[1][name], ours, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(tmp_path):
-    flags = FLAGS | {"image_size": 32, "steps": 2, "start_step": 1, "backbone": "test_resnet", "weights": "none"}
-    in_two_processes(tmp_path / "run", flags, "model.freeze_bn=false")
-    folder, digits = RunFolder(tmp_path / "run"), RotatedDigits()
+def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(in_two):
+    folder, digits = RunFolder(in_two[0] / "adapts"), RotatedDigits()
     config = folder.read_config()
     assert config is not None
     evaluate = build_components(config, digits).evaluate
@@ -76,11 +118,29 @@ def test_what_is_measured_with_batch_norm_that_adapts_is_what_ships(tmp_path):
         assert shipped.score(part).loss == pytest.approx(told[domain].loss, rel=1e-6)
 
 
-def test_an_error_of_any_process_is_told():
-    environment = os.environ | {"RANK": "1"}
-    words = [sys.executable, "-m", "qtdog", "train", "--target", "74"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0
-    assert "error (process 1): " in done.stderr
-    assert "75" in done.stderr
-    assert not done.stdout
+def test_only_the_first_process_speaks_and_an_error_of_any_is_told(in_two):
+    _, done = in_two
+    runs, _, behind = done.stdout.partition(AN_ERROR)
+    assert runs.count("model  ") == 2  # of two runs
+    assert behind.replace(AN_ERROR, "").strip() == ""
+    told = [line for line in done.stderr.splitlines() if "error (process 1): " in line]
+    assert len(told) == 1
+    assert "75" in done.stderr.partition(told[0])[2] + told[0]
+
+
+def test_every_objective_that_several_processes_share_is_compared():
+    drawn = {"arm", "mixup"}  # a context of the process's own images, pairs drawn by each process
+    assert set(NAMES) == {name for name in OBJECTIVES if not OBJECTIVES[name].ONE_PROCESS} - drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_make_the_updates_of_one(name, in_two, tmp_path):
+    make(name, tmp_path)
+    one, two = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, in_two[0]))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=3e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+if __name__ == "__main__":
+    main_of_two(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,7 @@ class RotatedDigits(ImageDataset):
     """
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits  # takes a second to import; only this data set needs it
-
-        bunch: Any = load_digits()
-        labels = np.asarray(bunch["target"])
-        angles = assign_domains(labels)
+        labels, angles, images = _rotated_scans()
         self.card = ROTATED_DIGITS
         self.domains = ROTATED_DIGITS.domains or ()
         self.classes = ROTATED_DIGITS.classes or ()
@@ -45,9 +42,7 @@ class RotatedDigits(ImageDataset):
         names = [(self.domains[angles[i]], self.classes[labels[i]]) for i in order]
         self.keys = [f"{domain}/{label}/{i:04d}" for (domain, label), i in zip(names, order, strict=True)]
         self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, names)
-        scans = np.asarray(bunch["images"])[order]
-        degrees = [int(domain) for domain, _ in names]
-        self._images = np.stack([_render(scan, angle) for scan, angle in zip(scans, degrees, strict=True)])
+        self._images = images[order]
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
         """Return image i, uint8 (28, 28, 1)."""
@@ -80,6 +75,19 @@ def assign_domains(labels: npt.NDArray[np.integer], n_domains: int = 6) -> npt.N
     domains = np.empty(len(labels), dtype=np.int64)
     domains[dealt] = np.arange(len(labels)) % n_domains
     return domains
+
+
+@cache
+def _rotated_scans() -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Return scikit-learn's labels, the domain of each image, and the rotated images: made once in a process."""
+    from sklearn.datasets import load_digits  # takes a second to import; only this data set needs it
+
+    bunch: Any = load_digits()
+    labels = np.asarray(bunch["target"])
+    domains = assign_domains(labels)
+    degrees = [int((ROTATED_DIGITS.domains or ())[domain]) for domain in domains]
+    images = [_render(scan, angle) for scan, angle in zip(np.asarray(bunch["images"]), degrees, strict=True)]
+    return labels, domains, np.stack(images)
 
 
 def _render(scan: npt.NDArray[np.floating], angle: int) -> npt.NDArray[np.uint8]:

@@ -178,6 +178,10 @@ def _all(members: Sequence[Any], top: Any, inputs: Any) -> Any:
     return each[0] if len(each) == 1 else node(top, "Concat", each, {"axis": 1}, name="each")
 
 
+MAX_GRAPHS = 32
+_GRAPHS: dict[tuple[Any, ...], Any] = {}
+
+
 def _optimized(
     module: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
@@ -186,7 +190,16 @@ def _optimized(
     *,
     free: Mapping[int, str] | None = None,
 ) -> Any:
-    program = translate(module, example, [f"output_{index}" for index in range(n_outputs)], source, free=free)
-    with quiet():
-        program.optimize()
-    return program.model
+    """Return the graph of a part without weights. A part with the same numbers is translated once in a process."""
+    numbers = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    buffers = [(name, value.numpy().tobytes()) for name, value in module.named_buffers()]
+    inputs = [(tuple(one.shape), one.dtype) for one in example]
+    key = (type(module), *numbers, *buffers, *inputs, n_outputs, *(free or {}).items())
+    if key not in _GRAPHS:
+        program = translate(module, example, [f"output_{index}" for index in range(n_outputs)], source, free=free)
+        with quiet():
+            program.optimize()
+        if len(_GRAPHS) >= MAX_GRAPHS:
+            _GRAPHS.clear()
+        _GRAPHS[key] = program.model
+    return _GRAPHS[key].clone()

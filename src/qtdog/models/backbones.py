@@ -264,8 +264,7 @@ def check_backbone(backbone: str) -> None:
             f"{', '.join([*WIDTHS, *TEXT_BACKBONES])} (qtdog list backbones). "
             "If a plug-in makes it, name its file: --plugin FILE.py."
         )
-    tagged = timm.list_models(base, include_tags=True)
-    if tag and backbone not in tagged:
+    if tag and backbone not in (tagged := timm.list_models(base, include_tags=True)):
         raise ModelError(unknown("backbone", backbone, tagged))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.stats import entropy
+from scipy.special import entr
 from torch import Tensor
 
 from qtdog.core.quantized import QuantizedTensor
@@ -50,7 +50,8 @@ def entropy_bits(codes: Tensor) -> float:
         >>> entropy_bits(torch.tensor([1, 1, -1, 0], dtype=torch.int8))
         1.5
     """
-    return float(entropy(torch.bincount(codes.reshape(-1).int() + 128).numpy(), base=2))
+    counts = torch.bincount(codes.reshape(-1).int() + 128).numpy()
+    return float(entr(counts / counts.sum()).sum() / math.log(2))
 
 
 def code_entropy(weights: Iterable[QuantizedTensor]) -> CodeEntropy:
