@@ -63,6 +63,15 @@ def test_shared_prefixes_give_the_same_bits_and_save_the_steps(make_tiny, tmp_pa
             assert result["forked_from_step"] == task.step
 
 
+def test_what_a_kill_left_at_a_fork_point_is_removed_when_nothing_is_to_be_done(forked, running):
+    plan, out, _ = forked
+    (point,) = (task for task in plan.tasks if task.kind == "fork_point")
+    left = RunFolder(point.folder(out)).checkpoints / ".step-00000002.abcdefgh.tmp"
+    left.mkdir()
+    assert not Driver(plan.tasks, out, Scripted(None, out), running.Quiet()).run().failed
+    assert not left.exists()
+
+
 def test_shared_updates_give_the_same_bits_and_save_the_steps(make_tiny, tmp_path, running, forked):
     shared = make_tiny(**ONE_SEED, share_prefix=True, share_averaged=True)
     separate, _, expected = forked

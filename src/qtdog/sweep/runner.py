@@ -325,6 +325,9 @@ class Driver:
         """
         for place in (self._out, state_folder(self._out), *(state_folder(self._out) / name for name in STATE_PARTS)):
             remove_leftovers(place)
+        for task in self.progress.tasks:
+            if task.kind == "fork_point":  # one that is there is not begun again, which would do this
+                remove_leftovers(RunFolder(task.folder(self._out)).checkpoints)
         with StopRequest() as stop:
             try:
                 while not self._finished():
