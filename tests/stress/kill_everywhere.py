@@ -307,6 +307,7 @@ class ExportHeader(Export):
     """A header for C."""
 
     FORMAT, MAIN, COMPANIONS = "c", "model.h", ("model.h.json",)
+    LIBRARIES = ()
 
 
 class Bundle(Export):
@@ -376,16 +377,21 @@ class Sweep(Work):
         return name.endswith(("model.safetensors", ".tmp"))
 
 
-WORKS: dict[str, type[Work]] = {"train": Train, "fetch": Fetch, "merge": Merge, "index": Index}
+WORKS: dict[str, type[Work]] = {
+    "train": Train,
+    "fetch": Fetch,
+    "merge": Merge,
+    "index": Index,
+    "export-c": ExportHeader,
+}
 EXPORTS: dict[str, type[Work]] = {
     "export-onnx": Export,
     "export-int8": ExportInt8,
     "export-openvino": ExportOpenVino,
     "export-torch": ExportTorch,
-    "export-c": ExportHeader,
     "export-bundle": Bundle,
 }
-LONG_WORKS: dict[str, type[Work]] = {"sweep": Sweep, **EXPORTS}  # by command alone
+LONG_WORKS: dict[str, type[Work]] = {"sweep": Sweep, **EXPORTS}  # seconds for each start
 HOWS = ("kill", "full")
 
 
@@ -532,7 +538,7 @@ def _run(name: str, how: str, count: int, place: Path) -> list[str]:
     faults = [f"{name}, elsewhere: {line}" for line in sorted(set(elsewhere.read_text().splitlines()))]
     if work.ONE_PROCESS:
         (place / "states").mkdir()
-        found = _copied_states(work, place) if how == "kill" else _refused_writes(work, place, count or 32)
+        found = _copied_states(work, place, count) if how == "kill" else _refused_writes(work, place, count or 32)
         return faults + _each_state(work, name, how, place, end, found)
     if how == "kill":
         numbers = spread(changes.value, count or changes.value)
@@ -574,15 +580,15 @@ def _each_state(
     return faults
 
 
-def _copied_states(work: Work, place: Path) -> list[tuple[str, Path, End]]:
+def _copied_states(work: Work, place: Path, count: int) -> list[tuple[str, Path, End]]:
     """Copy the folder before each change of a work, as a kill would leave it there."""
     folder, states = place / "copied", place / "states"
     folder.mkdir()
     work.begin(folder)
     end = child(work, folder, copy_states(states))
     assert not end.code, end.said
-    files = sorted(states.iterdir(), key=lambda path: int(path.name))
-    return [(f"killed before change {file.name}", file, end) for file in files]
+    n = len(list(states.iterdir()))
+    return [(f"killed before change {number}", states / str(number), end) for number in spread(n, count or n)]
 
 
 def _refused_writes(work: Work, place: Path, count: int) -> list[tuple[str, Path, End]]:
@@ -739,7 +745,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=0, help="places; all file operations, or 32 sizes, by default")
     options = parser.parse_args()
     how, faults = ("full" if options.full else "kill"), list[str]()
-    for name in [one for work in options.works for one in (EXPORTS if work == "export" else [work])]:
+    for name in [one for work in options.works for one in ([*EXPORTS, "export-c"] if work == "export" else [work])]:
         with tempfile.TemporaryDirectory() as place:
             found = run(name, how, options.count, Path(place))
         print(f"{name}, {how}: {DONE.get((name, how), 0)} places, {len(found)} faults", flush=True)

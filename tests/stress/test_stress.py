@@ -15,6 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 INPUTS = runpy.run_path(str(HERE / "hostile_inputs.py"))
 SERVERS = runpy.run_path(str(HERE / "hostile_servers.py"))
+SIGNALS = runpy.run_path(str(HERE / "signal_chains.py"))
 KILLS = runpy.run_path(str(HERE / "kill_everywhere.py"))
 COUNTS = {"runs": 10, "archives": 300, "weights": 200, "images": 300}
 
@@ -50,6 +51,21 @@ def test_the_watch_sees_what_no_input_may_do(tmp_path):
     assert [one.split(" ")[0] for one in seen] == [f"{tmp_path}/out", f"{tmp_path}/b", "subprocess.Popen"]
     with pytest.raises(TimeoutError, match="hangs"):
         INPUTS["hang"](0, None)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("how", KILLS["HOWS"])
+@pytest.mark.parametrize("work", ["sweep", "export-onnx", "export-openvino"])
+def test_long_work_goes_on_after_a_kill_or_a_full_disk(work, how, tmp_path):
+    assert KILLS["run"](work, how, 4, tmp_path) == []
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("work", SIGNALS["WORKS"])
+def test_signals_at_random_lose_nothing(work, tmp_path):
+    faults, n_chains, n_signals = SIGNALS["run"](work, 2, 0, tmp_path)
+    assert faults == []
+    assert n_signals >= n_chains == 2
 
 
 @pytest.mark.parametrize("work", KILLS["WORKS"])
