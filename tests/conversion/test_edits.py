@@ -33,6 +33,9 @@ EDITS = {
     "init normal": lambda layer: nn.init.kaiming_normal_(layer.weight),
     "index": lambda layer: layer.weight.__setitem__(0, 1.0),
     "+=": lambda layer: layer.weight.__iadd__(1),
+    "freeze": lambda layer: layer.weight.requires_grad_(not layer.weight.requires_grad),
+    "frozen": lambda layer: setattr(layer.weight, "requires_grad", False),
+    "grad": lambda layer: setattr(layer.weight, "grad", None),
 }
 ON_A_GRID = ["lsq", "ste", "dorefa", "inq", "released", "rtn"]
 
@@ -191,6 +194,12 @@ def test_one_weight_that_is_not_finite_is_refused_before_anything_is_enabled(bad
     assert not any(quantizer.enabled for quantizer in handle.layers.values())
 
 
+def test_a_weight_without_values_is_refused_at_enable():
+    layer = nn.Linear(6, 3, device="meta")
+    with pytest.raises(ModelError, match="layer 'weight' has no values yet"):
+        attach(layer).enable()
+
+
 class WithBuffer(nn.Linear):
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__(6, 3)
@@ -202,6 +211,7 @@ class WithExtra(nn.Linear):
         return {"a": 1}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -210,6 +220,13 @@ class WithExtra(nn.Linear):
         (lambda: WithBuffer(torch.zeros(2, dtype=torch.complex64)), "'table' is torch.complex64"),
         (lambda: WithBuffer(torch.tensor([float("nan")])), "'table' holds NaN"),
         (lambda: WithExtra(6, 3), "is no tensor but dict"),
+        (lambda: WithBuffer(torch.eye(3).to_sparse()), "'table' is torch.sparse_coo"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "'0' has no shape yet"),
+        (lambda: torch.jit.script(nn.Linear(6, 3)), r"stay 'weight' \(scripted\)"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)),
+            r"stay 'weight' \(parametrized by _WeightNorm",
+        ),
     ],
 )
 def test_what_no_file_could_hold_is_refused_at_attach(make, message):
@@ -221,7 +238,7 @@ def test_bits_may_be_any_whole_number():
     layer = nn.Linear(6, 3)
     handle = attach(layer, bits=np.int64(4), layer_bits={"weight": np.int32(3)})
     assert handle.layers["weight"].spec.bits == 3
-    for bad in (True, 4.0, np.float32(4)):
+    for bad in (True, 4.0, np.float32(4), "4"):
         with pytest.raises(ConfigError, match="whole number"):
             attach(nn.Linear(6, 3), bits=bad)
 

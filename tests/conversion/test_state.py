@@ -216,6 +216,48 @@ def test_frozen_weights_have_frozen_step_sizes_and_add_to_completes_an_optimizer
     ]
 
 
+@pytest.mark.parametrize("mode", ["log", "raw"])
+def test_step_sizes_freeze_and_thaw_with_their_weight_until_enable(mode, recwarn):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([model[0].weight, *model[1].parameters()], lr=1e-2)
+    handle = attach(model, bits=4, step_mode=mode)
+    updates(model, optimizer)
+    model[0].weight.requires_grad_(True)
+    model[1].weight.requires_grad_(False)
+    handle.enable()
+    first, second = handle.layers.values()
+    trains = [
+        [value.requires_grad for name, value in one.named_parameters() if "scale" in name] for one in (first, second)
+    ]
+    assert trains == [[True], [False]]
+    with pytest.warns(UserWarning, match=r"step sizes of 1 quantized layers \('0'"):
+        updates(model, optimizer)
+
+
+def test_a_state_of_another_grid_is_refused_with_the_layers_name():
+    def make(**options):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+        return model, attach(model, **options)
+
+    other, handle = make(bits=4)
+    fresh, _ = make(layer_bits={"1": 4})
+    fresh.load_state_dict(other.state_dict())  # nothing is in use yet
+    handle.enable()
+    buffer = io.BytesIO()
+    torch.save(other.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    with pytest.raises(
+        RuntimeError, match=r"0\.parametrizations\.weight\.0: its step sizes are .*'bits': 4.* has .*'bits': 7"
+    ):
+        fresh.load_state_dict(saved)
+    alike, _ = make(bits=4)
+    alike.load_state_dict(saved)
+    x = torch.randn(2, 6)
+    assert torch.equal(alike(x), other(x))
+
+
 def updates(model, *optimizers, n=3):
     for _ in range(n):
         model(torch.randn(4, 6)).square().mean().backward()

@@ -205,6 +205,9 @@ def test_prefixes_of_unknown_wrappers_are_dropped_or_named(tmp_path, names):
         assert torch.equal(load_into(tmp_path / "m", make())(x), model.eval()(x))
         with pytest.raises(ModelError, match="prefix module"):
             load_into(tmp_path / "m", nn.Linear(6, 8))
+        save(model, tmp_path / "m")
+        with pytest.raises(ModelError, match="prefix module"):
+            load_into(tmp_path / "m", nn.DataParallel(make()))
 
 
 @pytest.mark.parametrize("enabled", [False, True])

@@ -18,8 +18,6 @@ from qtdog.conversion.save import save
 from qtdog.core.errors import ModelError
 from qtdog.export.export import export
 from qtdog.export.inference_module import InferenceModule
-from qtdog.export.int8 import plan_int8
-from qtdog.export.onnx_graph import find_codes, member_graphs
 from qtdog.export.packed_source import PackedSource
 from qtdog.models.network import Network
 from qtdog.packing.packed_file import load_packed
@@ -76,11 +74,13 @@ def test_attention_with_position_bias_becomes_integer_though_its_fused_form_has_
     assert (model.ir_version, [entry.version for entry in model.opset_import if not entry.domain]) == (8, [18])
 
 
-def test_every_product_of_a_max_vit_can_be_integer(source, tmp_path):
+def test_every_product_of_a_max_vit_is_integer_and_it_answers_alike(source, photos, tmp_path):
     packed = built(max_vit, source("test_resnet"), tmp_path, ("*.rel_pos",))
-    (graph,) = member_graphs(packed, packed.module())
-    plan = plan_int8(graph, find_codes(graph, packed.members[0].quantized))
-    assert len(plan.nodes) == plan.n_products - 1 == len(packed.members[0].quantized)
+    made = export(packed, tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=8)  # compares in onnxruntime
+    n_quantized = len(packed.members[0].quantized)
+    assert made.info.integer_products == (n_quantized, n_quantized + 1)  # the classifier stays float
+    assert made.parity.agreement_frac > 0.85
+    assert made.parity.rms_difference < 0.1 * made.parity.largest_logit
 
 
 def deconvolution() -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -115,14 +116,19 @@ class Attached:
         """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing.
 
         Raises:
-            ModelError: a weight that is not finite or sharded; no quantizer has been enabled then.
+            ModelError: a weight that is not finite, sharded or on the meta device; no quantizer has been enabled then.
         """
         waiting = [site for site in sites(self.model) if not site.quantizer.enabled]
         if waiting:
             refuse_sharded(self.model)
         for site in waiting:
+            if site.weight.is_meta:
+                raise ModelError(f"the weight of layer '{site.name}' has no values yet (device meta): load them first")
             if not torch.isfinite(site.weight).all():
                 raise ModelError(f"the weight of layer '{site.name}' is not finite, so it can have no step size")
+        thawed = [site for site in waiting if site.quantizer.follow_(site.weight)]
+        if thawed:
+            _watch(self.model)
         for site in waiting:
             if not site.quantizer.enabled:  # a shared one is enabled already
                 site.quantizer.enable_(site.weight)
@@ -288,7 +294,7 @@ def attach(
         return _attach_like(model, like, quantizer, options)
     checked = _checked_options(quantizer, options)
     layers = find_layers(model)
-    others = [weight.name for weight in coverage(model, [layer.weight for layer in layers]).left]
+    others = coverage(model, [layer.weight for layer in layers]).left
     chosen = select_layers(layers, include, exclude, others)
     _refuse_half_tied(model, chosen)
     bits_of = bits_per_layer(chosen, _checked_bits(bits), layer_bits or {})
@@ -339,8 +345,7 @@ def _attach_like(model: nn.Module, like: Path | str, quantizer: str, options: di
 
 
 def _register_(layer: Layer, quantizer: Quantizer) -> None:
-    if not layer.weight.requires_grad:
-        quantizer.requires_grad_(False)
+    quantizer.follow_(layer.weight)
     register_parametrization(layer.module, layer.tensor_name, quantizer.to(layer.weight.device))
     guard_(layer.module, layer.tensor_name, layer.name)
 
@@ -358,7 +363,7 @@ def attached(model: nn.Module) -> Attached:
 
 def _checked_bits(bits: int) -> int:
     if not isinstance(bits, Integral) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits}")
+        raise ConfigError(f"bits must be a whole number from {MIN_BITS} to {MAX_BITS}, not {bits!r}")
     return int(bits)
 
 
@@ -458,6 +463,10 @@ def _refuse_unsavable(model: nn.Module) -> None:
             raise ConfigError(
                 f"'{name}' in the model's state dict is no tensor but {type(value).__name__}: no file holds it"
             )
+        if is_lazy(value):
+            continue  # `find_layers` says what to do
+        if value.layout != torch.strided:
+            raise ConfigError(f"'{name}' is {value.layout}, which the packed file cannot hold: make it a dense tensor")
         if value.dtype not in DTYPE_NAMES:
             raise ConfigError(
                 f"'{name}' is {value.dtype}, which the packed file cannot hold: make the buffer persistent=False"

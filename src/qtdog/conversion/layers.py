@@ -287,7 +287,10 @@ def check_pattern(pattern: str, names: Sequence[str]) -> None:
 
 
 def select_layers(
-    layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequence[str] = (), others: Sequence[str] = ()
+    layers: Sequence[Layer],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    others: Sequence[FloatWeight] = (),
 ) -> list[Layer]:
     """Return the layers that some `include` pattern means (all if there is none) and no `exclude` pattern means.
 
@@ -295,13 +298,13 @@ def select_layers(
         layers: to choose from.
         include: glob patterns of layer names, or kinds (`KINDS`).
         exclude: likewise.
-        others: names of weights that cannot be quantized, which a pattern may mean too.
+        others: weights that cannot be quantized, which a pattern may mean too.
 
     Raises:
         ConfigError: a pattern that means no layer (with the nearest name), or no layer is left.
     """
     for pattern in (*include, *exclude):
-        check_pattern(pattern, [*(layer.name for layer in layers), *others])
+        check_pattern(pattern, [*(layer.name for layer in layers), *(other.name for other in others)])
     chosen = [
         layer
         for layer in layers
@@ -309,9 +312,9 @@ def select_layers(
         and not any(means(pattern, layer) for pattern in exclude)
     ]
     if not chosen:
-        raise ConfigError(
-            f"no layer is left to quantize: {len(layers)} found, include {list(include)}, exclude {list(exclude)}"
-        )
+        text = f"no layer is left to quantize: {len(layers)} found, include {list(include)}, exclude {list(exclude)}"
+        stay = [f"'{other.name}' ({other.reason})" for other in others if other.reason not in (NOT_SELECTED, OTHER)]
+        raise ConfigError(f"{text}; in float stay {', '.join(stay[:8])}" if stay else text)
     return chosen
 
 

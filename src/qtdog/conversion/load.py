@@ -72,7 +72,8 @@ def check_fits(packed: PackedModel, model: nn.Module, path: Path | str) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         text = f"{path} does not fit this {type(model).__name__}: {'; '.join(problems[:5])}{more}"
-        prefixes = sorted({part for part in ("module.", "_orig_mod.") for name in codes | packed.rest if part in name})
+        names = [*codes, *packed.rest, *model.state_dict()]
+        prefixes = sorted({part for part in ("module.", "_orig_mod.") for name in names if part in name})
         wrapped = f" (the prefix {' and '.join(prefixes)} is that of a wrapper)" if prefixes else ""
         raise ModelError(f"{text}{wrapped}. Build the model that was saved, without quantizers attached")
 

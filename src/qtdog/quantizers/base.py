@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -230,6 +230,18 @@ class Quantizer(nn.Module, ABC):
         self.register_buffer("enabled_share", torch.zeros((), dtype=torch.float32))
         self._read_share = ScalarReader()
         self._seed: int | None = None
+        self._frozen: tuple[str, ...] = ()  # parameters that stand still because their weight does
+
+    def follow_(self, weight: nn.Parameter) -> bool:
+        """Let the step sizes train if `weight` does; return whether some train from now on that did not."""
+        own = dict(self.named_parameters(recurse=False))
+        if not weight.requires_grad:
+            self._frozen += tuple(name for name, parameter in own.items() if parameter.requires_grad)
+        for name in self._frozen:
+            own[name].requires_grad_(weight.requires_grad)
+        thawed = bool(self._frozen) and weight.requires_grad
+        self._frozen = () if weight.requires_grad else self._frozen
+        return thawed
 
     @property
     def enabled(self) -> bool:
@@ -303,12 +315,24 @@ class Quantizer(nn.Module, ABC):
         """Return whether the buffers differ from their placeholders: for a state dict from before `enabled_share`."""
         return False
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save, and say the grid beside the tensors, where torch keeps the version of each module."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        metadata.setdefault(prefix[:-1], {})["grid"] = asdict(self.spec)
+
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Load, and read a state dict that lacks `enabled_share` as it was meant."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing_keys: list[str] = args[2]
+        """Load, refuse step sizes in use of another grid, and read a state dict that lacks `enabled_share`."""
+        grid, own = local_metadata.get("grid"), asdict(self.spec)
+        share = state_dict.get(f"{prefix}enabled_share")
+        if grid not in (None, own) and share is not None and share > 0:
+            errors: list[str] = args[3]
+            errors.append(f"{prefix[:-1]}: its step sizes are those of the grid {grid}; this model has {own}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        missing_keys: list[str] = args[1]
         new = {f"{prefix}enabled_share", f"{prefix}set_share"}
         missing_keys[:] = [key for key in missing_keys if key not in new]
         of_before = f"{prefix}enabled_share" not in state_dict and any(name.startswith(prefix) for name in state_dict)

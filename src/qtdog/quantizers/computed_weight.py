@@ -22,9 +22,9 @@ from qtdog.quantizers.base import is_transformed
 # weights by a third at 2 bits, and one that is ten times too small or too large by two thirds or more.
 MAX_MISS_FRAC = 0.5
 
-_HARMLESS = ("requires_grad_", "share_memory_", "detach_")
+_HARMLESS = ("share_memory_", "detach_")
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_ASSIGNING = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
+_ASSIGNING = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
 def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -71,6 +71,16 @@ class ComputedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         self._refuse_()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Return self, if that is how it is.
+
+        Raises:
+            ModelError: it would be a change, which is made at the weight behind the quantizer.
+        """
+        if requires_grad != self.requires_grad or not torch.is_grad_enabled():  # without gradients it shows False
+            self._refuse_()
+        return self
 
     def detach(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the values, which are no more writable."""
