@@ -280,6 +280,21 @@ def test_nesting_and_number_of_items_are_bounded_whatever_strings_say():
         parse("[" + "[]," * 2**20 + "0]")
 
 
+@pytest.mark.parametrize("text", ['{"\\ud800": 1}', '["a\\uDFFF"]', '["\\udc00\\ud800"]'])
+def test_half_a_character_is_refused_because_no_file_could_be_given_it(text):
+    with pytest.raises(ValueError, match="half a character"):
+        parse(text)
+    assert parse('["\\ud83d\\ude00", "\\\\ud800"]') == ["\U0001f600", "\\ud800"]
+
+
+def test_half_a_character_is_not_written_either(tmp_path):
+    one = model(0)
+    with pytest.raises(FormatError, match="half a character"):
+        save_packed(tmp_path / "x", one.quantized, one.rest, {"classes": ["\ud800"]})
+    save_packed(tmp_path / "x", one.quantized, one.rest, {"classes": ["\U0001f600"]})
+    assert load_packed(tmp_path / "x").metadata["classes"] == ["\U0001f600"]
+
+
 def test_a_description_of_hundreds_of_thousands_of_empty_tensors_is_refused(tmp_path):
     rest = {f"{index:06}": {"dtype": "F32", "shape": [0]} for index in range(380_000)}
     tree = {

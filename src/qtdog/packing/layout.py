@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,8 +41,9 @@ def parse(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: no JSON, a key twice in one object, NaN or infinity, nesting deeper than 64, or more than 2^20
-            items: what a parsed text takes depends on their number, not on its length.
+        ValueError: no JSON, a key twice in one object, NaN or infinity, half a character (a lone surrogate, which no
+            file or terminal can be given), nesting deeper than 64, or more than 2^20 items: what a parsed text takes
+            depends on their number, not on its length.
 
     Example:
         >>> parse('{"a": 1, "a": 2}')
@@ -51,9 +53,20 @@ def parse(text: str) -> Any:
     """
     check_json_extent(text, max_items=MAX_JSON_ITEMS)
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _require_whole_characters(text, tree)
+    return tree
+
+
+def _require_whole_characters(text: str, tree: Any) -> None:
+    """Raise ValueError if a string of a JSON tree, whose ASCII text is given, has a lone surrogate."""
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(tree, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it has half a character") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -342,7 +355,9 @@ def _grid(entry: Entry) -> dict[str, Any]:
 
 def _text(tree: dict[str, Any], layout: Layout) -> str:
     try:
-        text = canonical(tree | {"aliases": layout.aliases, "metadata": layout.metadata})
+        tree = tree | {"aliases": layout.aliases, "metadata": layout.metadata}
+        text = canonical(tree)
+        _require_whole_characters(text, tree)
         check_json_extent(text, max_items=MAX_JSON_ITEMS)
         return text
     except (TypeError, ValueError) as error:
