@@ -189,7 +189,7 @@ def test_a_search_makes_runs_with_draws(make_tiny):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_shipped_studies_can_be_read(path):
     study = read_study(path)
-    assert study.share_prefix
+    assert study.share_prefix or path.stem == "crop"  # whose runs have no step in common
     if study.data == "rotated-digits":
         plan = make_plan(study)
         runs = [task for task in plan.tasks if task.kind == "run"]
