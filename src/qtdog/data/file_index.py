@@ -135,14 +135,17 @@ def _known(old: Index, paths: Sequence[str], now: Stats) -> tuple[npt.NDArray[np
 def _save(place: Path, old: Index, new: Index, settled_ns: int) -> None:
     """Write the settled rows of `new`, and those of `old` whose files are still there."""
     settled = np.flatnonzero(new.stats[:, 2] < time.time_ns() - settled_ns)
-    paths, old_paths = new.paths, old.paths
-    mine = set(paths)
-    kept = [i for i, path in enumerate(old_paths) if path not in mine and os.path.exists(path)]
-    names = [*(paths[i] for i in settled), *(old_paths[i] for i in kept)]
+    kept: list[int] = []
+    names = new.names
+    if old.names or len(settled) < len(new.stats):  # else all of a new folder: its names need not be taken apart
+        paths, old_paths = new.paths, old.paths
+        mine = set(paths)
+        kept = [i for i, path in enumerate(old_paths) if path not in mine and os.path.exists(path)]
+        names = "\0".join([*(paths[i] for i in settled), *(old_paths[i] for i in kept)])
     stream = BytesIO()
     np.savez(
         stream,
-        names=np.frombuffer("\0".join(names).encode("utf-8", errors="surrogateescape"), dtype=np.uint8),
+        names=np.frombuffer(names.encode("utf-8", errors="surrogateescape"), dtype=np.uint8),
         stats=np.concatenate([new.stats[settled], old.stats[kept]]),
         hashes=np.concatenate([new.hashes[settled], old.hashes[kept]]),
     )
