@@ -1,4 +1,4 @@
-"""What works around an attached model: each row of the table in docs/tasks/own-loop.md is a test here."""
+"""What works around an attached model: each row of the table in docs/api/attach.md is a test here."""
 
 # attributes of modules and options that are not there are what is tested
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPrivateImportUsage=false

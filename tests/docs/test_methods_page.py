@@ -8,7 +8,8 @@ from qtdog.core.registry import HyperParameter, Registry
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
 
-PAGE = Path(__file__).parents[2] / "docs/tasks/methods.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "methods-in-detail.md"
 AXES: dict[str, Registry[Any]] = {
     "objective": OBJECTIVES,
     "feature layer": FEATURE_LAYERS,
@@ -58,8 +59,16 @@ def test_the_table_is_made_from_the_registries():
 
 
 def test_the_page_names_the_objectives_that_work_in_one_process():
-    sentence = PAGE.read_text().split("## Several processes\n")[1].split("work in one process")[0]
+    sentence = (
+        (DOCS / "tasks/methods.md").read_text().split("## Several processes\n")[1].split("work in one process")[0]
+    )
     assert set(re.findall(r"`(\w+)`", sentence)) == {name for name in OBJECTIVES if OBJECTIVES[name].ONE_PROCESS}
+
+
+def test_the_page_that_chooses_names_every_method():
+    named = set(re.findall(r"`([\w-]+)`", (DOCS / "tasks/methods.md").read_text()))
+    names = {name for registry in AXES.values() for name in registry if registry[name].__module__.startswith("qtdog.")}
+    assert names - {"none", "plain"} <= named
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from qtdog.quantizers.inq import INQ
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.quantizers.step_size_init import STEP_SIZE_INITS, initial_scale
 
-PAGE = (Path(__file__).parents[2] / "docs/tasks/quantizers.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "tasks/quantizers.md").read_text()
+DETAIL = (DOCS / "quantizers-in-detail.md").read_text()
 
 
-def section(heading: str) -> str:
-    return PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+def section(heading: str, page: str = PAGE) -> str:
+    return page.split(f"## {heading}\n")[1].split("\n## ")[0]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -32,7 +34,7 @@ def names(cell: str) -> list[str]:
 
 
 def test_the_table_of_members_is_the_registry():
-    table = {names(cells[0])[0]: cells for cells in rows(section("All members"))}
+    table = {names(cells[0])[0]: cells for cells in rows(section("All members", DETAIL))}
     assert {"none", *QUANTIZERS} <= set(table) <= {"none", *QUANTIZERS, *AFTER_TRAINING}
     for name in QUANTIZERS:
         assert set(names(table[name][3])) == QUANTIZERS[name].reads, name
@@ -51,7 +53,7 @@ def gaussian() -> torch.Tensor:
 
 def test_the_strengths_of_the_starts_are_measured(gaussian: torch.Tensor):
     heading = "Where step sizes start: the strength of the regularisation"
-    table = {names(cells[0])[0]: cells[1:6] for cells in rows(section(heading))}
+    table = {names(cells[0])[0]: cells[1:6] for cells in rows(section(heading, DETAIL))}
     assert set(table) == set(STEP_SIZE_INITS)
     for init, given in table.items():
         for bits, number in zip((8, 7, 6, 5, 4), given, strict=True):
