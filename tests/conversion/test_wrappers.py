@@ -157,6 +157,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_a_transformer_encoder_answers_as_its_file(tmp_path):
+    def encoder() -> nn.Module:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+
+    model, x = encoder(), torch.randn(2, 5, 16)
+    attach(model, bits=4).enable()
+    save(model.eval(), tmp_path / "m")
+    plain = load_into(tmp_path / "m", encoder())
+    assert torch.equal(plain(x), model(x))
+    with torch.no_grad():  # torch's fused kernel, for plain encoders alone
+        torch.testing.assert_close(plain(x), model(x), rtol=0, atol=1e-5)
+
+
 def test_functional_calls_and_their_vectorised_ensembles():
     model, other, x = make(), make(), torch.randn(4, 6)
     with torch.no_grad():

@@ -78,11 +78,9 @@ def format_for(name: str | None, out: Path) -> str:
     by_suffix = {FORMATS[known].suffix: known for known in sorted(FORMATS, reverse=True)}
     if name is None:
         if out.suffix not in by_suffix:
-            raise ConfigError(
-                f"--output {out}: which format? Give --format, or a file that ends in {', '.join(by_suffix)}"
-            )
+            raise ConfigError(f"{out}: which format? Give --format, or a file that ends in {', '.join(by_suffix)}")
         return by_suffix[out.suffix]
     suffix = FORMATS[name].suffix
     if out.suffix != suffix:
-        raise ConfigError(f"--output {out}: a file of the format '{name}' ends in {suffix}")
+        raise ConfigError(f"{out}: a file of the format '{name}' ends in {suffix}")
     return name
