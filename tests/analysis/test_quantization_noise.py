@@ -76,6 +76,7 @@ def test_latent_weights_get_their_plain_names(name: str, plain: str | None):
     assert latent_name(name) == plain
 
 
+@pytest.mark.stress
 def test_a_fresh_process_knows_the_averager_of_a_run():
     code = (
         "import qtdog.training.fork\n"

@@ -117,16 +117,24 @@ class Quiet:
             self.failed.append(outcome.reason)
 
 
-def test_a_study_of_the_plugin_runs_with_local_workers_and_with_ray(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plugins: None
-):
-    plan = tiny_plan(tmp_path)
-    study = qtdog.sweep(tmp_path / "study.yaml", out=tmp_path / "local", workers=1, threads=1, progress=False)
+def local_hashes(folder: Path) -> tuple[Plan, list[str]]:
+    plan = tiny_plan(folder)
+    study = qtdog.sweep(folder / "study.yaml", out=folder / "local", workers=1, threads=1, progress=False)
     assert [row["method"] for row in study.rows(reference="erm")] == ["erm", "worst-domain"]
-    local = model_hashes(plan, tmp_path / "local")
+    return plan, model_hashes(plan, folder / "local")
+
+
+def test_a_study_of_the_plugin_runs_with_local_workers(tmp_path: Path, no_plugins: None):
+    _, local = local_hashes(tmp_path)
     assert "missing" not in local
     assert len(set(local)) == 2
 
+
+@pytest.mark.stress
+def test_a_study_of_the_plugin_gives_the_same_with_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plugins: None
+):
+    plan, local = local_hashes(tmp_path)
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = Quiet()

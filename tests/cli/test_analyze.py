@@ -116,7 +116,7 @@ def test_a_stopped_flatness_goes_on_and_ends_the_same(runs, tmp_path):
 
 
 def test_a_stopped_hessian_goes_on_and_ends_the_same(runs, tmp_path):
-    plan = HessianPlan(n_images=2, max_vectors=12, error_frac=1e-9, n_probes=0)
+    plan = HessianPlan(n_images=2, max_vectors=12, error_frac=1e-9, n_eigenvalues=1, n_probes=0)
     opened = open_analyzed_runs([runs["float"]], ["float"])
     whole = Checks()
     expected = measure_hessian(opened, plan, tmp_path / "whole", check=whole)
@@ -133,7 +133,7 @@ def test_a_stopped_hessian_goes_on_and_ends_the_same(runs, tmp_path):
 
 
 def test_a_stopped_command_says_how_to_go_on(qtdog, runs, tmp_path):
-    asked = ("analyze", "errors", runs["float"], "--images", 4, "--out", tmp_path)
+    asked = ("analyze", "surface", runs["float"], "--points", 3, "--images", 2, "--out", tmp_path)
     keys = iter([signal.SIGINT])
 
     def press_once(*_):
@@ -147,7 +147,7 @@ def test_a_stopped_command_says_how_to_go_on(qtdog, runs, tmp_path):
         hook.remove()
     assert stopped.code == 130
     assert "the same command goes on" in stopped.err
-    assert not (tmp_path / "errors" / "analysis.json").exists()
+    assert not (tmp_path / "surface" / "analysis.json").exists()
     assert qtdog(*asked).code == 0
 
 

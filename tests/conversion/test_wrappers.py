@@ -47,8 +47,7 @@ def one_batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 6, generator=generator), torch.randint(3, (4,), generator=generator)
 
 
-def train_ddp(rank: int, port: str, folder: Path) -> None:
-    begin(rank, 2, port)
+def train_ddp(rank: int, folder: Path) -> None:
     model = make()
     handle = attach(model, bits=4)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)  # step sizes take no part until enabled
@@ -61,11 +60,9 @@ def train_ddp(rank: int, port: str, folder: Path) -> None:
         nn.functional.cross_entropy(wrapped(x), y).backward()
         optimizer.step()
     save(wrapped, folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
 
 
-def refuse_fsdp(rank: int, port: str, folder: Path) -> None:
-    begin(rank, 1, port)
+def refuse_fsdp(folder: Path) -> None:
     with pytest.raises(ConfigError, match="'FSDPSequential' is sharded"):
         attach(fully_shard_(make()))
     model = make()
@@ -77,8 +74,7 @@ def refuse_fsdp(rank: int, port: str, folder: Path) -> None:
         save(model, folder / "m")
     with pytest.raises(ConfigError, match="'OldStyle' is sharded"):
         attach(OldStyle(make(), device_id=torch.device("cpu")))
-    (folder / "done").touch()
-    dist.destroy_process_group()
+    (folder / "refused").touch()
 
 
 class OldStyle(FullyShardedDataParallel):
@@ -86,22 +82,35 @@ class OldStyle(FullyShardedDataParallel):
 
 
 def fully_shard_(model: nn.Module) -> nn.Module:
-    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
     return model
 
 
-def spawn(target, n: int, *args) -> None:
+def in_each(rank: int, port: str, folder: Path) -> None:
+    """Do in each of two processes what the tests look at."""
+    begin(rank, 2, port)
+    train_ddp(rank, folder)
+    refuse_fsdp(folder / str(rank))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """Start two processes once for all tests, and return the folder in which they write."""
+    folder = tmp_path_factory.mktemp("two")
+    for rank in range(2):
+        (folder / str(rank)).mkdir()
     root = str(Path(__file__).parents[2])  # the new processes import this file by its name below the root
     sys.path.insert(0, root)
     try:
-        torch.multiprocessing.start_processes(target, args=args, nprocs=n, start_method="spawn")
+        torch.multiprocessing.start_processes(in_each, args=(free_port(), folder), nprocs=2, start_method="spawn")
     finally:
         sys.path.remove(root)
+    return folder
 
 
-def test_ddp_of_two_processes_trains_one_model_that_is_that_of_the_joined_batch(tmp_path):
-    spawn(train_ddp, 2, free_port(), tmp_path)
-    first, second = ((tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(2))
+def test_ddp_of_two_processes_trains_one_model_that_is_that_of_the_joined_batch(two_processes):
+    first, second = ((two_processes / f"{rank}.safetensors").read_bytes() for rank in range(2))
     assert first == second
     model = make()
     handle = attach(model, bits=4)
@@ -115,13 +124,12 @@ def test_ddp_of_two_processes_trains_one_model_that_is_that_of_the_joined_batch(
             (nn.functional.cross_entropy(model(x), y) / 2).backward()
         optimizer.step()
     x = torch.randn(5, 6)
-    loaded = load_into(tmp_path / "0.safetensors", make())
+    loaded = load_into(two_processes / "0.safetensors", make())
     torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=1e-4)
 
 
-def test_fsdp_is_refused_before_and_after_attach(tmp_path):
-    spawn(refuse_fsdp, 1, free_port(), tmp_path)
-    assert (tmp_path / "done").exists()
+def test_fsdp_is_refused_before_and_after_attach(two_processes):
+    assert all((two_processes / str(rank) / "refused").exists() for rank in range(2))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
