@@ -1,4 +1,4 @@
-"""The Python of the pages on data runs."""
+"""The Python of the page on data runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-PAGES = Path(__file__).parents[2] / "docs" / "tasks"
+PAGE = Path(__file__).parents[2] / "docs" / "api" / "data.md"
 
 
-def names_of(page: str) -> dict[str, Any]:
+def names_of_the_page() -> dict[str, Any]:
     names: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", (PAGES / page).read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, page, "exec"), names)
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, PAGE.name, "exec"), names)
     return names
 
 
@@ -36,7 +36,7 @@ def test_a_torchvision_data_set_trains(tmp_path):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
         (raw / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
     pictures = MNIST(str(tmp_path), train=True)
-    result = names_of("own-data.md")["train_on"](pictures, ["a", "b", "c", "d"] * 30, tmp_path / "run")
+    result = names_of_the_page()["train_on"](pictures, ["a", "b", "c", "d"] * 30, tmp_path / "run")
     assert result["target_domain"] == "d"
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
@@ -52,7 +52,7 @@ def test_a_hugging_face_data_set_is_read():
         def __getitem__(self, key: Any) -> Any:
             return self.columns[key] if isinstance(key, str) else {"image": Image.new("RGB", (4, 4), (key, 0, 0))}
 
-    dataset = names_of("own-data.md")["from_hugging_face"](Rows())
+    dataset = names_of_the_page()["from_hugging_face"](Rows())
     assert (dataset.domains, dataset.classes, len(dataset)) == (("x", "y"), ("cat", "dog"), 3)
     assert int(dataset.read(2)[0, 0, 0]) == 2
 
@@ -63,5 +63,5 @@ def test_reviews_are_scored_as_the_page_says(tmp_path):
     lines = ["reviewerID,overall,reviewText", *(f"{user},{stars},text {stars}" for user, stars, _ in rows)]
     (tmp_path / "reviews.csv").write_text("\n".join(lines))
     (tmp_path / "splits" / "user.csv").write_text("split\n" + "\n".join(str(part) for *_, part in rows))
-    found = names_of("benchmarks-data.md")["tenth_percentile"](tmp_path, lambda texts: np.full(len(texts), 4))
+    found = names_of_the_page()["tenth_percentile"](tmp_path, lambda texts: np.full(len(texts), 4))
     assert found == np.percentile([0.5, 1.0], 10)

@@ -155,6 +155,18 @@ def test_the_navigation_lists_every_page_and_no_other():
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
 
 
+def test_ten_questions_are_answered_by_a_page_and_by_commands_that_parse():
+    section = (ROOT / "docs/index.md").read_text().split("## Ten questions")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 10
+    for row in rows:
+        assert LINK.search(row), row
+        calls = [code for code in re.findall(r"`([^`]+)`", row) if code.startswith("qtdog ")]
+        assert calls, row
+        for call in calls:
+            parse(arguments(call))
+
+
 def test_commands_are_found_in_blocks_and_joined():
     text = "```bash\n$ qtdog list  # all\nmake demo\nqtdog train \\\n  --data x | head\n```\n```text\nqtdog no\n```\n"
     found = list(commands(text))
