@@ -114,6 +114,31 @@ def test_a_model_of_another_hash_is_no_finished_run(two):
     assert "is not the file that the run wrote" in folder.model_problem(result)
 
 
+ODD_RESULTS = [
+    {"size": {"a": 1}},
+    {"source_accuracy": [None]},
+    {"scores": 5},
+    {"scores": {"source": {"a": 1}}},
+    {"classes": -1},
+    {"classes": {"source": None}},
+    {"calibration": 5},
+    {"calibration": {"accept_threshold": {}}},
+    {"calibration": {"source": []}},
+    {"after_training": {"float": {}}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_RESULTS, ids=str)
+def test_what_the_end_of_a_training_shows_is_checked(two, odd):
+    folder = RunFolder(two / "good")
+    result = folder.read_result()
+    assert result is not None
+    folder.require_result(result)
+    (key,) = odd
+    with pytest.raises(RunError, match=rf"good/result\.json does not hold what a finished run writes: '({key}|bytes)"):
+        folder.require_result(result | odd)
+
+
 def rows(two):
     return [(row["folder"], row["test_accuracy"]) for row in ask(refresh(two), "kind = 'run'")]
 

@@ -27,6 +27,12 @@ def test_hostile_inputs_are_sound_or_refused(kind, tmp_path, monkeypatch):
     assert INPUTS["run"](kind, COUNTS[kind], seed=1) == []
 
 
+@pytest.mark.stress
+def test_hundreds_of_hostile_run_folders_are_sound_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert INPUTS["run"]("runs", 300, seed=2) == []
+
+
 def test_hostile_servers_end_in_the_whole_file_or_a_reason():
     behaviours = [(name, *one) for name, one in SERVERS["BEHAVIOURS"].items()]
     assert len(behaviours) >= 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -54,6 +55,9 @@ def test_a_finished_run_is_not_made_again(tmp_path, short_config, digits):
     stamp = folder.model_file.stat().st_mtime_ns
     assert run(config, digits, folder, resume=True) == first
     assert folder.model_file.stat().st_mtime_ns == stamp
+    folder.result_file.write_text(json.dumps(first | {"classes": -1}))
+    with pytest.raises(RunError, match=r"result\.json does not hold what a finished run writes: 'classes'.*--resume"):
+        run(config, digits, folder, resume=True)
 
 
 def test_same_seed_gives_the_same_file_and_another_seed_does_not(tmp_path, short_config, digits):

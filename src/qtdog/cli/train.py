@@ -271,6 +271,8 @@ def _show_mistakes(results: Sequence[Mapping[str, Any]]) -> None:
     for role, domains in ((unseen, test), ("validation images", source)):
         for domain, classes in domains.items():
             right, n = (sum(one[key] for one in classes) for key in ("right", "n"))
+            if not n:
+                continue
             rows.append([domain, role, percent(right / n), share_range(share_interval(right / n, n)), f"{n:,}"])
     if rows:
         print_table(["domain", "role", "accuracy (%)", "95 % interval", "images"], rows)

@@ -73,7 +73,7 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
         reason = (_FULL | _REFUSED).get(error.errno or 0)
         if reason is None:
             raise
-        advice = "Free some space (or choose another folder) and start again with --resume."
+        advice = "Free some space (or choose another folder) and start again; a training goes on with --resume."
         if error.errno not in _FULL:
             advice = "Choose another place, or mend this one, and start again."
         raise RunError(f"could not write {path}: {reason}. What was there before is unchanged. {advice}") from error

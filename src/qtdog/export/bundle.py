@@ -61,9 +61,15 @@ def measured_domains(source: PackedSource) -> list[MeasuredDomain]:
     """Return how right a packed model was on each domain, as the result of its run says.
 
     A run that does not say it by domain, and a file without its run, give the means over the sources.
+
+    Raises:
+        RunError: its `result.json` is damaged.
     """
     info = source.infos[0]
-    result = RunFolder(source.path.parent).finished_result() or {}
+    folder = RunFolder(source.path.parent)
+    result = folder.finished_result() or {}
+    if result:
+        folder.require_result(result)
     scores = result.get("scores", {})
     found = [
         MeasuredDomain(domain, role, score["accuracy"], score["n"])

@@ -187,7 +187,7 @@ def unseen(result: Mapping[str, Any]) -> str:
         'sketch'
     """
     in_domain = result["test_mode"] == "in-domain"
-    return "last 20 % of sources" if in_domain else str(result["target_domain"] or NO_TARGET)
+    return "last 20 % of sources" if in_domain else str(result.get("target_domain") or NO_TARGET)
 
 
 @dataclass(frozen=True)

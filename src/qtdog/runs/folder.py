@@ -16,7 +16,7 @@ from qtdog.core.config_io import build_config, differences, load_preset, to_yaml
 from qtdog.core.errors import CollapseError, FolderInUseError, RunError
 from qtdog.core.files import clear_disk_errors, lock_file, remove_leftovers, sha256_file, write_atomic
 from qtdog.core.safe_text import parse_json, read_json, read_text, require_regular
-from qtdog.runs.record import Record
+from qtdog.runs.record import Record, check_result
 
 MAX_RESULT_BYTES = 16 * 2**20
 MAX_METRICS_BYTES = 64 * 2**20
@@ -146,6 +146,18 @@ class RunFolder:
             found = type(result).__name__
             raise RunError(f"{self.result_file} does not hold what a finished run writes, but a {found}. Leave it out")
         return result
+
+    def require_result(self, result: Mapping[str, Any]) -> None:
+        """Check that a result read from here is what a finished run writes, all that is shown at its end.
+
+        Raises:
+            RunError: naming the file and what is wrong.
+        """
+        try:
+            check_result(result, shown=True)
+        except ValueError as error:
+            text = f"{self.result_file} does not hold what a finished run writes: {error}"
+            raise RunError(f"{text}. Leave it out, or delete it and go on with --resume") from error
 
     def finished_result(self) -> dict[str, Any] | None:
         """Return the result of a finished run: its model file is there, and the very one that the run wrote.

@@ -175,10 +175,58 @@ class _Result(_Fields):
     members: list[_Member] = []
 
 
-def check_result(result: Mapping[str, Any]) -> None:
-    """Raise ValueError unless what tables and reports read of a `result.json` is of the types that a run writes."""
+class _DomainScore(_Fields):
+    accuracy: _Fraction
+    n: _Count
+
+
+class _ClassScore(_Fields):
+    n: _Count
+    right: _Count
+
+
+class _Acceptance(_Fields):
+    coverage: float
+    error: float
+
+
+class _Answers(_Fields):
+    accept: _Acceptance | None = None
+
+
+class _Calibration(_Fields):
+    accept_threshold: float | None = None
+    source: _Answers = _Answers()
+    test: _Answers = _Answers()
+
+
+class _Float(_Fields):
+    source_accuracy: _Fraction | None
+    test_accuracy: _Fraction | None
+
+
+class _AfterTraining(_Fields):
+    float: _Float
+
+
+class _ShownResult(_Result):
+    """What the end of a training shows besides, also of one that was finished before."""
+
+    scores: dict[str, dict[str, _DomainScore]] = {}
+    classes: dict[str, dict[str, list[_ClassScore]]] = {}
+    calibration: _Calibration = _Calibration()
+    after_training: _AfterTraining | None = None
+
+
+def check_result(result: Mapping[str, Any], *, shown: bool = False) -> None:
+    """Raise ValueError unless what is read of a `result.json` is of the types that a run writes.
+
+    Args:
+        result: its content.
+        shown: check what the end of a training shows too, not only what tables and reports read.
+    """
     try:
-        _Result.model_validate(result)
+        (_ShownResult if shown else _Result).model_validate(result)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

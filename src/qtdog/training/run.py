@@ -110,6 +110,7 @@ def run(
         accelerator.wait_for_everyone()
         if (result := folder.read_result()) is not None:
             if not (problem := folder.model_problem(result)):
+                folder.require_result(result)
                 return result
             callbacks.warn(f"{problem}; it is made again")
         components = build_components(config, dataset, accelerator, callbacks.progress, teacher=teacher)
