@@ -35,6 +35,13 @@ def test_a_file_system_without_locks_is_usable(tmp_path, monkeypatch, code):
         assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EIO])
+def test_a_lock_that_fails_for_another_reason_is_one_sentence_with_the_folder(tmp_path, monkeypatch, code):
+    refuse_locks(monkeypatch, code)
+    with pytest.raises(RunError, match=f"could not write {tmp_path}/run: "), RunFolder(tmp_path / "run").lock():
+        pass
+
+
 def test_without_locks_a_living_process_holds_its_folder(tmp_path, monkeypatch):
     refuse_locks(monkeypatch, errno.ENOLCK)
     (tmp_path / "run").mkdir()

@@ -167,9 +167,11 @@ def test_a_locale_without_a_letter_of_a_name_loses_no_row(bundle, tmp_path):
     site, _, photos = bundle
     for name in ("a.jpg", "\u732b.jpg", "z.jpg"):
         (tmp_path / name).write_bytes((photos / "print.jpg").read_bytes())
+    (tmp_path / "notes.txt").touch()
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
     done = run_script(site, tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == f"passed over: 1 .txt (such as {tmp_path}/notes.txt)\n"
     names = [line.split("\t")[0] for line in done.stdout.splitlines()]
     assert names == [f"{tmp_path}/{name}" for name in ("a.jpg", "z.jpg", "\\u732b.jpg")]
 

@@ -6,8 +6,8 @@
 
 It prints a line per image: path, class, probability, and "accepted" or "rejected", with tabs between; with --json a
 JSON object per line. An answer is accepted if its probability reaches the threshold (by default that of model.json; "-"
-where there is none). Folders are searched for images. An image that cannot be read is named on standard error, the
-others are still classified, and the exit code is 1.
+where there is none). Folders are searched for images, and what is passed over is counted on standard error. An image
+that cannot be read is named there, the others are still classified, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from qtdog.core.errors import DataError
 from qtdog.core.printable import one_line, printable
 from qtdog.data.decode import decode_resized
-from qtdog.data.scan import images_below
+from qtdog.data.scan import PassedOver, images_below
 
 BATCH = 16
 
@@ -85,13 +85,13 @@ class Classifier:
                 yield row
 
 
-def images_among(paths: Sequence[Path]) -> list[Path]:
-    """Return the image files among and below some paths, in order."""
+def images_among(paths: Sequence[Path], passed: PassedOver) -> list[Path]:
+    """Return the image files among and below some paths, in order; `passed` counts the other files."""
     found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist")
-        found += images_below(path) if path.is_dir() else [path]
+        found += images_below(path, passed) if path.is_dir() else [path]
     return found
 
 
@@ -104,12 +104,15 @@ def print_answers() -> int:
     options = parser.parse_args()
     try:
         classifier = Classifier(Path(__file__).resolve().parent, options.threshold)
-        files = images_among(options.paths)
+        passed = PassedOver()
+        files = images_among(options.paths, passed)
     except DataError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a letter of some name loses no row
+    for line in filter(None, [passed.summary(), *passed.problems()]):
+        print(line, file=sys.stderr)
     words = {None: "-", True: "accepted", False: "rejected"}
     n_failed = 0
     for row in classifier.rows(files):

@@ -56,7 +56,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._take(handle)
+            with clear_disk_errors(self.path):
+                self._take(handle)
             for place in (self.path, self.checkpoints):
                 remove_leftovers(place)
             yield
