@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qtdog.data.corruptions import corrupt
 from qtdog.data.decoded_cache import open_cache
@@ -25,9 +27,6 @@ NET = ("--backbone", "digits_cnn", "--weights", "none", *SHORT)
 @pytest.fixture(scope="module")
 def model(stdout_of, tmp_path_factory):
     """Train one small model on a tree of images through the command line."""
-    import numpy as np
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("data") / "photos"
     rng = np.random.default_rng(0)
     for domain in ("day", "night", "x"):
@@ -113,6 +112,24 @@ def test_predict_formats(qtdog, model, tmp_path):
     assert (tmp_path / "table").read_text().startswith("| image | class | probability | entropy |")
     assert qtdog("predict", model_file, images, "-o", tmp_path / "by-ending.csv").code == 0
     assert (tmp_path / "by-ending.csv").read_text() == (tmp_path / "csv").read_text()
+
+
+def test_every_command_refuses_twelve_bits_in_sixteen_by_the_same_sentence(qtdog, model, tmp_path):
+    root, out, _ = model
+    shutil.copytree(root, tmp_path / "scans")
+    file = tmp_path / "scans" / "x" / "cat" / "0.png"
+    Image.fromarray(np.linspace(0, 4095, 480).astype(np.uint16).reshape(20, 24)).save(file)
+    sentence = f"{file} cannot be read as an image (it has 16 bits, but no value above 4,095, and nothing says which"
+    saved = out / "model.safetensors"
+    for words in (
+        ("data", "verify", file.parents[2]),
+        ("train", "--data", file.parents[2], "--target", "x", *NET, "--out", tmp_path / "run"),
+        ("predict", saved, file.parent),
+        ("eval", saved, file.parents[2]),
+    ):
+        outcome = qtdog(*words)
+        assert outcome.code == 1, words
+        assert sentence in " ".join((outcome.out + outcome.err).split()), words
 
 
 def test_predictions_that_cannot_be_written_are_printed(qtdog, model, tmp_path):
