@@ -240,6 +240,12 @@ def surface(
         ConfigError: more than two runs, or numbers that make no sense.
         RunError, DataError, FormatError, ModelError: as in `analysis.analyzed_run.open_analyzed_runs`.
         KeyboardInterrupt: Ctrl-C; what is measured is kept.
+
+    Example:
+        >>> import qtdog
+        >>> found = qtdog.analyze.surface(["runs/float", "runs/lsq"], num_points=3, num_images=2, progress=False)
+        >>> found.kind, len(found.figures)
+        ('surface', 1)
     """
     plan = SurfacePlan(2 if plane else 1, num_points, reach, num_images, seed)
     with _measuring(runs, Path(out) / "surface", progress) as ask:
@@ -261,6 +267,12 @@ def noise(runs: Runs, *, out: str | Path = OUT, progress: ShowsCounts = True) ->
         RunError: no folder of a finished run, a run without checkpoint, or a float run.
         ModelError: a grid without a common step size.
         KeyboardInterrupt: Ctrl-C; what is measured is kept.
+
+    Example:
+        >>> import qtdog
+        >>> found = qtdog.analyze.noise("runs/lsq", progress=False)
+        >>> found.kind, len(found.numbers) > 0
+        ('noise', True)
     """
     with _measuring(runs, Path(out) / "noise", progress) as ask:
         result = measure_noise(ask.paths, ask.labels, ask.folder, progress=ask.bar("layers"), check=ask.check)
@@ -292,6 +304,12 @@ def errors(
     Raises:
         RunError, DataError, FormatError, ModelError: as in `analysis.analyzed_run.open_analyzed_runs`.
         KeyboardInterrupt: Ctrl-C; what is measured is kept.
+
+    Example:
+        >>> import qtdog
+        >>> found = qtdog.analyze.errors("runs/lsq", num_images=4, num_mistakes=1, progress=False)
+        >>> found.kind, len(found.figures) > 0
+        ('errors', True)
     """
     options = {"n_images": num_images, "n_mistakes": num_mistakes, "seed": seed}
     with _measuring(runs, Path(out) / "errors", progress) as ask:
@@ -350,6 +368,12 @@ def stability(runs: Runs, *, seed: int = 0, out: str | Path = OUT) -> Analysis:
     Raises:
         RunError: no folder of a run, or one without an evaluation.
         DataError: the runs have different data sets.
+
+    Example:
+        >>> import qtdog
+        >>> found = qtdog.analyze.stability(["runs/float", "runs/lsq"])
+        >>> found.kind, len(found.numbers)
+        ('stability', 2)
     """
     folder, paths = Path(out) / "stability", run_paths(runs)
     return Analysis(measure_stability(paths, labels_of(paths), folder, seed=seed), folder)

@@ -233,6 +233,13 @@ class TrainedModel(nn.Module):
 
         Raises:
             DataError: the data set has a class that the model does not know, other channels, or an unreadable image.
+
+        Example:
+            >>> import qtdog
+            >>> samples = [(np.zeros((28, 28), dtype=np.uint8), str(digit)) for digit in range(10)]
+            >>> found = qtdog.load("runs/lsq").evaluate(qtdog.Dataset({"black": samples}), progress=False)
+            >>> round(found.accuracy, 2), found.rows()[0]["n"]
+            (0.1, 10)
         """
         bar = CountingBar("decoding images") if progress else None
         dataset = data if isinstance(data, DomainDataset) else open_any(str(data), min_domains=1)
@@ -271,6 +278,12 @@ class TrainedModel(nn.Module):
         Raises:
             ConfigError: an unknown format, or no data.
             DataError, ModelError, RunError: as in `export.export.export`.
+
+        Example:
+            >>> import qtdog
+            >>> made = qtdog.load("runs/lsq").export("model.h", data="rotated-digits", num_check=8, progress=False)
+            >>> made.path.name, made.parity.agreement_frac
+            ('model.h', 1.0)
         """
         out = Path(path)
         name = format_for(format, out)

@@ -355,6 +355,12 @@ def attached(model: nn.Module) -> Attached:
 
     Raises:
         ConfigError: it carries none.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        >>> attach(model, bits=4).enable()
+        >>> attached(model).enabled, list(attached(model).layers)
+        (True, ['0', '1'])
     """
     if not sites(model):
         raise ConfigError("the model carries no quantizers; attach(model) first")

@@ -103,6 +103,17 @@ def save(model: nn.Module, path: Path | str, *, metadata: Mapping[str, Any] | No
         ConfigError: the model is sharded (FSDP).
         FormatError: a NaN in the rest of the state dict, or metadata that JSON cannot hold.
         RunError: the disk is full or not writable; the old file is intact.
+
+    Example:
+        >>> import tempfile
+        >>> from qtdog.conversion.attach import attach
+        >>> from qtdog.packing.packed_file import load_packed
+        >>> path, model = Path(tempfile.mkdtemp()) / "model.safetensors", nn.Linear(3, 2)
+        >>> attach(model, bits=4).enable()
+        >>> save(model, path, metadata={"note": "mine"})
+        >>> packed = load_packed(path)
+        >>> sorted(packed.quantized), sorted(packed.rest), packed.metadata["note"]
+        (['weight'], ['bias'], 'mine')
     """
     baked = bake(unwrapped(model))
     save_packed(path, baked.quantized, baked.rest, metadata or {})
