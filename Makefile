@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 PACKAGE := $(VENV)/.package
 
+# every process of the tests reads what one has compiled; some machines forbid Python to write it down
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test stress lint docs pictures bench gpu-check clean

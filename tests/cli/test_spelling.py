@@ -120,7 +120,7 @@ def test_a_run_folder_is_a_model_for_every_command(qtdog: Any, tmp_path: Path):
         ("eval", run),
         ("eval", run, "rotated-digits"),
         ("inspect", run),
-        ("export", run, "-o", tmp_path / "m.pt2", "--num-check", 4),
+        ("export", run, "-o", tmp_path / "model.h", "--num-check", 4),
         ("distill", run, *small[:2], "--set", "data.batch_size=2", "-o", tmp_path / "student"),
     ):
         outcome = qtdog(*words)
