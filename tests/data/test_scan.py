@@ -24,7 +24,7 @@ from qtdog.data.file_index import files_below
 from qtdog.data.image_folder import open_folder
 from qtdog.data.import_layouts import adopt
 from qtdog.data.manifest import open_manifest
-from qtdog.data.scan import IMAGE_SUFFIXES, JUNK_FOLDERS, names_below
+from qtdog.data.scan import IMAGE_SUFFIXES, JUNK_FOLDERS, PassedOver, names_below
 from qtdog.data.sequence import SequenceDataset
 from qtdog.data.verify import verify
 
@@ -282,6 +282,26 @@ def _touch(path: Path) -> None:
         path.touch()
     except OSError:
         return  # a file stands where a folder should, or the other way round
+
+
+def test_an_import_says_what_it_leaves_behind(tmp_path):
+    names = [f"{d}/{p}/{c}/{i}.png" for d in "ab" for p in ("train", "val") for c in ("cat", "dog") for i in range(2)]
+    root = make(tmp_path / "photos", *names, "a/lost.png", "a/train/x.jpg", "b/val/dog/notes.txt", "b/val/dog/x.cr2")
+    passed = PassedOver()
+    adopt(root, tmp_path / "new", DatasetCard("new", "New"), "link", {}, passed=passed)
+    assert len(open_folder(tmp_path / "new")) == len(names)
+    assert passed.n_files == 4
+    first, second = passed.problems()
+    assert first.startswith("2 images lie outside of a class folder")
+    assert second.startswith("1 files .cr2 are left out")
+
+
+def test_an_import_keeps_every_image_whose_names_become_equal(tmp_path):
+    names = ("a/train/cat/x/y_z.png", "a/train/cat/x_y/z.png", "a/train/cat/x_y_z.png", "a/val/cat/x_y_z.png")
+    root = make(tmp_path / "photos", *names, "b/train/cat/x.png")
+    for how in ("link", "copy"):
+        adopt(root, tmp_path / how, DatasetCard("new", "New"), how, {})
+        assert len(open_folder(tmp_path / how)) == 5
 
 
 LEVELS = st.sampled_from(["train", "val", "test", "cat", "dog", "a", "b"])

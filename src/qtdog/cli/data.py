@@ -160,6 +160,7 @@ def import_folder(
     from qtdog.data.image_folder import require_path
     from qtdog.data.import_layouts import adopt
     from qtdog.data.open import is_text, open_dataset, open_texts
+    from qtdog.data.scan import PassedOver
 
     require_path(folder, "the folder")
     if not name and to is None:
@@ -168,7 +169,8 @@ def import_folder(
     card = CARDS[name] if name else DatasetCard(target.name, f"Images in the folder {target.name}")
     origin = {"dataset": name, "date": datetime.date.today().isoformat(), "imported_from": folder.resolve().name}
     bar = CountingBar("laying out and hashing")
-    layout = adopt(folder, target, card, "copy" if copy else "link", origin, progress=bar)
+    passed = PassedOver()
+    layout = adopt(folder, target, card, "copy" if copy else "link", origin, progress=bar, passed=passed)
     source = str(target)
     dataset = open_texts(source) if is_text(source) else open_dataset(source, min_domains=1)
     differences = check_counts(dataset)
@@ -176,8 +178,10 @@ def import_folder(
     err.print(
         f"{target}: {len(dataset):,} {what}, laid out before as {layout}", markup=False, highlight=False, soft_wrap=True
     )
-    for difference in differences:
-        warn(difference)
+    if passed.summary():
+        err.print(passed.summary(), markup=False, highlight=False, soft_wrap=True)
+    for warning in [*passed.problems(), *differences]:
+        warn(warning)
     if differences:
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ from qtdog.data.dataset import composed
 from qtdog.data.digits import find_mnist
 from qtdog.data.file_index import files_below, write_hashes
 from qtdog.data.image_folder import SPLIT_FOLDERS
-from qtdog.data.scan import images_below, subfolders
+from qtdog.data.scan import PassedOver, images_below, is_image, list_folder, subfolders
 
 MAX_DEPTH = 3
 MAX_LIST_BYTES = 2 << 30
@@ -37,8 +37,8 @@ class FolderLayout(NamedTuple):
     images: list[ImagePlace]
 
 
-def find_layout(folder: Path, card: DatasetCard) -> FolderLayout:
-    """Return the images of a data set of folders that lie somewhere below `folder`.
+def find_layout(folder: Path, card: DatasetCard, passed: PassedOver | None = None) -> FolderLayout:
+    """Return the images of a data set of folders that lie somewhere below `folder`; `passed` counts the other files.
 
     Raises:
         DataError: the domains are not there, a class is unknown, or a listed image is missing.
@@ -51,7 +51,8 @@ def find_layout(folder: Path, card: DatasetCard) -> FolderLayout:
         return FolderLayout("the authors' lists (TLlib)", _ordered(_listed(domains, lists, card)))
     splits = any(part.name.lower() in SPLIT_FOLDERS for part in subfolders(next(iter(domains.values()))))
     name = "DOMAIN/SPLIT/CLASS/image (Dassl)" if splits else "DOMAIN/CLASS/image (DomainBed, TLlib)"
-    found = [image for domain, path in domains.items() for image in _domain(path, domain, card)]
+    passed = passed or PassedOver()
+    found = [image for domain, path in domains.items() for image in _domain(path, domain, card, passed)]
     if not found:
         raise DataError(f"{root} has the domains of {card.name}, but no images in them")
     return FolderLayout(name, _ordered(found))
@@ -60,14 +61,23 @@ def find_layout(folder: Path, card: DatasetCard) -> FolderLayout:
 NO_CARD = DatasetCard("own", "a folder of which nothing is known")
 
 
-def _own_layout(folder: Path) -> FolderLayout:
+def _own_layout(folder: Path, passed: PassedOver) -> FolderLayout:
     """The images of a folder DOMAIN/SPLIT/CLASS/image of which nothing else is known, or DOMAIN/CLASS/image."""
     found = []
-    for domain in subfolders(folder):
-        found += _domain(domain, composed(domain.name), NO_CARD, exact=True)
+    for name in _folders(folder, passed):
+        found += _domain(folder / name, composed(name), NO_CARD, passed, exact=True)
     if not found:
         raise DataError(f"{folder} has no images in folders DOMAIN/SPLIT/CLASS or DOMAIN/CLASS")
     return FolderLayout("DOMAIN/SPLIT/CLASS/image", _ordered(found))
+
+
+def _folders(folder: Path, passed: PassedOver) -> list[str]:
+    """The folders in one above those of the classes, where no image belongs."""
+    listing = list_folder(str(folder), passed)
+    for name in listing.files:
+        path = str(folder / name)
+        passed.misplaced.append(path) if is_image(str(folder), name) else passed.add_file(path)
+    return listing.folders
 
 
 def _ordered(images: list[ImagePlace]) -> list[ImagePlace]:
@@ -111,27 +121,32 @@ def _holders(path: Path) -> list[Path]:
     return [whole] if whole else list(parts.values()) or [path]
 
 
-def _domain(path: Path, domain: str, card: DatasetCard, *, exact: bool = False) -> Iterator[ImagePlace]:
+def _domain(
+    path: Path, domain: str, card: DatasetCard, passed: PassedOver, *, exact: bool = False
+) -> Iterator[ImagePlace]:
     """Yield the images of one domain; parts of a division are joined, and equal names in them kept apart."""
     taken: set[str] = set()
-    for holder in _holders(path):
-        for image in _classes(holder, domain, card, exact=exact):
+    holders = _holders(path)
+    if holders != [path]:
+        _folders(path, passed)
+    for holder in holders:
+        for image in _classes(holder, domain, card, passed, exact=exact):
             key = image.key
-            if key in taken:
+            while key in taken:
                 folder, _, name = key.rpartition("/")
                 key = f"{folder}/{holder.name}_{name}"
             taken.add(key)
             yield ImagePlace(image.path, key)
 
 
-def _classes(holder: Path, domain: str, card: DatasetCard, *, exact: bool) -> Iterator[ImagePlace]:
+def _classes(holder: Path, domain: str, card: DatasetCard, passed: PassedOver, *, exact: bool) -> Iterator[ImagePlace]:
     """Yield the images of one part; classes have the names of the card, or (`exact`) those of the folders."""
     known = {} if exact else _names(card.classes, card.class_aliases)
-    for folder in subfolders(holder):
+    for folder in (holder / name for name in _folders(holder, passed)):
         label = composed(folder.name) if exact else known.get(_fold(folder.name))
         if label is None:
             raise DataError(f"{folder} is no class of {card.name}; they are {', '.join((card.classes or ())[:20])}")
-        for path in images_below(folder):
+        for path in images_below(folder, passed):
             name = path.relative_to(folder).as_posix().replace("/", "_")
             yield ImagePlace(path, f"{domain}/{label}/{name}")
 
@@ -212,7 +227,14 @@ MARKERS = {"camelyon17": ("metadata.csv", "patches"), "reviews": ("reviews.csv",
 
 
 def adopt(
-    source: Path, target: Path, card: DatasetCard, how: How, origin: dict[str, Any], *, progress: Progress = None
+    source: Path,
+    target: Path,
+    card: DatasetCard,
+    how: How,
+    origin: dict[str, Any],
+    *,
+    progress: Progress = None,
+    passed: PassedOver | None = None,
 ) -> str:
     """Put the data set that lies somewhere below `source` into the new folder `target`; return the layout, in words.
 
@@ -225,13 +247,14 @@ def adopt(
         how: "link" (a hard link on the same disk, else a symbolic one), "copy", or "move" (`source` is dropped later).
         origin: is written into the new folder.
         progress: of placing and then of hashing the files.
+        passed: where to count the files that are no images; default: nowhere.
 
     Raises:
         DataError: the data set is not there, `target` is not empty, or a file cannot be read.
         RunError: the disk is full.
     """
     require_new(target)
-    layout = _layout(source, card)
+    layout = _layout(source, card, passed or PassedOver())
     _require_inside(layout.images, source)
     with atomic_folder(target) as temporary:
         _place(layout.images, temporary, PLACERS[how], progress)
@@ -247,7 +270,7 @@ def require_new(target: Path) -> None:
         raise DataError(f"{text}, give another folder (--output), or remove it")
 
 
-def _layout(source: Path, card: DatasetCard) -> FolderLayout:
+def _layout(source: Path, card: DatasetCard, passed: PassedOver) -> FolderLayout:
     if not source.is_dir():
         raise DataError(f"{source} is no folder")
     if card.kind in ("colored-mnist", "rotated-mnist"):
@@ -255,7 +278,7 @@ def _layout(source: Path, card: DatasetCard) -> FolderLayout:
     if card.kind in MARKERS:
         root = _find_marked(source, card, MARKERS[card.kind])
         return FolderLayout("WILDS", [ImagePlace(root / key, key) for key in files_below(root)])
-    return _own_layout(source) if card.domains is None else find_layout(source, card)
+    return _own_layout(source, passed) if card.domains is None else find_layout(source, card, passed)
 
 
 def _find_marked(source: Path, card: DatasetCard, markers: Iterable[str]) -> Path:
