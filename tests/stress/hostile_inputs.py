@@ -382,7 +382,7 @@ def run(name: str, count: int, seed: int, first: int = 0) -> list[str]:
         for number in range(first, first + count):
             rng = random.Random(f"{seed} {name} {number}")
             kind.make(rng)
-            fault, started = "", time.process_time()
+            fault, seen, started = "", list[str](), time.process_time()
             signal.alarm(HANGS_S)
             try:
                 with watched(folder) as seen:
