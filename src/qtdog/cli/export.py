@@ -16,6 +16,10 @@ FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch, executorch or c. Defa
 DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
 BUNDLE = "Write a folder that runs without qtdog: model.onnx (INT8), predict.py, model.json and README.md."
+WEB = (
+    "Also write index.html, a page that classifies photographs in a browser without a network (with --bundle). DIST is "
+    "the folder package/dist of the npm package onnxruntime-web, whose runtime becomes part of the page."
+)
 CASCADE = "Ask an ensemble's members one after another, until they agree confidently; onnx and openvino formats."
 CALIBRATION = "Number of images that set the ranges of integer activations."
 CHECK = "Number of images that the file is compared on."
@@ -29,6 +33,7 @@ def export(
         Path, typer.Option("--output", "-o", help="The file to write; OUT.json goes beside it. A folder with --bundle.")
     ],
     bundle: Annotated[bool, typer.Option("--bundle", help=BUNDLE)] = False,
+    web: Annotated[Path | None, typer.Option("--web", metavar="DIST", help=WEB)] = None,
     name: Annotated[str | None, typer.Option("--format", help=FORMAT)] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     domain: Annotated[list[str] | None, typer.Option(help=DOMAIN)] = None,
@@ -63,9 +68,13 @@ def export(
     from qtdog.export.formats import FORMATS, format_for
     from qtdog.export.images import Draw, draw_export_images
     from qtdog.export.packed_source import read_packed_source
+    from qtdog.export.web_page import web_runtime
     from qtdog.runs.find import find_model
     from qtdog.training.load_model import open_training_data
 
+    if web is not None and not bundle:
+        raise ConfigError("--web makes a page of a bundle: add --bundle")
+    runtime = None if web is None else web_runtime(web)
     name = (name or BUNDLE_FORMATS[0]) if bundle else format_for(name, out)
     if bundle and not _is_place(out):
         raise ConfigError(f"--output {out}: cannot be written; a bundle is a folder")
@@ -82,7 +91,9 @@ def export(
     calibration, images = draw_export_images(dataset, source, draw, n_calibration, CountingBar)
     with tidy_end():
         if bundle:
-            made = write_bundle(source, out, images, name=name, calibration=calibration, watch=CountingBar)
+            made = write_bundle(
+                source, out, images, name=name, calibration=calibration, runtime=runtime, watch=CountingBar
+            )
         else:
             made = write(source, out, name, images, calibration=calibration, watch=CountingBar)
     if as_json:
@@ -128,6 +139,9 @@ def _show(made: Exported) -> None:
     if report.exists():
         out.print(f"report {report}", highlight=False, soft_wrap=True, markup=False)
     else:
+        page = made.path.with_name("index.html")
+        if page.exists():
+            out.print(f"page   {page}", highlight=False, soft_wrap=True, markup=False)
         out.print(
             f"bundle {made.path.parent}; run python {made.path.with_name('predict.py')} FILES_OR_FOLDERS",
             highlight=False,

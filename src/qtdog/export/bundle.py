@@ -21,6 +21,7 @@ from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import PackedSource
 from qtdog.export.parity import images_of
 from qtdog.export.runtimes import open_runtime
+from qtdog.export.web_page import PAGE, WebRuntime, web_page
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.statistics import share_interval
 from qtdog.training.finalize import environment
@@ -94,6 +95,7 @@ def write_bundle(
     *,
     name: str = BUNDLE_FORMATS[0],
     calibration: LabelledImages | None = None,
+    runtime: WebRuntime | None = None,
     watch: Watch = lambda title: None,
 ) -> Exported:
     """Write a packed model as a folder that runs without qtdog, and return what the export made.
@@ -104,10 +106,11 @@ def write_bundle(
         images: source images to compare on, as in `export`.
         name: of the format, one of `BUNDLE_FORMATS`.
         calibration: as in `export`.
+        runtime: of a browser, as `web_page.web_runtime` returns it; None for a folder without a page.
         watch: shows how far the work is.
 
     Raises:
-        ConfigError: the format is none of those.
+        ConfigError: the format is none of those, or the model is too large for a page.
         DataError, ModelError, RunError: as in `export`; nothing is written then.
     """
     if name not in BUNDLE_FORMATS:
@@ -119,10 +122,17 @@ def write_bundle(
         (draft / SCRIPT).write_text(script(), encoding="utf-8")
         card = model_card(source, made, about, latency_ms(draft / MODEL, images.pixels[:1]))
         (draft / CARD).write_text(card, encoding="utf-8")
-        for file in (CARD, SCRIPT, MODEL, ABOUT):  # the last one makes the others valid
+        files = [CARD, SCRIPT, MODEL, ABOUT]  # the last one makes the others valid
+        if runtime is not None:
+            page = web_page(about, (draft / MODEL).read_bytes(), runtime)
+            (draft / PAGE).write_text(page, encoding="utf-8")
+            files.insert(0, PAGE)
+        for file in files:
             sync_file(draft / file)
             (draft / file).chmod(0o666 & ~umask())
             (draft / file).replace(out / file)
+        if runtime is None:
+            (out / PAGE).unlink(missing_ok=True)  # of an earlier model
         sync_folder(out)
     return Exported(out / MODEL, made.info, made.parity, made.n_bytes, made.packed_bytes)
 
