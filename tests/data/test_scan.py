@@ -150,6 +150,12 @@ def test_files_of_a_common_suffix_are_not_all_opened(tmp_path):
     assert len(open_folder(root).passed_over.problems()) == 1
 
 
+def test_a_file_that_is_passed_over_need_not_be_readable():
+    passed = PassedOver()
+    passed.add_file("/nowhere/at/all.xmp")
+    assert (passed.n_files, passed.problems()) == (1, [])
+
+
 @pytest.mark.parametrize("parts", [("train", "val"), ("train", "crossval", "test"), ("Train",)])
 def test_the_parts_of_a_split_are_no_classes(tmp_path, parts):
     names = (f"{d}/{p}/{c}/{i}.png" for d in "ab" for p in parts for c in ("cat", "dog") for i in range(2))

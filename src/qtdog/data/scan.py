@@ -84,7 +84,7 @@ class PassedOver:
         suffix = os.path.splitext(path)[1].lower()
         n_others = self.suffixes[suffix] - self.disguised[suffix]
         self.suffixes[suffix] += 1
-        if suffix and n_others < MAX_LOOKS and _begins_like_an_image(path):
+        if suffix and n_others < MAX_LOOKS and _holds_an_image(path):
             if not self.disguised[suffix]:
                 self.examples[suffix] = path
             self.disguised[suffix] += 1
@@ -260,6 +260,14 @@ def _has_image_suffix(name: str) -> bool:
 def is_image(folder: str, name: str) -> bool:
     """Return whether a file counts as an image: by its suffix, or by its first bytes if it has none."""
     return is_image_name(name) or ("." not in name and _begins_like_an_image(os.path.join(folder, name)))
+
+
+def _holds_an_image(path: str) -> bool:
+    """Return whether a file of an unknown suffix begins like an image; one that cannot be read is none."""
+    try:
+        return _begins_like_an_image(path)
+    except DataError:
+        return False
 
 
 def _begins_like_an_image(path: str) -> bool:
