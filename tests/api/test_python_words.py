@@ -61,6 +61,8 @@ def test_every_message_below_the_command_line_can_be_said_in_python():
         ("go on with: qtdog train --resume --output a/b", "go on with: qtdog train --resume --output a/b"),
         ("(--set quantizer.exclude=[classifier, LAYER]).", "(quantizer={'exclude': ['classifier', 'LAYER']})."),
         ("a lower learning rate (--lr 1e-05; it was", "a lower learning rate (lr=1e-05; it was"),
+        ("go on with --resume (in Python resume=True)", "go on with resume=True"),
+        ("name it: --plugin FILE.py (in Python qtdog.load_plugins)", "name it: qtdog.load_plugins"),
         ("or with --num_processes 1", "or with --num_processes 1"),
         ("use --weights none, or a file", "use weights='none', or a file"),
         ("the --backbone that (and its --image-size).", "the backbone= that (and its image_size=)."),

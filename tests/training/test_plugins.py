@@ -101,7 +101,7 @@ def test_plain_python_registers_and_the_source_counts(tmp_path: Path):
     from qtdog.models.featurizers import OWN_BACKBONES
 
     del OWN_BACKBONES._members["tiny-mean"]
-    with pytest.raises(ModelError, match=r"unknown backbone 'tiny-mean'.*--plugin FILE\.py"):
+    with pytest.raises(ModelError, match=r"unknown backbone 'tiny-mean'.*plugins=\['FILE\.py'\]"):
         qtdog.load(result.folder)
 
 
@@ -162,6 +162,9 @@ def test_what_a_notebook_registers_is_refused_before_a_sweep_starts(tmp_path: Pa
         assert task.config is not None
         assert task.config.plugins.files == (str(file),)
         exec(file.read_text(), namespace)
+    forget_plugins()
+    load_plugins([file])  # in the notebook, not named in the study
+    assert [path for path, _ in make_plan(read_study(tmp_path / "study.yaml")).tasks[0].plugins] == [str(file)]
 
 
 def test_an_earlier_version_of_a_plugin_is_run_again(tmp_path: Path):
@@ -364,7 +367,11 @@ def test_a_model_names_its_plugin_when_it_is_loaded_without_it(
     ]
     anew()
     file.with_name("all_axes.py.txt").write_text(file.read_text())  # nothing is found by its name either
-    for text in ("feature layer that is not known here", r"made with all_axes\.py \([0-9a-f]{12}\)", "--plugin FILE"):
+    for text in (
+        "feature layer that is not known here",
+        r"made with all_axes\.py \([0-9a-f]{12}\)",
+        "name it: qtdog.load_plugins",
+    ):
         with pytest.raises(FormatError, match=text):
             qtdog.load(result.folder)
     assert member_origins() == {}  # the copy in the run folder was not run

@@ -24,7 +24,8 @@ PROSE += "trains|with"
 COMMAND = r"(?:qtdog|ray|accelerate) [a-z][^;:,'`]*"
 SETTING = r"--set (?P<section>\w+)\.(?P<key>\w+)=(?P<setting>\[[^\]]*\]|[^\s,;:()]*[^\s,;:().])"
 OPTION = rf"--(?P<name>[a-z]+(?:-[a-z]+)*)(?![\w-])(?: (?P<value>'[^']*'|(?!(?:{PROSE})\b)[^\s,;:()']*[^\s,;:().']))?"
-SPOKEN = re.compile(rf"{COMMAND}|{SETTING}|{OPTION}")
+SAID = r"--[a-z-]+(?: [^\s()]+)? \(in Python (?P<said>[^)]*)\)"  # a message that says both
+SPOKEN = re.compile(rf"{COMMAND}|{SAID}|{SETTING}|{OPTION}")
 
 
 def python_words(text: str) -> str:
@@ -40,6 +41,8 @@ def python_words(text: str) -> str:
 
 
 def _in_python(found: re.Match[str]) -> str:
+    if found["said"]:
+        return found["said"]
     if found["section"]:
         return f"{found['section']}={{'{found['key']}': {_literal(found['setting'])}}}"
     if not found["name"]:

@@ -30,7 +30,14 @@ from qtdog.sweep.study import (
 )
 from qtdog.training.averagers import make_averager
 from qtdog.training.fork import fork_obstacle, fork_point_config
-from qtdog.training.plugins import check_reachable, load_entry_points, load_plugin_text, load_plugins, named_plugins
+from qtdog.training.plugins import (
+    check_reachable,
+    load_entry_points,
+    load_plugin_text,
+    load_plugins,
+    named_plugins,
+    plugins_of,
+)
 
 Kind = Literal["fork_point", "run", "ensemble"]
 
@@ -284,7 +291,8 @@ def make_plan(study: Study, data: str | None = None, progress: Progress = None) 
     raise_all(errors)
     tasks = share_fork_points(runs) if study.share_prefix else runs
     tasks = share_updates(tasks) if study.share_averaged else tasks
-    plugins = tuple((one.path, one.text) for one in named_plugins(plugins_named))
+    used = [one for run in runs if run.config is not None for one in plugins_of(run.config) if one.path]
+    plugins = tuple((one.path, one.text) for one in named_plugins([*plugins_named, *used]))
     tasks = [replace(task, plugins=plugins) for task in _in_order([*tasks, *ensembles])]
     return Plan(study, source, dataset, tuple(tasks))
 
