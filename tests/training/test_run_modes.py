@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.runs.folder import RunFolder
-from qtdog.training.build import build_components
+from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
@@ -44,6 +45,14 @@ def test_bf16_trains_and_what_is_measured_is_what_ships(tmp_path, short_config, 
     folder = RunFolder(tmp_path)
     run(config, digits, folder)  # raises if the file's float32 logits differ from the network's
     assert json.loads(folder.result_file.read_text())["selected_step"] == 4
+
+
+def test_tensor_float_32_is_used_where_it_was_asked_for_and_nowhere_else(short_config):
+    flags = []
+    for precision in ("tf32", "fp32"):
+        make_accelerator(short_config(train={"precision": precision}))
+        flags.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+    assert flags == [(True, True), (False, False)]
 
 
 @pytest.mark.parametrize(

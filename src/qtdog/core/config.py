@@ -234,7 +234,10 @@ class TrainConfig(Section):
         default="source",
         description="which checkpoint is saved: best source validation, the last, or best on the target",
     )
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        default="fp32",
+        description="of the arithmetic: float32, on GPUs with its products in TensorFloat-32, or autocast to bfloat16",
+    )
     probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")
     abstain: float = Field(
         default=0.1,

@@ -44,10 +44,12 @@ def make_accelerator(config: Config) -> Accelerator:
     AcceleratorState._reset_state()
     # Step sizes take part only from the start step on; until then they have no gradient to wait for.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    precision = {"fp32": "no", "bf16": "bf16"}[config.train.precision]
+    precision = config.train.precision
+    # torch would round the inputs of convolutions, and of nothing else, to 10 bits of mantissa without a word
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # Several processes on a machine without a GPU would each train alone, did nobody say that they are meant to meet.
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[unused])
 
 
 def build_components(
