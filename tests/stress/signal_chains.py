@@ -77,8 +77,8 @@ class Export(Command):
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
-        train = Train(shared)
-        end = KILLS["child"](train, shared, KILLS["nothing"])
+        log = shared / "log"
+        end = finish(start(Train(shared), shared, log, shared / "elsewhere"), log)
         assert not end.code, end.said
         self.model = shared / "run" / "model.safetensors"
         for name in KILLS["Export"].LIBRARIES:
