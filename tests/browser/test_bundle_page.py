@@ -58,6 +58,7 @@ def draw_photos(folder: Path) -> None:
     """Write photographs that a browser can read: turned by EXIF, palettes, grey, CMYK, 16 bits."""
     rng = np.random.default_rng(0)
     folder.mkdir()
+    coarse = Image.new("RGB", (1, 1))
     for k in range(12):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize(
             (60, 44), Image.Resampling.BICUBIC

@@ -85,7 +85,8 @@ def _rotated_scans() -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64], np
     bunch: Any = load_digits()
     labels = np.asarray(bunch["target"])
     domains = assign_domains(labels)
-    degrees = [int((ROTATED_DIGITS.domains or ())[domain]) for domain in domains]
+    names = tuple(ROTATED_DIGITS.domains or ())
+    degrees = [int(names[domain]) for domain in domains]
     images = [_render(scan, angle) for scan, angle in zip(np.asarray(bunch["images"]), degrees, strict=True)]
     return labels, domains, np.stack(images)
 

@@ -170,7 +170,7 @@ class TextDomains(DomainDataset):
         """Return 0: the texts are in memory."""
         return 0
 
-    def content_sha256(self, progress: Progress = None, hashes: Sequence[str] | None = None) -> str:
+    def content_sha256(self, progress: Progress = None, hashes: Iterable[str] | None = None) -> str:
         """Return the hex sha256 of all texts, names and labels; it is fast enough to need no progress."""
         self._content = self._content or self._texts.content_sha256()
         return self._content

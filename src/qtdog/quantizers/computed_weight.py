@@ -72,7 +72,9 @@ class ComputedWeight(Tensor):
     def data(self, value: Tensor) -> None:
         self._refuse_()
 
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+    def requires_grad_(  # pyright: ignore[reportIncompatibleMethodOverride]  # the stub has another name
+        self, requires_grad: bool = True
+    ) -> Tensor:
         """Return self, if that is how it is.
 
         Raises:
