@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from qtdog.cli.evaluate import show_worst_classes
+
 
 def test_a_dry_run_shows_plan_configuration_and_estimate_and_writes_nothing(qtdog: Any, tmp_path: Path):
     words = ["train", "--target", "75", "--preset", "lsq", "--steps", "4", "--batch-size", "4", "--image-size", "12"]
@@ -46,3 +50,11 @@ def test_the_end_of_training_says_how_sure_each_accuracy_is_and_where_the_model_
     assert "where it errs most: 5 of" in shown.out
     alone = qtdog("train", "--resume", "-o", tmp_path / "runs" / "75-seed0").out
     assert sum("  validation images  " in line for line in alone.splitlines()) == 5
+
+
+def test_one_wrong_image_makes_no_worst_class(capsys: pytest.CaptureFixture[str]):
+    rare = {"class": "rare", "n": 1, "right": 0, "called": {"common": 1}}
+    common = {"class": "common", "n": 100, "right": 40, "called": {"rare": 60}}
+    show_worst_classes({"site": [rare, common]})
+    first, second = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("site")]
+    assert (first, second) == ("common", "rare")

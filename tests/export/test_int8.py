@@ -1,11 +1,12 @@
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qtdog.export.int8 import N_BINS, ActivationRange, best_activation_range, calibrate_activations
 
 
+@example(-9.011009053521856e-42, 0.0)
 @given(st.floats(-100, 0), st.floats(0, 100))
 def test_zero_is_exactly_a_code(low, high):
     found = ActivationRange(low, high)

@@ -151,7 +151,9 @@ def share_range(interval: tuple[float, float]) -> str:
 
 
 def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Show the classes with the lowest accuracy, and what their images were taken for.
+    """Show the classes that are surely worst, and what their images were taken for.
+
+    The order is by the upper end of the interval: one image that is wrong says little of its class.
 
     Args:
         classes: by domain, what `training.evaluation.class_scores` gives.
@@ -160,14 +162,18 @@ def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
     from qtdog.report.tables import percent
     from qtdog.runs.statistics import share_interval
 
-    found = [(domain, one) for domain, rows in classes.items() for one in rows if one["right"] < one["n"]]
-    found.sort(key=lambda pair: (pair[1]["right"] / pair[1]["n"], -pair[1]["n"]))
+    found = [
+        (share_interval(one["right"] / one["n"], one["n"]), domain, one)
+        for domain, rows in classes.items()
+        for one in rows
+        if one["right"] < one["n"]
+    ]
+    found.sort(key=lambda each: each[0][1])
     rows = []
-    for domain, one in found[:WORST]:
-        share = one["right"] / one["n"]
+    for interval, domain, one in found[:WORST]:
         called = ", ".join(f"{name} ({count})" for name, count in list(one["called"].items())[:3])
-        interval = share_range(share_interval(share, one["n"]))
-        rows.append([domain, one["class"], percent(share), interval, f"{one['right']} of {one['n']}", called])
+        right = f"{one['right']} of {one['n']}"
+        rows.append([domain, one["class"], percent(one["right"] / one["n"]), share_range(interval), right, called])
     if rows:
         headers = ["domain", "class", "accuracy (%)", "95 % interval", "right", "taken for"]
         print_table(headers, rows, title=f"where it errs most: {len(rows)} of {len(found)} classes with mistakes")

@@ -101,6 +101,9 @@ N_TRIES = 100
 MEMORY_BYTES = 2**28
 
 
+TINY = float(np.finfo(np.float32).tiny)
+
+
 @dataclass(frozen=True)
 class ActivationRange:
     """What one activation may be: low ≤ 0 ≤ high, so that 0 has a code of its own (padding is exact).
@@ -121,7 +124,8 @@ class ActivationRange:
         """Width of a step."""
         if self.step is not None:
             return self.step
-        return float(np.float32((self.high - self.low) / self.levels)) or 1.0
+        width = float(np.float32((self.high - self.low) / self.levels))
+        return width if width >= TINY else 1.0  # of subnormal steps the zero point would be no code
 
     @property
     def zero_point(self) -> int:

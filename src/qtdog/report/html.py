@@ -142,27 +142,32 @@ MAX_MISTAKES = 15  # classes that are shown
 
 
 def mistakes_table(rows: Mapping[str, Sequence[FinishedRun]], name: str) -> Table:
-    """Return the classes of unseen domains in which each method errs most, over all its trials."""
+    """Return the classes of unseen domains that are surely worst, by the upper end of the interval, over all trials."""
     found = []
     for label, group in rows.items():
         for (domain, class_name), counts in class_counts(group).items():
             n, right = sum(counts.values()), counts.get(class_name, 0)
             called = sorted(((count, one) for one, count in counts.items() if one != class_name), reverse=True)
-            found.append((right / n, label, domain, class_name, n, right, called))
-    worst = sorted(found, key=lambda one: (one[0], -one[4]))[:MAX_MISTAKES]
+            found.append((share_interval(right / n, n), label, domain, class_name, n, right, called))
+    worst = sorted(found, key=lambda one: one[0][1])[:MAX_MISTAKES]
     cells = [
         [
             *map(_text_cell, (label, domain, class_name)),
-            Cell(percent(share), value=share),
-            Cell("{:.1f} … {:.1f}".format(*(100 * end for end in share_interval(share, n))), value=share),
+            Cell(percent(right / n), value=right / n),
+            Cell("{:.1f} … {:.1f}".format(*(100 * end for end in interval)), value=interval[1]),
             Cell(f"{right:,} of {n:,}", value=right),
             _text_cell(", ".join(f"{one} ({count:,})" for count, one in called[:3])),
         ]
-        for share, label, domain, class_name, n, right, called in worst
+        for interval, label, domain, class_name, n, right, called in worst
         if right < n
     ]
     head = ["method", "unseen", "class", "accuracy (%)", "95 % interval", "right", "taken for"]
-    return Table(f"The {len(cells)} classes with the lowest accuracy, over all trials", head, cells, id=name)
+    return Table(
+        f"The {len(cells)} classes that are surely worst (upper end of the interval), over all trials",
+        head,
+        cells,
+        id=name,
+    )
 
 
 def _text_cell(text: str) -> Cell:
