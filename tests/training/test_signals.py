@@ -19,7 +19,7 @@ from qtdog.core.progress import RunCallback
 from qtdog.runs.folder import RunFolder
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
-from qtdog.training.signals import StopRequest
+from qtdog.training.signals import StopRequest, held_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,3 +109,27 @@ def test_a_signal_behind_the_last_step_ends_the_command_and_the_run_is_finished_
         run(config, digits, folder, callbacks=RunCallbacks(SignalAtTheEnd()))
     assert folder.read_result() is None
     assert run(config, digits, folder, resume=True)["selected_step"] in (4, 6)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_is_held_until_the_block_has_ended_and_a_second_one_acts(number: int, error: type[BaseException]):
+    done: list[int] = []
+
+    def leave(_number: int, _frame: object) -> None:
+        raise error
+
+    def work(times: int) -> None:
+        with held_signals():
+            for _ in range(times):
+                signal.raise_signal(number)
+            done.append(times)
+
+    before = signal.signal(number, leave)
+    try:
+        for times in (1, 2):
+            with pytest.raises(error):
+                work(times)
+        assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
+    assert done == [1]

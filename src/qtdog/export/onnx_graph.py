@@ -22,6 +22,7 @@ from qtdog.export.inference_module import InferenceModule
 from qtdog.export.info import KEY, ExportInfo, library
 from qtdog.export.integer_weight import IntegerWeight, fit
 from qtdog.export.packed_source import PackedSource
+from qtdog.training.signals import held_signals
 
 
 def node(
@@ -270,12 +271,15 @@ def unsupported(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings and chatter of an exporter off the screen: they speak of its own future, not of the model."""
+    """Keep warnings and chatter of an exporter off the screen: they speak of its own future, not of the model.
+
+    Ctrl-C acts when the block has ended: an exception inside torch's translation would abort the process.
+    """
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with held_signals(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -59,3 +61,37 @@ def interruption(number: int) -> Interrupted:
     error = Interrupted(f"stopped by {name}; the state was saved, and --resume goes on from it")
     error.exit_code = 128 + number
     return error
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Keep the first SIGINT or SIGTERM until the end of the block, where it acts as if it came then; a second one acts.
+
+    For code in C++ that calls back into Python and ends the process (SIGABRT) when that raises.
+
+    Example:
+        >>> with held_signals():
+        ...     pass
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not made in Python
+
+    def remember(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        restore()
+        if came:
+            signal.raise_signal(came[0])
