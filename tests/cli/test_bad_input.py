@@ -179,3 +179,11 @@ def test_eval_refuses_classes_that_the_model_does_not_know(qtdog, model_file, im
     outcome = qtdog("eval", model_file, image_tree)
     assert outcome.code == 1
     assert "channels" in outcome.err or "does not know class" in outcome.err
+
+
+def test_an_exported_file_is_no_model_of_ours(qtdog, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    for words in (("predict", tmp_path / "model.onnx", tmp_path), ("eval", tmp_path / "model.onnx")):
+        outcome = qtdog(*words)
+        assert outcome.code == 1
+        assert "is an exported file, which other programs run; give the packed file" in outcome.err

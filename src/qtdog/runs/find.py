@@ -366,6 +366,10 @@ def sweep_folders(root: Path) -> list[Path]:
     return sorted(folder for folder in walk(root) if state_folder(folder).is_dir())
 
 
+EXPORTED = (".onnx", ".xml", ".bin", ".pt2", ".pte", ".h")
+"""Suffixes of what `qtdog export` writes."""
+
+
 def find_model(path: str | Path) -> Path:
     """Return the model file that a path means: itself, or that in a run folder.
 
@@ -373,6 +377,11 @@ def find_model(path: str | Path) -> Path:
         FormatError: there is none; the text says why.
     """
     path = Path(path).expanduser()
+    if path.suffix in EXPORTED and path.is_file():
+        raise FormatError(
+            f"{path} is an exported file, which other programs run; give the packed file that it was made from "
+            "(model.safetensors), or its run folder"
+        )
     if not path.is_dir():
         return path
     file = path / "model.safetensors"
