@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.api.budget import MARGIN, N_EVALUATIONS, SIZES, Budget, parse_duration
-from qtdog.api.experiment import Members, Request, configure
+from qtdog.api.experiment import Members, Request, configure, make_plan
 from qtdog.core.config import Config
-from qtdog.core.errors import ConfigError
+from qtdog.core.errors import ConfigError, DataError
 from qtdog.data.digits import RotatedDigits
 from qtdog.runs.folder import RunFolder
 
@@ -21,12 +22,13 @@ FAST = 1e-4  # seconds of an image at 96 pixels
 
 
 def asked(
-    photos: Path,
+    photos: Path | str,
     *,
     budget: Budget | None = None,
     image_s: float = FAST,
     presets: Any = (),
     out: Any = None,
+    device: str = "cpu",
     **flags: Any,
 ) -> tuple[Config, list[str]]:
     """Return what a request becomes where training takes `image_s` for an image of 96 pixels, and what was said."""
@@ -35,7 +37,7 @@ def asked(
     def measure(config: Config, dataset: Any, *, n_images: int, size: int) -> float:
         return n_images * image_s * (size / 96) ** 2
 
-    allowed = replace(budget or Budget(), say=said.append, measure=measure, device="cpu")
+    allowed = replace(budget or Budget(), say=said.append, measure=measure, device=device)
     request = Request({"data": str(photos), **flags}, presets, (), Members(), out, budget=allowed)
     return configure(request)[1], said
 
@@ -121,6 +123,33 @@ def test_the_same_command_finds_its_run_again(image_tree: Path, tmp_path: Path):
     again, said = asked(image_tree, image_s=0.01, target="night", out=out)
     assert again == first
     assert f"as chosen before for {out}" in said[0]
+
+
+def test_on_a_gpu_the_same_command_finds_its_run_again_too(image_tree: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    fixed = {"target": "night", "image_size": 64, "out": out}
+    first, _ = asked(image_tree, budget=Budget(300.0, asked=True), device="cuda", **fixed)
+    assert (first.model.backbone, first.averager.name) == ("resnet50.tv_in1k", "none")
+    RunFolder(out).claim(first, resume=False)
+    assert asked(image_tree, budget=Budget(300.0, asked=True), device="cuda", **fixed)[0] == first
+
+
+def test_data_with_a_preset_of_its_own_gets_only_a_length():
+    config, said = asked("rotated-digits", budget=Budget(60.0, asked=True), target="75")
+    own = asked("rotated-digits", target="75")[0]
+    assert (config.model, config.data, config.quantizer) == (own.model, own.data, own.quantizer)
+    assert config.train.steps != own.train.steps
+    assert len(said) == 1
+
+
+def test_one_domain_alone_gets_the_error_that_says_why(image_tree: Path, tmp_path: Path):
+    for domain in ("indoor", "night"):
+        shutil.rmtree(image_tree / domain)
+    budget = Budget(measure=lambda *_, n_images, **__: n_images * FAST, device="cpu")
+    request = Request({"data": str(image_tree), "target": "outdoor"}, out=tmp_path / "run", budget=budget)
+    with pytest.raises(DataError, match=r"one domain \(outdoor\)"):
+        make_plan(request)
 
 
 @given(hours=st.integers(0, 99), minutes=st.integers(0, 999), seconds=st.integers(1, 999))

@@ -123,6 +123,8 @@ def choose(
 ) -> Tree:
     """Return the layer below what the user gave: on a processor the preset `small`, and sizes and a length that fit.
 
+    A data set with a preset of its own (digits) keeps its network, size and batch; only the length is chosen.
+
     The largest image size is taken at which the sources can be passed over twenty times (300 to 5,000 steps); at that
     size, or the smallest, the run is as long as the time allows, up to twice that.
 
@@ -137,20 +139,21 @@ def choose(
         ConfigError: what the user gave is wrong.
         ModelError: the backbone cannot be built at any size.
     """
-    layer = load_preset(PRESET) if budget.on_processor else {}
+    layer = _preset(budget, dataset)
     config = build(layer)
     protocol = _example(config, dataset)
-    if _value(given, "data.batch_size") is None:
-        batch = max(MIN_BATCH, min(config.data.batch_size, IMAGES_PER_STEP // len(protocol.sources)))
+    n_sources = max(1, len(protocol.sources))  # without any the run is refused later, with the reason
+    if _value(given, "data.batch_size") is None and dataset.card.preset is None:
+        batch = max(MIN_BATCH, min(config.data.batch_size, IMAGES_PER_STEP // n_sources))
         layer = merge_trees([layer, {"data": {"batch_size": batch}}])
         config = build(layer)
-    per_step = config.data.batch_size * len(protocol.sources)
+    per_step = config.data.batch_size * n_sources
     n_runs = members * (len(dataset.domains) if config.data.target == "all" else 1)
     available = budget.seconds / n_runs / MARGIN
     n_evaluated, n_trained = _numbers_of_images(protocol, config.data.test_mode)
     enough = max(3 * MIN_STEPS, min(MAX_STEPS, PASSES * n_trained // per_step))
-    size, image_s = _image_time(config, dataset, given, budget.measure)
-    fixed = _value(given, "data.image_size") is not None
+    fixed = _value(given, "data.image_size") is not None or dataset.card.preset is not None
+    size, image_s = _image_time(config, dataset, budget.measure, fixed=fixed)
     wanted_steps = _value(given, "train.steps")
 
     evaluated = (N_EVALUATIONS + 2) * n_evaluated / 3  # in images that are trained on; a forward pass is a third of it
@@ -168,17 +171,18 @@ def choose(
     return layer
 
 
-def taken_over(saved: Config) -> Tree:
+def _preset(budget: Budget, dataset: DomainDataset) -> Tree:
+    """Return what lies below sizes and length: `small` on a processor, unless the data set has a preset of its own."""
+    return load_preset(PRESET) if budget.on_processor and dataset.card.preset is None else {}
+
+
+def taken_over(budget: Budget, dataset: DomainDataset, saved: Config) -> Tree:
     """Return the layer that chose what a run in the folder has, so that the same command finds it again."""
-    return merge_trees(
-        [
-            load_preset(PRESET),
-            {
-                "data": {"image_size": saved.data.image_size, "batch_size": saved.data.batch_size},
-                "train": {"steps": saved.train.steps, "eval_every": saved.train.eval_every},
-            },
-        ]
-    )
+    chosen: Tree = {
+        "data": {"image_size": saved.data.image_size, "batch_size": saved.data.batch_size},
+        "train": {"steps": saved.train.steps, "eval_every": saved.train.eval_every},
+    }
+    return merge_trees([_preset(budget, dataset), chosen])
 
 
 def taken_over_text(folder: Path, saved: Config) -> str:
@@ -218,12 +222,11 @@ def _numbers_of_images(protocol: DomainProtocol, test_mode: str) -> tuple[int, i
 
 
 def _image_time(
-    config: Config, dataset: DomainDataset, given: Mapping[str, Any], measure: Callable[..., float]
+    config: Config, dataset: DomainDataset, measure: Callable[..., float], *, fixed: bool
 ) -> tuple[int, float]:
     """Return an image size that the backbone takes, and the seconds that training takes for each such image."""
-    fixed = _value(given, "data.image_size")
     error: ModelError | None = None
-    for size in [fixed] if fixed else [config.data.image_size, *SIZES]:
+    for size in [config.data.image_size, *(() if fixed else SIZES)]:
         try:
             seconds = measure(config, dataset, n_images=MEASURED_IMAGES, size=size)
         except ModelError as found:

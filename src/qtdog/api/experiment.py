@@ -268,7 +268,7 @@ def _fitted(request: Request, budget: Budget, dataset: DomainDataset, base: Tree
     earlier = None if request.out is None else _earlier(request.out)
     if earlier is not None and request.out is not None:
         budget.say(taken_over_text(request.out, earlier))
-        return [taken_over(earlier)]
+        return [taken_over(budget, dataset, earlier)]
     members = request.members.number
     return [choose(budget, dataset, lambda layer: build_config([base, layer, given]), given, members=members)]
 

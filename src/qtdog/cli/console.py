@@ -92,7 +92,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 @contextlib.contextmanager
 def tidy_end() -> Iterator[None]:
-    """Leave the block through its `finally` clauses when the process is told to end (SIGTERM), as Ctrl-C does.
+    """Leave the block through its `finally` clauses when SIGTERM ends the process, as Ctrl-C does.
 
     Example:
         >>> with tidy_end():

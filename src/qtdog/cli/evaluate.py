@@ -140,14 +140,10 @@ def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _row(name: str, score: Mapping[str, Any]) -> list[str]:
     from qtdog.report.tables import percent
+    from qtdog.runs.statistics import percent_range
 
     trust = [f"{score['ece']:.3f}", f"{score['brier']:.3f}", percent(score["risk_at_90"])]
-    return [name, percent(score["accuracy"]), share_range(score["interval"]), f"{score['n']:,}", *trust]
-
-
-def share_range(interval: tuple[float, float]) -> str:
-    """Return the interval of a share in percent."""
-    return "{:.1f} … {:.1f}".format(*(100 * end for end in interval))
+    return [name, percent(score["accuracy"]), percent_range(score["interval"]), f"{score['n']:,}", *trust]
 
 
 def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -160,7 +156,7 @@ def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
     """
     from qtdog.cli.console import print_table
     from qtdog.report.tables import percent
-    from qtdog.runs.statistics import share_interval
+    from qtdog.runs.statistics import percent_range, share_interval
 
     found = [
         (share_interval(one["right"] / one["n"], one["n"]), domain, one)
@@ -173,7 +169,7 @@ def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
     for interval, domain, one in found[:WORST]:
         called = ", ".join(f"{name} ({count})" for name, count in list(one["called"].items())[:3])
         right = f"{one['right']} of {one['n']}"
-        rows.append([domain, one["class"], percent(one["right"] / one["n"]), share_range(interval), right, called])
+        rows.append([domain, one["class"], percent(one["right"] / one["n"]), percent_range(interval), right, called])
     if rows:
         headers = ["domain", "class", "accuracy (%)", "95 % interval", "right", "taken for"]
         print_table(headers, rows, title=f"where it errs most: {len(rows)} of {len(found)} classes with mistakes")

@@ -106,7 +106,7 @@ def _plugin_option() -> Any:
 
 
 def _today(ctx: Any, command: Any, args: list[str]) -> list[str]:
-    """Return the arguments of a command with old names replaced, each told once on standard error."""
+    """Return the arguments of a command with old names replaced, each named once on standard error."""
     known = {name for option in command.params if option.param_type_name == "option" for name in option.opts}
     mentioned: set[str] = set()
     words = []

@@ -257,9 +257,9 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
 def _show_mistakes(results: Sequence[Mapping[str, Any]]) -> None:
     """Show how sure each accuracy is, of a single run also those of the sources, and the classes it errs most in."""
     from qtdog.cli.console import print_table
-    from qtdog.cli.evaluate import share_range, show_worst_classes
+    from qtdog.cli.evaluate import show_worst_classes
     from qtdog.report.tables import percent
-    from qtdog.runs.statistics import share_interval
+    from qtdog.runs.statistics import percent_range, share_interval
 
     test, source = {}, {}
     for result in results:
@@ -273,7 +273,7 @@ def _show_mistakes(results: Sequence[Mapping[str, Any]]) -> None:
             right, n = (sum(one[key] for one in classes) for key in ("right", "n"))
             if not n:
                 continue
-            rows.append([domain, role, percent(right / n), share_range(share_interval(right / n, n)), f"{n:,}"])
+            rows.append([domain, role, percent(right / n), percent_range(share_interval(right / n, n)), f"{n:,}"])
     if rows:
         print_table(["domain", "role", "accuracy (%)", "95 % interval", "images"], rows)
         show_worst_classes(test or source)

@@ -266,7 +266,7 @@ class TextReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; texts without a letter are only told."""
+        """Whether nothing is wrong; texts without a letter are only reported."""
         changes = self.changes or Changes([], [], [])
         return not any((self.differences, changes.missing, changes.changed, changes.added))
 

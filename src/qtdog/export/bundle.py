@@ -23,7 +23,7 @@ from qtdog.export.parity import images_of
 from qtdog.export.runtimes import open_runtime
 from qtdog.export.web_page import PAGE, WebRuntime, web_page
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.statistics import share_interval
+from qtdog.runs.statistics import percent_range, share_interval
 from qtdog.training.finalize import environment
 
 MODEL, SCRIPT, ABOUT, CARD = "model.onnx", "predict.py", "model.json", "README.md"
@@ -250,6 +250,6 @@ Threshold of accepted answers: {accepted}.
 
 
 def _row(one: MeasuredDomain) -> str:
-    interval = "" if one.interval is None else "{:.1f} … {:.1f}".format(*(100 * bound for bound in one.interval))
+    interval = "" if one.interval is None else percent_range(one.interval)
     n = "" if one.n is None else f"{one.n:,}"
     return f"| {one.domain} | {one.role} | {100 * one.accuracy:.1f} | {interval} | {n} |"

@@ -29,7 +29,7 @@ from qtdog.runs.find import RunSet
 from qtdog.runs.finished import NO_TARGET, FinishedRun, class_counts
 from qtdog.runs.labels import differing, label_rows, value_text
 from qtdog.runs.selection import SELECTIONS, apply_selection
-from qtdog.runs.statistics import share_interval
+from qtdog.runs.statistics import percent_range, share_interval
 
 # in JSON these stand in strings only, and in HTML they could end the element that holds the JSON
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -154,7 +154,7 @@ def mistakes_table(rows: Mapping[str, Sequence[FinishedRun]], name: str) -> Tabl
         [
             *map(_text_cell, (label, domain, class_name)),
             Cell(percent(right / n), value=right / n),
-            Cell("{:.1f} … {:.1f}".format(*(100 * end for end in interval)), value=interval[1]),
+            Cell(percent_range(interval), value=interval[1]),
             Cell(f"{right:,} of {n:,}", value=right),
             _text_cell(", ".join(f"{one} ({count:,})" for count, one in called[:3])),
         ]

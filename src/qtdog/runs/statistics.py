@@ -306,6 +306,16 @@ def share_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def percent_range(interval: tuple[float, float]) -> str:
+    """Return the interval of a share in percent.
+
+    Example:
+        >>> percent_range((0.911, 0.9784))
+        '91.1 … 97.8'
+    """
+    return "{:.1f} … {:.1f}".format(*(100 * end for end in interval))
+
+
 def _p_value(differences: Sequence[float]) -> float | None:
     import numpy as np
     from scipy import stats
