@@ -25,8 +25,7 @@ from qtdog.conversion.load import load_into
 from qtdog.conversion.save import save
 from qtdog.core.files import write_atomic
 from qtdog.models.backbones import KNOWN_BACKBONES, create_network
-from qtdog.models.featurizers import input_size
-from qtdog.models.network import Network
+from qtdog.models.network import Network, input_size
 from qtdog.models.weights import pretraining_of
 from qtdog.packing.sizes import file_sizes
 from qtdog.report.render import markdown

@@ -71,7 +71,7 @@ def test_unknown_backbone(qtdog, image_tree, tmp_path):
 
 
 def test_weights_of_the_wrong_shape(qtdog, image_tree, tmp_path):
-    from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
+    from qtdog.models.network import FeaturizerSpec, build_featurizer
 
     state = build_featurizer(FeaturizerSpec("digits_cnn", 3, 12)).state_dict()
     name = next(iter(state))

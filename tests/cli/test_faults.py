@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 
-from qtdog.models.featurizers import WIDTHS, digits_cnn
+from qtdog.models.network import WIDTHS, digits_cnn
 from qtdog.models.weights import is_installed
 from qtdog.sweep.journal import save_labels
 from qtdog.sweep.plan import make_plan

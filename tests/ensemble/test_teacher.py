@@ -20,7 +20,7 @@ from qtdog.ensemble.teacher import (
     load_teacher,
 )
 from qtdog.objectives.base import DomainBatch
-from qtdog.objectives.distill import feature_distance
+from qtdog.objectives.wrappers import feature_distance
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.protocol import make_protocol, resolve

@@ -16,8 +16,7 @@ from qtdog.core.errors import ModelError
 from qtdog.data.open import open_dataset
 from qtdog.models import backbones as clip_text
 from qtdog.models.backbones import create_network
-from qtdog.models.featurizers import pretrained_cfg
-from qtdog.models.network import Network
+from qtdog.models.network import Network, pretrained_cfg
 from qtdog.models.weights import read_weight_file
 from qtdog.runs.folder import RunFolder
 from qtdog.training.load_model import load_model

@@ -13,8 +13,7 @@ from qtdog.conversion.inspect import estimate_size
 from qtdog.conversion.load import load_into
 from qtdog.conversion.save import bake, save
 from qtdog.models.backbones import KNOWN_BACKBONES, create_network
-from qtdog.models.featurizers import input_size
-from qtdog.models.network import Network
+from qtdog.models.network import Network, input_size
 from qtdog.packing.sizes import file_sizes
 
 TABLE = Path(__file__).parents[2] / "docs" / "results" / "backbones.json"

@@ -1,8 +1,14 @@
+"""The network and its featurizer: frozen batch norm, the small network for digits, further input channels."""
+
+from __future__ import annotations
+
+import pytest
+import timm
 import torch
 from torch import nn
 
 from qtdog.models.backbones import create_network
-from qtdog.models.network import Network, freeze_batch_norm_
+from qtdog.models.network import WIDTHS, FeaturizerSpec, Network, build_featurizer, digits_cnn, freeze_batch_norm_
 
 
 def small(*, freeze_bn: bool) -> Network:
@@ -60,3 +66,61 @@ def test_every_kind_of_batch_norm_is_frozen_and_nothing_else():
     kinds = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2), nn.Dropout(), nn.GroupNorm(1, 2)])
     freeze_batch_norm_(kinds)
     assert [kind.training for kind in kinds] == [False, False, False, True, True]
+
+
+class Reference(nn.Module):
+    """The published network, written out layer by layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, 64, 3, 1, padding=1), nn.GroupNorm(8, 64)
+        self.conv2, self.norm2 = nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.GroupNorm(8, 128)
+        self.conv3, self.norm3 = nn.Conv2d(128, 128, 3, 1, padding=1), nn.GroupNorm(8, 128)
+        self.conv4, self.norm4 = nn.Conv2d(128, 128, 3, 1, padding=1), nn.GroupNorm(8, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(torch.relu(self.conv1(x)))
+        x = self.norm2(torch.relu(self.conv2(x)))
+        x = self.norm3(torch.relu(self.conv3(x)))
+        x = self.norm4(torch.relu(self.conv4(x)))
+        return x.mean((2, 3))
+
+
+def test_mnist_cnn_computes_what_the_published_network_does():
+    ours, theirs = digits_cnn(WIDTHS["mnist_cnn"], channels=2), Reference(2)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(value.shape, generator=generator) for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    ours.load_state_dict(dict(zip(ours.state_dict(), state.values(), strict=True)))
+    images = torch.rand(3, 2, 28, 28, generator=generator)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_the_small_one_has_a_quarter_of_the_width():
+    narrow = digits_cnn(WIDTHS["digits_cnn"], channels=1)
+    assert narrow(torch.zeros(2, 1, 28, 28)).shape == (2, 32)
+    assert [width * 4 for width in WIDTHS["digits_cnn"]] == list(WIDTHS["mnist_cnn"])
+
+
+def test_width_must_fit_the_groups():
+    with pytest.raises(ValueError, match="num_groups"):
+        digits_cnn((12, 32), channels=1)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_channel_i_has_the_weights_of_rgb_channel_i_mod_3(channels):
+    state = timm.create_model("resnet18.tv_in1k").state_dict()
+    spec = FeaturizerSpec("resnet18.tv_in1k", channels=channels, image_size=32)
+    weight = build_featurizer(spec, pretrained=True, state=state).get_parameter("conv1.weight")
+    for i in range(channels):
+        torch.testing.assert_close(weight[:, i], state["conv1.weight"][:, i % 3])
+
+
+def test_a_context_of_zeros_changes_no_feature():
+    state = timm.create_model("resnet18.tv_in1k").state_dict()
+    specs = [FeaturizerSpec("resnet18.tv_in1k", channels=n, image_size=32) for n in (3, 4)]
+    plain, wide = (build_featurizer(spec, pretrained=True, state=state).eval() for spec in specs)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found = wide(torch.cat([images, torch.zeros(2, 1, 32, 32)], 1))
+        torch.testing.assert_close(found, plain(images), rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qtdog.core.errors import ModelError
 from qtdog.models.backbones import create_network
-from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
+from qtdog.models.network import FeaturizerSpec, build_featurizer
 from qtdog.models.weights import PACKAGES, load_weights_, package_state, pair_in_order
 
 LITE0 = PACKAGES["tf_efficientnet_lite0"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError
 from qtdog.models.backbones import create_network
-from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
+from qtdog.models.network import FeaturizerSpec, build_featurizer
 from qtdog.models.weights import fit_state, load_weights_, read_weight_file
 
 SPEC = FeaturizerSpec("test_resnet", channels=3, image_size=64)

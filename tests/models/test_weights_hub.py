@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 
 from qtdog.core.errors import ModelError
 from qtdog.models import hub as qtdog_hub
-from qtdog.models.featurizers import FeaturizerSpec, build_featurizer
+from qtdog.models.network import FeaturizerSpec, build_featurizer
 from qtdog.models.weights import PACKAGES, is_installed, load_weights_
 
 SERVED = "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qtdog.models.backbones import create_network
+from qtdog.models.feature_layers import find_stages
 from qtdog.models.network import Network
-from qtdog.models.stages import find_stages
 from qtdog.objectives.base import OBJECTIVES, DomainBatch, DomainOutputs, ModelView, Objective, ObjectiveSetting
 from qtdog.training.components import Trainable
 

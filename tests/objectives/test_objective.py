@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.objectives.base import OBJECTIVES, Objective
+from qtdog.objectives.base import FAMILIES, OBJECTIVES, Objective
 
 COMPARING = ("irm", "groupdro", "vrex", "coral", "deep-coral", "mmd", "mixup", "fishr", "mldg", "fish")
 # DomainBed's defaults and the ends of its random search
@@ -97,3 +97,8 @@ def test_unknown_and_impossible_hyper_parameters_are_refused(setting, name, para
 def test_a_loss_of_more_than_outputs_says_so(outputs, objective):
     with pytest.raises(NotImplementedError, match="call it as a module"):
         objective("mixup").loss(outputs())
+
+
+def test_every_objective_of_a_family_is_in_its_file():
+    files = {name: OBJECTIVES[name].__module__.rpartition(".")[2] for names in FAMILIES.values() for name in names}
+    assert files == {name: file for file, names in FAMILIES.items() for name in names}

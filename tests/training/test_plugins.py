@@ -98,7 +98,7 @@ def test_plain_python_registers_and_the_source_counts(tmp_path: Path):
     assert isinstance(result, qtdog.RunResult)
     assert len(result.config.plugins.sha256) == 2
     assert result.model.info.backbone == "tiny-mean"
-    from qtdog.models.featurizers import OWN_BACKBONES
+    from qtdog.models.network import OWN_BACKBONES
 
     del OWN_BACKBONES._members["tiny-mean"]
     with pytest.raises(ModelError, match=r"unknown backbone 'tiny-mean'.*plugins=\['FILE\.py'\]"):

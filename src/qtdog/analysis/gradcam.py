@@ -28,8 +28,8 @@ from qtdog.core.errors import ConfigError, ModelError, extra
 from qtdog.core.feature_maps import Stage
 from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
+from qtdog.models.feature_layers import find_stages
 from qtdog.models.network import Network
-from qtdog.models.stages import find_stages
 
 Maps = npt.NDArray[np.float32]
 
@@ -47,7 +47,7 @@ def heatmaps(network: Network, images: Tensor, classes: Sequence[int], *, stage:
         network: plain, in evaluation mode; its gradients are left as they are.
         images: prepared, (n, C, H, W), on the network's device.
         classes: of which class each map is (n,).
-        stage: which feature map, as `models.stages.find_stages` counts them; -1 for the last.
+        stage: which feature map, as `models.feature_layers.find_stages` counts them; -1 for the last.
 
     Raises:
         ModelError: grad-cam is not installed, or the backbone has no feature maps.

@@ -34,8 +34,7 @@ from qtdog.api.python_words import in_python
 from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.progress import Progress
 from qtdog.runs.find import open_run
-from qtdog.runs.finished import method_name, settings_of
-from qtdog.runs.labels import setting_labels
+from qtdog.runs.finished import method_name, setting_labels, settings_of
 from qtdog.training.signals import StopRequest
 
 __all__ = ["Analysis", "cam", "errors", "flatness", "hessian", "noise", "stability", "surface"]

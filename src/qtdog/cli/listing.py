@@ -65,7 +65,7 @@ def _sizes(name: str) -> dict[str, Any]:
 
     from qtdog.conversion.inspect import estimate_size
     from qtdog.core.errors import ModelError
-    from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, input_size
+    from qtdog.models.network import FeaturizerSpec, build_featurizer, input_size
 
     size = input_size(name)
     try:

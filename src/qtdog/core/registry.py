@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
@@ -20,12 +20,14 @@ Member = TypeVar("Member")
 class Registry(Generic[T]):
     """A table of named members of one axis (objectives, quantizers, …).
 
-    Where the members of an axis are the files of a package, each is imported when it is asked for: first the file of
-    the member's name, and all files if that does not enter it. A new member is just a file.
+    Where the members of an axis stand in the files of a package, a file is imported when one of its members is asked
+    for: first the file that `files` names or that has the member's name, and all files if that does not enter it. A new
+    member is just a file, or a class in one.
 
     Args:
         kind: what a member is, for errors.
         package: whose modules register the members; "" if they are registered elsewhere.
+        files: the members of each file that holds several, by the file's name.
         members: the first ones.
 
     Example:
@@ -36,8 +38,15 @@ class Registry(Generic[T]):
         'alpha'
     """
 
-    def __init__(self, kind: str, package: str = "", members: Mapping[str, T] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str = "",
+        files: Mapping[str, Sequence[str]] | None = None,
+        members: Mapping[str, T] | None = None,
+    ) -> None:
         self.kind = kind
+        self._files = {name: file for file, names in (files or {}).items() for name in names}
         self._package = package  # empty once all its modules are imported
         self._members: dict[str, T] = dict(members or {})
         self._foreign: set[str] = set()
@@ -75,7 +84,7 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         """Return the member called `name`; ConfigError with the nearest match if there is none."""
         if name not in self._members and self._package:
-            stem = name.replace("-", "_")
+            stem = self._files.get(name, name.replace("-", "_"))
             if stem.isidentifier() and importlib.util.find_spec(f"{self._package}.{stem}") is not None:
                 importlib.import_module(f"{self._package}.{stem}")
         if name not in self._members:

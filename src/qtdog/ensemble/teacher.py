@@ -29,10 +29,10 @@ from qtdog.data.decoded_cache import open_cache
 from qtdog.data.input_cache import cache_root
 from qtdog.ensemble.model import EnsembleModel, load
 from qtdog.models.backbones import preprocessing
-from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, input_size, pretrained_cfg
+from qtdog.models.network import FeaturizerSpec, build_featurizer, input_size, pretrained_cfg
 from qtdog.models.weights import load_weights_
 from qtdog.objectives.base import DomainBatch
-from qtdog.objectives.distill import BatchTeacher, Teacher
+from qtdog.objectives.wrappers import BatchTeacher, Teacher
 from qtdog.training.load_model import LoadedModel, read_any_weights
 from qtdog.training.protocol import TORCHVISION, make_protocol, run_labels
 

@@ -18,16 +18,16 @@ from qtdog.core.errors import ModelError, extra, nearest, unknown
 from qtdog.core.random import derive
 from qtdog.core.registry import Value
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.featurizers import (
+from qtdog.models.hub import reason_of, short_try
+from qtdog.models.network import (
     OWN_BACKBONES,
     WIDTHS,
     FeaturizerSpec,
+    Network,
     build_featurizer,
     pretrained_cfg,
     wrong_size_error,
 )
-from qtdog.models.hub import reason_of, short_try
-from qtdog.models.network import Network
 from qtdog.models.text_backbones import TEXT_BACKBONES, TextFeaturizer
 from qtdog.models.weights import load_weights_, read_weight_file
 

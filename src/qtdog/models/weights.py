@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from qtdog.core.errors import ModelError, nearest
 from qtdog.core.files import sha256_file
-from qtdog.models.featurizers import FeaturizerSpec, build_featurizer, pretrained_cfg
 from qtdog.models.hub import reason_of, short_try
+from qtdog.models.network import FeaturizerSpec, build_featurizer, pretrained_cfg
 from qtdog.models.text_backbones import TEXT_BACKBONES
 
 # Parts of a tag that name a corpus. Where several are in one tag, they were trained on one after another.

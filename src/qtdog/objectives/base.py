@@ -264,4 +264,11 @@ class WrappedObjective(Objective):
         return self.objective.loss(domains)
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective", "qtdog.objectives")
+FAMILIES = {  # file: its objectives, so that a run imports the file of its own alone
+    "risks": ("erm", "irm", "vrex", "groupdro"),
+    "alignment": ("coral", "deep-coral", "mmd", "fishr"),
+    "meta_learning": ("mldg", "fish", "arm"),
+    "perturbation": ("mixup", "rsc", "sagnet", "ccfp"),
+    "pretrained": ("miro", "mms"),
+}
+OBJECTIVES: Registry[type[Objective]] = Registry("objective", "qtdog.objectives", FAMILIES)

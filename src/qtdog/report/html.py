@@ -26,8 +26,7 @@ from qtdog.report.render import MISSING, Cell, Table
 from qtdog.report.tables import estimate_text, methods_cost_table, percent, summary_table
 from qtdog.runs.aggregate import SPLITS, Aggregate, aggregate
 from qtdog.runs.find import RunSet
-from qtdog.runs.finished import NO_TARGET, FinishedRun, class_counts
-from qtdog.runs.labels import differing, label_rows, value_text
+from qtdog.runs.finished import NO_TARGET, FinishedRun, class_counts, differing, label_rows, value_text
 from qtdog.runs.selection import SELECTIONS, apply_selection
 from qtdog.runs.statistics import percent_range, share_interval
 

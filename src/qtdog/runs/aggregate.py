@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qtdog.core.errors import ConfigError, unknown
-from qtdog.runs.finished import NO_TARGET, Cost, FinishedRun, Selected
-from qtdog.runs.labels import label_rows
+from qtdog.runs.finished import NO_TARGET, Cost, FinishedRun, Selected, label_rows
 from qtdog.runs.selection import SELECTIONS, WINDOW, apply_selection, saved_too_early, why_unmeasured
 from qtdog.runs.statistics import (
     Comparison,

@@ -20,11 +20,14 @@ from qtdog.runs.finished import (
     FinishedRun,
     Selected,
     method_name,
+    read_labels,
     settings_of,
+    state_folder,
+    study_files,
+    study_method,
     unseen,
 )
 from qtdog.runs.folder import RunFolder
-from qtdog.runs.labels import read_labels, state_folder, study_files, study_method
 from qtdog.runs.record import Record, check_result
 from qtdog.runs.statistics import replicate
 

@@ -17,9 +17,8 @@ from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import ConfigError, RunError, unknown
 from qtdog.core.safe_text import read_json
 from qtdog.runs.find import SMALL_FILES, is_shared_steps, read_run, run_folders, sweep_folders
-from qtdog.runs.finished import FinishedRun
+from qtdog.runs.finished import FinishedRun, read_failure_reasons, read_labels, state_folder, study_files
 from qtdog.runs.folder import RunFolder, last_line
-from qtdog.runs.labels import read_failure_reasons, read_labels, state_folder, study_files
 from qtdog.runs.selection import apply_selection
 
 Value = str | int | float | None

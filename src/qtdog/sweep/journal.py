@@ -11,7 +11,7 @@ from typing import Any, Literal
 from qtdog.core.errors import RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
 from qtdog.core.safe_text import parse_json, read_json, read_text
-from qtdog.runs.labels import Labels, read_labels, state_folder
+from qtdog.runs.finished import Labels, read_labels, state_folder
 
 MAX_FAILURE_BYTES = 2**20
 MAX_JOURNAL_BYTES = 64 * 2**20

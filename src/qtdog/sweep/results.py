@@ -10,8 +10,8 @@ from typing import Any
 from qtdog.core.errors import ConfigError, unknown
 from qtdog.core.safe_text import read_json
 from qtdog.runs.find import read_run
+from qtdog.runs.finished import study_method
 from qtdog.runs.index import COLUMNS, IndexRow, finished_row
-from qtdog.runs.labels import study_method
 from qtdog.runs.selection import apply_selection
 from qtdog.runs.statistics import Comparison, Condition, compare_pairs, pair_up, replicate
 from qtdog.sweep.plan import Plan, Task

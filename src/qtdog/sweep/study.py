@@ -22,7 +22,7 @@ from qtdog.core.random import numpy_stream
 from qtdog.core.registry import HyperParameter
 from qtdog.core.safe_text import MAX_YAML_BYTES, parse_yaml, read_text
 from qtdog.data.dataset import DomainDataset
-from qtdog.runs.labels import Labels, Scalar
+from qtdog.runs.finished import Labels, Scalar
 from qtdog.training.build import OBJECTIVES, STEP_RULES
 from qtdog.training.plugins import load_plugins, with_plugins
 from qtdog.training.protocol import dataset_layer, resolve

@@ -21,11 +21,10 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches, batch_sizes
 from qtdog.data.original_cache import OriginalCache, open_originals
 from qtdog.models.backbones import check_backbone, create_network, preprocessing
-from qtdog.models.feature_layers import FEATURE_LAYERS
+from qtdog.models.feature_layers import FEATURE_LAYERS, find_stages
 from qtdog.models.network import Network, to_device_
-from qtdog.models.stages import find_stages
 from qtdog.objectives.base import N_VIEWS, OBJECTIVES, Objective, ObjectiveSetting
-from qtdog.objectives.distill import BatchTeacher, Distill, FeatureDistill, Teacher
+from qtdog.objectives.wrappers import BatchTeacher, Distill, FeatureDistill, Teacher
 from qtdog.quantizers.activations import quantize_inputs_
 from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS

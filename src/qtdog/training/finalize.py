@@ -31,7 +31,7 @@ from qtdog.core.random import numpy_stream
 from qtdog.data.loader import Indices
 from qtdog.data.text import TextDomains
 from qtdog.models.feature_layers import make_feature_layer
-from qtdog.models.featurizers import FeaturizerSpec
+from qtdog.models.network import FeaturizerSpec
 from qtdog.models.text_backbones import vocabulary
 from qtdog.packing.sizes import file_sizes
 from qtdog.quantizers.ptq import Fixed

@@ -29,7 +29,7 @@ from qtdog.core.registry import Registry
 from qtdog.data.augment import AUGMENTATIONS
 from qtdog.data.open import OWN_DATASETS
 from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.models.featurizers import OWN_BACKBONES
+from qtdog.models.network import OWN_BACKBONES
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.quantizers.base import Quantizer
 from qtdog.quantizers.registry import QUANTIZERS, QuantizerKind

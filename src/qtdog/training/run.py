@@ -14,7 +14,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, RunError
 from qtdog.core.progress import CallbackList, Progress, RunCallback
 from qtdog.data.dataset import DomainDataset
-from qtdog.objectives.distill import Teacher
+from qtdog.objectives.wrappers import Teacher
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import SourceRecord
 from qtdog.training.build import build_components, make_accelerator
