@@ -5,8 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from qtdog.analysis.flatness import Flatness, local_flatness, summarize_rises, weight_norm
-from qtdog.analysis.perturb import filter_direction, random_direction
+from qtdog.analysis.flatness import (
+    Flatness,
+    filter_direction,
+    local_flatness,
+    random_direction,
+    summarize_rises,
+    weight_norm,
+)
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ModelError
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qtdog.analysis.figures import curve_style
-from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
+from qtdog.analysis.measurements import AnalysisResult, Measurements, curve_style, write_result
 from qtdog.core.errors import FormatError, RunError
 
 

@@ -14,8 +14,8 @@ import pytest
 import qtdog
 from qtdog.cli.main import main
 from qtdog.runs.folder import RunFolder
+from qtdog.sweep.clusters import RayEngine
 from qtdog.sweep.plan import Plan, make_plan
-from qtdog.sweep.ray import RayEngine
 from qtdog.sweep.runner import Driver
 from qtdog.sweep.study import read_study
 from qtdog.training.plugins import forget_plugins

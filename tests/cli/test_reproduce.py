@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from qtdog.api.paper import find_study, narrow
+from qtdog.api.studies import find_study, narrow
 from qtdog.core.config_io import parse_assignment
-from qtdog.sweep.expected import expected_rows
 from qtdog.sweep.plan import make_plan
+from qtdog.sweep.results import expected_rows
 from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from qtdog.cli.sweep_progress import ProgressDisplay
+from qtdog.cli.sweep_output import ProgressDisplay
 from qtdog.sweep.journal import Outcome, save_failure
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import SweepProgress as Progress

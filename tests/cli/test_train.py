@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qtdog.cli.evaluate import show_worst_classes
+from qtdog.cli.predict import show_worst_classes
 
 
 def test_a_dry_run_shows_plan_configuration_and_estimate_and_writes_nothing(qtdog: Any, tmp_path: Path):

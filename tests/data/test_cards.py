@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qtdog.api.datasets import SequenceDataset
 from qtdog.core.errors import ConfigError
 from qtdog.data.cards import CARDS, PACS, card_for, check_counts, match_card
 from qtdog.data.image_folder import open_folder
-from qtdog.data.sequence import SequenceDataset
 
 
 def test_cards_are_complete() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qtdog.api.datasets import SequenceDataset
 from qtdog.core.errors import DataError
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import look_alikes
@@ -25,7 +26,6 @@ from qtdog.data.image_folder import open_folder
 from qtdog.data.import_layouts import adopt
 from qtdog.data.manifest import open_manifest
 from qtdog.data.scan import IMAGE_SUFFIXES, JUNK_FOLDERS, PassedOver, names_below
-from qtdog.data.sequence import SequenceDataset
 from qtdog.data.verify import verify
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qtdog.core.errors import ConfigError
-from qtdog.report.plots import plot_differences
+from qtdog.report.charts import plot_differences
 from qtdog.report.tables import comparison_table
 from qtdog.runs.aggregate import compare_methods
 from qtdog.runs.find import find_runs

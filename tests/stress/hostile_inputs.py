@@ -54,7 +54,7 @@ from qtdog.runs.aggregate import aggregate
 from qtdog.runs.find import find_runs
 from qtdog.runs.index import ask, refresh
 from qtdog.runs.selection import SELECTIONS
-from qtdog.sweep.merge import merge_folders
+from qtdog.sweep.journal import merge_folders
 
 MAX_SECONDS = 5.0
 MAX_GROWTH_KIB = 400_000  # over all inputs of one kind: the largest alone, and what the allocator keeps

@@ -51,9 +51,8 @@ from qtdog.data.digits import RotatedDigits
 from qtdog.data.fetch import fetch, remember, work_folder
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.index import ask, refresh
-from qtdog.sweep.journal import save_labels
+from qtdog.sweep.journal import merge_folders, save_labels
 from qtdog.sweep.local import LocalEngine, Resources
-from qtdog.sweep.merge import merge_folders
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import Driver, check_tasks, unfinished
 from qtdog.sweep.study import Study

@@ -19,8 +19,7 @@ from qtdog.runs.find import find_runs
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.index import ask, index_file, read_row, refresh
 from qtdog.runs.statistics import Condition, average_over_targets, replicate
-from qtdog.sweep.journal import Outcome, save_failure, save_labels
-from qtdog.sweep.merge import merge_folders
+from qtdog.sweep.journal import Outcome, merge_folders, save_failure, save_labels
 from qtdog.sweep.results import comparisons, results, values
 
 

@@ -13,9 +13,16 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from qtdog.analysis.analyzed_run import AnalyzedRun, Images, domain_images, logits
-from qtdog.analysis.figures import escape_dollar, panels, save_figure
 from qtdog.analysis.gradcam import show_image
-from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result, write_table
+from qtdog.analysis.measurements import (
+    AnalysisResult,
+    Measurements,
+    escape_dollar,
+    panels,
+    save_figure,
+    write_result,
+    write_table,
+)
 from qtdog.core.progress import Progress
 
 Confusion = npt.NDArray[np.int64]

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qtdog.analysis.analyzed_run import AnalyzedRun, Images, domain_images
-from qtdog.analysis.figures import escape_dollar, save_figure
-from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
+from qtdog.analysis.measurements import AnalysisResult, Measurements, escape_dollar, save_figure, write_result
 from qtdog.core.errors import ConfigError, ModelError, extra
 from qtdog.core.feature_maps import Stage
 from qtdog.core.progress import Progress

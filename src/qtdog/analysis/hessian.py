@@ -20,8 +20,17 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qtdog.analysis.analyzed_run import AnalyzedRun, batches, domain_images
-from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
-from qtdog.analysis.measurements import AnalysisResult, Measurements, Row, write_result
+from qtdog.analysis.measurements import (
+    AnalysisResult,
+    Measurements,
+    Row,
+    curve_style,
+    escape_dollar,
+    legend,
+    panels,
+    save_figure,
+    write_result,
+)
 from qtdog.core.errors import ConfigError, extra
 from qtdog.core.progress import Progress
 from qtdog.core.random import derive, numpy_stream, torch_stream

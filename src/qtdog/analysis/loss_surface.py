@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtdog.analysis.analyzed_run import AnalyzedRun, all_images, batches, losses_by_domain, role_mean, training_images
-from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
-from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
-from qtdog.analysis.perturb import Displaced, filter_direction
+from qtdog.analysis.flatness import Displaced, filter_direction
+from qtdog.analysis.measurements import (
+    AnalysisResult,
+    Measurements,
+    curve_style,
+    escape_dollar,
+    legend,
+    panels,
+    save_figure,
+    write_result,
+)
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.progress import Progress
 from qtdog.training.batch_norm import estimate_statistics_

@@ -14,8 +14,16 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from qtdog.analysis.analyzed_run import ID_DIGITS, describe_run
-from qtdog.analysis.figures import curve_style, escape_dollar, legend, panels, save_figure
-from qtdog.analysis.measurements import AnalysisResult, Measurements, write_result
+from qtdog.analysis.measurements import (
+    AnalysisResult,
+    Measurements,
+    curve_style,
+    escape_dollar,
+    legend,
+    panels,
+    save_figure,
+    write_result,
+)
 from qtdog.core.config import Config
 from qtdog.core.errors import ModelError, RunError
 from qtdog.core.progress import Progress

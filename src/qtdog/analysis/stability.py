@@ -13,8 +13,17 @@ from matplotlib.axes import Axes
 from scipy.stats import kendalltau, rankdata, spearmanr
 
 from qtdog.analysis.analyzed_run import describe_run
-from qtdog.analysis.figures import curve_style, escape_dollar, legend, mark_start, panels, save_figure
-from qtdog.analysis.measurements import AnalysisResult, write_result, write_table
+from qtdog.analysis.measurements import (
+    AnalysisResult,
+    curve_style,
+    escape_dollar,
+    legend,
+    mark_start,
+    panels,
+    save_figure,
+    write_result,
+    write_table,
+)
 from qtdog.core.config import Config
 from qtdog.core.errors import DataError, RunError
 from qtdog.core.random import numpy_stream

@@ -421,7 +421,7 @@ def _introduce(
     warn: Callable[[str], None],
 ) -> None:
     """Let the bar say what the run will do, which one of several it is, and that it would take days if it would."""
-    from qtdog.api.cost import describe_run, slow_warning
+    from qtdog.api.budget import describe_run, slow_warning
 
     left = len(plan) - number
     bar.which = f"seed {config.train.seed}, {number} of {len(plan)}" if len(plan) > 1 else ""

@@ -202,7 +202,7 @@ def _in_words(run: RunResult) -> str:
 
 
 def _plot(runs: Sequence[RunResult], path: str | Path | None) -> Figure:
-    from qtdog.report.plots import Curve, curves_figure
+    from qtdog.report.charts import Curve, curves_figure
 
     several = len({(run.method, run.target) for run in runs}) < len(runs)
     curves = [

@@ -9,17 +9,14 @@ import sys
 import typer
 
 from qtdog.cli.analyze import analyze_app
-from qtdog.cli.bench import bench
 from qtdog.cli.bits import bits
 from qtdog.cli.data import data_app
-from qtdog.cli.demo import demo
 from qtdog.cli.ensemble import ensemble
-from qtdog.cli.evaluate import compare, evaluate
-from qtdog.cli.export import export
+from qtdog.cli.export import bench, export
 from qtdog.cli.listing import inspect_file, listing
-from qtdog.cli.predict import predict
-from qtdog.cli.reproduce import reproduce
-from qtdog.cli.spelling import QtdogGroup
+from qtdog.cli.options import QtdogGroup
+from qtdog.cli.predict import compare, evaluate, predict
+from qtdog.cli.reproduce import demo, reproduce
 from qtdog.cli.sweep import sweep_app
 from qtdog.cli.tables import report, runs, table
 from qtdog.cli.train import dart, distill, train

@@ -1,16 +1,16 @@
-"""`qtdog predict`: class, probability and uncertainty of images or texts."""
+"""`qtdog predict`, `qtdog eval`, `qtdog compare`: what a model says of images or texts, how well, beside another."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.options import AS_JSON, Model
+from qtdog.cli.options import AS_JSON, JsonOutput, Model
 
 if TYPE_CHECKING:
     from qtdog.data.scan import PassedOver
@@ -207,3 +207,241 @@ def _text(rows: Sequence[dict[str, Any]], names: list[str], style: Format) -> st
     if style in (Format.TEXT, Format.TABLE):
         return markdown(names, _cells(rows)) + "\n"
     return "".join(map(csv_line, [names, *(row.values() for row in rows)]))
+
+
+SKIP = "Leave out images that cannot be read, and say how many. Default: as the run did that the model comes from."
+CORRUPT = (
+    "Score under this corruption instead of clean images: 'all', a family (noise, blur, weather, digital, jpeg) or one "
+    "member of it; may be given several times."
+)
+SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several times. Default: all five."
+DATA = "Data set name, folder DOMAIN/CLASS/image, or manifest. Default: what the run was trained on."
+WORST = 5  # classes that are shown
+UNKNOWN = "Folder of images of kinds that it was not trained on, to measure if the uncertainty separates them."
+CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
+
+
+def evaluate(
+    model: Model,
+    data_argument: Annotated[str | None, typer.Argument(help="The same as --data.", metavar="[DATA]")] = None,
+    *,
+    data: Annotated[str | None, typer.Option("--data", help=DATA)] = None,
+    unknown: Annotated[Path | None, typer.Option(help=UNKNOWN)] = None,
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP)] = False,
+    cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
+    corrupt: Annotated[list[str] | None, typer.Option(metavar="NAME", help=CORRUPT)] = None,
+    severity: Annotated[list[int] | None, typer.Option(min=1, max=5, help=SEVERITY)] = None,
+    as_json: JsonOutput = False,
+) -> None:
+    """Score a model on every domain of a data set (all images; classes are matched by name).
+
+    Beside the accuracy and its 95 % interval (Wilson): expected calibration error and Brier score of the
+    probabilities, and the error that is left when the model abstains on the least certain tenth. Below stand the
+    classes with the most mistakes, and what their images were taken for; --json has all of them. With --unknown, the
+    area under the ROC curve (0.5 is chance, 1 is perfect) of the uncertainty of these images against that of the data
+    set.
+
+    Examples:
+      qtdog eval runs/photos-c --data photos/
+
+      qtdog eval runs/five/c-eoq --data photos/                   (an ensemble: its cost is shown too)
+
+      qtdog eval runs/five/c-eoq --data photos/ --cascade
+
+      qtdog eval model.safetensors --data new-site/ --unknown other-things/ --json
+
+      qtdog eval runs/photos-c --data photos/ --corrupt noise --corrupt jpeg
+    """
+    from qtdog.cli.console import CountingBar, out, print_json, print_table
+    from qtdog.cli.ensemble import ensemble_cost, show_cost
+    from qtdog.cli.train import warn_skipped
+    from qtdog.core.errors import ConfigError
+    from qtdog.data.open import open_readable, recorded_source
+    from qtdog.ensemble.model import load
+    from qtdog.ensemble.prediction import as_cascade, find_images
+    from qtdog.ensemble.scoring import score_domains, unknown_auroc_of
+    from qtdog.ensemble.uncertainty import Uncertainty
+    from qtdog.report.tables import percent
+    from qtdog.runs.find import find_model
+    from qtdog.training.load_model import training_configs
+
+    if data is not None and data_argument is not None:
+        raise ConfigError(f"two data sets are given: {data_argument} and --data {data}; eval takes one")
+    model = find_model(model)
+    loaded = load(model)
+    threshold = as_cascade(loaded).threshold if cascade else None
+    skip = skip_unreadable or any(config.data.skip_unreadable for config in training_configs(model))
+    configs = training_configs(model)
+    source = data or data_argument or (configs[0].data.source if configs else None)
+    if source is None:
+        raise ConfigError(f"no run lies beside {model}, so its data set is not known: give it with --data")
+    with recorded_source(source, is_recorded=not (data or data_argument)):
+        dataset = open_readable(source, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
+    warn_skipped(dataset)
+    if corrupt or severity:
+        _corrupted(loaded, dataset, corrupt or ["all"], severity or [], model=model, as_json=as_json)
+        return
+    known: list[Uncertainty] = []
+    scores = score_domains(loaded, dataset, known, threshold, progress=CountingBar("decoding images"))
+    average = sum(score["accuracy"] for score in scores.values()) / len(scores)
+    auroc = {} if unknown is None else unknown_auroc_of(loaded, known, find_images([unknown]))
+    if as_json:
+        result = {"model": str(model), "data": source, "domains": scores, "average": average} | auroc
+        print_json(result | ensemble_cost(model, loaded))
+        return
+    sources = loaded.info.source_domains
+    rows = [_row(domain + (" (trained on)" if domain in sources else ""), score) for domain, score in scores.items()]
+    headers = ["domain", "accuracy (%)", "95 % interval", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
+    print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", "", ""]])
+    show_worst_classes({domain: score["classes"] for domain, score in scores.items()})
+    if cascade:
+        _show_cascade(scores)
+    for name, value in auroc.items():
+        out.print(f"{name.replace('_', ' ')}: {value:.3f}", highlight=False, soft_wrap=True)
+    show_cost(model, loaded)
+
+
+def _corrupted(
+    loaded: Any, dataset: Any, names: Sequence[str], severities: Sequence[int], *, model: Path, as_json: bool
+) -> None:
+    """Score a model under corruptions and show a row per corruption, each the mean over the severities."""
+    from qtdog.cli.console import CountingBar, print_json, print_table
+    from qtdog.data.corruptions import SEVERITIES, corruption_names
+    from qtdog.ensemble.scoring import score_corruptions
+    from qtdog.report.tables import percent
+
+    asked, levels = corruption_names(names), sorted(set(severities)) or SEVERITIES
+    rows = score_corruptions(loaded, dataset, asked, levels, progress=CountingBar("scoring under corruptions"))
+    if as_json:
+        print_json({"model": str(model), "corruptions": rows})
+        return
+    table = []
+    for name in asked:
+        cells = [[row["accuracy"] for row in rows if (row["corruption"], row["domain"]) == (name, domain)]
+                 for domain in dataset.domains]  # fmt: skip
+        means = [sum(values) / len(values) for values in cells]
+        table.append([name, *map(percent, [*means, sum(means) / len(means)])])
+    title = f"accuracy (%) under corruption, mean over severities {', '.join(map(str, levels))}"
+    print_table(["corruption", *dataset.domains, "average"], table, title=title)
+
+
+def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    from qtdog.cli.console import print_table
+    from qtdog.report.tables import percent
+
+    found = [(domain, score["cascade"]) for domain, score in scores.items()]
+    rows = [
+        [domain, percent(one["accuracy"]), percent(one["accuracy_all"]), f"{one['members']:.2f}"]
+        for domain, one in found
+    ]
+    print_table(["domain", "with the cascade (%)", "all members (%)", "members asked, mean"], rows)
+
+
+def _row(name: str, score: Mapping[str, Any]) -> list[str]:
+    from qtdog.report.tables import percent
+    from qtdog.runs.statistics import percent_range
+
+    trust = [f"{score['ece']:.3f}", f"{score['brier']:.3f}", percent(score["risk_at_90"])]
+    return [name, percent(score["accuracy"]), percent_range(score["interval"]), f"{score['n']:,}", *trust]
+
+
+def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Show the classes that are surely worst, and what their images were taken for.
+
+    The order is by the upper end of the interval: one image that is wrong says little of its class.
+
+    Args:
+        classes: by domain, what `training.evaluation.class_scores` gives.
+    """
+    from qtdog.cli.console import print_table
+    from qtdog.report.tables import percent
+    from qtdog.runs.statistics import percent_range, share_interval
+
+    found = [
+        (share_interval(one["right"] / one["n"], one["n"]), domain, one)
+        for domain, rows in classes.items()
+        for one in rows
+        if one["right"] < one["n"]
+    ]
+    found.sort(key=lambda each: each[0][1])
+    rows = []
+    for interval, domain, one in found[:WORST]:
+        called = ", ".join(f"{name} ({count})" for name, count in list(one["called"].items())[:3])
+        right = f"{one['right']} of {one['n']}"
+        rows.append([domain, one["class"], percent(one["right"] / one["n"]), percent_range(interval), right, called])
+    if rows:
+        headers = ["domain", "class", "accuracy (%)", "95 % interval", "right", "taken for"]
+        print_table(headers, rows, title=f"where it errs most: {len(rows)} of {len(found)} classes with mistakes")
+
+
+SITES = "Images of every site, old and new: a folder SITE/CLASS/image, a name, or a manifest."
+OLD = "The model in use: a file, or the folder that it is in."
+NEW = "The model that may replace it: a file, or the folder that it is in."
+SKIP_SITES = "Leave out images that cannot be read, and say how many. Default: an unreadable image is an error."
+REGRESSED = 1
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help=OLD)],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help=NEW)],
+    *,
+    data: Annotated[str, typer.Option("--data", help=SITES)],
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP_SITES)] = False,
+    as_json: JsonOutput = False,
+) -> None:
+    """Compare two models on every site, image by image, before the new one replaces the old one.
+
+    For each site: both accuracies, the images won and lost, the 95 % interval of the difference and the exact McNemar
+    test. A site where the new model is worse beyond chance is named, and the exit code is then 1, so that a script can
+    stop there. Models may differ in everything but the classes of the data.
+
+    Examples:
+      qtdog compare old.safetensors runs/with-site-c --data photos/
+
+      qtdog compare old.safetensors new.safetensors --data photos/ --json
+    """
+    from dataclasses import asdict
+
+    from qtdog.cli.console import CountingBar, out, print_json, print_table
+    from qtdog.cli.train import warn_skipped
+    from qtdog.data.open import open_readable
+    from qtdog.ensemble.model import load
+    from qtdog.ensemble.model_comparison import compare_sites, worse_sites
+    from qtdog.report.tables import percent
+    from qtdog.runs.find import find_model
+
+    files = [find_model(path) for path in (old, new)]
+    models = [load(file) for file in files]
+    dataset = open_readable(
+        data, skip_unreadable=skip_unreadable, min_domains=1, progress=CountingBar("reading images")
+    )
+    warn_skipped(dataset)
+    sites = compare_sites(models[0], models[1], dataset, progress=CountingBar("decoding images"))
+    worse = worse_sites(sites)
+    if as_json:
+        rows = [
+            asdict(site) | {"interval": site.interval, "p_value": site.p_value, "verdict": site.verdict}
+            for site in sites
+        ]
+        print_json({"old": str(files[0]), "new": str(files[1]), "data": data, "sites": rows, "worse": worse})
+    else:
+        sources = set(models[1].info.source_domains)
+        table = [
+            [
+                site.domain + ("" if site.domain in sources else " (unseen)"),
+                f"{site.n:,}",
+                percent(site.n_old / site.n),
+                percent(site.n_new / site.n),
+                f"+{site.n_won} −{site.n_lost}",
+                "{:+.1f} … {:+.1f}".format(*(100 * end for end in site.interval)),
+                site.verdict,
+            ]
+            for site in sites
+        ]
+        headers = ["site", "images", "old (%)", "new (%)", "images won, lost", "difference, 95 %", "verdict"]
+        print_table(headers, table, title="(unseen): the new model was not trained on this site")
+        if worse:
+            text = f"The new model is worse at {', '.join(worse)}: look at them before it replaces the old one."
+            out.print(text, highlight=False, soft_wrap=True)
+    if worse:
+        raise typer.Exit(REGRESSED)

@@ -1,21 +1,95 @@
-"""`qtdog reproduce`: a study with expected values, such as a table of the paper; our runs beside its numbers."""
+"""`qtdog demo` and `qtdog reproduce`: experiments that come with the program, our runs beside the paper's numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtdog.cli.options import AS_JSON, Gpus, Threads, Workers
+from qtdog.cli.options import AS_JSON, Gpus, JsonOutput, Threads, Workers
 
 if TYPE_CHECKING:
-    from qtdog.api.paper import PlannedRun
-    from qtdog.sweep.expected import Line
+    from qtdog.api.studies import PlannedRun
     from qtdog.sweep.plan import Plan
+    from qtdog.sweep.results import Line
     from qtdog.sweep.study import Study
+
+
+TARGETS = ("0", "75")
+MEMBERS = 3
+
+
+def demo(
+    *,
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: runs and report.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=10, help="Number of updates of each run.")] = 400,
+    as_json: JsonOutput = False,
+) -> None:
+    """Compare float ERM, 7-bit QT-DoG and an ensemble of three on digits rotated by angles that none saw in training.
+
+    Two unseen angles (0° and 75°), one seed: a look at the program, not a measurement of the method. All models of an
+    angle share their float steps. What is finished in the output folder is not trained again.
+
+    Example:
+      qtdog demo
+    """
+    from qtdog.cli.console import err, print_json, print_table
+    from qtdog.report.tables import cost_table
+
+    results = [result for target in TARGETS for result in run_target(out, target, steps)]
+    headers, rows = cost_table(by_method(results))
+    page = write_page(out)
+    if as_json:
+        print_json(results)
+    else:
+        print_table(headers, rows, title="accuracy (%) on digits at an unseen angle (degrees); one seed")
+    err.print(f"report  {page.resolve()}", highlight=False, soft_wrap=True, markup=False)
+
+
+def run_target(out: Path, target: str, steps: int) -> list[dict[str, Any]]:
+    """Return the results of a float run, a 7-bit run and the ensemble of this and two more, for one unseen angle."""
+    from dataclasses import replace
+
+    from qtdog.api.experiment import Members, Request, make_plan
+    from qtdog.cli.train import join_shown, train_shown
+
+    flags = {"target": target, "steps": steps}
+    quantized = Request(
+        flags | {"quantizer": "lsq", "bits": 7}, members=Members(MEMBERS, fork_at="start"), out=out, resume=True
+    )
+    dataset, members = make_plan(quantized)
+    _, (single,) = make_plan(Request(flags | {"quantizer": "none"}, out=out / f"{target}-float", resume=True))
+    fork_point = members[0].fork_point
+    assert fork_point is not None
+    # the float run goes on where the quantized ones begin: its steps until then are theirs
+    single = replace(single, fork_point=replace(fork_point, until=fork_point.step))
+    first, *_ = train_shown(dataset, members[:1], resume=True)
+    results = [*train_shown(dataset, [single], resume=True), first]
+    train_shown(dataset, members[1:], resume=True)
+    return results + join_shown(dataset, members, out)
+
+
+def by_method(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the results grouped by method, in the order of their first appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(result["method"], []).append(result)
+    return groups
+
+
+def write_page(out: Path) -> Path:
+    """Write `report.html` from everything finished in a folder, and return its path."""
+    from qtdog.core.files import write_atomic
+    from qtdog.report.html import PageOptions, build_page
+    from qtdog.runs.find import find_runs
+
+    page = out / "report.html"
+    write_atomic(page, build_page(find_runs([out]), PageOptions(page, title="Rotated digits")))
+    return page
+
 
 STUDY = "Which table, like table01, or a study file with expected values; leave it out to list the tables."
 DATASET = "Which data set of the table, as the paper or 'qtdog data list' calls it."
@@ -55,10 +129,10 @@ def reproduce(
 
       qtdog reproduce table01 --dataset PACS --only ERM --only QT-DoG --trials 1
     """
-    from qtdog.api.paper import count_runs, find_study, narrow, planned_runs
+    from qtdog.api.studies import count_runs, find_study, narrow, planned_runs
     from qtdog.cli.sweep import EngineOptions, drive, make_engine, raise_failed
     from qtdog.core.config_io import parse_assignment
-    from qtdog.sweep.expected import compare_with_expected, expected_rows, row_lines
+    from qtdog.sweep.results import compare_with_expected, expected_rows, row_lines
 
     if study is None:
         show_tables(as_json=as_json)
@@ -86,9 +160,9 @@ def reproduce(
 
 def show_tables(*, as_json: bool) -> None:
     """Print the tables that can be reproduced."""
-    from qtdog.api.paper import shipped_studies
+    from qtdog.api.studies import shipped_studies
     from qtdog.cli.console import print_json, print_table
-    from qtdog.sweep.expected import expected_rows
+    from qtdog.sweep.results import expected_rows
 
     studies = shipped_studies()
     if as_json:
@@ -127,7 +201,7 @@ def open_study(study: Study, data: str | None, *, may_be_missing: bool) -> Plan 
 
 def _show(title: str, lines: Sequence[Line], *, changed: bool) -> None:
     from qtdog.cli.console import out, print_table, warn
-    from qtdog.sweep.expected import HEADERS
+    from qtdog.sweep.results import HEADERS
 
     print_table(HEADERS, [line.cells() for line in lines], title=title)
     out.print("ours: mean ± standard error over trials; single models on 80 % of the unseen domain, ensembles on all")
@@ -139,7 +213,7 @@ def _show(title: str, lines: Sequence[Line], *, changed: bool) -> None:
 
 def show_cost(runs: Sequence[PlannedRun], speed: float) -> None:
     """Print the runs and what the missing ones would cost."""
-    from qtdog.api.paper import cost_of
+    from qtdog.api.studies import cost_of
     from qtdog.cli.console import out, print_table
 
     rows: dict[str, list[str]] = {}
@@ -158,7 +232,7 @@ def show_cost(runs: Sequence[PlannedRun], speed: float) -> None:
 
 
 def _print_json(table: str, dataset: str, lines: Sequence[Line], runs: Sequence[PlannedRun], speed: float) -> None:
-    from qtdog.api.paper import cost_of
+    from qtdog.api.studies import cost_of
     from qtdog.cli.console import print_json
 
     cost = cost_of(runs)

@@ -23,22 +23,22 @@ from qtdog.cli.options import (
     Only,
     OutFolder,
     Partition,
+    QtdogGroup,
     RunsFolder,
     StudyFile,
     Threads,
     Workers,
 )
-from qtdog.cli.spelling import QtdogGroup
-from qtdog.cli.sweep_table import table
+from qtdog.cli.sweep_output import table
 from qtdog.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qtdog.sweep.clusters import SlurmJob
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.journal import Outcome
     from qtdog.sweep.local import Resources
     from qtdog.sweep.plan import Plan, Task
     from qtdog.sweep.runner import Engine, SweepProgress
-    from qtdog.sweep.slurm import SlurmJob
 
 
 def open_plan(study: Path, data: str | None, out: Path | None) -> tuple[Plan, Path]:
@@ -122,9 +122,8 @@ def make_engine(options: EngineOptions, plan: Plan, folder: Path) -> Engine:
     Raises:
         ConfigError, RunError: what it needs is not installed or not there.
     """
+    from qtdog.sweep.clusters import RayEngine, SlurmEngine
     from qtdog.sweep.local import LocalEngine, local_resources
-    from qtdog.sweep.ray import RayEngine
-    from qtdog.sweep.slurm import SlurmEngine
 
     if options.engine == "ray":
         here = local_resources(workers=options.workers, threads=options.threads, gpus=0)
@@ -152,7 +151,7 @@ def show_job(options: EngineOptions) -> None:
 
 
 def _job(options: EngineOptions) -> SlurmJob:
-    from qtdog.sweep.slurm import SlurmJob
+    from qtdog.sweep.clusters import SlurmJob
 
     return SlurmJob(options.threads or 1, int(options.gpus or 0), options.hours, options.partition)
 
@@ -278,7 +277,7 @@ def _show_status(
 ) -> None:
     from qtdog.api.display import duration_text
     from qtdog.cli.console import out, print_table
-    from qtdog.cli.sweep_progress import failure_lines, task_text
+    from qtdog.cli.sweep_output import failure_lines, task_text
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.runner import STATES, unfinished
 
@@ -380,7 +379,7 @@ def merge(
     """
     from qtdog.cli.console import out, warn
     from qtdog.core.errors import RunError
-    from qtdog.sweep.merge import merge_folders as merge_runs
+    from qtdog.sweep.journal import merge_folders as merge_runs
 
     found = merge_runs(sources, into)
     counts = f"{len(found.copied)} copied, {len(found.kept)} were there, {len(found.busy)} in use and left alone"
@@ -471,7 +470,7 @@ def drive(
 ) -> SweepProgress:
     """Do what is missing of some tasks and show how it goes (errors as in `sweep_tasks`, but for failed tasks)."""
     from qtdog.cli.console import CountingBar
-    from qtdog.cli.sweep_progress import progress_display
+    from qtdog.cli.sweep_output import progress_display
     from qtdog.cli.train import warn_skipped
     from qtdog.sweep.journal import save_labels
     from qtdog.sweep.runner import Driver, check_tasks, unfinished
@@ -485,7 +484,7 @@ def drive(
 
 def raise_failed(plan: Plan, progress: SweepProgress) -> None:
     """Leave with an error that lists the failed tasks and those that wait for them, if any failed."""
-    from qtdog.cli.sweep_progress import failure_lines
+    from qtdog.cli.sweep_output import failure_lines
     from qtdog.core.errors import RunError
 
     if progress.failed:

@@ -141,7 +141,7 @@ def train(
 
 def dry_run(dataset: Any, plan: Sequence[Planned], *, as_json: bool) -> None:
     """Print what would be trained and where, with which configuration, and about how long it takes here."""
-    from qtdog.api.cost import describe_run, estimate_runs, slow_warning
+    from qtdog.api.budget import describe_run, estimate_runs, slow_warning
     from qtdog.cli.console import out, print_json, print_table, warn
     from qtdog.core.config_io import to_yaml
 
@@ -257,7 +257,7 @@ def show(results: Sequence[dict[str, Any]], ensembles: Sequence[dict[str, Any]] 
 def _show_mistakes(results: Sequence[Mapping[str, Any]]) -> None:
     """Show how sure each accuracy is, of a single run also those of the sources, and the classes it errs most in."""
     from qtdog.cli.console import print_table
-    from qtdog.cli.evaluate import show_worst_classes
+    from qtdog.cli.predict import show_worst_classes
     from qtdog.report.tables import percent
     from qtdog.runs.statistics import percent_range, share_interval
 

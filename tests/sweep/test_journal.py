@@ -11,7 +11,7 @@ import pytest
 
 from qtdog.core.files import replacing_folder
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.merge import merge_folders, progress_of
+from qtdog.sweep.journal import merge_folders, progress_of
 
 
 def make_run(path, *, content, step=2, finished=True):

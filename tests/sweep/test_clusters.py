@@ -1,4 +1,4 @@
-"""Ray gives the same results, and so does a machine that does not share the folder."""
+"""Ray gives the same results, also without a shared folder; what a Slurm job asks for."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from types import SimpleNamespace
 import pytest
 
 from qtdog.core.errors import ConfigError
-from qtdog.sweep.plan import EnsembleMembers, Task
-from qtdog.sweep.ray import (
+from qtdog.sweep.clusters import (
     MEMBER_FILES,
     RayEngine,
+    SlurmEngine,
+    SlurmJob,
+    Work,
     import_ray,
+    import_submitit,
     pack,
     run_task_with_files,
     task_files,
     unpack_folder,
 )
+from qtdog.sweep.plan import EnsembleMembers, Task
 from qtdog.sweep.runner import Driver, unfinished
 
 
@@ -122,3 +126,36 @@ def test_of_members_only_the_files_that_are_read_are_sent(tmp_path):
         task = Task("e", "ensemble", 0, ensemble=EnsembleMembers(kind, ("member",)))
         unpack_folder(task_files(task, tmp_path)["member"], tmp_path / kind)
         assert sorted(path.name for path in (tmp_path / kind).iterdir()) == sorted(names)
+
+
+def test_a_job_asks_for_what_was_asked():
+    asked = SlurmJob(threads=4, gpus=2, hours=1.5, partition="gpu").parameters
+    assert (asked["cpus_per_task"], asked["gpus_per_node"], asked["time"], asked["partition"]) == (4, 2, 90, "gpu")
+    assert asked["signal_delay_s"] == 120
+    assert SlurmJob().parameters.keys().isdisjoint({"gpus_per_node", "partition"})
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves its logs open
+def test_jobs_give_the_same_results(make_tiny, tmp_path, running):
+    pytest.importorskip("submitit")
+    plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
+    expected = running.measured(running.in_this_process(plan, tmp_path / "here"), plan)
+    out = tmp_path / "jobs"
+    engine = SlurmEngine(out, plan.source, workers=1, job=SlurmJob(), cluster="debug")
+    progress = Driver(plan.tasks, out, engine, running.Quiet()).run()
+    assert not progress.failed
+    assert running.measured(out, plan) == expected
+
+
+def test_a_job_whose_time_is_over_goes_on_in_a_new_one():
+    pytest.importorskip("submitit")
+    work = Work("out", "rotated-digits", 1)
+    again = work.checkpoint({"name": "a"})
+    assert (again.function, again.args) == (work, ({"name": "a"},))
+
+
+def test_without_submitit_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match=r"pip install 'qtdog\[slurm\]'"):
+        import_submitit()

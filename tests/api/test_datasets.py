@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from qtdog.api.datasets import SequenceDataset
 from qtdog.core.errors import DataError
-from qtdog.data.sequence import SequenceDataset
 
 
 def grey(i: int) -> Image.Image:
