@@ -12,10 +12,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test stress lint docs pictures bench gpu-check clean
+.PHONY: help setup demo test stress check-release lint docs pictures bench gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything (PYTHON=python3.12 chooses the interpreter)
 
@@ -48,6 +48,9 @@ test: lint ## lint, then all tests but those of make stress
 
 stress: setup ## the tests that make test leaves out: kills, interrupts, fresh processes (many seconds each)
 	@$(BIN)/pytest -m stress
+
+check-release: setup ## build sdist and wheel, install the sdist without extras, run the demo and the README there
+	@$(BIN)/python tests/stress/fresh_install.py
 
 docs: setup ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

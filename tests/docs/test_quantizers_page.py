@@ -41,7 +41,8 @@ def test_the_table_of_members_is_the_registry():
 
 
 def test_the_table_of_controls_names_presets_and_leaves_none_out():
-    mentioned = [name for cells in rows(section("What each control separates")) for name in names(" ".join(cells[1:]))]
+    table = rows(section("What each control separates", DETAIL))
+    mentioned = [name for cells in table for name in names(" ".join(cells[1:]))]
     controls = {name for name in preset_names() if set(load_preset(name)) <= {"quantizer", "optimizer"}}
     assert set(mentioned) - set(OPTION_NAMES) == controls
 

@@ -67,10 +67,14 @@ class DataConfig(Section):
         description="how often a class is drawn within its domain: as often as it is there, all alike, or half-way",
     )
     label_noise: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the sources' training labels that are made wrong, for a study"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of each source's training labels that are made wrong, for a study; which ones depends "
+        "on data.trial alone",
     )
     label_noise_validation: bool = Field(
-        default=False, description="make the same share of the held-out labels wrong too; default: they stay clean"
+        default=False, description="make the same share of the held-out labels wrong too; those of the target never are"
     )
     skip_unreadable: bool = Field(default=False, description="leave out images that cannot be read, and record which")
     allow_missing_classes: bool = Field(default=False, description="accept a domain that lacks a class")
@@ -206,8 +210,8 @@ class QuantizerConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer; the published protocol is plain Adam without decay or schedule."""
 
-    name: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(default=5e-5, gt=0, lt=10)
+    name: Literal["adam", "sgd"] = Field(default="adam", description="adam or sgd")
+    lr: float = Field(default=5e-5, gt=0, lt=10, description="learning rate")
     weight_decay: float = Field(default=0.0, ge=0, description="of the weights; step sizes never decay")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
     step_size_lr: float = Field(default=1.0, gt=0, description="learning rate of the step sizes, as a multiple of lr")
@@ -224,19 +228,20 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """Length, validation, seeds and precision."""
 
-    steps: int = Field(default=5000, ge=1)
+    steps: int = Field(default=5000, ge=1, description="number of updates")
     eval_every: int = Field(default=300, ge=1, description="steps between evaluations")
     checkpoint_every: int | None = Field(
         default=None, ge=1, description="steps between checkpoints; default eval_every"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of initialization, batches and augmentation; it changes no split")
     selection: Literal["source", "last", "oracle"] = Field(
         default="source",
         description="which checkpoint is saved: best source validation, the last, or best on the target",
     )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         default="fp32",
-        description="of the arithmetic: float32, on GPUs with its products in TensorFloat-32, or autocast to bfloat16",
+        description="of the arithmetic: float32 (torch's own default rounds the inputs of convolutions on GPUs), "
+        "products in TensorFloat-32, or autocast to bfloat16",
     )
     probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")
     abstain: float = Field(
