@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qtdog.data.augment import BufferPool
 from qtdog.data.augment_policies import POLICIES
-from qtdog.data.input_cache import Indices, InputCache
+from qtdog.data.decoded_cache import Indices, InputCache
 from qtdog.data.loader import TrainBatches
 from qtdog.models.backbones import create_network
 from qtdog.models.network import Network

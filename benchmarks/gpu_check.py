@@ -35,7 +35,7 @@ import torch
 
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.config_io import build_config, load_preset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.quantizers.registry import QUANTIZERS

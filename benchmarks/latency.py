@@ -35,11 +35,11 @@ from qtdog.data.open import open_any
 from qtdog.ensemble.members import read_member
 from qtdog.ensemble.scoring import EvaluationSet, open_evaluation_set
 from qtdog.export.benchmark import Bench, BenchmarkPlan, Measured, bench
-from qtdog.export.benchmark_statistics import ratio_spread
+from qtdog.export.benchmark_measures import ratio_spread
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
-from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import PackedSource, read_packed_source
+from qtdog.export.parity import LabelledImages
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble

@@ -22,7 +22,7 @@ import torch
 
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.training.build import build_components

@@ -24,7 +24,7 @@ from PIL import Image
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 
 # a first backward pass, or a busy machine, may take longer than hypothesis allows one example
 settings.register_profile("qtdog", deadline=None)

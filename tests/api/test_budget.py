@@ -29,7 +29,7 @@ from qtdog.api.experiment import Members, Request, configure, make_plan
 from qtdog.core.config import Config
 from qtdog.core.config_io import is_method_preset
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.runs.folder import RunFolder
 
 SMALL: dict[str, Any] = {"steps": 4, "batch_size": 4, "image_size": 12, "eval_every": 2}

@@ -14,11 +14,10 @@ from PIL import Image
 
 from qtdog.data.decode import to_square
 from qtdog.ensemble.prediction import find_images, predict_images
-from qtdog.export.bundle import write_bundle
+from qtdog.export.bundle import web_runtime, write_bundle
 from qtdog.export.bundle_predict import Classifier
-from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import read_packed_source
-from qtdog.export.web_page import web_runtime
+from qtdog.export.parity import LabelledImages
 from qtdog.training.load_model import load_model
 
 MADE = runpy.run_path(str(Path(__file__).parents[1] / "export" / "conftest.py"))

@@ -17,7 +17,7 @@ from qtdog.analysis.flatness import FlatnessPlan, measure_flatness
 from qtdog.analysis.hessian import HessianPlan, measure_hessian
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import Interrupted
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run

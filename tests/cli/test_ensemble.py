@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from qtdog.data.decoded_cache import open_cache
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.ensemble.model import load
 
 SHORT = ("--steps", 5, "--batch-size", 4, "--image-size", 12, "--set", "train.eval_every=2")

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from qtdog.data.digits import RotatedDigits
-from qtdog.export.images import validation_images
+from qtdog.data.known_datasets import RotatedDigits
+from qtdog.export.parity import validation_images
 
 RUN = ("train", "--data", "rotated-digits", "--target", "75", "--steps", "6", "--image-size", "12")
 

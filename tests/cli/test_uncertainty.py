@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import load, load_ensemble_model
 from qtdog.ensemble.prediction import member_logits, predict_from_logits

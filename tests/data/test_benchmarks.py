@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from qtdog.core.errors import DataError
 from qtdog.data.archive import unpack
 from qtdog.data.cards import CARDS, UNCHECKED
-from qtdog.data.digits import FILES, FLIP_COLOUR, MnistDataset, read_mnist
+from qtdog.data.known_datasets import FILES, FLIP_COLOUR, MnistDataset, open_camelyon17, open_reviews, read_mnist
 from qtdog.data.splits import make_splits
 from qtdog.data.text import TextDataset
 from qtdog.data.verify import verify_texts
-from qtdog.data.wilds import open_camelyon17, open_reviews
 from qtdog.training.evaluation import group_accuracy
 
 PUBLISHED = {

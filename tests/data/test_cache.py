@@ -9,11 +9,10 @@ from PIL import Image
 
 from qtdog.core.errors import DataError, RunError
 from qtdog.data.decode import decode_resized
-from qtdog.data.decoded_cache import IMAGES, DecodedCache, content_sha256, open_cache
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.decoded_cache import IMAGES, DecodedCache, cache_root, content_sha256, open_cache
 from qtdog.data.file_index import load_index
 from qtdog.data.image_folder import FileDataset, open_folder
-from qtdog.data.input_cache import cache_root
+from qtdog.data.known_datasets import RotatedDigits
 
 
 @pytest.fixture

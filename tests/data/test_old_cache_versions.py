@@ -11,8 +11,7 @@ from PIL import Image
 
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.decoded_cache import IMAGES, DecodedCache, open_cache
-from qtdog.data.image_folder import open_folder
-from qtdog.data.manifest import open_manifest
+from qtdog.data.image_folder import open_folder, open_manifest
 
 
 @pytest.fixture

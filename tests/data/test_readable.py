@@ -10,8 +10,8 @@ import pytest
 
 from qtdog.core.errors import DataError
 from qtdog.data.dataset import DomainSubset, require_images
-from qtdog.data.digits import RotatedDigits
 from qtdog.data.image_folder import FileDataset, open_folder
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.data.open import without_unreadable
 
 

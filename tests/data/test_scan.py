@@ -22,9 +22,8 @@ from qtdog.core.errors import DataError
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import look_alikes
 from qtdog.data.file_index import files_below
-from qtdog.data.image_folder import open_folder
+from qtdog.data.image_folder import open_folder, open_manifest
 from qtdog.data.import_layouts import adopt
-from qtdog.data.manifest import open_manifest
 from qtdog.data.scan import IMAGE_SUFFIXES, JUNK_FOLDERS, PassedOver, names_below
 from qtdog.data.verify import verify
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import DataError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.data.splits import holdout, make_splits, split_seed, three_way
 
 SIZES = st.integers(0, 500)

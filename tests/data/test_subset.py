@@ -9,8 +9,8 @@ from qtdog.core.errors import DataError
 from qtdog.data.cards import check_counts
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.decoded_cache import content_sha256, open_cache
-from qtdog.data.digits import RotatedDigits
 from qtdog.data.image_folder import open_folder
+from qtdog.data.known_datasets import RotatedDigits
 
 
 @pytest.mark.parametrize("kept", [["0"], ["75", "0"], ["15", "30", "60"]])

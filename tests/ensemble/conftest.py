@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qtdog.core.config_io import build_config, load_preset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.ensemble.members import Member, read_member
 from qtdog.runs.folder import RunFolder
 from qtdog.training.protocol import resolve

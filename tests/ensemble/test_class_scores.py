@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.ensemble.members import Member
 from qtdog.ensemble.model import load
 from qtdog.ensemble.scoring import score_domains

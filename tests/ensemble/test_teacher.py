@@ -9,7 +9,7 @@ from torch.nn import functional
 from qtdog.core.config import ObjectiveConfig
 from qtdog.core.errors import Interrupted, ModelError
 from qtdog.core.progress import StopAfter
-from qtdog.data.input_cache import cache_root
+from qtdog.data.decoded_cache import cache_root
 from qtdog.ensemble.teacher import (
     RIDGE,
     BackboneTeacher,

@@ -16,8 +16,8 @@ from qtdog.conversion.attach import activation_grids, attach, input_layers
 from qtdog.conversion.save import save
 from qtdog.export.export import Exported, export
 from qtdog.export.formats import FORMATS
-from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import PackedSource, read_packed_source
+from qtdog.export.parity import LabelledImages
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.models.network import Network
 from qtdog.packing.ensemble_file import save_ensemble

@@ -15,12 +15,11 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, FormatError, RunError
 from qtdog.export.benchmark import BenchmarkPlan, bench, choose_runtimes, file_bytes, model_file, plot_bench
-from qtdog.export.benchmark_machine import count_operators, cpu_features
-from qtdog.export.benchmark_statistics import Turn, pareto, summarise
+from qtdog.export.benchmark_measures import Turn, count_operators, cpu_features, pareto, summarise
 from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker, serve
 from qtdog.export.export import export
-from qtdog.export.images import LabelledImages
 from qtdog.export.packed_source import read_packed_source
+from qtdog.export.parity import LabelledImages
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.backbones import create_network, preprocessing
 from qtdog.packing.ensemble_file import save_ensemble
@@ -86,7 +85,7 @@ def test_memory_that_is_given_back_counts_for_the_peak():
     # in a process of its own: in one that runs tests, pages come and go beside it
     lines = [
         "import numpy as np",
-        "from qtdog.export.benchmark_machine import peak_memory, reset_peak_memory",
+        "from qtdog.export.benchmark_measures import peak_memory, reset_peak_memory",
         "before = reset_peak_memory()",
         "block = np.ones(200_000_000, dtype=np.uint8)",
         "del block",

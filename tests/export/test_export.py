@@ -17,11 +17,10 @@ from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.ensemble.prediction import predict_images
 from qtdog.export.export import export
 from qtdog.export.formats import FORMATS
-from qtdog.export.images import LabelledImages
 from qtdog.export.inference_module import OUTPUTS, InferenceModule
-from qtdog.export.info import KEY
 from qtdog.export.integer_weight import SAFE
-from qtdog.export.packed_source import PackedSource, read_packed_source
+from qtdog.export.packed_source import KEY, PackedSource, read_packed_source
+from qtdog.export.parity import LabelledImages
 from qtdog.export.runtimes import open_runtime
 from qtdog.models.network import Network
 from qtdog.training.load_model import load_model

@@ -7,7 +7,7 @@ import pytest
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError
 from qtdog.export.formats import FORMATS, format_for
-from qtdog.export.info import library
+from qtdog.export.packed_source import library
 from qtdog.export.parity import FLOAT, INTEGER, Parity
 from qtdog.export.runtimes import open_runtime
 

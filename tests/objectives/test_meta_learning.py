@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.objectives.base import DomainBatch, ModelView, ObjectiveSetting
 from qtdog.objectives.functional import random_ring, with_gradients

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.objectives.base import ObjectiveSetting
 from qtdog.objectives.functional import random_ring
 from qtdog.objectives.perturbation import (

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from qtdog.conversion.attach import attach, sites
 from qtdog.core.errors import ConfigError, ModelError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.models.feature_layers import find_stages
 from qtdog.models.network import Network
 from qtdog.objectives.base import DomainOutputs, ObjectiveSetting

@@ -13,7 +13,7 @@ import pytest
 
 from qtdog.core.config import Config
 from qtdog.core.errors import RunError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.report.charts import curves_chart, risk_chart
 from qtdog.report.html import PageOptions, asset, build_page, json_for_html, mistakes_table
 from qtdog.report.inputs import find_analyses, latencies, read_bench

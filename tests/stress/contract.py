@@ -24,7 +24,7 @@ import qtdog
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES

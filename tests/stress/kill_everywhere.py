@@ -47,8 +47,8 @@ from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import QtdogError, RunError
 from qtdog.data.cards import CARDS, Archive
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
 from qtdog.data.fetch import fetch, remember, work_folder
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.index import ask, refresh
 from qtdog.sweep.journal import merge_folders, save_labels
@@ -255,7 +255,7 @@ class Export(Work):
 
     def images(self) -> Any:
         """Return eight images of noise."""
-        from qtdog.export.images import LabelledImages
+        from qtdog.export.parity import LabelledImages
 
         rng = np.random.default_rng(0)
         return LabelledImages(rng.integers(0, 256, (8, 32, 32, 3), np.uint8), rng.integers(0, 3, 8), ("a", "b"))

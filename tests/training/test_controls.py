@@ -13,7 +13,7 @@ from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset, preset_names
 from qtdog.core.errors import Interrupted
 from qtdog.core.progress import StopAfter
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder

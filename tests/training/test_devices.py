@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.registry import Registry
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES, DomainOutputs
 from qtdog.quantizers.registry import QUANTIZERS

@@ -12,7 +12,7 @@ import torch
 from qtdog.core.config import Config
 from qtdog.core.errors import FormatError, Interrupted
 from qtdog.core.progress import StopAfter
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.models.backbones import create_network
 from qtdog.packing.packed_file import load_packed
 from qtdog.runs.folder import RunFolder

@@ -12,7 +12,7 @@ from torch import nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.inspect import LayerHealth, layer_health
 from qtdog.core.errors import CollapseError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Score, SourceRecord
 from qtdog.training.checkpoint import latest_checkpoint

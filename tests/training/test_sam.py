@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from qtdog.conversion.attach import attach, sites
 from qtdog.core.errors import NonFiniteLossError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.objectives.risks import ERM
 from qtdog.quantizers.lsq import LSQ
 from qtdog.training.build import build_components

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.training.build import build_components
 from qtdog.training.loop import begin_step
 from qtdog.training.protocol import resolve

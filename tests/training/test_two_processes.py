@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from qtdog.api.experiment import Request, make_plan
 from qtdog.cli.main import main
 from qtdog.core.config_io import build_config, load_preset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components

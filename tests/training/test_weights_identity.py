@@ -7,7 +7,7 @@ import pytest
 from qtdog.core.config import config_hash
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.training.protocol import resolve
 
 

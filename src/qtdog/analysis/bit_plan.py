@@ -279,7 +279,7 @@ def without_target(dataset: DomainDataset, target: str) -> DomainSubset:
         ConfigError: no such target, fewer than two sources are left, or a data set of texts.
 
     Example:
-        >>> from qtdog.data.digits import RotatedDigits
+        >>> from qtdog.data.known_datasets import RotatedDigits
         >>> without_target(RotatedDigits(), "75").domains
         ('0', '15', '30', '45', '60')
     """

@@ -34,8 +34,8 @@ from qtdog.ensemble.scoring import score_domains
 from qtdog.export.export import Exported
 from qtdog.export.export import export as export_file
 from qtdog.export.formats import FORMATS, format_for
-from qtdog.export.images import Draw, draw_export_images
 from qtdog.export.packed_source import read_packed_source
+from qtdog.export.parity import Draw, draw_export_images
 from qtdog.models.text_backbones import make_tokenizer
 from qtdog.runs.find import find_model
 from qtdog.training.load_model import ModelInfo, open_training_data

@@ -12,10 +12,10 @@ from qtdog.cli.options import JsonOutput, Model
 
 if TYPE_CHECKING:
     from qtdog.export.benchmark import Bench, Measured
-    from qtdog.export.benchmark_statistics import Spread
+    from qtdog.export.benchmark_measures import Spread
     from qtdog.export.benchmark_worker import ModelFacts
     from qtdog.export.export import Exported
-    from qtdog.export.images import LabelledImages
+    from qtdog.export.parity import LabelledImages
     from qtdog.training.load_model import ModelInfo
 
 
@@ -70,12 +70,11 @@ def export(
     from qtdog.cli.console import CountingBar, print_json, tidy_end
     from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
-    from qtdog.export.bundle import BUNDLE_FORMATS, write_bundle
+    from qtdog.export.bundle import BUNDLE_FORMATS, web_runtime, write_bundle
     from qtdog.export.export import export as write
     from qtdog.export.formats import FORMATS, format_for
-    from qtdog.export.images import Draw, draw_export_images
     from qtdog.export.packed_source import read_packed_source
-    from qtdog.export.web_page import web_runtime
+    from qtdog.export.parity import Draw, draw_export_images
     from qtdog.runs.find import find_model
     from qtdog.training.load_model import open_training_data
 
@@ -225,7 +224,7 @@ def _images(files: list[Path], data: str, domain: str | None, n_images: int) -> 
     from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
     from qtdog.export.benchmark import model_file
-    from qtdog.export.images import Draw, draw_images
+    from qtdog.export.parity import Draw, draw_images
     from qtdog.training.load_model import open_training_data
 
     dataset = open_training_data([model_file(file) for file in files], data, progress=CountingBar("reading images"))

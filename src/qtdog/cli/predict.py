@@ -158,7 +158,7 @@ def accept_(rows: Sequence[dict[str, Any]], threshold: float) -> None:
 def abstain_(rows: Sequence[dict[str, Any]], frac: float) -> None:
     """Take the class from the least certain share of the rows, in place, and mark which; 0 leaves them as they are."""
     from qtdog.cli.console import err
-    from qtdog.ensemble.uncertainty import rejected
+    from qtdog.ensemble.prediction import rejected
 
     if not frac:
         return
@@ -258,9 +258,8 @@ def evaluate(
     from qtdog.core.errors import ConfigError
     from qtdog.data.open import open_readable, recorded_source
     from qtdog.ensemble.model import load
-    from qtdog.ensemble.prediction import as_cascade, find_images
+    from qtdog.ensemble.prediction import Uncertainty, as_cascade, find_images
     from qtdog.ensemble.scoring import score_domains, unknown_auroc_of
-    from qtdog.ensemble.uncertainty import Uncertainty
     from qtdog.report.tables import percent
     from qtdog.runs.find import find_model
     from qtdog.training.load_model import training_configs
@@ -406,7 +405,7 @@ def compare(
     from qtdog.cli.train import warn_skipped
     from qtdog.data.open import open_readable
     from qtdog.ensemble.model import load
-    from qtdog.ensemble.model_comparison import compare_sites, worse_sites
+    from qtdog.ensemble.scoring import compare_sites, worse_sites
     from qtdog.report.tables import percent
     from qtdog.runs.find import find_model
 

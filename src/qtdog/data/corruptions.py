@@ -25,8 +25,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.random import torch_stream
 from qtdog.core.registry import Registry
 from qtdog.data.augment import BufferPool, normalise
-from qtdog.data.decoded_cache import DecodedCache
-from qtdog.data.input_cache import Indices, InputCache
+from qtdog.data.decoded_cache import DecodedCache, Indices, InputCache
 
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_SIZE = 224

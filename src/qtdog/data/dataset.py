@@ -394,7 +394,7 @@ class DomainSubset(ImageSubset):
         DataError: a name is no domain of `dataset`, or none is kept.
 
     Example:
-        >>> from qtdog.data.digits import RotatedDigits
+        >>> from qtdog.data.known_datasets import RotatedDigits
         >>> subset = DomainSubset(RotatedDigits(), ["15", "0"])
         >>> subset.domains, len(subset)
         (('0', '15'), 600)

@@ -14,9 +14,9 @@ from qtdog.core.files import atomic_folder
 from qtdog.core.progress import Progress
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import composed
-from qtdog.data.digits import find_mnist
 from qtdog.data.file_index import files_below, write_hashes
 from qtdog.data.image_folder import SPLIT_FOLDERS
+from qtdog.data.known_datasets import find_mnist
 from qtdog.data.scan import PassedOver, images_below, is_image, list_folder, subfolders
 
 MAX_DEPTH = 3

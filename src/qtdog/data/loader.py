@@ -19,7 +19,7 @@ from qtdog.core.random import numpy_stream, torch_stream
 from qtdog.core.registry import Value, fill
 from qtdog.data.augment import AUGMENTATIONS, BufferPool, augment, draw_parameters, normalise
 from qtdog.data.augment_policies import POLICIES, PolicyAugmentation
-from qtdog.data.input_cache import InputCache
+from qtdog.data.decoded_cache import InputCache
 from qtdog.data.original_cache import OriginalCache
 
 BUILT_IN = ("domainbed", "none", *POLICIES)  # augmentations of the package

@@ -19,13 +19,11 @@ from qtdog.core.registry import Registry
 from qtdog.data.cards import CARDS, DatasetCard, check_counts, data_root
 from qtdog.data.dataset import DomainDataset, ImageDataset, ImageSubset, map_samples
 from qtdog.data.decode import HINT, DecodeError, FileGoneError, decoder
-from qtdog.data.digits import MnistDataset, RotatedDigits
+from qtdog.data.decoded_cache import cache_root
 from qtdog.data.file_index import NOTES, SETTLED_NS
-from qtdog.data.image_folder import FileDataset, open_folder, require_domains, require_path
-from qtdog.data.input_cache import cache_root
-from qtdog.data.manifest import SUFFIXES, open_manifest
+from qtdog.data.image_folder import SUFFIXES, FileDataset, open_folder, open_manifest, require_domains, require_path
+from qtdog.data.known_datasets import MnistDataset, RotatedDigits, open_camelyon17, open_reviews
 from qtdog.data.text import TextDataset, TextDomains
-from qtdog.data.wilds import open_camelyon17, open_reviews
 
 COLUMN = re.compile(r"(?P<path>.+\.(?:csv|jsonl)):(?P<column>[^:/\\]+)", re.IGNORECASE)
 

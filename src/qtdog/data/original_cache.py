@@ -33,10 +33,13 @@ from qtdog.data.decoded_cache import (
     HASH_BYTES,
     IMAGES,
     MAX_LISTED,
+    Indices,
     Rows,
+    cache_root,
     caches_newest_first,
     content_and_hashes,
     find_rows,
+    keep_from_removal,
     read_as_hashed,
     refuse_unreadable,
     remove_old_versions,
@@ -44,7 +47,6 @@ from qtdog.data.decoded_cache import (
     write_row_hashes,
 )
 from qtdog.data.file_index import Hashes
-from qtdog.data.input_cache import Indices, cache_root, keep_from_removal
 
 SHAPES = "shapes.i32"
 PORTION = 64

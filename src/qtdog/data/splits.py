@@ -87,7 +87,7 @@ def training_obstacles(dataset: DomainDataset, *, frac: float = 0.2) -> list[str
     """Return one sentence for each reason why a data set cannot be trained on, whatever the configuration.
 
     Example:
-        >>> from qtdog.data.digits import RotatedDigits
+        >>> from qtdog.data.known_datasets import RotatedDigits
         >>> training_obstacles(RotatedDigits())
         []
     """

@@ -19,7 +19,7 @@ from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import SPLIT_NAMES, TEST, VAL, DomainDataset
-from qtdog.data.input_cache import Indices, InputCache, cache_root
+from qtdog.data.decoded_cache import Indices, InputCache, cache_root
 
 
 class TextDataset:

@@ -128,7 +128,7 @@ def verify(dataset: DomainDataset, progress: Progress = None, *, near: bool = Fa
         near: list images that look the same as well, which the content alone does not show.
 
     Example:
-        >>> from qtdog.data.digits import RotatedDigits
+        >>> from qtdog.data.known_datasets import RotatedDigits
         >>> verify(RotatedDigits()).ok
         True
     """

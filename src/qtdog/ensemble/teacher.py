@@ -25,8 +25,7 @@ from qtdog.core.config import Config, ObjectiveConfig
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.files import atomic_folder
 from qtdog.data.dataset import DomainDataset
-from qtdog.data.decoded_cache import open_cache
-from qtdog.data.input_cache import cache_root
+from qtdog.data.decoded_cache import cache_root, open_cache
 from qtdog.ensemble.model import EnsembleModel, load
 from qtdog.models.backbones import preprocessing
 from qtdog.models.network import FeaturizerSpec, build_featurizer, input_size, pretrained_cfg

@@ -13,10 +13,9 @@ from matplotlib import pyplot as plt
 
 from qtdog.core.errors import ConfigError, FormatError
 from qtdog.core.machine import n_cores
-from qtdog.export.benchmark_machine import cpu_features
-from qtdog.export.benchmark_statistics import Timing, Turn, pareto, summarise
+from qtdog.export.benchmark_measures import Timing, Turn, cpu_features, pareto, summarise
 from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker
-from qtdog.export.images import LabelledImages
+from qtdog.export.parity import LabelledImages
 from qtdog.export.runtimes import RUNTIMES, runtimes_for
 from qtdog.training.finalize import environment
 

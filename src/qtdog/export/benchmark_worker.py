@@ -21,10 +21,9 @@ import numpy.typing as npt
 
 from qtdog.core.errors import ConfigError, ModelError, QtdogError, RunError
 from qtdog.core.random import numpy_stream
-from qtdog.export.benchmark_machine import Operators, count_operators, peak_memory, reset_peak_memory
-from qtdog.export.benchmark_statistics import Turn
+from qtdog.export.benchmark_measures import Operators, Turn, count_operators, peak_memory, reset_peak_memory
 from qtdog.export.inference_module import ASKED
-from qtdog.export.info import ExportInfo
+from qtdog.export.packed_source import ExportInfo
 from qtdog.export.runtimes import OpenModel, open_runtime
 
 MIN_CALLS, MIN_TURN_S = 3, 0.15

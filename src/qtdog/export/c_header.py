@@ -17,8 +17,7 @@ from torch import Tensor
 from qtdog.core.errors import FormatError, ModelError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.export.inference_module import InferenceModule
-from qtdog.export.info import ExportInfo, parse_info
-from qtdog.export.packed_source import PackedSource
+from qtdog.export.packed_source import ExportInfo, PackedSource, parse_info
 from qtdog.models.network import to_device_
 from qtdog.packing.packed_file import PackedModel
 from qtdog.training.load_model import build_networks, read_info

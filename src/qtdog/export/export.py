@@ -14,15 +14,13 @@ from qtdog.core.errors import DataError, ModelError, RunError
 from qtdog.core.files import sync_file, sync_folder, temporary_folder, umask
 from qtdog.core.progress import Progress
 from qtdog.export.formats import FORMATS, Format
-from qtdog.export.images import LabelledImages
 from qtdog.export.inference_module import InferenceModule
-from qtdog.export.info import ExportInfo
 from qtdog.export.int8 import calibrate_activations, plan_int8, quantize_, trained_ranges
 from qtdog.export.integer_weight import IntegerWeight, refit
 from qtdog.export.onnx_ensemble import join
 from qtdog.export.onnx_graph import COMPUTED, find_codes, member_graphs, store_integers_
-from qtdog.export.packed_source import PackedSource
-from qtdog.export.parity import ROUNDED, Parity, measure_parity
+from qtdog.export.packed_source import ExportInfo, PackedSource
+from qtdog.export.parity import ROUNDED, LabelledImages, Parity, measure_parity
 from qtdog.export.runtimes import open_packed_source, open_points, open_runtime
 
 Watch = Callable[[str], Progress]
@@ -71,7 +69,7 @@ def export(
         source: the packed model.
         out: the file to write; an existing one is replaced when the new one has passed.
         name: of the format, in `FORMATS`.
-        images: source images, to compare on (`export.images.draw_export_images`).
+        images: source images, to compare on (`export.parity.draw_export_images`).
         calibration: source images that set the ranges of integer activations; None for the first `n_calibration` (at
             most half) of `images`, which are not compared then. Not used by float formats.
         n_calibration: see there.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qtdog.core.progress import Progress
-from qtdog.export.info import library
 from qtdog.export.integer_weight import SAFE, IntegerWeight, seven_bits
 from qtdog.export.onnx_graph import LINEAR, PRODUCTS, constant, weight_sources
+from qtdog.export.packed_source import library
 from qtdog.quantizers.activations import ActivationGrid
 
 CLIPS = ("Relu", "Clip")

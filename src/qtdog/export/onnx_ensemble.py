@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from qtdog.export.inference_module import INPUT, InferenceModule, Settled
-from qtdog.export.info import library
 from qtdog.export.onnx_graph import OPSET, constant, inline, node, quiet, remove_unused_initializers_, translate
-from qtdog.export.packed_source import PackedSource
+from qtdog.export.packed_source import PackedSource, library
 
 
 @dataclass(frozen=True)

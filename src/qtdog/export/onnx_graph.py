@@ -19,9 +19,8 @@ from qtdog.core.errors import ModelError
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.inference_module import InferenceModule
-from qtdog.export.info import KEY, ExportInfo, library
 from qtdog.export.integer_weight import IntegerWeight, fit
-from qtdog.export.packed_source import PackedSource
+from qtdog.export.packed_source import KEY, ExportInfo, PackedSource, library
 from qtdog.training.signals import held_signals
 
 

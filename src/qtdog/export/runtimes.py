@@ -15,9 +15,8 @@ import torch
 
 from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError, unknown
 from qtdog.export.c_header import open_header
-from qtdog.export.info import KEY, ExportInfo, library, parse_info
-from qtdog.export.openvino import open_openvino
-from qtdog.export.packed_source import PackedSource, read_packed_source
+from qtdog.export.formats import EXTRA_FILE, open_openvino
+from qtdog.export.packed_source import KEY, ExportInfo, PackedSource, library, parse_info, read_packed_source
 from qtdog.models.network import to_device_
 
 
@@ -128,8 +127,6 @@ def _explaining(path: Path, runtime: str, run: Callable[[Any], list[Any]]) -> Ca
 
     return explained
 
-
-EXTRA_FILE = "qtdog.json"
 
 Opened = tuple[ExportInfo, Callable[[Any], list[Any]], Any]
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.input_cache import InputCache
+from qtdog.data.decoded_cache import InputCache
 from qtdog.data.loader import Indices, eval_batches
 from qtdog.data.text import TextDomains
 from qtdog.models.network import Network

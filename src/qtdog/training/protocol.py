@@ -16,8 +16,7 @@ from qtdog.core.errors import ConfigError, DataError, ModelError, unknown
 from qtdog.core.files import sha256_file
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset, composed
-from qtdog.data.decoded_cache import content_sha256, open_cache
-from qtdog.data.input_cache import InputCache
+from qtdog.data.decoded_cache import InputCache, content_sha256, open_cache
 from qtdog.data.splits import DomainSplits, make_splits, training_obstacles, with_wrong_labels
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.models.backbones import preprocessing

@@ -5,7 +5,7 @@ import pytest
 
 from qtdog.core.errors import ConfigError, DataError
 from qtdog.data.image_folder import open_folder
-from qtdog.export.images import Draw, draw_images
+from qtdog.export.parity import Draw, draw_images
 from qtdog.training.load_model import ModelInfo, Preprocessing
 
 INFO = ModelInfo(

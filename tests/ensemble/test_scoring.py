@@ -11,12 +11,11 @@ from scipy.stats import binomtest
 
 from qtdog.core.errors import DataError
 from qtdog.data.dataset import DomainSubset
-from qtdog.data.digits import RotatedDigits
+from qtdog.data.known_datasets import RotatedDigits
 from qtdog.data.open import open_dataset
 from qtdog.ensemble.members import Member
 from qtdog.ensemble.model import load
-from qtdog.ensemble.model_comparison import SiteComparison, compare_sites, worse_sites
-from qtdog.ensemble.scoring import score_domains
+from qtdog.ensemble.scoring import SiteComparison, compare_sites, score_domains, worse_sites
 
 
 def site(won: int, lost: int, both: int = 10, neither: int = 5) -> SiteComparison:

@@ -2,7 +2,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from qtdog.data.cards import check_counts
-from qtdog.data.digits import RotatedDigits, assign_domains
+from qtdog.data.known_datasets import RotatedDigits, assign_domains
 
 
 def test_it_is_what_its_card_says() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtdog.core.errors import ConfigError
-from qtdog.ensemble.uncertainty import rejected, uncertainty, unknown_auroc
+from qtdog.ensemble.prediction import rejected, uncertainty, unknown_auroc
 from qtdog.training.calibration import brier_score, expected_calibration_error, fit_temperature, risk_coverage
 
 
