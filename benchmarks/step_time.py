@@ -1,12 +1,14 @@
 """Step time of quantization-aware training as a multiple of float training.
 
-    python benchmarks/step_time.py [--models NAME …] [--variants NAME …] [--repeats N] [--threads N] [--json]
+    python benchmarks/step_time.py [--models NAME …] [--variants NAME …] [--repeats N] [--threads N]
+                                   [--clock cpu] [--batch N] [--json]
 
 Every variant of a model lives in one process; a round runs one optimizer step of each, in rotating order, and the ratio
 to the float step of the same round is what counts. Reported: the median of these paired ratios, with its quartiles.
 
 Variants: every quantizer that works during training, by its name, with its default options and what the training loop
-does before each step; `lsq-stochastic`, LSQ with stochastic rounding; and two other implementations of LSQ: `fused` is
+does before each step and during the forward pass; `lsq-alone`, LSQ one layer at a time in place of groups;
+`lsq-stochastic`, LSQ with stochastic rounding; and two other implementations of LSQ: `fused` is
 torch's learnable fake-quantize kernel (whose gradients differ up to half a step outside the clip range), `textbook` is
 LSQ's formula in elementwise operations with the detach trick. A variant of resnet50 takes about 0.4 GB.
 """
@@ -14,6 +16,7 @@ LSQ's formula in elementwise operations with the detach trick. A variant of resn
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -71,43 +74,60 @@ class Fused(nn.Module):
 
 
 OTHERS: dict[str, Callable[[Tensor], nn.Module]] = {"fused": Fused, "textbook": Textbook}
-OPTIONS: dict[str, dict[str, Any]] = {"lsq-stochastic": {"quantizer": "lsq", "rounding": "stochastic"}}
+ALONE = "lsq-alone"
+OPTIONS: dict[str, dict[str, Any]] = {
+    ALONE: {"quantizer": "lsq"},
+    "lsq-stochastic": {"quantizer": "lsq", "rounding": "stochastic"},
+}
 OPTIONS |= {name: {"quantizer": name} for name in QUANTIZERS if not works_after_training(name)}
 VARIANTS = (*OPTIONS, *OTHERS)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 HALFWAY = 0.5  # of the quantized steps
 
 
-def quantize(model: nn.Module, variant: str) -> Callable[[int], None]:
-    """Quantize all layers of `model` but the classifier, in place; return what is done before each step."""
+Context = contextlib.AbstractContextManager[Any]
+
+
+def quantize(model: nn.Module, variant: str) -> tuple[Callable[[int], None], Context]:
+    """Quantize all layers of `model` but the classifier, in place.
+
+    Returns:
+        What the training loop does before each step, and the context of its forward pass.
+    """
     layers = find_layers(model)
     if variant in OPTIONS:
         left_out = [layer.name for layer in layers if layer.name in CLASSIFIERS]
         quantizers = attach(model, bits=SPEC.bits, exclude=left_out, **OPTIONS[variant])
         quantizers.enable()
-        return lambda step: quantizers.begin_step(step, HALFWAY)
+        passing = contextlib.nullcontext() if variant == ALONE else quantizers.groups()
+        return (lambda step: quantizers.begin_step(step, HALFWAY)), passing
     for layer in layers:
         if variant in OTHERS and layer.name not in CLASSIFIERS:
             register_parametrization(layer.module, layer.tensor_name, OTHERS[variant](layer.weight))
-    return lambda step: None
+    return (lambda step: None), contextlib.nullcontext()
 
 
 def step_of(model: nn.Module, variant: str, images: Tensor, labels: Tensor) -> Callable[[int], None]:
     """Return a function that runs one training step of plain Adam."""
-    prepare = quantize(model, variant)
+    prepare, passing = quantize(model, variant)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
 
     def step(index: int) -> None:
         prepare(index)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        with passing:
+            logits = model(images)
+        nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
 
     return step
 
 
-def measure(backbone: str, variants: Sequence[str], repeats: int) -> dict[str, list[float]]:
+def measure(
+    backbone: str, variants: Sequence[str], repeats: int, clock: Callable[[], float], batch: int
+) -> dict[str, list[float]]:
     """Return the seconds of every step of float and of the variants, round by round, less the first two rounds."""
-    size, batch = CASES[backbone]
+    size = CASES[backbone][0]
     torch.manual_seed(0)
     base = timm.create_model(backbone, num_classes=7).train().to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
@@ -118,9 +138,9 @@ def measure(backbone: str, variants: Sequence[str], repeats: int) -> dict[str, l
     for index in range(repeats + 2):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = clock()
             steps[name](index)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: values[2:] for name, values in times.items()}
 
 
@@ -148,14 +168,24 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=21, help="measured rounds per model (at least 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall time, or processor time of all threads, which other work on the machine moves less; default wall",
+    )
+    parser.add_argument("--batch", type=int, help="images per step; default that of the model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = {}
     for backbone in arguments.models:
         size, batch = CASES[backbone]
-        title = f"{backbone} at {size}, batch {batch}"
-        results[title] = summary(measure(backbone, arguments.variants, arguments.repeats))
+        batch = arguments.batch or batch
+        title = f"{backbone} at {size}, batch {batch}, {arguments.clock} time"
+        results[title] = summary(
+            measure(backbone, arguments.variants, arguments.repeats, CLOCKS[arguments.clock], batch)
+        )
     if arguments.json:
         print(json.dumps({"threads": arguments.threads, "repeats": arguments.repeats, "results": results}, indent=1))
         return

@@ -38,6 +38,7 @@ from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.activations import CHILD, ActivationGrid, ActivationQuantizer
 from qtdog.quantizers.base import OPTION_NAMES, Quantizer, QuantizerOptions
 from qtdog.quantizers.computed_weight import guard_
+from qtdog.quantizers.lsq_groups import WeightGroups
 from qtdog.quantizers.registry import QUANTIZERS, check_options, works_after_training
 
 GRANULARITIES = ("channel", "layer")
@@ -65,9 +66,9 @@ def sites(model: nn.Module) -> list[Site]:
     """Return every quantized weight of a model, a shared one once per name that it has."""
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if not is_parametrized(module):
+        lists: Any = module._modules.get("parametrizations")  # of most modules None; asking `hasattr` takes longer
+        if lists is None or not is_parametrized(module):
             continue
-        lists: Any = module.parametrizations
         for tensor_name, parametrizations in lists.items():
             if is_weight_name(tensor_name) and isinstance(parametrizations[0], Quantizer):
                 dot = f"{name}." if name else ""
@@ -148,6 +149,20 @@ class Attached:
             if site.quantizer.enabled and id(site.quantizer) not in seen:
                 seen.add(id(site.quantizer))
                 site.quantizer.begin_step_(site.weight, derive(seed, site.name), progress)
+
+    def groups(self) -> WeightGroups:
+        """Return a context for the forward passes of training, in which LSQ's layers are quantized group by group.
+
+        Values and gradients are the same, bit for bit, and take less time. Keep it for all steps of a loop.
+
+        Example:
+            >>> model = nn.Linear(4, 2)
+            >>> quantizers = attach(model, bits=4)
+            >>> groups = quantizers.groups()
+            >>> with groups:
+            ...     loss = model(torch.ones(1, 4)).sum()
+        """
+        return WeightGroups(self.model)
 
     def set_enabled(self, enabled: bool) -> None:
         """Say whether weights are quantized, leaving the step sizes as they are.

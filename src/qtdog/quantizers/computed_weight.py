@@ -7,7 +7,8 @@ spectral norm, further parametrizations.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from qtdog.quantizers.base import is_transformed
 # A new weight that its grid misses by more than this share of its norm is worth a warning: LSQ's start misses Gaussian
 # weights by a third at 2 bits, and one that is ten times too small or too large by two thirds or more.
 MAX_MISS_FRAC = 0.5
+
+TOGETHER: ContextVar[Callable[[nn.Module], Tensor | None] | None] = ContextVar("TOGETHER", default=None)
+"""What computes weights for several layers at once, given a layer's list of parametrizations; None for none."""
 
 _HARMLESS = ("share_memory_", "detach_")
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
@@ -109,6 +113,12 @@ class _SoleParametrization(ParametrizationList):
     """
 
     layer: str
+
+    def forward(self) -> Tensor:
+        """Return the computed weight: of a group of layers, if one is being computed, or alone."""
+        together = TOGETHER.get()
+        value = None if together is None else together(self)
+        return self[0](self.original) if value is None else value
 
     def add_module(self, name: str, module: nn.Module | None) -> NoReturn:
         """Refuse another parametrization: what it makes of the weight is on no grid."""

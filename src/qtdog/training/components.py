@@ -17,6 +17,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.models.network import Network
 from qtdog.objectives.base import ModelView, Objective
+from qtdog.quantizers.lsq_groups import WeightGroups
 from qtdog.runs.record import Record
 from qtdog.training.averagers import Averager
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
@@ -53,16 +54,21 @@ def of_all_processes(accelerator: Accelerator, rows: Tensor) -> Sequence[Tensor]
 
 
 class Trainable(nn.Module):
-    """The network as training calls it: features and logits in one forward, so that several processes stay in step."""
+    """The network as training calls it: features and logits in one forward, so that several processes stay in step.
+
+    Layers with LSQ are quantized in groups meanwhile.
+    """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
+        self.groups = WeightGroups(network)
 
     def forward(self, images: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W); see `Network.features`."""
-        features = self.network.features(images, sizes)
-        return features, self.network.classifier(features)
+        with self.groups:
+            features = self.network.features(images, sizes)
+            return features, self.network.classifier(features)
 
 
 @dataclass(frozen=True)
