@@ -21,6 +21,7 @@ from qtdog.quantizers.base import is_transformed
 from qtdog.quantizers.computed_weight import TOGETHER
 from qtdog.quantizers.lsq import BLOCK, LSQ, mask
 
+_each: Any = torch  # whose functions over lists have no public names; its optimizers use them too
 GROUP = 2**19
 """Weights of a group at most. Larger groups leave a processor's cache; smaller ones save fewer calls."""
 
@@ -162,7 +163,7 @@ class _QuantizeGroup(Function):
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(plan.ends)
         weights = tensors[:n]
-        scales = torch._foreach_exp(tensors[n:])
+        scales = _each._foreach_exp(tensors[n:])
         steps = [scale.reshape(shape) for scale, shape in zip(scales, plan.shapes, strict=True)]
         results = [torch.empty_like(weight) for weight in weights]
         for weight, step, result in zip(weights, steps, results, strict=True):
@@ -170,9 +171,9 @@ class _QuantizeGroup(Function):
         ctx.clipped = _may_leave(results, plan.ends)
         for index in ctx.clipped:
             results[index].clamp_(*plan.ends[index])
-        torch._foreach_round_(results)
-        torch._foreach_add_(results, 0.0)  # makes -0 the 0 that an integer code is
-        torch._foreach_mul_(results, steps)
+        _each._foreach_round_(results)
+        _each._foreach_add_(results, 0.0)  # makes -0 the 0 that an integer code is
+        _each._foreach_mul_(results, steps)
         ctx.plan = plan
         ctx.set_materialize_grads(False)  # a layer that a pass leaves out gets no gradient, not one of zeros
         ctx.save_for_backward(*weights, *scales, *results)
@@ -197,14 +198,14 @@ class _QuantizeGroup(Function):
                 mask.grad_input(grad, ratio, *ends, grad_input=of_weights[index])
                 insides[place] = mask.grad_input(insides[place], ratio, *ends, grad_input=ratio)
         if learned:
-            errors = torch._foreach_sub([saved[2 * n + index] for index in used], insides)
-            torch._foreach_mul_(errors, [grad for grad in grad_outputs if grad is not None])
+            errors = _each._foreach_sub([saved[2 * n + index] for index in used], insides)
+            _each._foreach_mul_(errors, [grad for grad in grad_outputs if grad is not None])
             sums = [error.sum_to_size(step.shape) for error, step in zip(errors, steps, strict=True)]
-            torch._foreach_add_(sums, 0.0)  # as a sum that begins at zero
-            torch._foreach_div_(sums, steps)
+            _each._foreach_add_(sums, 0.0)  # as a sum that begins at zero
+            _each._foreach_div_(sums, steps)
             scales = [saved[n + index] for index in used]
             flat = [value.reshape(scale.shape) for value, scale in zip(sums, scales, strict=True)]
-            torch._foreach_mul_(flat, scales)  # the gradient of exp
+            _each._foreach_mul_(flat, scales)  # the gradient of exp
             for index, value in zip(used, flat, strict=True):
                 of_scales[index] = value
         return None, *of_weights, *of_scales
