@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from qtdog.core.errors import DataError
 from qtdog.data.archive import unpack
-from qtdog.data.cards import CARDS, UNCHECKED
+from qtdog.data.cards import CARDS, UNCHECKED, check_counts
+from qtdog.data.image_folder import open_folder
 from qtdog.data.known_datasets import FILES, FLIP_COLOUR, MnistDataset, open_camelyon17, open_reviews, read_mnist
 from qtdog.data.splits import make_splits
 from qtdog.data.text import TextDataset
@@ -27,6 +30,7 @@ PUBLISHED = {
     "terra-incognita-24788": (24788, 4, 10),
     "terra-incognita-24330": (24330, 4, 10),
     "domainnet": (586575, 6, 345),
+    "office-caltech": (2533, 4, 10),
     "digits-dg": (24000, 4, 10),
     "colored-mnist": (70000, 3, 2),
     "rotated-mnist": (70000, 6, 10),
@@ -39,6 +43,23 @@ PUBLISHED = {
 def test_totals_are_the_published_ones(name):
     card = CARDS[name]
     assert (card.n_expected, len(card.domains or ()), len(card.classes or ())) == PUBLISHED[name]
+
+
+OFFICE = Path(os.environ.get("QTDOG_DATA") or Path(__file__).parents[3] / "shared" / "data") / "office_caltech10"
+
+
+@pytest.mark.skipif(not OFFICE.is_dir(), reason=f"Office-Caltech10 is not at {OFFICE}; set QTDOG_DATA to its parent")
+def test_a_copy_of_office_caltech_is_recognised_and_complete(tmp_path):
+    dataset = open_folder(OFFICE)
+    assert dataset.card == CARDS["office-caltech"]
+    assert check_counts(dataset) == []
+    counts = dataset.counts()
+    assert counts.sum(axis=0).tolist() == [284, 234, 237, 277, 222, 282, 297, 236, 216, 248]
+    assert (counts.min(), counts.max()) == (8, 151)  # mugs of dslr, backpacks of caltech
+    shutil.copytree(OFFICE, tmp_path / "copy", copy_function=os.symlink)
+    (tmp_path / "copy" / "dslr" / "mug" / "frame_0001.jpg").unlink()
+    differences = check_counts(open_folder(tmp_path / "copy"))
+    assert differences == ["domain dslr has 156 images, the dataset card says 157"]
 
 
 def test_the_protocol_is_the_papers():

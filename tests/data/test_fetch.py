@@ -21,7 +21,7 @@ from qtdog.data.open import open_dataset, open_texts
 from qtdog.data.verify import verify
 
 NAMES = [name for name in CARDS if name != "rotated-digits"]
-IMAGES = [name for name in NAMES if name != "amazon-reviews"]
+IMAGES = [name for name in NAMES if name not in ("amazon-reviews", "office-caltech")]
 
 
 def below(folder: Path) -> list[str]:
@@ -68,6 +68,17 @@ def test_reviews_are_fetched_and_verified(card, home, qtdog):
     assert reviews.text(0) == 'It said "0",\nand more, ü'
     with pytest.raises(DataError, match="a data set of texts"):
         open_dataset("amazon-reviews")
+
+
+def test_what_has_no_address_says_how_it_is_used(home, qtdog):
+    code, _, err = qtdog("data", "fetch", "office-caltech", "--yes")
+    assert code == 1
+    assert "office-caltech cannot be downloaded. No official download is known" in err
+    assert "qtdog data import FOLDER --as office-caltech" in err
+    here = {card["name"]: card["here"] for card in json.loads(qtdog("data", "list", "--json")[1])}
+    assert (here["office-caltech"], here["rotated-digits"]) == ("", "built in")
+    code, out, _ = qtdog("data", "card", "office-caltech")
+    assert (code, "amazon 958, caltech 1,123, dslr 157, webcam 295" in out) == (0, True)
 
 
 def test_known_duplicates_of_domainnet_are_left_out(card, home):

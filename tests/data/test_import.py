@@ -69,6 +69,14 @@ def test_other_names_of_domains_and_classes(lay_out, tmp_path):
     assert found.name == "office"  # it has far fewer images than the data set, so it keeps its own name
 
 
+def test_office_caltech_by_the_names_of_office_31(lay_out, tmp_path):
+    card = CARDS["office-caltech"]
+    theirs = {"backpack": "back_pack", "laptop": "laptop_computer"}
+    source = lay_out("{domain}/{label}/{i}.jpg", card.domains, [theirs.get(c, c) for c in card.classes or ()])
+    adopt(source, tmp_path / "new", card, "link", {})
+    assert files_below(tmp_path / "new") == expected(card)
+
+
 def test_a_division_is_joined_and_equal_names_are_kept_apart(lay_out, tmp_path):
     card = CARDS["digits-dg"]
     lay_out("{domain}/train/{label}/{i}.jpg", card.domains, card.classes)

@@ -234,12 +234,12 @@ def _count(card: DatasetCard) -> str:
 
 def _here(name: str) -> str:
     """Where a data set that is known by name lies, or "" if it must be fetched first."""
-    from qtdog.data.cards import CARDS, data_root
+    from qtdog.data.cards import ROTATED_DIGITS, data_root
 
     folder = data_root() / name
     if folder.is_dir():
         return str(folder)
-    return "" if CARDS[name].archives or CARDS[name].kind != "folders" else "built in"
+    return "built in" if name == ROTATED_DIGITS.name else ""
 
 
 @data_app.command(name="card")
