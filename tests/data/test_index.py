@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +112,60 @@ def test_an_index_whose_parts_do_not_fit_is_made_anew(tmp_path):
 
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png cannot be read"):
-        file_hashes(str(tmp_path), [str(tmp_path / "gone.png")], lambda _: [], tmp_path)
+        file_hashes(str(tmp_path), ["gone.png"], lambda _: [], tmp_path)
 
 
 def test_names_with_strange_letters_come_back(tmp_path, hashed):
     names = [os.fsdecode(b"\xff.png"), "ü 1.png", "line\nbreak.png"]
     for name in names:
         (tmp_path / name).write_bytes(name.encode(errors="surrogateescape"))
-    paths = [str(tmp_path / name) for name in names]
+    root, cache = str(tmp_path), tmp_path / "c"
     found = file_hashes(
-        "r", paths, lambda rows: [sha256_file(Path(paths[i])) for i in rows], tmp_path / "c", settled_ns=OLD
+        root, names, lambda rows: [sha256_file(tmp_path / names[i]) for i in rows], cache, settled_ns=OLD
     )
-    again = file_hashes("r", paths, lambda rows: pytest.fail("read again"), tmp_path / "c", settled_ns=OLD)
+    again = file_hashes(root, names, refuse, cache, settled_ns=OLD)
     assert np.array_equal(found, again)
+
+
+def refuse(rows: Any) -> list[str]:
+    """Hash nothing: all files should be known."""
+    pytest.fail("read again")
+
+
+def tree_of_names(root: Path, n: int) -> list[str]:
+    """Return n·n names of one file."""
+    (root / "file").write_bytes(b"content")
+    for i in range(n):
+        (root / str(i)).mkdir()
+    return [f"{i}/../{j}/../file" for i in range(n) for j in range(n)]
+
+
+def numbered(rows: Any) -> Iterator[str]:
+    """Give each row a hash of its own."""
+    return (f"{row:064x}" for row in rows)
+
+
+@pytest.mark.parametrize("asked", ["reversed", "half", "half and a new one"])
+def test_hashes_belong_to_their_files_in_any_order(tmp_path, asked):
+    names = tree_of_names(tmp_path, 12)
+    root, cache = str(tmp_path), tmp_path / "c"
+    first = file_hashes(root, names, numbered, cache, settled_ns=OLD)
+    chosen = list(range(len(names)))[:: 2 if "half" in asked else -1]
+    new = ["file"] if "new" in asked else []
+    hash_rows = (lambda rows: ["f" * 64 for _ in rows]) if new else refuse
+    found = file_hashes(root, [names[i] for i in chosen] + new, hash_rows, cache, settled_ns=OLD)
+    assert np.array_equal(found[: len(chosen)], first[chosen])
+    assert np.array_equal(file_hashes(root, names, refuse, cache, settled_ns=OLD), first)  # the others are kept
+
+
+@pytest.mark.parametrize("what", ["first", "same", "one more"])
+def test_a_start_takes_little_memory(tmp_path, what):
+    names = tree_of_names(tmp_path, 100)
+    root, cache, n_paths = str(tmp_path), tmp_path / "c", sum(len(f"{tmp_path}/{name}") for name in names)
+    if what != "first":
+        file_hashes(root, names[what == "one more" :], numbered, cache, settled_ns=OLD)
+    tracemalloc.start()
+    file_hashes(root, names, numbered, cache, settled_ns=OLD)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < n_paths + 200 * len(names)  # it took 330 to 1,180 bytes per file beside the paths

@@ -64,7 +64,9 @@ class SequenceDataset(ImageDataset):
         self._order = sorted(range(len(named)), key=lambda i: (groups[i], named[i], i))
         pairs = [(groups[i], named[i]) for i in self._order]
         self.keys = [f"{d}/{c}/{i:07d}" for (d, c), i in zip(pairs, self._order, strict=True)]
-        self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, pairs)
+        self.domain_index, self.class_index = sample_arrays(
+            self.domains, self.classes, [d for d, _ in pairs], [c for _, c in pairs]
+        )
         self._read = read
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:

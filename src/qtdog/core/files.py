@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from qtdog.core.errors import RunError
 
@@ -144,17 +145,27 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Raises:
         RunError: the disk is full or not writable; the file that was there before is unchanged.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with atomic_stream(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_stream(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream whose content is at `path` when the block ends well; it does nothing else than `write_atomic`.
+
+    Raises:
+        RunError: the disk is full or not writable; the file that was there before is unchanged.
+    """
     with clear_disk_errors(path):
         if path.exists() and not path.is_file() and not path.is_dir():
             with path.open("wb") as stream:
-                stream.write(data)
+                yield stream
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
         with _held(lambda: _new_file(path)) as (handle, temporary):
             with os.fdopen(os.dup(handle), "wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.chmod(0o666 & ~umask())

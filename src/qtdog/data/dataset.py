@@ -6,10 +6,11 @@ import hashlib
 import math
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from operator import itemgetter
+from functools import partial
+from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +31,8 @@ TRAIN, ID_VAL, ID_TEST, VAL, TEST = range(5)
 N_THREADS = 4
 BLOCK = 16
 """So many images go to a thread at once: handing over a small one takes longer than reading it."""
+TRIAL, QUICK_S = 4, 1e-4
+"""If the first few of a portion take less each, one thread does the rest: several would wait for Python's lock."""
 T = TypeVar("T")
 Resize = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 
@@ -182,8 +185,8 @@ class ImageDataset(DomainDataset):
             digest.update("\0%s\0%d\0%d\0%s".__mod__(row).encode())
         return digest.hexdigest()
 
-    def files(self) -> tuple[str, list[str]] | None:
-        """Return the data set's folder and the path of each image's own file, or None if images are no files."""
+    def files(self) -> tuple[str, Sequence[str]] | None:
+        """Return the data set's folder and the path in it of each image's own file; None if images are no files."""
         return None
 
     def sample_hashes(self, progress: Progress = None) -> list[str]:
@@ -205,18 +208,29 @@ def map_samples(function: Callable[[int], T], n: int, progress: Progress = None)
         >>> map_samples(str, 3)
         ['0', '1', '2']
     """
-    results: list[T] = []
+    return list(iter_samples(function, n, progress))
+
+
+def iter_samples(function: Callable[[int], T], n: int, progress: Progress = None) -> Iterator[T]:
+    """Yield function(0), …, function(n-1), computed in a few threads, or in this one where each takes very little.
+
+    Example:
+        >>> list(iter_samples(str, 3))
+        ['0', '1', '2']
+    """
     with ThreadPoolExecutor(N_THREADS) as pool:
         for start in range(0, n, 1024):  # in portions, so that an error or Ctrl-C does not wait for all the rest
-            end = min(n, start + 1024)
-            blocks = pool.map(lambda first, end=end: _block(function, first, end), range(start, end, BLOCK))
-            results.extend(result for block in blocks for result in block)
+            end, begun = min(n, start + 1024), perf_counter()
+            tried = [function(i) for i in range(start, min(start + TRIAL, end))]
+            apply = map if perf_counter() - begun < TRIAL * QUICK_S else pool.map
+            yield from tried
+            for block in apply(partial(_block, function, end), range(start + TRIAL, end, BLOCK)):
+                yield from block
             if progress is not None:
-                progress(len(results), n)
-    return results
+                progress(end, n)
 
 
-def _block(function: Callable[[int], T], first: int, end: int) -> list[T]:
+def _block(function: Callable[[int], T], end: int, first: int) -> list[T]:
     return [function(i) for i in range(first, min(end, first + BLOCK))]
 
 
@@ -302,12 +316,12 @@ def _plain_form(name: str) -> str:
 
 
 def sample_arrays(
-    domains: tuple[str, ...], classes: tuple[str, ...], labels: Sequence[tuple[str, ...]]
+    domains: tuple[str, ...], classes: tuple[str, ...], domain_names: Iterable[str], class_names: Iterable[str]
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
-    """Return (domain_index, class_index) int16 (n,) of a list of (domain, class, …) names.
+    """Return (domain_index, class_index) int16 (n,) of the names of each sample's domain and class.
 
     Example:
-        >>> sample_arrays(("a", "b"), ("x",), [("b", "x")])
+        >>> sample_arrays(("a", "b"), ("x",), ["b"], ["x"])
         (array([1], dtype=int16), array([0], dtype=int16))
     """
     for what, names in (("domains", domains), ("classes", classes)):
@@ -315,8 +329,8 @@ def sample_arrays(
             text = f"there are {len(names):,} {what}, more than {MAX_NAMES:,}"
             raise DataError(f"{text}; such as '{names[0]}'. Is this the right column?")
     domain_index, class_index = (
-        np.fromiter(map(dict(zip(names, range(len(names)), strict=True)).__getitem__, column), np.int16, len(labels))
-        for names, column in ((domains, map(itemgetter(0), labels)), (classes, map(itemgetter(1), labels)))
+        np.fromiter(map(dict(zip(names, range(len(names)), strict=True)).__getitem__, column), np.int16)
+        for names, column in ((domains, domain_names), (classes, class_names))
     )
     return domain_index, class_index
 
@@ -362,7 +376,7 @@ class ImageSubset(ImageDataset):
         """Return chosen image i, resized, and the sha256 of the content that it was made from."""
         return self._dataset.read_hashed(self._indices[i], size, resize)
 
-    def files(self) -> tuple[str, list[str]] | None:
+    def files(self) -> tuple[str, Sequence[str]] | None:
         """Return the whole data set's folder and the files of the chosen images, or None if images are no files."""
         whole = self._dataset.files()
         return None if whole is None else (whole[0], [whole[1][i] for i in self._indices])

@@ -26,7 +26,7 @@ from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, lock_file, remove_leftovers, write_atomic
 from qtdog.core.progress import Progress
 from qtdog.data.augment import BufferPool, normalise
-from qtdog.data.dataset import N_THREADS, DomainDataset, ImageDataset, Resize, map_samples, require_images
+from qtdog.data.dataset import N_THREADS, DomainDataset, ImageDataset, Resize, iter_samples, require_images
 from qtdog.data.decode import DECODE_VERSION, to_square
 from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
 
@@ -334,13 +334,12 @@ def _as_hex(hashes: Hashes) -> Iterator[str]:
 
 
 def _indexed(
-    dataset: ImageDataset, root: str, paths: list[str], folder: Path, progress: Progress, settled_ns: int
+    dataset: ImageDataset, root: str, names: Sequence[str], folder: Path, progress: Progress, settled_ns: int
 ) -> Hashes:
-    def hash_rows(rows: npt.NDArray[np.int64]) -> list[str]:
-        places = rows.tolist()
-        return map_samples(lambda i: dataset.sample_sha256(places[i]), len(places), progress)
+    def hash_rows(rows: npt.NDArray[np.int64]) -> Iterator[str]:
+        return iter_samples(lambda i: dataset.sample_sha256(int(rows[i])), len(rows), progress)
 
-    return file_hashes(root, paths, hash_rows, folder, settled_ns=settled_ns)
+    return file_hashes(root, names, hash_rows, folder, settled_ns=settled_ns)
 
 
 def open_cache(

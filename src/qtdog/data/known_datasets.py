@@ -19,7 +19,7 @@ from qtdog.core.errors import DataError
 from qtdog.core.random import numpy_stream
 from qtdog.data.cards import ROTATED_DIGITS, DatasetCard
 from qtdog.data.dataset import ID_TEST, ID_VAL, TEST, TRAIN, VAL, ImageDataset, sample_arrays
-from qtdog.data.image_folder import FileDataset, ImageFile, require_path
+from qtdog.data.image_folder import FileDataset, ImageFile, ImageFiles, require_path
 from qtdog.data.text import TextDataset
 
 SIZE = 28
@@ -44,7 +44,9 @@ class RotatedDigits(ImageDataset):
         order = np.lexsort((np.arange(len(labels)), labels, angles))
         names = [(self.domains[angles[i]], self.classes[labels[i]]) for i in order]
         self.keys = [f"{domain}/{label}/{i:04d}" for (domain, label), i in zip(names, order, strict=True)]
-        self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, names)
+        self.domain_index, self.class_index = sample_arrays(
+            self.domains, self.classes, [d for d, _ in names], [c for _, c in names]
+        )
         self._images = images[order]
 
     def read(self, i: int) -> npt.NDArray[np.uint8]:
@@ -146,7 +148,9 @@ class MnistDataset(ImageDataset):
         order = np.lexsort((np.arange(len(labels)), classes, domain))
         pairs = [(self.domains[domain[i]], self.classes[classes[i]]) for i in order]
         self.keys = [f"{d}/{c}/{i:05d}" for (d, c), i in zip(pairs, order, strict=True)]
-        self.domain_index, self.class_index = sample_arrays(self.domains, self.classes, pairs)
+        self.domain_index, self.class_index = sample_arrays(
+            self.domains, self.classes, [d for d, _ in pairs], [c for _, c in pairs]
+        )
         self._images, self._colours = images[order], colours[order]
         self._render: Callable[[int], Pixels] = self._coloured if card.kind == "colored-mnist" else self._rotated
 
@@ -253,7 +257,7 @@ def open_camelyon17(root: Path, card: DatasetCard) -> FileDataset:
     if not patches:
         raise DataError(f"{path} lists no patch")
     patches.sort()
-    dataset = FileDataset(card, root, [patch.record for patch in patches], LABELS)
+    dataset = FileDataset(card, root, ImageFiles.of([patch.record for patch in patches]), LABELS)
     dataset.official_split = np.array([patch.part for patch in patches], dtype=np.int8)
     return dataset
 
