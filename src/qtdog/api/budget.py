@@ -20,7 +20,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.text import TextDomains
 from qtdog.models.backbones import create_network
 from qtdog.models.text_backbones import TEXT_BACKBONES
-from qtdog.training.protocol import DomainProtocol, make_protocol
+from qtdog.training.protocol import DomainProtocol, make_protocol, source_domains
 from qtdog.training.step_time import OVERHEAD, network_step_s, probe
 
 BACKWARD = 2  # the backward pass takes about twice the forward pass: once for the inputs, once for the weights
@@ -86,7 +86,7 @@ def device_text() -> str:
 
 def images_per_step(config: Config, dataset: DomainDataset) -> int:
     """Return how many images (or texts) each update sees: a batch of every source domain."""
-    return config.data.batch_size * len(make_protocol(config, dataset).sources)
+    return config.data.batch_size * len(source_domains(config, dataset))
 
 
 def describe_run(config: Config, dataset: DomainDataset) -> str:

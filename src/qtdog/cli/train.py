@@ -435,7 +435,7 @@ def dart(
     from qtdog.core.errors import ConfigError
     from qtdog.runs.finished import method_name
     from qtdog.training.dart import dart as train_branches
-    from qtdog.training.protocol import make_protocol
+    from qtdog.training.protocol import source_domains
     from qtdog.training.run import RunCallbacks
 
     flags = {name: given[name] for name in FLAGS if name in given}
@@ -443,7 +443,7 @@ def dart(
     if len(plan) > 1:
         raise ConfigError("dart takes one --target at a time")
     config = plan[0].config
-    configs = _branches(config, make_protocol(config, dataset).sources, branch or ())
+    configs = _branches(config, source_domains(config, dataset), branch or ())
     announce(dataset)
     callbacks = RunCallbacks(TrainingBar(), CountingBar("decoding images"), warn)
     every = merge_every or max(1, config.train.steps // 10)

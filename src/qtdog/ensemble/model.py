@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qtdog.core.errors import FormatError
 from qtdog.data.augment import normalise
 from qtdog.models.network import Network, to_device_
-from qtdog.packing.ensemble_file import PackedEnsemble, is_ensemble, load_ensemble
+from qtdog.packing.ensemble_file import PackedEnsemble, load_ensemble, read_packed
 from qtdog.packing.packed_file import PackedModel
 from qtdog.runs.finished import KINDS
 from qtdog.training.load_model import (
@@ -22,7 +22,7 @@ from qtdog.training.load_model import (
     ModelInfo,
     Preprocessing,
     build_networks,
-    load_model,
+    build_single_model,
     read_info,
 )
 
@@ -145,7 +145,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> LoadedModel
         FormatError: the file is missing, truncated, hostile or of another version.
         ModelError: its backbone is not known here, or does not fit.
     """
-    return load_ensemble_model(path, device=device) if is_ensemble(path) else load_model(path, device=device)
+    path = Path(path)
+    packed = read_packed(path)
+    if isinstance(packed, PackedEnsemble):
+        return build_model(path, packed.members, _read_about(path, packed), device=device)
+    return build_single_model(path, packed, device=device)
 
 
 def load_ensemble_model(path: str | Path, *, device: str | torch.device = "cpu") -> EnsembleModel:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qtdog.core.errors import ConfigError, FormatError, ModelError, extra
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.inference_module import ACCEPT, ASKED, OUTPUTS, InferenceModule
-from qtdog.packing.ensemble_file import is_ensemble, load_ensemble
-from qtdog.packing.packed_file import PackedModel, load_packed
+from qtdog.packing.ensemble_file import read_packed
+from qtdog.packing.packed_file import PackedModel
 from qtdog.quantizers.activations import ActivationGrid
 from qtdog.training.load_model import STRUCTURE, ModelInfo, Preprocessing, build_networks, read_info
 
@@ -206,13 +206,12 @@ def read_packed_source(path: Path, *, cascade: bool = False) -> PackedSource:
         FormatError: missing, truncated, hostile, of another version, or members that do not go together.
         ModelError: it reads text.
     """
-    if not is_ensemble(path):
+    whole = read_packed(path)
+    if isinstance(whole, PackedModel):
         if cascade:
             raise ConfigError(f"a cascade is made of an ensemble; {path} holds one model")
-        packed = load_packed(path)
-        info = _image_info(path, packed)
-        return PackedSource(path, (packed,), (info,), info.temperature, accept_threshold=info.accept_threshold)
-    whole = load_ensemble(path)
+        info = _image_info(path, whole)
+        return PackedSource(path, (whole,), (info,), info.temperature, accept_threshold=info.accept_threshold)
     infos = tuple(_image_info(path, member) for member in whole.members)
     for name in STRUCTURE:
         if any(getattr(info, name) != getattr(infos[0], name) for info in infos):

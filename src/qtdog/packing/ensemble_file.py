@@ -148,7 +148,21 @@ def load_ensemble(path: Path | str) -> PackedEnsemble:
         FormatError: as in `packed_file.load_packed`; or the file holds no ensemble, or its members do not fit together.
     """
     path = Path(path)
+    return _read_members(path, read_layout(path)[1])
+
+
+def read_packed(path: Path | str) -> PackedModel | PackedEnsemble:
+    """Return the content of a packed file, whichever it holds; its description is read and checked once.
+
+    Raises:
+        FormatError: as in `packed_file.load_packed` and `load_ensemble`.
+    """
+    path = Path(path)
     layout = read_layout(path)[1]
+    return _read_members(path, layout) if FIELD in layout.metadata else read_contents(path, layout)
+
+
+def _read_members(path: Path, layout: Layout) -> PackedEnsemble:
     n_members = check_members(path, layout)
     whole = read_contents(path, layout)
     metadata = member_metadata(layout.metadata)

@@ -28,7 +28,7 @@ from qtdog.models.feature_layers import make_feature_layer
 from qtdog.models.network import Network, to_device_
 from qtdog.models.text_backbones import TEXT_BACKBONES, check_words
 from qtdog.models.weights import read_weight_file
-from qtdog.packing.ensemble_file import is_ensemble
+from qtdog.packing.ensemble_file import PackedEnsemble, read_packed
 from qtdog.packing.layout import KEY, read_header
 from qtdog.packing.packed_file import PackedModel, load_packed
 from qtdog.quantizers.activations import ActivationGrid, fix_inputs_
@@ -168,9 +168,24 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Loade
         ModelError: its backbone is not known here, or does not fit.
     """
     path = Path(path)
-    if is_ensemble(path):
+    packed = read_packed(path)
+    if isinstance(packed, PackedEnsemble):
         raise FormatError(f"{path} holds an ensemble, not one model: read it with qtdog.load")
-    packed = load_packed(path)
+    return build_single_model(path, packed, device=device)
+
+
+def build_single_model(path: Path, packed: PackedModel, *, device: str | torch.device = "cpu") -> LoadedModel:
+    """Return the one model that a file holds, in evaluation mode.
+
+    Args:
+        path: the file, for errors.
+        packed: its content.
+        device: where to put it.
+
+    Raises:
+        FormatError: its description is malformed.
+        ModelError: its backbone is not known here, or does not fit.
+    """
     info = read_info(path, packed.metadata)
     (network,) = build_networks(path, [packed], info)
     return LoadedModel(to_device_(network, torch.device(device)), info).eval()
@@ -212,7 +227,8 @@ def build_networks(
         for name, value in (*member.quantized.items(), *member.rest.items()):
             _set_tensor_(network, name, value, made)
         if not float_activations:
-            _round_inputs_(network, read_info(path, member.metadata) if member.metadata else info, path)
+            is_described = member.metadata and member is not members[0]
+            _round_inputs_(network, read_info(path, member.metadata) if is_described else info, path)
         networks.append(network.eval())
     return networks
 

@@ -166,7 +166,12 @@ def make_protocol(config: Config, dataset: DomainDataset) -> DomainProtocol:
     data = config.data
     target = None if data.target == "none" else data.target
     splits = make_splits(dataset, frac=data.holdout_frac, trial=data.trial, test_mode=data.test_mode)
-    return DomainProtocol(dataset.sources(target), target, splits, data.train_on_heldout)
+    return DomainProtocol(source_domains(config, dataset), target, splits, data.train_on_heldout)
+
+
+def source_domains(config: Config, dataset: DomainDataset) -> tuple[str, ...]:
+    """Return the domains that a run trains on; nothing is divided for that."""
+    return tuple(dataset.sources(None if config.data.target == "none" else config.data.target))
 
 
 @dataclass(frozen=True)
