@@ -1,11 +1,16 @@
 """Peak memory of reading training batches with 1, 4 and 16 times the images: it should not grow.
 
     python benchmarks/memory.py [--size PIXELS] [--images N] [--json FILE]
+    python benchmarks/memory.py --steps BACKBONE [--size PIXELS] [--json FILE]
 
 Each case runs in a process of its own, which writes a cache file of n images, reads and augments batches that together
 touch it twice over, and reports its largest resident memory after any batch: anonymous plus mapped from files, the sum
 that `RssAnon` and `RssFile` of /proc/self/status give (Linux). Memory that only the kernel's page cache holds is not
 counted.
+
+With `--steps` it measures updates instead: how much the peak resident memory of a process (`VmHWM`) grows in two
+updates of a backbone with random weights, with a batch of 16 images of each of five domains in 1, 2 and 4 parts
+(`train.accumulate`), for an objective of each kind.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +68,75 @@ def case(n: int, size: int) -> None:
     print(json.dumps({"n_images": n, "cache_mb": round(n * size * size * 3 / 1e6, 1), "peak_mb": round(peak, 1)}))
 
 
+PARTS = (1, 2, 4)
+OBJECTIVES = ("erm", "coral")  # a mean over images, and a loss of the whole batch
+
+
+def peak_mb() -> float:
+    """Return the largest resident memory of this process so far, MB."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024 / 1e6
+
+
+def step_case(backbone: str, size: int, objective: str, n_parts: int) -> None:
+    """Make two updates and print by how much they raised the peak memory, and their processor time."""
+    from qtdog.core.config import Config
+    from qtdog.data.open import open_dataset
+    from qtdog.training.build import build_components
+    from qtdog.training.loop import begin_step, update
+
+    config = Config.make(
+        backbone=backbone,
+        weights="none",
+        target="75",
+        image_size=size,
+        batch_size=16,
+        objective=objective,
+        train={"accumulate": n_parts},
+        data={"workers": 0},
+    )
+    components = build_components(config, open_dataset("rotated-digits"))
+    components.network.train()
+    batch = components.batches.batch(0)
+    before, started = peak_mb(), time.process_time()
+    for step in range(2):
+        begin_step(components, step)
+        update(components, batch, step)
+    seconds = (time.process_time() - started) / 2
+    result = {"objective": objective, "parts": n_parts, "mb": round(peak_mb() - before), "step_s": round(seconds, 2)}
+    print(json.dumps(result))
+
+
+def measure_steps(backbone: str, size: int, path: Path | None) -> None:
+    """Measure updates in 1, 2 and 4 parts, each in a process of its own."""
+    results = []
+    for objective in OBJECTIVES:
+        for n_parts in PARTS:
+            command = [sys.executable, __file__, "--steps", backbone, "--size", str(size)]
+            command += ["--case", str(n_parts), "--objective", objective]
+            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            print(results[-1], flush=True)
+    if path:
+        path.write_text(json.dumps({"backbone": backbone, "size_px": size, "results": results}) + "\n")
+
+
 def main() -> None:
     """Run the cases and print a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--images", type=int, default=1500, help="images of the smallest case")
+    parser.add_argument("--steps", metavar="BACKBONE", help="measure updates of this backbone in parts instead")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--objective", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="also write the results there")
     options = parser.parse_args()
+    if options.steps and options.case:
+        step_case(options.steps, options.size, options.objective, options.case)
+        return
+    if options.steps:
+        measure_steps(options.steps, options.size, options.json)
+        return
     if options.case:
         case(options.case, options.size)
         return

@@ -44,6 +44,7 @@ START = "First quantized step. Default: 40 % of the steps."
 SKIP = "Leave out images that cannot be read; skipped.json in the run folder names them."
 TARGET = "Unseen domain; 'all' for each in turn; 'none' to train on every domain (the model you deploy). Default none."
 MEMBERS = "Train this many models, seeds SEED, SEED+1, …, and make one ensemble file of them."
+ACCUMULATE = "Parts of a batch that are computed one after another, for less memory. Default 1."
 ABSTAIN = "Share of the validation images that the stored threshold of confidence does not answer. Default 0.1."
 SPLITS = "Whether all members hold out the same images for selection, or --trial counts up with the seed. Default same."
 FORK_AT = "Train the float steps up to the start of quantization (or to STEP) once, for all members."
@@ -85,6 +86,7 @@ def train(
     steps: Steps = None,
     budget: Annotated[str | None, panel("Training", BUDGET, metavar="TIME")] = None,
     batch_size: BatchSize = None,
+    accumulate: Annotated[int | None, panel("Training", ACCUMULATE, min=1)] = None,
     lr: LearningRate = None,
     seed: Seed = None,
     abstain: Annotated[float | None, panel("Training", ABSTAIN, min=0, max=0.99)] = None,
@@ -118,6 +120,8 @@ def train(
     flags = {name: given[name] for name in experiment.FLAGS}
     if abstain is not None:
         assign = [*(assign or ()), f"train.abstain={abstain}"]
+    if accumulate is not None:
+        assign = [*(assign or ()), f"train.accumulate={accumulate}"]
     wanted = experiment.Members(members, member_splits.value, fork_at)
     request = experiment.Request(flags, preset or (), assign or (), wanted, out, resume, budget=budget_of(budget))
     request = experiment.with_saved_members(request)

@@ -243,6 +243,9 @@ class TrainConfig(Section):
         description="of the arithmetic: float32 (torch's own default rounds the inputs of convolutions on GPUs), "
         "products in TensorFloat-32, or autocast to bfloat16",
     )
+    accumulate: int = Field(
+        default=1, ge=1, description="parts of a batch that are computed one after another, for less memory"
+    )
     probe_steps: int = Field(default=0, ge=0, description="first steps, in which the classifier alone trains")
     abstain: float = Field(
         default=0.1,
@@ -330,6 +333,21 @@ class Config(Section):
             raise ValueError(f"quantizer.activation_bits must be 0 (float) or {MIN_BITS} to {MAX_BITS}, not 1")
         if bits and name in AFTER_TRAINING:
             raise ValueError(f"quantizer '{name}' works after training and rounds no activations; take lsq, or 0 bits")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_can_be_cut(self) -> Config:
+        parts = self.train.accumulate
+        if parts > self.data.batch_size:
+            raise ValueError(
+                f"train.accumulate cuts the images of a domain into {parts} parts, and data.batch_size is "
+                f"{self.data.batch_size}: take at most as many parts"
+            )
+        if parts > 1 and self.quantizer.activation_bits:
+            raise ValueError(
+                "train.accumulate and quantizer.activation_bits do not go together: the grids of activations move with "
+                "the whole batch. Leave one out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -230,6 +230,7 @@ class Fishr(Objective):
     checkpoints.
     """
 
+    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(1000.0, "of the penalty (lambda)", low=0, search=(10, 1e4), log=True),
         "anneal_steps": HyperParameter(

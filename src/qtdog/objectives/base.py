@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from qtdog.core.errors import ConfigError
 from qtdog.core.feature_maps import Stage
@@ -58,6 +60,70 @@ class DomainBatch:
         """Yield images and labels of each domain."""
         return zip(self.images.split(self.sizes), self.labels.split(self.sizes), strict=True)
 
+    def parts(self, n: int) -> Iterator[tuple[float, DomainBatch]]:
+        """Yield `n` batches that together are this one, with every domain in each, and their shares of the images.
+
+        Args:
+            n: at most the images of the smallest domain.
+
+        Example:
+            >>> batch = DomainBatch(torch.zeros(5, 1, 2, 2), torch.tensor([0, 1, 2, 3, 4]), (3, 2))
+            >>> [(share, part.labels.tolist(), part.sizes) for share, part in batch.parts(2)]
+            [(0.6, [0, 2, 3], (2, 1)), (0.4, [1, 4], (1, 1))]
+        """
+        for index in range(n):
+            starts = [sum(self.sizes[:domain]) for domain in range(len(self.sizes))]
+            rows = [range(start + index, start + size, n) for start, size in zip(starts, self.sizes, strict=True)]
+            chosen = torch.tensor([row for domain in rows for row in domain], device=self.labels.device)
+            part = DomainBatch(
+                images=self.images[chosen],
+                labels=self.labels[chosen],
+                sizes=tuple(map(len, rows)),
+                step=self.step,
+                views=tuple(view[chosen] for view in self.views),
+                indices=None if self.indices is None else self.indices[chosen.to(self.indices.device)],
+            )
+            yield len(chosen) / len(self.labels), part
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of `model` back at the end: what a pass that is repeated does to statistics counts once."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def run_in_parts(model: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return what `model` says of `images`, from `n` passes whose activations are computed again in the backward pass.
+
+    Only one part's activations are in memory at a time. Gradients are those of one pass over all images, up to the
+    rounding of sums, where the model treats each image alone (batch norm frozen, no dropout). Chen et al., *Training
+    Deep Nets with Sublinear Memory Cost*, 2016, over images in place of layers.
+
+    Args:
+        model: images → (features, logits).
+        images: shape (N, …).
+        n: parts, of every n-th image, so that each has images of every domain.
+    """
+
+    def one(part: Tensor) -> tuple[Tensor, Tensor]:
+        with parametrize.cached():
+            return model(part)
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        again = _buffers_kept(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+        return contextlib.nullcontext(), again
+
+    outputs = [checkpoint(one, images[index::n], use_reentrant=False, context_fn=contexts) for index in range(n)]
+    order = torch.cat([torch.arange(len(images), device=images.device)[index::n] for index in range(n)]).argsort()
+    features, logits = (torch.cat(values)[order] for values in zip(*outputs, strict=True))
+    return features, logits
+
 
 def _alone(rows: Tensor) -> Sequence[Tensor]:
     return [rows]
@@ -71,14 +137,18 @@ class ModelView:
         model: images → (features, logits), as training runs it (possibly wrapped for several processes).
         network: the plain network inside, with `featurizer` and `classifier`; its own forward gives logits.
         of_all: rows of this process → those of every process that shares the batch, in their order.
+        n_parts: passes in which the images go through the model, for less memory (`run_in_parts`).
     """
 
     model: nn.Module
     network: nn.Module
     of_all: Callable[[Tensor], Sequence[Tensor]] = _alone
+    n_parts: int = 1
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W)."""
+        if self.n_parts > 1 and torch.is_grad_enabled():
+            return run_in_parts(self.model, images, self.n_parts)
         # A weight that several modules share, or that is read twice, is quantized once per pass.
         with parametrize.cached():
             return self.model(images)
@@ -175,6 +245,9 @@ class Objective(nn.Module):
         EQUAL_SHARES: whether every domain must have as many images in a batch.
         MEAN_CROSS_ENTROPY: what the cross-entropy in its `loss` is the mean over, "images" or "domains" (of their
             means), if nothing else in it reads labels, so that these can be smoothed (`objectives.wrappers`).
+        ACCUMULATES: how a batch can be cut for `train.accumulate`: "images", the loss is a mean over images, so that
+            the gradients of parts add up; "outputs", it looks at features and logits of the whole batch, which a second
+            forward pass over each part allows; "", not at all. None: "outputs" if it overrides `loss` alone, else "".
         ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
             nobody gathers, or has parameters of its own.
         lr_factor: of the objective's own parameters.
@@ -186,6 +259,7 @@ class Objective(nn.Module):
     MIN_BATCH: ClassVar[int] = 1
     EQUAL_SHARES: ClassVar[bool] = False
     MEAN_CROSS_ENTROPY: ClassVar[str] = ""
+    ACCUMULATES: ClassVar[str | None] = None
     ONE_PROCESS: ClassVar[bool] = False
     lr_factor: float = 1.0
 
@@ -206,6 +280,13 @@ class Objective(nn.Module):
         if self.EQUAL_SHARES and not setting.equal_shares:
             text = f"objective '{name}' takes as many images of every domain, and data.focus gives one of them half"
             raise ConfigError(f"{text}. Leave data.focus out, or use another objective, such as erm.")
+
+    @property
+    def accumulates(self) -> str:
+        """How a batch can be cut: "images", "outputs" or "", as in `ACCUMULATES`."""
+        if self.ACCUMULATES is not None:
+            return self.ACCUMULATES
+        return "outputs" if type(self).forward is Objective.forward else ""
 
     def number(self, name: str) -> float:
         """Return the value of a numeric hyper-parameter."""
@@ -258,6 +339,11 @@ class WrappedObjective(Objective):
         self.objective = objective
         self.params = objective.params
         self.lr_factor = objective.lr_factor
+
+    @property
+    def accumulates(self) -> str:
+        """That of the objective inside; what the wrappers add is a mean over images."""
+        return self.objective.accumulates
 
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
         """Return the loss of the objective inside."""

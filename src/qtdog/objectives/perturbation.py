@@ -60,6 +60,7 @@ class Mixup(Objective):
     those of all of them.
     """
 
+    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "alpha": HyperParameter(0.2, "of Beta(α, α)", low=1e-3, search=(1e-1, 10), log=True),
     }
@@ -131,6 +132,7 @@ class RSC(Objective):
     does not apply.
     """
 
+    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "feature_frac": HyperParameter(
             1 / 3, "share of the features to mute (rsc_f_drop_factor)", low=0, high=1, search=(0, 0.5)

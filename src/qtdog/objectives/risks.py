@@ -40,6 +40,7 @@ def erm_loss(domains: Sequence[DomainOutputs]) -> Tensor:
 class ERM(Objective):
     """Mean cross-entropy over all images (Vapnik, 1998)."""
 
+    ACCUMULATES: ClassVar[str | None] = "images"
     MEAN_CROSS_ENTROPY: ClassVar[str] = "images"
 
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
@@ -99,6 +100,7 @@ class IRM(Objective):
     optimizer, so here Adam goes on with the moments that it has.
     """
 
+    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(
             100.0, "of the penalty after annealing (irm_lambda)", low=0, search=(1e-1, 1e5), log=True
@@ -149,6 +151,7 @@ class VREx(Objective):
     that it has.
     """
 
+    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(
             10.0, "of the variance after annealing (vrex_lambda)", low=0, search=(1e-1, 1e5), log=True
@@ -190,6 +193,7 @@ class GroupDRO(Objective):
     The shares q are kept in checkpoints.
     """
 
+    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "eta": HyperParameter(0.01, "step size of the domains' shares", low=0, search=(1e-3, 1e-1), log=True),
     }

@@ -24,7 +24,8 @@ def cost_class(config: Config) -> tuple[object, ...]:
         True
     """
     data, model, axes = config.data, config.model, (config.objective.name, config.step_rule.name)
-    return (model.backbone, data.image_size, data.batch_size, config.train.precision, *axes)
+    plan = config.train
+    return (model.backbone, data.image_size, data.batch_size, plan.precision, plan.accumulate, *axes)
 
 
 class Throughput:

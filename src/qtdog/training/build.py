@@ -107,6 +107,7 @@ def build_components(
         _check_consistency(config)
         objective = Consistency(objective, config.objective.consistency)
     objective = with_teacher(objective, config.objective, teacher, setting).to(accelerator.device)
+    _check_accumulation(config, objective, setting)
     quantizer = make_quantizer(config.quantizer, network)
     if quantizer is not None and config.quantizer.activation_bits:
         _quantize_activations_(config.quantizer, quantizer, accelerator.num_processes)
@@ -149,6 +150,27 @@ def _network(config: Config, dataset: DomainDataset) -> Network:
         class_names=dataset.classes,
         read_weights=read_any_weights,
     )
+
+
+def _check_accumulation(config: Config, objective: Objective, setting: ObjectiveSetting) -> None:
+    n_parts, name = config.train.accumulate, config.objective.name
+    if n_parts == 1:
+        return
+    if not objective.accumulates:
+        raise ConfigError(
+            f"objective '{name}' runs the network itself on the whole batch, so train.accumulate cannot cut it. Take a "
+            "smaller data.batch_size, or another objective, such as erm"
+        )
+    if objective.accumulates == "outputs" and setting.n_processes > 1:
+        raise ConfigError(
+            f"objective '{name}' looks at the whole batch, and then train.accumulate works in one process: leave it "
+            "out, since several processes share the batch already"
+        )
+    if setting.batch_size < n_parts * setting.n_processes:
+        raise ConfigError(
+            f"train.accumulate={n_parts} cuts the images of each domain in a process, and some have fewer: the "
+            f"smallest share of a batch is {setting.batch_size} images over {setting.n_processes} processes"
+        )
 
 
 def _check_consistency(config: Config) -> None:

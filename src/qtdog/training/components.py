@@ -126,7 +126,8 @@ class Components:
     def view(self) -> ModelView:
         """The model as an objective sees it."""
         if self.accelerator.num_processes == 1:
-            return ModelView(self.model, self.network)
+            n_parts = self.config.train.accumulate if self.objective.accumulates == "outputs" else 1
+            return ModelView(self.model, self.network, n_parts=n_parts)
         return ModelView(self.model, self.network, partial(of_all_processes, self.accelerator))
 
 

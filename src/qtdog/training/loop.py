@@ -250,16 +250,25 @@ def update(components: Components, batch: Batch, step: int) -> Tensor:
     views = tuple(view.to(accelerator.device) for view in batch.views)
     moved = DomainBatch(images, labels, batch.sizes, step, views, batch.indices)
 
-    def backward() -> Tensor:
-        # Dropout, Mixup and their kin draw from the stream of this step: a resumed run draws the same, and so does a
-        # step rule that passes over the batch twice.
-        torch.manual_seed(seed)
-        loss = components.objective(components.view, moved)
+    def add_gradients(part: DomainBatch, share: float | None = None) -> Tensor:
+        loss = components.objective(components.view, part)
+        loss = loss if share is None else share * loss
         shown = accelerator.reduce(loss.detach(), reduction="mean")
         assert isinstance(shown, Tensor)
         if shown.device.type == "cpu" and not torch.isfinite(shown):
             raise NonFiniteLossError(_advice(components, step, shown.item()))
         accelerator.backward(loss)
+        return shown
+
+    def backward() -> Tensor:
+        # Dropout, Mixup and their kin draw from the stream of this step: a resumed run draws the same, and so does a
+        # step rule that passes over the batch twice.
+        torch.manual_seed(seed)
+        if components.objective.accumulates != "images" or components.config.train.accumulate == 1:
+            shown = add_gradients(moved)
+        else:
+            parts = moved.parts(components.config.train.accumulate)
+            shown = torch.stack([add_gradients(part, share) for share, part in parts]).sum()
         if step < components.config.train.probe_steps:
             keep_classifier_gradients_(components.network, components.objective)
         return shown
