@@ -54,7 +54,7 @@ check-release: setup ## build sdist and wheel, install the sdist without extras,
 
 docs: setup ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "Open site/index.html"
+	@echo "Open site/index.html, or with its search: python3 -m http.server --directory site"
 
 pictures: setup ## make the drawings of the pages and the pictures of the gallery anew (minutes)
 	@$(BIN)/python docs/make/drawings.py

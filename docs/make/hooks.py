@@ -140,6 +140,21 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep options whole: a browser would break a line of code inside of `--data`."""
+    return re.sub(r"<code>([^<\n]*)</code>", lambda found: f"<code>{whole_options(found[1])}</code>", html)
+
+
+def whole_options(code: str) -> str:
+    """Return inline code whose options are not broken.
+
+    Example:
+        >>> whole_options("qtdog train --data photos/")
+        'qtdog train <span class="whole">--data</span> photos/'
+    """
+    return re.sub(r"(?<![\w-])(--?[\w][\w-]*)", r'<span class="whole">\1</span>', code)
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the pages that are made: command line, gallery, changelog."""
     made = {

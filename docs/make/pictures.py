@@ -37,7 +37,8 @@ def keep(name: str, printed: str) -> None:
     with Image.open(f"{name}.png") as picture:
         small = picture.convert("RGB")
         small.thumbnail((MAX_WIDTH, 2 * MAX_WIDTH))
-        small.quantize(64).save(GALLERY / f"{name}.png", optimize=True)
+        # MAXCOVERAGE keeps rare colors, those of a color bar
+        small.quantize(128, Image.Quantize.MAXCOVERAGE).save(GALLERY / f"{name}.png", optimize=True)
     output = GALLERY / f"{name}.txt"
     output.unlink(missing_ok=True)
     if printed:

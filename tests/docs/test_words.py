@@ -44,6 +44,12 @@ def test_pages():
     assert forbidden(lines) == []
 
 
+def test_pages_that_the_program_writes():
+    assets = [path for room in ("report", "export") for path in (ROOT / "src/qtdog" / room / "assets").iterdir()]
+    assert len(assets) >= 7
+    assert forbidden((path.name, path.read_text(encoding="utf-8")) for path in assets) == []
+
+
 def test_help_of_every_command():
     texts = list(help_texts(typer.main.get_command(app), "qtdog"))
     assert len(texts) > 200

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from qtdog.core.errors import FormatError, RunError
 from qtdog.core.files import clear_disk_errors, write_atomic
+from qtdog.core.printable import legend_columns
 from qtdog.core.safe_text import csv_line, no_formula, read_json, read_text
 
 POINTS = "points.csv"
@@ -259,7 +260,8 @@ def legend(figure: Figure, axis: Axes) -> None:
     """Put the legend of one panel below the figure."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
+        ncols = legend_columns(labels, figure.get_figwidth())
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[str]:

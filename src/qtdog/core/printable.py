@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # C0 and C1 controls, format characters that reorder or hide text, separators that break lines, lone surrogates
 _UNPRINTABLE = re.compile(
@@ -21,6 +22,17 @@ def printable(text: str) -> str:
         'a?[31mred?b'
     """
     return _UNPRINTABLE.sub("?", text)
+
+
+def legend_columns(labels: Sequence[str], width_in: float) -> int:
+    """Return in how many columns, at most three, a legend of 8 points fits below a figure of a width in inches.
+
+    Example:
+        >>> legend_columns(["float", "lsq"], 5.2), legend_columns(["erm + ema-of-the-gallery + float: target"] * 2, 5.2)
+        (2, 1)
+    """
+    column_in = 0.5 + 0.065 * max(map(len, labels), default=0)  # handle and space, then letters
+    return max(1, min(3, len(labels), int(width_in / column_in)))
 
 
 def one_line(text: str) -> str:

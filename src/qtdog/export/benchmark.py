@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 from qtdog.core.errors import ConfigError, FormatError
 from qtdog.core.machine import n_cores
+from qtdog.core.printable import legend_columns
 from qtdog.export.benchmark_measures import Timing, Turn, cpu_features, pareto, summarise
 from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker
 from qtdog.export.parity import LabelledImages
@@ -261,8 +262,9 @@ def plot_bench(bench: Bench, path: Path) -> None:
     axis.set_xlim(left=0)
     axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3)
-    figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.05 + 0.05 * ((len(rows) + 2) // 3), 1, 1))
+    ncols = legend_columns([f"{row.label}, {row.runtime}" for row in rows], figure.get_figwidth())
+    figure.legend(loc="lower center", ncols=ncols, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05 + 0.05 * -(-len(rows) // ncols), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtdog.core.printable import legend_columns
 from qtdog.report.inputs import Timed
 from qtdog.runs.aggregate import AVERAGE, GAP, SOURCE, WORST, Aggregate
 from qtdog.runs.finished import FinishedRun, risk_points
@@ -171,8 +172,9 @@ def curves_figure(curves: Sequence[Curve]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy (%)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.05 + 0.05 * ((len(labels) + 2) // 3), 1, 1))
+    ncols = legend_columns(labels, figure.get_figwidth())
+    figure.legend(handles, labels, loc="lower center", ncols=ncols, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05 + 0.05 * -(-len(labels) // ncols), 1, 1))
     return figure
 
 
