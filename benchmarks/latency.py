@@ -32,7 +32,7 @@ from torch import nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.data.open import open_any
-from qtdog.ensemble.members import read_member
+from qtdog.ensemble.model import read_member
 from qtdog.ensemble.scoring import EvaluationSet, open_evaluation_set
 from qtdog.export.benchmark import Bench, BenchmarkPlan, Measured, bench
 from qtdog.export.benchmark_measures import ratio_spread

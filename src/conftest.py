@@ -28,9 +28,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a study and its two runs of two steps, made in this process."""
+    from qtdog.sweep.local import run_task
     from qtdog.sweep.plan import make_plan
     from qtdog.sweep.study import read_study
-    from qtdog.sweep.worker import run_task
     from qtdog.training.run import RunCallbacks
 
     folder = tmp_path_factory.mktemp("examples")

@@ -14,9 +14,9 @@ from PIL import Image
 from qtdog.models.network import WIDTHS, digits_cnn
 from qtdog.models.weights import is_installed
 from qtdog.sweep.journal import save_labels
+from qtdog.sweep.local import run_task
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.study import read_study
-from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 SMALL = ("--steps", 2, "--batch-size", 2, "--image-size", 12, "--set", "train.eval_every=2")

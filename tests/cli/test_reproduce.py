@@ -8,9 +8,9 @@ import pytest
 
 from qtdog.api.studies import find_study, narrow
 from qtdog.core.config_io import parse_assignment
+from qtdog.sweep.local import run_task
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.results import expected_rows
-from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 TINY = {"model.backbone": "digits_cnn", "model.weights": "none", "data.image_size": 12, "data.batch_size": 2}

@@ -15,10 +15,10 @@ from rich.live import Live
 
 from qtdog.cli.sweep_output import ProgressDisplay
 from qtdog.sweep.journal import Outcome, save_failure
+from qtdog.sweep.local import run_task
 from qtdog.sweep.plan import make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import Study, read_study
-from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 SET = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 4, "train.eval_every": 1}

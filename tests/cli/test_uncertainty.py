@@ -41,7 +41,7 @@ def test_the_temperature_is_fitted_on_the_sources_and_travels_in_the_file(traine
     model = load(folder / "75-eoq" / "model.safetensors")
     calibration = result["calibration"]
     assert model.info.temperature == calibration["temperature"] != 1  # pyright: ignore
-    from qtdog.ensemble.members import read_member
+    from qtdog.ensemble.model import read_member
     from qtdog.ensemble.scoring import open_evaluation_set
 
     members = [read_member(path) for path in sorted(folder.glob("75-seed*"))]

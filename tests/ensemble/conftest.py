@@ -10,7 +10,7 @@ import pytest
 
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.ensemble.members import Member, read_member
+from qtdog.ensemble.model import Member, read_member
 from qtdog.runs.folder import RunFolder
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run

@@ -12,8 +12,7 @@ import pytest
 
 from qtdog.core.errors import ConfigError, DataError, RunError
 from qtdog.ensemble.assemble import EnsembleSpec, assemble, best_first, cost, finished, members_hash
-from qtdog.ensemble.members import check_alike, fitting_kind, read_member, share_splits
-from qtdog.ensemble.model import load, load_ensemble_model
+from qtdog.ensemble.model import check_alike, fitting_kind, load, load_ensemble_model, read_member, share_splits
 from qtdog.ensemble.scoring import open_evaluation_set
 from qtdog.ensemble.weight_averaging import Recipe
 

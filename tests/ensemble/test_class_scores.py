@@ -8,8 +8,7 @@ from sklearn.metrics import confusion_matrix
 
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.ensemble.members import Member
-from qtdog.ensemble.model import load
+from qtdog.ensemble.model import Member, load
 from qtdog.ensemble.scoring import score_domains
 from qtdog.training.evaluation import class_scores
 

@@ -13,8 +13,7 @@ from qtdog.core.errors import ConfigError
 from qtdog.core.quantized import QuantSpec
 from qtdog.ensemble import weight_averaging as tune_module
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
-from qtdog.ensemble.members import check_one_start
-from qtdog.ensemble.model import load
+from qtdog.ensemble.model import check_one_start, load
 from qtdog.ensemble.scoring import open_evaluation_set
 from qtdog.ensemble.weight_averaging import Recipe, average_weights, read_latent
 from qtdog.packing.packed_file import load_packed

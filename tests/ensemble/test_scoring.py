@@ -13,8 +13,7 @@ from qtdog.core.errors import DataError
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
 from qtdog.data.open import open_dataset
-from qtdog.ensemble.members import Member
-from qtdog.ensemble.model import load
+from qtdog.ensemble.model import Member, load
 from qtdog.ensemble.scoring import SiteComparison, compare_sites, score_domains, worse_sites
 
 

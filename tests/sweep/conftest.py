@@ -12,11 +12,10 @@ import pytest
 
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome
-from qtdog.sweep.local import LocalEngine, Resources
+from qtdog.sweep.local import LocalEngine, Resources, run_task
 from qtdog.sweep.plan import Plan, Task, make_plan
 from qtdog.sweep.runner import SweepProgress as Progress
 from qtdog.sweep.study import Study
-from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 TINY = {

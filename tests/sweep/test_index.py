@@ -26,9 +26,9 @@ from qtdog.sweep.results import comparisons, results, values
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """Return a plan and a folder in which it is done; not to be changed."""
+    from qtdog.sweep.local import run_task
     from qtdog.sweep.plan import make_plan
     from qtdog.sweep.study import Study
-    from qtdog.sweep.worker import run_task
     from qtdog.training.run import RunCallbacks
 
     sets = {"data.image_size": 8, "data.batch_size": 2, "train.steps": 8, "train.eval_every": 1}

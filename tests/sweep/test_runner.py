@@ -11,6 +11,7 @@ import pytest
 from qtdog.core.errors import RunError
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, Status, read_failures
+from qtdog.sweep.local import run_task
 from qtdog.sweep.plan import Task, make_plan, select_tasks
 from qtdog.sweep.runner import (
     MAX_LOST,
@@ -23,7 +24,6 @@ from qtdog.sweep.runner import (
     unfinished,
 )
 from qtdog.sweep.study import Study
-from qtdog.sweep.worker import run_task
 from qtdog.training.run import RunCallbacks
 
 METHODS = {

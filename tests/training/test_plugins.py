@@ -20,9 +20,9 @@ from qtdog.core.config import Config, config_hash
 from qtdog.core.config_io import load_preset, preset_plugins
 from qtdog.core.errors import ConfigError, FormatError, ModelError, RunError
 from qtdog.core.progress import StopAfter
+from qtdog.sweep.local import run_task
 from qtdog.sweep.plan import Task, make_plan
 from qtdog.sweep.study import read_study
-from qtdog.sweep.worker import run_task
 from qtdog.training.load_model import ModelInfo
 from qtdog.training.plugins import AXES, forget_plugins, load_entry_points, load_plugins, member_origins
 from qtdog.training.run import RunCallbacks

@@ -23,8 +23,7 @@ from qtdog.data.decoded_cache import open_cache
 from qtdog.data.open import open_any, open_texts
 from qtdog.data.text import TextDomains, open_tokens
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
-from qtdog.ensemble.members import read_member
-from qtdog.ensemble.model import load
+from qtdog.ensemble.model import load, read_member
 from qtdog.ensemble.prediction import find_texts, predict_texts
 from qtdog.ensemble.scoring import open_evaluation_set
 from qtdog.models.text_backbones import make_tokenizer

@@ -167,7 +167,7 @@ def join_members(
     """
     # one run needs none of this
     from qtdog.ensemble.assemble import EnsembleSpec, assemble, finished, members_hash
-    from qtdog.ensemble.members import fitting_kind, read_member, share_splits
+    from qtdog.ensemble.model import fitting_kind, read_member, share_splits
     from qtdog.ensemble.scoring import open_evaluation_set
 
     members = [read_member(folder) for folder in folders]

@@ -12,8 +12,7 @@ import typer
 from qtdog.cli.options import JsonOutput
 
 if TYPE_CHECKING:
-    from qtdog.ensemble.members import Member
-    from qtdog.ensemble.model import EnsembleModel
+    from qtdog.ensemble.model import EnsembleModel, Member
     from qtdog.ensemble.scoring import EvaluationSet
     from qtdog.training.load_model import LoadedModel
 
@@ -66,7 +65,7 @@ def ensemble(
     """
     from qtdog.cli.console import print_json, warn
     from qtdog.ensemble.assemble import EnsembleSpec, assemble
-    from qtdog.ensemble.members import check_alike, fitting_kind, read_member
+    from qtdog.ensemble.model import check_alike, fitting_kind, read_member
     from qtdog.ensemble.weight_averaging import Recipe
 
     members = [read_member(run) for run in runs]
@@ -90,7 +89,7 @@ def find_evaluation_set(members: Sequence[Member], data: str | None) -> Evaluati
     from qtdog.cli.console import CountingBar, warn
     from qtdog.core.errors import DataError
     from qtdog.data.open import open_readable, recorded_source
-    from qtdog.ensemble.members import share_splits
+    from qtdog.ensemble.model import share_splits
     from qtdog.ensemble.scoring import open_evaluation_set
 
     config = members[0].config

@@ -20,8 +20,17 @@ from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.core.safe_text import read_json
 from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
-from qtdog.ensemble.members import Member, check_alike, check_kind, heldout_note, share_splits
-from qtdog.ensemble.model import EnsembleInfo, EnsembleModel, build_model, load
+from qtdog.ensemble.model import (
+    EnsembleInfo,
+    EnsembleModel,
+    Member,
+    build_model,
+    check_alike,
+    check_kind,
+    heldout_note,
+    load,
+    share_splits,
+)
 from qtdog.ensemble.scoring import EvaluationSet, Scores, mean_accuracy
 from qtdog.ensemble.weight_averaging import Recipe, average_members, check_recipe
 from qtdog.models.network import Network, to_device_

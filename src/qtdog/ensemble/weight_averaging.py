@@ -14,7 +14,7 @@ from qtdog.conversion.save import bake
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config
 from qtdog.core.errors import ConfigError, RunError
-from qtdog.ensemble.members import Member, check_one_start
+from qtdog.ensemble.model import Member, check_one_start
 from qtdog.ensemble.scoring import EvaluationSet, mean_accuracy
 from qtdog.models.network import Network, to_device_
 from qtdog.quantizers.registry import QUANTIZERS

@@ -18,8 +18,8 @@ from typing import Any
 from qtdog.core.errors import ConfigError, RunError, extra
 from qtdog.core.files import replacing_folder
 from qtdog.sweep.journal import Outcome, state_folder
+from qtdog.sweep.local import failure, run_task_from_json
 from qtdog.sweep.plan import Task
-from qtdog.sweep.worker import failure, run_task_from_json
 
 Answer = dict[str, Any]
 MEMBER_FILES = ("config.yaml", "result.json", "model.safetensors")

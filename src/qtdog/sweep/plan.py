@@ -47,7 +47,7 @@ class EnsembleMembers:
     """What an ensemble is made of.
 
     Attributes:
-        kind: a name of `ensemble.members.KINDS`.
+        kind: a name of `ensemble.model.KINDS`.
         members: folder names of the runs.
         pick: which of them diwa and soup average.
     """
