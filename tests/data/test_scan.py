@@ -171,6 +171,14 @@ def test_a_class_may_be_called_train(tmp_path):
     assert open_folder(root).classes == ("test", "train")
 
 
+@pytest.mark.parametrize("above", ["photos", "all", "export/photos"])
+def test_a_folder_above_that_of_the_domains_is_named_in_what_is_refused(tmp_path, above):
+    make(tmp_path, *(f"{above}/{d}/{c}/0.png" for d in ("day", "night") for c in ("cat", "dog")))
+    with pytest.raises(DataError, match=rf"the folders cat, dog repeat in them: .* give the folder below.*/{above}$"):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path / above).domains == ("day", "night")
+
+
 def test_a_folder_one_level_too_high_is_said(tmp_path):
     names = (f"{s}/{d}/{c}/{i}.png" for s in ("x", "y") for d in "ab" for c in ("cat", "dog") for i in range(2))
     (note,) = open_folder(make(tmp_path / "photos", *names)).notes

@@ -206,11 +206,15 @@ def open_folder(root: Path, *, min_domains: int = 2) -> FileDataset:
     _refuse_split_folders(root, images)
     names = tuple(sorted({label for labels in classes.values() for label in labels}))
     own = DatasetCard(name=root.resolve().name, title=f"Images in the folder {root.resolve().name}")
-    dataset = FileDataset(own, root, images, names)
+    level = _level_notes(root, classes, images)
+    try:
+        dataset = FileDataset(own, root, images, names)
+        require_domains(dataset, min_domains, root)
+    except DataError as error:
+        raise DataError(". ".join([str(error), *level])) from None
     dataset.card = card_for(dataset)
     dataset.passed_over = passed
-    dataset.notes = [*dataset.notes, *_level_notes(root, classes, images)]
-    require_domains(dataset, min_domains, root)
+    dataset.notes = [*dataset.notes, *level]
     return dataset
 
 
@@ -272,6 +276,14 @@ def _all_lie_deeper(images: ImageFiles) -> bool:
     return all(key.count("/") > 2 for key in images.keys)
 
 
+def _common_depth(images: ImageFiles) -> int:
+    """How many folders all images lie in before the ways part, but two levels are left: at least 1."""
+    if len(set(images.domains)) > 1:
+        return 1
+    common = len(os.path.commonpath(images.keys).split("/"))
+    return max(1, min(common, min(key.count("/") for key in images.keys) - 2))
+
+
 def _level_notes(root: Path, classes: Iterable[str], images: ImageFiles) -> list[str]:
     """Say what suggests that the folder is a level too high, or that its domains are the parts of a split."""
     notes = []
@@ -279,12 +291,14 @@ def _level_notes(root: Path, classes: Iterable[str], images: ImageFiles) -> list
         names = ", ".join(sorted(classes))
         notes.append(f"the domains {names} look like the parts of a split, not like domains: the layout is {LAYOUT}")
     if _all_lie_deeper(images):
-        below: dict[str, set[tuple[str, str]]] = {}
-        for domain, label, key in zip(*images, strict=True):
-            below.setdefault(key.split("/")[2], set()).add((domain, label))
+        depth = _common_depth(images)
+        below: dict[str, set[str]] = {}
+        for key in images.keys:
+            *place, name, _ = key.split("/", depth + 2)
+            below.setdefault(name, set()).add("/".join(place))
         repeated = sorted(name for name, places in below.items() if len(places) > 1)
         if repeated and len(repeated) == len(below):
-            first = root / images.keys[0].split("/")[0]
+            first = root.joinpath(*images.keys[0].split("/")[:depth])
             text = f"no image lies directly in a class folder, and the folders {', '.join(repeated[:5])} repeat in them"
             notes.append(f"{text}: if these are the classes, give the folder below, such as {first}")
     return notes

@@ -84,7 +84,8 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
     if data.target not in dataset.domains and composed(data.target) in dataset.domains:
         data = data.model_copy(update={"target": composed(data.target)})  # typed or copied in another Unicode form
     if data.target != "none" and data.target not in dataset.domains:
-        raise ConfigError(unknown("target domain", data.target, [*dataset.domains, "all", "none"]))
+        text = unknown("target domain", data.target, [*dataset.domains, "all", "none"])
+        raise ConfigError(". ".join([text, *dataset.notes]))
     check_trainable(dataset, data)
     resolved = data.model_copy(update={"content": content})
     sections = {"data": resolved, "model": _with_weights(config.model), "objective": _with_teacher(config.objective)}
