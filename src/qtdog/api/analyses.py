@@ -126,7 +126,7 @@ def flatness(
         num_directions: random directions, in opposite pairs; both count.
         radii: in the units of the weights.
         filter_radii: as shares of each filter's length.
-        num_images: of each domain; held-out ones of the sources.
+        num_images: of each domain; validation images of the sources.
         seed: of images and directions.
         data: where the data set lies now, if not where the runs found it.
         out: the answer is kept in `out/flatness`; the same call goes on there.
@@ -175,7 +175,7 @@ def hessian(
 
     Args:
         runs: run folders or results of `qtdog.train`, of one data set.
-        on: "sources" (their held-out images) or "target".
+        on: "sources" (their validation images) or "target".
         num_vectors: random vectors of the trace, at most.
         error: standard error of the trace that is enough, as a share of it.
         num_eigenvalues: how many of the largest.

@@ -51,7 +51,7 @@ class Members:
 
     Attributes:
         number: how many; their seeds count up from the configuration's.
-        splits: "same" held-out images for all, or "different" (data.trial counts up too).
+        splits: "same" validation images for all, or "different" (data.trial counts up too).
         fork_at: where they part: "start" (of quantization) or a step; None to train each from its own start.
     """
 

@@ -75,12 +75,12 @@ class RunResult:
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy on the whole unseen domain, as a fraction; None if no domain was held out (`source_accuracy`)."""
+        """Accuracy on the whole unseen domain, as a fraction; None if all were trained on (`source_accuracy`)."""
         return self.result["test_accuracy"]
 
     @property
     def source_accuracy(self) -> float | None:
-        """Mean accuracy on the held-out images of the source domains, as a fraction, at the checkpoint that is kept."""
+        """Mean accuracy on the validation images of the sources, as a fraction, at the checkpoint that is kept."""
         return self.result["source_accuracy"]
 
     @property
@@ -245,7 +245,7 @@ def train(
     """Train, select and keep one small model; measure it on a domain that it never saw.
 
     Args:
-        data: a data set's name, a folder ROOT/DOMAIN/CLASS/image, a manifest, or a `qtdog.Dataset`. Default: the
+        data: a data set's name, a folder ROOT/DOMAIN/CLASS/image, a list, or a `qtdog.Dataset`. Default: the
             embedded rotated digits.
         target: the unseen domain; "all" for each in turn; None or "none" to train on every domain.
         preset: names (`qtdog list presets`) or YAML files; later ones win.
@@ -254,7 +254,7 @@ def train(
         budget: choose image size and number of steps so that everything takes about this long here, like "20min".
             Default: 15 minutes on a processor where no backbone, size or number of steps is given.
         members: train so many models, seeds counted up, and make one ensemble of those of each target.
-        member_splits: "same" held-out images for all members, or "different".
+        member_splits: "same" validation images for all members, or "different".
         fork_at: train the float steps up to "start" (of quantization) or to a step once, for all members.
         resume: go on with unfinished runs in `out`; without other options their saved configuration is used.
         progress: True for bars, False for silence, a `RunCallback`, or a function f(step, steps, loss).

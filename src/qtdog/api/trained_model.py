@@ -227,7 +227,7 @@ class TrainedModel(nn.Module):
         """Return the scores on every domain of a data set; classes are matched by name.
 
         Args:
-            data: a name, a folder DOMAIN/CLASS/image, a manifest, or a data set.
+            data: a name, a folder DOMAIN/CLASS/image, a list, or a data set.
             skip_unreadable: leave out images that cannot be read.
             progress: show a bar.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qtdog.api.analyses import Analysis
 
 
-N_IMAGES = "Number of images of each domain; of the sources held-out ones."
+N_IMAGES = "Number of images of each domain; of the sources validation images."
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, as 'qtdog train' wrote them.", metavar="RUNS...")]
 Out = Annotated[
     Path, typer.Option("--output", "-o", help="Folder in which KIND/ is written; the same command goes on there.")
@@ -173,7 +173,7 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
 PROBES = "Number of random vectors of the spectral density; 0 for none."
 
 
-ON = "Images of the loss: held-out ones of the sources, or those of the target."
+ON = "Images of the loss: validation images of the sources, or those of the target."
 
 
 class Role(StrEnum):
@@ -269,7 +269,7 @@ def stability(runs: Runs, *, seed: Seed = 0, out: Out = OUT, as_json: JsonOutput
     """Draw accuracy over the steps of runs, and measure how far selection on the sources can be trusted.
 
     The rank correlation is between source-validation and target accuracy over the checkpoints that could be saved:
-    near 1 the sources choose well, near 0 they choose blindly. Runs need not be finished.
+    near 1 the sources select well, near 0 no better than chance. Runs need not be finished.
 
     Example:
       qtdog analyze stability runs/float runs/lsq runs/lsq-swad
@@ -297,7 +297,7 @@ def surface(
     out: Out = OUT,
     as_json: JsonOutput = False,
 ) -> None:
-    """Draw the loss around a run, or along the straight line between two: is there a wall between them?
+    """Draw the loss around a run, or along the straight line between two: does it rise between them?
 
     Examples:
       qtdog analyze surface runs/lsq --plane --num-points 11 -o analyses/around

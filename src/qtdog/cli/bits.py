@@ -112,7 +112,7 @@ START = "First quantized step; the float steps before it are shared by all candi
 BRIEF = "Quantized steps of each candidate. Default: a quarter of those of the whole run."
 GAMMA = "Radius of the flatness. Default: 5 % of the length of the float weights."
 SHIFT = (
-    "Score candidates on held-out images of the sources that they saw under this corruption (noise, blur, weather, "
+    "Score candidates on validation images of their own sources under this corruption (noise, blur, weather, "
     "digital, jpeg, a member of one of these, or 'all'), all five severities, instead of on the source left out. May "
     "be given several times."
 )
@@ -250,7 +250,7 @@ def _uniform(plan: BitPlan, folder: Path) -> dict[str, Any]:
     headers, rows = choice_table(choice)
     scored = "all images of the source left out"
     if plan.shift:
-        scored = f"held-out images of the other sources under {', '.join(plan.shift)} (mean over five severities)"
+        scored = f"validation images of the other sources under {', '.join(plan.shift)} (mean over five severities)"
     radii = sorted(trial.gamma for trial in trials if trial.gamma is not None)
     return {
         "mode": "uniform",

@@ -140,7 +140,7 @@ def import_folder(
     to: Annotated[Path | None, typer.Option("--output", "-o", help=TO)] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files; default: links, which take no space.")] = False,
 ) -> None:
-    """Adopt a copy of a benchmark that you have, however it is laid out: DomainBed's way, Dassl's, or TLlib's lists.
+    """Import a copy of a benchmark that you have, laid out as for DomainBed, Dassl, or as lists of TLlib.
 
     Without --as, a folder of your own that is laid out as DOMAIN/SPLIT/CLASS/image (Dassl) becomes DOMAIN/CLASS/image;
     -o is then needed. Nothing in DIR is changed. The exit code is 1 if the number of images is not that of the card.
@@ -192,7 +192,7 @@ data_app = typer.Typer(
 data_app.command()(fetch)
 data_app.command(name="import")(import_folder)
 DATA = typer.Argument(
-    help="Data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl manifest[:COLUMN].", metavar="DATA"
+    help="Data set name, folder ROOT/DOMAIN/CLASS/image, or .csv/.jsonl list[:COLUMN].", metavar="DATA"
 )
 
 

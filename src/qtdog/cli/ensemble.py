@@ -21,8 +21,8 @@ KIND = (
 )
 OUT = "Folder or .safetensors file to write; result.json goes beside the file."
 DATA = "Where the images are now, if not where the members' configuration says."
-PICK = "Which members diwa and soup average: all, or greedily those that help on held-out source images."
-CASCADE_LOSS = "Points of accuracy on held-out source images that a cascade may cost; its threshold is chosen by that."
+PICK = "Which members diwa and soup average: all, or greedily those that help on validation images of the sources."
+CASCADE_LOSS = "Points of accuracy on validation images that a cascade may cost; its threshold is chosen by that."
 REFIT = "Where a soup's step sizes start: with the least squared error, or as in the members' configuration."
 
 
@@ -52,7 +52,7 @@ def ensemble(
     cascade_loss: Annotated[float, typer.Option(min=0, max=100, help=CASCADE_LOSS)] = 0.1,
     as_json: JsonOutput = False,
 ) -> None:
-    """Make one model file of several finished runs, and measure it on their target and held-out source images.
+    """Make one model file of several finished runs, and measure it on their target and validation images.
 
     Examples:
       qtdog ensemble runs/five/c-seed* -o runs/five-eoq

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch, executorch or c. Default: the float one of OUT's suffix."
-DATA = "Data set, folder DOMAIN/CLASS/image or manifest with the source domains. Default: what the run was trained on."
+DATA = "Data set, folder DOMAIN/CLASS/image or list with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
 BUNDLE = "Write a folder that runs without qtdog: model.onnx (INT8), predict.py, model.json and README.md."
 WEB = (
@@ -161,9 +161,7 @@ RUNTIME = (
     "onnxruntime, openvino, torch or executorch; several times: each file in each that opens it. Default: its usual."
 )
 SIZE = "Image size in pixels (square). Default: what each model was trained with."
-MEASURED_DATA = (
-    "Measure accuracy too, and latency on real images: of this data set, folder DOMAIN/CLASS/image or manifest."
-)
+MEASURED_DATA = "Measure accuracy too, and latency on real images: of this data set, folder DOMAIN/CLASS/image or list."
 MEASURED_DOMAIN = "Domain of DATA to measure on. Default: the one held out in training."
 OUT = "Folder to write: bench.json and bench.png (latency against accuracy, or size)."
 IMAGES = "Largest number of images to measure accuracy on."

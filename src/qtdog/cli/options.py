@@ -25,10 +25,10 @@ def panel(name: str, text: str, *spelling: str, **more: Any) -> Any:
 _MODEL = "Model file (.safetensors) of 'qtdog train' or 'ensemble', or the folder that it is in."
 AS_JSON = "Print the result as JSON; the same as --format json."
 _DATA = (
-    "Data set: a name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl manifest. Default: "
+    "Data set: a name (rotated-digits, pacs), a folder ROOT/DOMAIN/CLASS/image, or a .csv/.jsonl list. Default: "
     "the embedded rotated digits."
 )
-_TRIAL = "Which random 20 % of each source domain is held out for model selection. Default 0."
+_TRIAL = "Which random 20 % of each source domain is the validation split. Default 0."
 _SIZE = "Image size in pixels (square). Default 224, or what the data set's preset says."
 _PRESET = "Preset (see 'qtdog list presets') or YAML file. May be given several times; later ones win."
 _SET = panel(
@@ -40,7 +40,7 @@ _SET = panel(
 _BACKBONE = (
     "Backbone: any timm model, digits_cnn, mnist_cnn, a plug-in's. Default resnet50.tv_in1k, or as the preset says."
 )
-_WEIGHTS = "Initial weights: 'imagenet', 'none', or a .safetensors/.pth file. Default 'imagenet'."
+_WEIGHTS = "Initial weights: 'imagenet', 'package', 'none', or a .safetensors/.pth file. Default 'imagenet'."
 _OBJECTIVE = "Training objective (see 'qtdog list objectives'). Default erm."
 _STEP_RULE = "How a gradient becomes an update: plain, sam or sagm. Default plain."
 _AVERAGER = "Weight averaging: none, sma, swa, bma or swad (see 'qtdog list averagers'). Default none."

@@ -215,7 +215,7 @@ CORRUPT = (
     "member of it; may be given several times."
 )
 SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several times. Default: all five."
-DATA = "Data set name, folder DOMAIN/CLASS/image, or manifest. Default: what the run was trained on."
+DATA = "Data set name, folder DOMAIN/CLASS/image, or list. Default: what the run was trained on."
 WORST = 5  # classes that are shown
 UNKNOWN = "Folder of images of kinds that it was not trained on, to measure if the uncertainty separates them."
 CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
@@ -373,7 +373,7 @@ def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
         print_table(headers, rows, title=f"where it errs most: {len(rows)} of {len(found)} classes with mistakes")
 
 
-SITES = "Images of every site, old and new: a folder SITE/CLASS/image, a name, or a manifest."
+SITES = "Images of every site, old and new: a folder SITE/CLASS/image, a name, or a list."
 OLD = "The model in use: a file, or the folder that it is in."
 NEW = "The model that may replace it: a file, or the folder that it is in."
 SKIP_SITES = "Leave out images that cannot be read, and say how many. Default: an unreadable image is an error."

@@ -344,7 +344,7 @@ def retry(
     fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     options: EngineOptions,
 ) -> None:
-    """Try just the runs again that failed (`qtdog sweep STUDY` does so too, beside what is missing).
+    """Try only the failed runs again (`qtdog sweep STUDY` does so too, and makes the missing ones).
 
     Example:
       qtdog sweep retry studies/digits.yaml --fresh
@@ -370,7 +370,7 @@ def retry(
 def merge(
     sources: Annotated[list[Path], typer.Argument(help="Folders of run folders, from other machines.", metavar="FROM")],
     *,
-    into: Annotated[Path, typer.Option("--output", "-o", help="Folder that shall have them all.")],
+    into: Annotated[Path, typer.Option("--output", "-o", help="Folder that they are copied to.")],
 ) -> None:
     """Copy the runs that are missing in a folder, or came farther elsewhere. The sources are not changed.
 

@@ -342,7 +342,7 @@ def distill(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one small student to the answers of an ensemble, or of a pretrained backbone, on the source images alone.
+    """Train one small student on the answers of an ensemble, or of a pretrained backbone, for the source images alone.
 
     The student costs one model's memory and time, and keeps part of what the ensemble gains. Backbone, image size and
     unseen domain are the teacher's unless given. A teacher that was trained on the unseen domain is refused.
@@ -422,7 +422,7 @@ def dart(
     resume: Annotated[bool, panel("Run", "Continue with what is in the folder.", "--resume")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train branches side by side, average them now and then, and save one network (DART, CVPR 2023).
+    """Train branches side by side, average their weights every so often, and save one network (DART, CVPR 2023).
 
     The branches begin alike and differ in what they see: by default each gets half of its batches from a source domain
     of its own. It costs as many times the training as there are branches, and all of them lie in memory at once; one

@@ -37,12 +37,12 @@ class DataConfig(Section):
     )
     content: str = Field(default="", description="sha256 of the data set's content; filled in by the run")
     target: str = Field(default="none", description="the unseen domain; 'none' trains on every domain")
-    trial: int = Field(default=0, ge=0, description="which random 20 % of each domain is held out")
+    trial: int = Field(default=0, ge=0, description="which random 20 % of each domain is the validation split")
     holdout_frac: float = Field(
-        default=0.2, gt=0, lt=0.5, description="share of each source domain held out for selection"
+        default=0.2, gt=0, lt=0.5, description="share of each source domain that is the validation split"
     )
     train_on_heldout: bool = Field(
-        default=False, description="train on the held-out source images too, for a run whose length is settled"
+        default=False, description="train on the validation images too, for a run whose length is settled"
     )
     test_mode: Literal["target", "in-domain"] = Field(
         default="target", description="'in-domain' splits the sources 60/20/20 and reports on the last 20 %"
@@ -74,7 +74,7 @@ class DataConfig(Section):
         "on data.trial alone",
     )
     label_noise_validation: bool = Field(
-        default=False, description="make the same share of the held-out labels wrong too; those of the target never are"
+        default=False, description="make that share of the validation labels wrong too; those of the target never are"
     )
     skip_unreadable: bool = Field(default=False, description="leave out images that cannot be read, and record which")
     allow_missing_classes: bool = Field(default=False, description="accept a domain that lacks a class")
