@@ -1,13 +1,11 @@
-"""Latency at batch 1: INT8 ÷ float in one runtime, five INT8 members ÷ one float model, and what a cascade saves.
+"""Latency at batch 1: INT8 ÷ float in one runtime, and five INT8 members ÷ one float model.
 
     python benchmarks/latency.py [--backbones NAME …] [--members 5] [--size 224] [--threads 2] [--rounds 9]
                                  [--work FOLDER] [--json FILE]
     python benchmarks/latency.py --ensemble FOLDER --data DATA [--threads 2] [--rounds 25] …
 
 Without --ensemble networks have random weights, with batch-norm statistics of their own: latency does not depend on the
-weights. Exports are calibrated on noise. Of the cascade two files are measured, one that always stops after the first
-member and one that never does; in between its time grows by the same step with every member, which gives what a mean
-number of members costs, and how many cost as much as one float model.
+weights. Exports are calibrated on noise.
 
 With --ensemble the members and images are real: a folder that `qtdog ensemble` made of runs that are still there, and
 their data. Timed are the images of the unseen domain, and the held-out images of the sources.
@@ -19,7 +17,6 @@ bench` does the same with any files). --work keeps the files, and what is there 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -46,8 +43,6 @@ from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
 from qtdog.packing.packed_file import PackedModel, save_packed
 
 CLASSES = [f"class {index}" for index in range(7)]
-ALWAYS, NEVER = 1e-6, 2.0
-"""Thresholds with which a cascade stops after the first member, and with which it never does."""
 RUNTIMES = ("onnxruntime", "openvino")
 N_IMAGES, N_CALIBRATION = 16, 8
 
@@ -97,8 +92,6 @@ def make_files(backbone: str, options: argparse.Namespace, folder: Path) -> list
         (one, "one-float", "onnx"),
         (one, "one-int8", "onnx-int8"),
         (whole, "all-int8", "onnx-int8"),
-        (dataclasses.replace(whole, threshold=ALWAYS), "first-int8", "onnx-int8"),
-        (dataclasses.replace(whole, threshold=NEVER), "never-int8", "onnx-int8"),
     ]
     return [files["float"], *exported(subjects, folder, images, N_CALIBRATION)]
 
@@ -142,7 +135,6 @@ def real_files(file: Path, images: LabelledImages, folder: Path) -> list[Path]:
         (read_packed_source(alone), "one-float", "onnx"),
         (read_packed_source(alone), "one-int8", "onnx-int8"),
         (read_packed_source(file), "all-int8", "onnx-int8"),
-        (read_packed_source(file, cascade=True), "cascade-int8", "onnx-int8"),
     ]
     return [alone, *exported(subjects, folder, images, 256)]
 
@@ -169,12 +161,11 @@ def measure_real(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def show_real(name: str, found: Bench) -> None:
-    """Print what an ensemble and its cascade cost and reach on some images."""
+    """Print what an ensemble costs and reaches on some images."""
     for index, runtime in enumerate(RUNTIMES):
-        plain, integer, whole, cascade = found.rows[1 + index :: len(RUNTIMES)]
-        for text, of in (("one INT8", integer), ("all members INT8", whole), ("cascade INT8", cascade)):
-            asked = of.members or of.n_members
-            score = f"{100 * (of.accuracy or 0):.2f} % ({asked:.2f} asked)"
+        plain, integer, whole = found.rows[1 + index :: len(RUNTIMES)]
+        for text, of in (("one INT8", integer), ("all members INT8", whole)):
+            score = f"{100 * (of.accuracy or 0):.2f} %"
             ratios = f"{ratio(of, plain, processor=False)} | {ratio(of, plain, processor=True)}"
             print(f"| {name} | {text} ÷ one float, {runtime}: {score} | {ratios} |", flush=True)
 
@@ -189,24 +180,18 @@ def ratio(of: Measured, to: Measured, *, processor: bool) -> str:
 def show(backbone: str, found: Bench, members: int) -> None:
     """Print the ratios that matter, of wall time and of processor time."""
     eager, *others = found.rows
-    lines, notes = [], []
+    lines = []
     for index, runtime in enumerate(RUNTIMES):
-        plain, integer, all_integer, first, never = others[index :: len(RUNTIMES)]
+        plain, integer, all_integer = others[index :: len(RUNTIMES)]
         lines += [
             (f"INT8 ÷ float, {runtime}", integer, plain),
             (f"{members} members INT8 in {runtime} ÷ float in eager PyTorch", all_integer, eager),
             (f"{members} members INT8 ÷ float, {runtime}", all_integer, plain),
-            (f"cascade INT8, 1 member asked ÷ float, {runtime}", first, plain),
-            (f"cascade INT8, {members} members asked ÷ float, {runtime}", never, plain),
         ]
-        low, high = (row.timing.ratio.median / plain.timing.ratio.median for row in (first, never))
-        even = 1 + (members - 1) * (1 - low) / (high - low)
-        notes.append(f"{backbone}, {runtime}: a cascade that asks {even:.1f} members on average costs one float model")
     for text, of, to in lines:
         print(
             f"| {backbone} | {text} | {ratio(of, to, processor=False)} | {ratio(of, to, processor=True)} |", flush=True
         )
-    print("\n".join(notes), flush=True)
 
 
 def main() -> None:

@@ -97,12 +97,3 @@ def test_nothing_is_left_when_the_export_is_told_to_end(run_folder, tmp_path):
         process.send_signal(number)
         assert process.wait(120) in (128 + number, 130)
         assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_cascade_needs_an_ensemble_and_a_format_that_can_stop(qtdog, run_folder, tmp_path):
-    alone = qtdog("export", run_folder, "-o", tmp_path / "m.onnx", "--cascade")
-    assert alone.code == 2
-    assert "holds one model" in alone.err
-    program = qtdog("export", run_folder, "-o", tmp_path / "m.pt2", "--cascade")
-    assert program.code == 2
-    assert "cannot stop early" in program.err

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.ensemble.cascade import CascadeModel
-from qtdog.ensemble.model import load, load_ensemble_model
+from qtdog.ensemble.model import load
 from qtdog.ensemble.prediction import member_logits, predict_from_logits
 from qtdog.ensemble.scoring import reliability
 from qtdog.packing.ensemble_file import load_ensemble, save_ensemble
@@ -112,25 +111,29 @@ def test_eval_says_how_far_to_trust(qtdog, trained, pictures):
     assert "nowhere" in missing.err
 
 
-def test_eval_counts_the_members_that_a_cascade_asks(qtdog, trained, tmp_path):
+def test_options_of_the_cascade_say_what_to_use_instead(qtdog, trained, pictures, tmp_path):
     folder, _ = trained
-    whole = load_ensemble(folder / "75-eoq" / "model.safetensors")
-    file = tmp_path / "model.safetensors"
-    save_ensemble(file, whole.members, whole.about | {"cascade_threshold": 0.3})
-    told = json.loads(qtdog("eval", file, "rotated-digits", "--cascade", "--json").out)["domains"]["75"]
-    digits = RotatedDigits()
-    places = digits.indices("75")
-    images = np.stack([digits.read_resized(int(index), 12) for index in places])
-    model = CascadeModel(load_ensemble_model(file))
-    groups = model.run(model.prepare(torch.from_numpy(images)))
-    asked = sum(len(group.logits) * len(group.indices) for group in groups) / len(places)
-    assert 1 < asked <= 2
-    assert told["cascade"]["members"] == pytest.approx(asked)
-    assert told["cascade"]["accuracy_all"] == told["accuracy"]
-    assert "members asked, mean" in qtdog("eval", file, "rotated-digits", "--cascade").out
-    alone = qtdog("eval", folder / "75-seed0" / "model.safetensors", "rotated-digits", "--cascade")
-    assert alone.code == 2
-    assert "--cascade is for an ensemble" in alone.err
+    file = folder / "75-eoq" / "model.safetensors"
+    for words in (
+        ("predict", file, pictures, "--cascade"),
+        ("eval", file, "rotated-digits", "--cascade"),
+        ("export", file, "-o", tmp_path / "m.onnx", "--cascade"),
+        ("ensemble", folder / "75-seed0", "-o", tmp_path / "e", "--cascade-loss", "0.5"),
+        ("ensemble", folder / "75-seed0", "-o", tmp_path / "e", "--cascade-loss=0.5"),
+    ):
+        refused = qtdog(*words)
+        assert refused.code == 2
+        assert "qtdog distill" in refused.err
+        assert "--threshold auto" in refused.err
+
+
+def test_an_ensemble_with_the_threshold_of_a_cascade_asks_all_members(qtdog, trained, pictures, tmp_path):
+    folder, _ = trained
+    file = folder / "75-eoq" / "model.safetensors"
+    whole = load_ensemble(file)
+    save_ensemble(tmp_path / "model.safetensors", whole.members, whole.about | {"cascade_threshold": 0.3})
+    found, expected = (json.loads(qtdog("predict", one, pictures, "--json").out) for one in (tmp_path, file))
+    assert found == expected
 
 
 def test_predict_accepts_what_reaches_the_threshold_of_the_file(qtdog, trained, pictures):

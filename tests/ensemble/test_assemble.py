@@ -157,7 +157,7 @@ def test_members_trained_on_the_held_out_images_have_no_score_on_the_sources(tra
     )
     assert result["no_source_score"] == "the members were trained on the held-out images too"
     assert (result["source_accuracy"], result["domains"]["source"]) == (None, {})
-    assert (result["calibration"]["temperature"], result["cascade"]["threshold"]) == (1.0, None)
+    assert result["calibration"]["temperature"] == 1.0
     assert result["test_accuracy"] is not None
 
 
@@ -207,7 +207,7 @@ def with_steps(config, steps):
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
-def test_a_cascade_asks_the_best_on_the_sources_first_and_the_target_has_no_say(quantized):
+def test_the_best_member_on_the_sources_stands_first_and_the_target_has_no_say(quantized):
     first, second, third = quantized
     told = [(first, 0.5, 0.9), (second, 0.7, 0.1), (third, 0.6, 0.5)]
     scored = [

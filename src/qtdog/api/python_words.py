@@ -17,7 +17,7 @@ ON_COMMAND_LINE: ContextVar[bool] = ContextVar("on_command_line", default=False)
 """Whether a command of the program is running, which speaks of its options."""
 
 RENAMED = {"output": "out", "plugin": "plugins"}
-SWITCHES = ("cascade", "force_target", "resume", "skip_unreadable")
+SWITCHES = ("force_target", "resume", "skip_unreadable")
 # What follows an option in a sentence and is no value of it.
 PROSE = "above|and|are|at|decides?|for|gives|goes|holds|is|makes|means|must|needs|not|or|out|says|takes|tells|that|to|"
 PROSE += "trains|with"

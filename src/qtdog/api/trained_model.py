@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qtdog.api.display import CountingBar, as_frame
 from qtdog.api.python_words import in_python
-from qtdog.core.errors import ConfigError, DataError
+from qtdog.core.errors import DataError
 from qtdog.core.progress import Progress
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decode import decode_resized, to_pixels, to_square
@@ -24,7 +24,6 @@ from qtdog.ensemble.model import EnsembleInfo
 from qtdog.ensemble.model import load as load_file
 from qtdog.ensemble.prediction import (
     AnyModel,
-    as_cascade,
     find_images,
     member_logits,
     predict_from_logits,
@@ -257,7 +256,6 @@ class TrainedModel(nn.Module):
         num_calibration: int = 256,
         num_check: int = 1024,
         seed: int = 0,
-        cascade: bool = False,
         force_target: bool = False,
         progress: bool = True,
     ) -> Exported:
@@ -271,7 +269,6 @@ class TrainedModel(nn.Module):
             num_calibration: images that set the ranges of integer activations.
             num_check: images that the file is compared on.
             seed: of the draw of images.
-            cascade: ask an ensemble's members one after another, until they agree confidently.
             force_target: accept the domain that was held out.
             progress: show bars.
 
@@ -287,9 +284,7 @@ class TrainedModel(nn.Module):
         """
         out = Path(path)
         name = format_for(format, out)
-        if cascade and not FORMATS[name].graph:
-            raise ConfigError(f"a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
-        source = read_packed_source(self.path, cascade=cascade)
+        source = read_packed_source(self.path)
         draw = Draw(num_check, seed, tuple(domains), force_target)
         bar = CountingBar("reading images") if progress else None
         given = None if data is None else str(data)
@@ -298,11 +293,6 @@ class TrainedModel(nn.Module):
         n_calibration = num_calibration if FORMATS[name].integer else 0
         calibration, images = draw_export_images(dataset, source, draw, n_calibration, watch)
         return export_file(source, out, name, images, calibration=calibration, watch=watch)
-
-    @in_python
-    def cascade(self) -> nn.Module:
-        """Return an ensemble that asks members until the first ones agree confidently (ConfigError for one model)."""
-        return as_cascade(self.model)
 
     def __repr__(self) -> str:
         kind = "ensemble" if isinstance(self.info, EnsembleInfo) else "model"

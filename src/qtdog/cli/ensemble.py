@@ -22,7 +22,6 @@ KIND = (
 OUT = "Folder or .safetensors file to write; result.json goes beside the file."
 DATA = "Where the images are now, if not where the members' configuration says."
 PICK = "Which members diwa and soup average: all, or greedily those that help on validation images of the sources."
-CASCADE_LOSS = "Points of accuracy on validation images that a cascade may cost; its threshold is chosen by that."
 REFIT = "Where a soup's step sizes start: with the least squared error, or as in the members' configuration."
 
 
@@ -49,15 +48,12 @@ def ensemble(
     pick: Annotated[Pick, typer.Option(help=PICK)] = Pick.UNIFORM,
     refit: Annotated[Refit, typer.Option(help=REFIT)] = Refit.MSE,
     tune: Annotated[int, typer.Option(min=0, help="Updates of a soup on the source domains afterwards.")] = 0,
-    cascade_loss: Annotated[float, typer.Option(min=0, max=100, help=CASCADE_LOSS)] = 0.1,
     as_json: JsonOutput = False,
 ) -> None:
     """Make one model file of several finished runs, and measure it on their target and validation images.
 
     Examples:
       qtdog ensemble runs/five/c-seed* -o runs/five-eoq
-
-      qtdog ensemble runs/five/c-seed* --cascade-loss 0.5 -o runs/fast-eoq
 
       qtdog ensemble runs/float/c-seed* --kind diwa --pick greedy -o runs/diwa
 
@@ -72,7 +68,7 @@ def ensemble(
     check_alike(members)
     name = kind or fitting_kind(members)
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
-    spec = EnsembleSpec(name, file, Recipe(pick.value, refit.value, tune), cascade_loss / 100)
+    spec = EnsembleSpec(name, file, Recipe(pick.value, refit.value, tune))
     result = assemble(members, spec, find_evaluation_set(members, data), warn=warn)
     if as_json:
         print_json(result)

@@ -27,7 +27,6 @@ WEB = (
     "Also write index.html, a page that classifies photographs in a browser without a network (with --bundle). DIST is "
     "the folder package/dist of the npm package onnxruntime-web, whose runtime becomes part of the page."
 )
-CASCADE = "Ask an ensemble's members one after another, until they agree confidently; onnx and openvino formats."
 CALIBRATION = "Number of images that set the ranges of integer activations."
 CHECK = "Number of images that the file is compared on."
 FORCE = "Accept the domain that was held out in training. What is measured on it afterwards is no longer unseen."
@@ -47,7 +46,6 @@ def export(
     calibrate: Annotated[int, typer.Option("--num-calibration", min=1, help=CALIBRATION)] = 256,
     check: Annotated[int, typer.Option("--num-check", min=1, help=CHECK)] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of images.")] = 0,
-    cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     force_target: Annotated[bool, typer.Option("--force-target", help=FORCE)] = False,
     as_json: JsonOutput = False,
 ) -> None:
@@ -64,8 +62,6 @@ def export(
       qtdog export runs/photos-c -o site/ --bundle                  (then python site/predict.py photo.jpg)
 
       qtdog export runs/five/c-eoq -o five.xml --format openvino-int8 --data photos/
-
-      qtdog export runs/five/c-eoq -o five.onnx --format onnx-int8 --data photos/ --cascade
     """
     from qtdog.cli.console import CountingBar, print_json, tidy_end
     from qtdog.cli.train import warn_skipped
@@ -87,9 +83,7 @@ def export(
     if not bundle and (out.is_dir() or not _is_place(out.parent)):
         hint = ", or --bundle for a folder" if out.is_dir() else ""
         raise ConfigError(f"--output {out}: cannot be written; give the path of a file{hint}")
-    if cascade and not FORMATS[name].graph:
-        raise ConfigError(f"--cascade: a file of the format '{name}' cannot stop early; choose an onnx or openvino one")
-    source = read_packed_source(find_model(model), cascade=cascade)
+    source = read_packed_source(find_model(model))
     draw = Draw(check, seed, tuple(domain or ()), force_target)
     dataset = open_training_data([source.path], data, progress=CountingBar("reading images"))
     warn_skipped(dataset)
@@ -134,9 +128,6 @@ def _show(made: Exported) -> None:
     if made.info.integer_products is not None:
         n_integer, n_products = made.info.integer_products
         rows.append(["products in integers", f"{n_integer} of {n_products}"])
-    if parity.members is not None:
-        means = " → ".join(f"{mean:.2f}" for mean in parity.members)
-        rows.append(["members asked, mean", f"{means} of {made.info.n_members}"])
     print_table(["", FORMATS[made.info.format].title], rows)
     for note in made.info.notes:
         warn(note)
@@ -270,10 +261,6 @@ def _show_measured(found: Bench) -> None:
 
         headers.append("accuracy (%)")
         rows = [[*row, percent(of.accuracy)] for row, of in zip(rows, found.rows, strict=True)]
-    if any(row.members is not None for row in found.rows):
-        headers.append("members asked")
-        asked = [str(row.n_members) if row.members is None else f"{row.members:.2f}" for row in found.rows]
-        rows = [[*row, value] for row, value in zip(rows, asked, strict=True)]
     print_table(headers, rows)
     features = ", ".join(found.machine["cpu_features"]) or "not known"
     out.print(f"{found.machine['cpu']}: {features}", highlight=False, markup=False, soft_wrap=True)

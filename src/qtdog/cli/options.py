@@ -130,6 +130,12 @@ RENAMED = {
     "--calibrate": ("--num-calibration",),
     "--check": ("--num-check",),
 }
+# Options that are gone, with what to do instead.
+NO_CASCADE = (
+    "a cascade saved no time (docs/results/benchmarks.md) and is gone. For one pass per image distill the ensemble: "
+    "qtdog distill RUN; to abstain where a model is uncertain: predict --threshold auto"
+)
+REMOVED = {"--cascade": NO_CASCADE, "--cascade-loss": NO_CASCADE}
 PLUGIN = "Python file that registers members of your own, such as a loss; it is run. May be given several times."
 NO_MEMBERS = {"demo", "merge", "fetch", "import", "report", "runs"}  # commands that have no use for a plug-in
 JSON_OR_TEXT = ("text", "json")
@@ -217,6 +223,8 @@ def _today(ctx: Any, command: Any, args: list[str]) -> list[str]:
         if word == "--":
             return [*words, word, *rest]
         old, equals, value = word.partition("=")
+        if old in REMOVED and old not in known:
+            ctx.fail(f"{old}: {REMOVED[old]}")
         new = next((name for name in RENAMED.get(old, ()) if name.partition("=")[0] in known), None)
         if new is not None and old not in known:
             if old not in mentioned:

@@ -45,9 +45,6 @@ def predict(
         float, typer.Option(min=0, max=0.99, help="Abstain on this share of the images, the least certain ones.")
     ] = 0.0,
     threshold: Annotated[str | None, typer.Option(metavar="auto|P", help=THRESHOLD)] = None,
-    cascade: Annotated[
-        bool, typer.Option("--cascade", help="Run an ensemble's members only until the first ones agree confidently.")
-    ] = False,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
     """Write class, probability and uncertainty of each image.
@@ -65,8 +62,6 @@ def predict(
 
       qtdog predict model.safetensors new-site/ --threshold auto    (which answers to accept)
 
-      qtdog predict ensemble.safetensors new-site/ --cascade        (fewer forward passes)
-
       qtdog predict reviews.safetensors today.txt                   (a model of text: each line is one)
     """
     from qtdog.cli.console import fail
@@ -74,18 +69,17 @@ def predict(
     from qtdog.core.errors import QtdogError
     from qtdog.data.scan import PassedOver
     from qtdog.ensemble.model import load
-    from qtdog.ensemble.prediction import as_cascade, find_images, find_texts, predict_images, predict_texts
+    from qtdog.ensemble.prediction import find_images, find_texts, predict_images, predict_texts
     from qtdog.runs.find import find_model
 
     model = find_model(model)
     loaded = load(model)
     show_cost(model, loaded)
-    predictor: Any = as_cascade(loaded) if cascade else loaded
     if loaded.info.preprocessing.max_tokens:
-        found = predict_texts(predictor, find_texts(images))
+        found = predict_texts(loaded, find_texts(images))
     else:
         passed = PassedOver()
-        found = predict_images(predictor, find_images(images, passed))
+        found = predict_images(loaded, find_images(images, passed))
         _show_passed_over(passed)
     rows: list[dict[str, Any]] = []
     n_failed = 0
@@ -95,8 +89,6 @@ def predict(
             fail(str(row))
         else:
             rows.append(row)
-    if cascade:
-        _show_members_asked(rows, len(predictor.model.members))
     if threshold is not None:
         accept_(rows, accepted_from(loaded, model, threshold))
     abstain_(rows, reject)
@@ -114,15 +106,6 @@ def _show_passed_over(passed: PassedOver) -> None:
         err.print(passed.summary(), markup=False, highlight=False, soft_wrap=True)
     for problem in passed.problems():
         warn(problem)
-
-
-def _show_members_asked(rows: Sequence[dict[str, Any]], n_members: int) -> None:
-    """Print to standard error how many members were run on average."""
-    from qtdog.cli.console import err
-
-    if rows:
-        mean = sum(row["members"] for row in rows) / len(rows)
-        err.print(f"cascade: {mean:.2f} of {n_members} members asked on average", highlight=False, soft_wrap=True)
 
 
 def accepted_from(loaded: Any, model: Path, threshold: str) -> float:
@@ -218,7 +201,6 @@ SEVERITY = "Severity of --corrupt, 1 (mild) to 5 (strong); may be given several 
 DATA = "Data set name, folder DOMAIN/CLASS/image, or list. Default: what the run was trained on."
 WORST = 5  # classes that are shown
 UNKNOWN = "Folder of images of kinds that it was not trained on, to measure if the uncertainty separates them."
-CASCADE = "Show also what an ensemble reaches if its members are run only until the first ones agree confidently."
 
 
 def evaluate(
@@ -228,7 +210,6 @@ def evaluate(
     data: Annotated[str | None, typer.Option("--data", help=DATA)] = None,
     unknown: Annotated[Path | None, typer.Option(help=UNKNOWN)] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help=SKIP)] = False,
-    cascade: Annotated[bool, typer.Option("--cascade", help=CASCADE)] = False,
     corrupt: Annotated[list[str] | None, typer.Option(metavar="NAME", help=CORRUPT)] = None,
     severity: Annotated[list[int] | None, typer.Option(min=1, max=5, help=SEVERITY)] = None,
     as_json: JsonOutput = False,
@@ -246,8 +227,6 @@ def evaluate(
 
       qtdog eval runs/five/c-eoq --data photos/                   (an ensemble: its cost is shown too)
 
-      qtdog eval runs/five/c-eoq --data photos/ --cascade
-
       qtdog eval model.safetensors --data new-site/ --unknown other-things/ --json
 
       qtdog eval runs/photos-c --data photos/ --corrupt noise --corrupt jpeg
@@ -258,7 +237,7 @@ def evaluate(
     from qtdog.core.errors import ConfigError
     from qtdog.data.open import open_readable, recorded_source
     from qtdog.ensemble.model import load
-    from qtdog.ensemble.prediction import Uncertainty, as_cascade, find_images
+    from qtdog.ensemble.prediction import Uncertainty, find_images
     from qtdog.ensemble.scoring import score_domains, unknown_auroc_of
     from qtdog.report.tables import percent
     from qtdog.runs.find import find_model
@@ -268,7 +247,6 @@ def evaluate(
         raise ConfigError(f"two data sets are given: {data_argument} and --data {data}; eval takes one")
     model = find_model(model)
     loaded = load(model)
-    threshold = as_cascade(loaded).threshold if cascade else None
     skip = skip_unreadable or any(config.data.skip_unreadable for config in training_configs(model))
     configs = training_configs(model)
     source = data or data_argument or (configs[0].data.source if configs else None)
@@ -281,7 +259,7 @@ def evaluate(
         _corrupted(loaded, dataset, corrupt or ["all"], severity or [], model=model, as_json=as_json)
         return
     known: list[Uncertainty] = []
-    scores = score_domains(loaded, dataset, known, threshold, progress=CountingBar("decoding images"))
+    scores = score_domains(loaded, dataset, known, progress=CountingBar("decoding images"))
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
     auroc = {} if unknown is None else unknown_auroc_of(loaded, known, find_images([unknown]))
     if as_json:
@@ -293,8 +271,6 @@ def evaluate(
     headers = ["domain", "accuracy (%)", "95 % interval", "images", "ECE", "Brier", "error of the surest 90 % (%)"]
     print_table(headers, [*rows, ["average of domains", percent(average), "", "", "", "", ""]])
     show_worst_classes({domain: score["classes"] for domain, score in scores.items()})
-    if cascade:
-        _show_cascade(scores)
     for name, value in auroc.items():
         out.print(f"{name.replace('_', ' ')}: {value:.3f}", highlight=False, soft_wrap=True)
     show_cost(model, loaded)
@@ -322,18 +298,6 @@ def _corrupted(
         table.append([name, *map(percent, [*means, sum(means) / len(means)])])
     title = f"accuracy (%) under corruption, mean over severities {', '.join(map(str, levels))}"
     print_table(["corruption", *dataset.domains, "average"], table, title=title)
-
-
-def _show_cascade(scores: Mapping[str, Mapping[str, Any]]) -> None:
-    from qtdog.cli.console import print_table
-    from qtdog.report.tables import percent
-
-    found = [(domain, score["cascade"]) for domain, score in scores.items()]
-    rows = [
-        [domain, percent(one["accuracy"]), percent(one["accuracy_all"]), f"{one['members']:.2f}"]
-        for domain, one in found
-    ]
-    print_table(["domain", "with the cascade (%)", "all members (%)", "members asked, mean"], rows)
 
 
 def _row(name: str, score: Mapping[str, Any]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Several trained members as one model: averaging, prediction, uncertainty, cascade, evaluation, size and cost."""
+"""Several trained members as one model: averaging, prediction, uncertainty, evaluation, size and cost."""

@@ -19,7 +19,6 @@ from qtdog.core.errors import RunError
 from qtdog.core.files import sha256_file, write_atomic
 from qtdog.core.random import torch_stream
 from qtdog.core.safe_text import read_json
-from qtdog.ensemble.cascade import ALLOWED_LOSS_FRAC, plan_cascade
 from qtdog.ensemble.model import (
     EnsembleInfo,
     EnsembleModel,
@@ -156,13 +155,11 @@ class EnsembleSpec:
         kind: a name of `runs.entry.KINDS`.
         file: the model file to write; `result.json` goes beside it.
         recipe: for the kinds that average the members into one network.
-        cascade_loss_frac: accuracy on the source domains that a cascade may cost, for the other kinds.
     """
 
     kind: str
     file: Path
     recipe: Recipe = field(default_factory=Recipe)
-    cascade_loss_frac: float = ALLOWED_LOSS_FRAC
 
     @property
     def result_file(self) -> Path:
@@ -221,7 +218,7 @@ def check_folder(spec: EnsembleSpec) -> None:
 
 
 def best_first(members: Sequence[Member]) -> list[Member]:
-    """Return members in the order in which a cascade asks them: by their accuracy on held-out source images.
+    """Return members with the best first: by their accuracy on held-out source images.
 
     Members that held out different images cannot be compared, and keep their order.
     """
@@ -286,14 +283,12 @@ def _keep_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set:
         scores = EnsembleScores(evaluation_set.source(logits_of, source), *evaluation_set.test(logits_of, test))
     on_source, on_test = _members_alone(source), _members_alone(test)
     answers = _calibrate(on_source, on_test, evaluation_set)
-    cascade = plan_cascade(on_source, on_test, answers.temperature, spec.cascade_loss_frac)
     about = {
         "kind": spec.kind,
         "accuracy": scores.accuracy,
         "training_steps": price.training_steps,
         "training_runs": price.training_runs,
         "temperature": answers.temperature,
-        "cascade_threshold": cascade["threshold"],
         "accept_threshold": answers.accept_threshold,
     }
     save_ensemble(spec.file, packed, about)
@@ -303,7 +298,6 @@ def _keep_members(members: Sequence[Member], spec: EnsembleSpec, evaluation_set:
         "size": size,
         "model_sha256": sha256_file(spec.file),
         "calibration": answers.to_json(),
-        "cascade": cascade,
         "classes": _by_class(on_test, members[0]),
     }
     return _Made(scores, price, details)

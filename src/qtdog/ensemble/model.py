@@ -190,9 +190,8 @@ class EnsembleInfo:
         training_steps: updates behind all members, a shared beginning counted once.
         training_runs: the same in lengths of one member's run.
         temperature: of the probabilities, fitted on the sources' held-out images; 1 where that was not possible.
-        cascade_threshold: confidence at which no further member need be asked (`ensemble.cascade`), chosen on the
-            same images; None where that was not possible.
-        accept_threshold: smallest probability of an answer that is accepted, chosen on the same images; likewise.
+        accept_threshold: smallest probability of an answer that is accepted, chosen on the same images; None where
+            that was not possible.
     """
 
     kind: str
@@ -201,7 +200,6 @@ class EnsembleInfo:
     training_steps: int
     training_runs: float
     temperature: float = 1.0
-    cascade_threshold: float | None = None
     accept_threshold: float | None = None
 
     @property
@@ -281,7 +279,6 @@ class _About(BaseModel):
     training_steps: int = Field(ge=0)
     training_runs: float = Field(ge=0)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    cascade_threshold: float | None = Field(default=None, gt=0, le=1)
     accept_threshold: float | None = Field(default=None, ge=0, le=1)
 
 

@@ -1,4 +1,4 @@
-"""Predictions of one model, an ensemble or a cascade: of images and texts, with their uncertainty."""
+"""Predictions of one model or an ensemble: of images and texts, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from qtdog.core.errors import ConfigError, DataError, QtdogError
 from qtdog.data.decode import decode_resized
 from qtdog.data.image_folder import require_path
 from qtdog.data.scan import PassedOver, images_below
-from qtdog.ensemble.cascade import CascadeModel
 from qtdog.ensemble.model import BATCH, EnsembleModel
 from qtdog.models.text_backbones import make_tokenizer
 from qtdog.training.calibration import LabeledLogits
@@ -157,17 +156,6 @@ def temperature_of(model: AnyModel) -> float:
     return model.info.temperature
 
 
-def as_cascade(model: AnyModel) -> CascadeModel:
-    """Return an ensemble as a cascade.
-
-    Raises:
-        ConfigError: it is one model, or its file has no threshold.
-    """
-    if not isinstance(model, EnsembleModel):
-        raise ConfigError("--cascade is for an ensemble; this file holds one model")
-    return CascadeModel(model)
-
-
 @torch.no_grad()
 def member_logits(model: AnyModel, images: Tensor) -> Tensor:
     """Return the logits (members, n, n_classes) of normalized images (n, C, H, W); one member for a single model."""
@@ -229,7 +217,7 @@ def shown_path(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def predict_images(model: AnyModel | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
+def predict_images(model: AnyModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
     """Yield a row (`image`, `class`, `probability`, …) for each image file, in order, or the error that it gave."""
     preprocessing = model.info.preprocessing
     for start in range(0, len(files), BATCH):
@@ -264,7 +252,7 @@ def find_texts(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predict_texts(model: AnyModel | CascadeModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
+def predict_texts(model: AnyModel, files: Sequence[Path]) -> Iterator[Row | QtdogError]:
     """Yield a row (`text`, `class`, `probability`, …) for each line of each file, or the error that a file gave.
 
     Raises:
@@ -294,12 +282,10 @@ def _read_lines(file: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def prediction_rows(model: AnyModel | CascadeModel, images: Tensor) -> list[Row]:
+def prediction_rows(model: AnyModel, images: Tensor) -> list[Row]:
     """Return a row for each image, uint8 (n, H, W, C), or row of tokens, int64 (n, length)."""
     device = next(model.parameters()).device
     inputs = model.prepare(images).to(device)
-    if isinstance(model, CascadeModel):
-        return _cascade_rows(model, inputs)
     return _rows(model, member_logits(model, inputs))
 
 
@@ -316,14 +302,3 @@ def _rows(model: AnyModel, logits: Tensor) -> list[Row]:
         columns["mutual_information"] = found.uncertainty.mutual_information.tolist()
         columns["agreement"] = found.uncertainty.agreement.tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _cascade_rows(cascade: CascadeModel, inputs: Tensor) -> list[Row]:
-    """Return a row for each input, with the number of `members` that were asked."""
-    alone = {"mutual_information": 0.0, "agreement": 1.0}  # of an image that one member settled
-    rows: dict[int, Row] = {}
-    for part in cascade.run(inputs):
-        n_asked = len(part.logits)
-        for index, row in zip(part.indices.tolist(), _rows(cascade.model, part.logits), strict=True):
-            rows[index] = row | {name: row.get(name, value) for name, value in alone.items()} | {"members": n_asked}
-    return [rows[index] for index in sorted(rows)]

@@ -21,7 +21,6 @@ from qtdog.core.progress import Progress
 from qtdog.data.corruptions import CorruptedCache
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.decoded_cache import DecodedCache, InputCache
-from qtdog.ensemble.cascade import measure_cascade
 from qtdog.ensemble.prediction import (
     AnyModel,
     Predictions,
@@ -205,7 +204,6 @@ def score_domains(
     model: AnyModel,
     dataset: DomainDataset,
     uncertainties: list[Uncertainty] | None = None,
-    threshold: float | None = None,
     *,
     progress: Progress = None,
 ) -> dict[str, dict[str, Any]]:
@@ -219,7 +217,6 @@ def score_domains(
         model: one model or an ensemble.
         dataset: the images.
         uncertainties: those of each domain's images are appended to it.
-        threshold: of a cascade, whose accuracy and number of members asked are given as `cascade`.
         progress: of decoding images.
 
     Raises:
@@ -244,9 +241,6 @@ def score_domains(
         scores[domain] |= asdict(reliability(predictions, images.labels))
         scores[domain]["interval"] = share_interval(right, len(images.labels))
         scores[domain]["classes"] = class_scores(mean.argmax(1), images.labels, model.info.classes)
-        if threshold is not None:
-            measured = asdict(measure_cascade(images.logits, images.labels, threshold, temperature_of(model)))
-            scores[domain]["cascade"] = {key: measured[key] for key in ("accuracy", "accuracy_all", "members")}
     return scores
 
 

@@ -38,7 +38,6 @@ class Measured:
         model_bytes: how much of that came after the libraries were loaded.
         operators: `bench_operators.Operators` as a dictionary, or None.
         accuracy: on the images that were given, or None.
-        members: that a cascade asked on these images, on average; None without a cascade or images.
     """
 
     path: str
@@ -53,7 +52,6 @@ class Measured:
     model_bytes: int
     operators: dict[str, Any] | None
     accuracy: float | None
-    members: float | None = None
 
     @property
     def label(self) -> str:
@@ -120,8 +118,8 @@ def bench(
     Args:
         files: packed, exported, or folders with a `model.safetensors`.
         plan: how.
-        images: gives labelled images for an opened model: its accuracy on them is measured too, and its latency, which
-            for a cascade depends on them. Without, latency is that of random pixels.
+        images: gives labelled images for an opened model: its accuracy on them is measured too, and its latency.
+            Without, latency is that of random pixels.
         progress: called with (done, total) rounds.
         command: starts the process of one model.
 
@@ -139,11 +137,11 @@ def bench(
     ]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(job, command)) for job in jobs]
-        answers = [(None, None) if images is None else _answers(worker, images(worker.opened)) for worker in workers]
+        accuracies = [None if images is None else _accuracy(worker, images(worker.opened)) for worker in workers]
         rounds, interrupted = _rounds(workers, plan.n_rounds, progress)
     rows = tuple(
-        _measured(worker, summarise(turns, rounds[0], plan.batch), answer)
-        for worker, turns, answer in zip(workers, rounds, answers, strict=True)
+        _measured(worker, summarise(turns, rounds[0], plan.batch), accuracy)
+        for worker, turns, accuracy in zip(workers, rounds, accuracies, strict=True)
     )
     return Bench(rows, threads, plan.batch, interrupted, environment() | {"cpu_features": cpu_features()})
 
@@ -204,16 +202,11 @@ def _rounds(
     return done, False
 
 
-Answer = tuple[float | None, float | None]
-"""Accuracy, and members asked on average."""
+def _accuracy(worker: Worker, images: LabelledImages) -> float:
+    return float((worker.ask(images.pixels).argmax(1) == images.labels).mean())
 
 
-def _answers(worker: Worker, images: LabelledImages) -> Answer:
-    logits, members = worker.ask(images.pixels)
-    return float((logits.argmax(1) == images.labels).mean()), members
-
-
-def _measured(worker: Worker, timing: Timing, answer: Answer) -> Measured:
+def _measured(worker: Worker, timing: Timing, accuracy: float | None) -> Measured:
     opened = worker.opened
     return Measured(
         path=str(worker.job.path),
@@ -227,8 +220,7 @@ def _measured(worker: Worker, timing: Timing, answer: Answer) -> Measured:
         peak_bytes=opened.peak_bytes,
         model_bytes=opened.model_bytes,
         operators=None if opened.operators is None else asdict(opened.operators),
-        accuracy=answer[0],
-        members=answer[1],
+        accuracy=accuracy,
     )
 
 

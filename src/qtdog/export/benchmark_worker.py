@@ -22,7 +22,6 @@ import numpy.typing as npt
 from qtdog.core.errors import ConfigError, ModelError, QtdogError, RunError
 from qtdog.core.random import numpy_stream
 from qtdog.export.benchmark_measures import Operators, Turn, count_operators, peak_memory, reset_peak_memory
-from qtdog.export.inference_module import ASKED
 from qtdog.export.packed_source import ExportInfo
 from qtdog.export.runtimes import OpenModel, open_runtime
 
@@ -183,8 +182,8 @@ def main(descriptor: int) -> None:
 def serve(pipe: Connection) -> None:
     """Receive a `BenchmarkJob`, open its model, send `ModelFacts`, answer requests until the other side closes it.
 
-    The request "time" is answered by a `Turn`; images by logits and, of a cascade, how many members were asked on
-    average; later turns are timed on these images. An error that a user can cause is sent in the place of an answer.
+    The request "time" is answered by a `Turn`; images by logits, and later turns are timed on them. An error that a
+    user can cause is sent in the place of an answer.
     """
     try:
         model = ModelUnderTest(pipe.recv())
@@ -251,16 +250,13 @@ class ModelUnderTest:
             seconds.append(time.perf_counter() - started)
         return Turn(tuple(seconds), time.process_time() - cpu_started)
 
-    def answers(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], float | None]:
-        """Return logits (n, n_classes) and, of a cascade, members asked on average; keep the images for timing."""
+    def answers(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return logits (n, n_classes); keep the images for timing."""
         self.images = np.resize(images, (max(len(images), self.batch), *images.shape[1:]))  # repeats a small set
         names = self.model.info.outputs
         found = [self.model.run(images[k : k + ANSWER_BATCH]) for k in range(0, len(images), ANSWER_BATCH)]
         parts = [dict(zip(names, outputs, strict=True)) for outputs in found]
-        logits = np.concatenate([np.asarray(part["logits"]) for part in parts])
-        if ASKED not in names:
-            return logits, None
-        return logits, float(np.concatenate([np.asarray(part[ASKED]) for part in parts]).mean())
+        return np.concatenate([np.asarray(part["logits"]) for part in parts])
 
     def _next(self) -> npt.NDArray[np.uint8]:
         """Return a batch; the images come in turns."""

@@ -89,7 +89,7 @@ def export(
         calibration, check = images.split(min(n_calibration, len(images.pixels) // 2))
     info = source.info(name)
     with temporary_folder(out) as folder:
-        graph, info = _graph(source, info, calibration, watch) if kind.graph else (None, info)
+        graph, info = make_graph(source, info, calibration, watch) if kind.graph else (None, info)
         draft = folder / out.name
         kind.save(source, graph, draft, info)
         parity = verify_export(source, draft, check, kind, out=out, watch=watch)
@@ -110,9 +110,20 @@ def _check(source: PackedSource, kind: Format, images: LabelledImages) -> None:
         raise ModelError(f"{text}. Train with --quantizer, or export it to a float format")
 
 
-def _graph(
-    source: PackedSource, info: ExportInfo, calibration: LabelledImages | None, watch: Watch
+def make_graph(
+    source: PackedSource, info: ExportInfo, calibration: LabelledImages | None, watch: Watch = lambda title: None
 ) -> tuple[Any, ExportInfo]:
+    """Return the ONNX graph (`onnx_ir.Model`) of a packed model, compared with nothing yet, and its description.
+
+    Args:
+        source: the packed model.
+        info: its description.
+        calibration: source images that set the ranges of integer activations; None for float ones.
+        watch: shows how far the work is.
+
+    Raises:
+        ModelError: as in `export`.
+    """
     # integer activations are made of a float graph: their grids replace the rounding that the module would show
     module = source.module(float_activations=calibration is not None)
     graphs = list(member_graphs(source, module, watch("translating")))

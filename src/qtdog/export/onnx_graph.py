@@ -154,8 +154,6 @@ def translate(
     example: tuple[torch.Tensor, ...],
     outputs: list[str],
     source: PackedSource,
-    *,
-    free: Mapping[int, str] | None = None,
 ) -> Any:
     """Return a module as an ONNX program that is not optimized.
 
@@ -164,7 +162,6 @@ def translate(
         example: its inputs, for 2 images.
         outputs: their names.
         source: what it is a part of, for errors.
-        free: names of the dimensions of each input that may have another size; default: the first, images.
 
     Raises:
         ModelError: ONNX has no form of an operator; the text names it.
@@ -175,7 +172,7 @@ def translate(
                 module,
                 example,
                 dynamo=True,
-                dynamic_shapes=tuple(dict(free or {0: "n"}) for _ in example),
+                dynamic_shapes=tuple({0: "n"} for _ in example),
                 output_names=outputs,
                 opset_version=OPSET,
                 optimize=False,

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qtdog.core.errors import ConfigError, FormatError, ModelError, extra
+from qtdog.core.errors import FormatError, ModelError, extra
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.export.inference_module import ACCEPT, ASKED, OUTPUTS, InferenceModule
+from qtdog.export.inference_module import ACCEPT, OUTPUTS, InferenceModule
 from qtdog.packing.ensemble_file import read_packed
 from qtdog.packing.packed_file import PackedModel
 from qtdog.quantizers.activations import ActivationGrid
@@ -70,7 +70,6 @@ class ExportInfo(BaseModel):
         target_domain: held out in training, or None.
         n_members: networks inside.
         temperature: the probabilities are softmax(logits / temperature).
-        cascade_threshold: confidence at which a cascade asks no further member; None where all are asked.
         accept_threshold: smallest probability of an answer that is accepted, or None.
         outputs: names of the graph's outputs.
         calibration: for integer activations: `domains`, `n_images`, `method`, `seed`.
@@ -90,7 +89,6 @@ class ExportInfo(BaseModel):
     target_domain: str | None
     n_members: int = Field(ge=1, le=100)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    cascade_threshold: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     accept_threshold: float | None = Field(default=None, ge=0, le=1)
     outputs: tuple[str, ...]
     calibration: dict[str, Any] | None = None
@@ -128,7 +126,6 @@ class PackedSource:
         members: codes, step sizes and the rest, one for each network.
         infos: what each member says of itself.
         temperature: of the probabilities.
-        threshold: of the cascade; None to ask all members.
         accept_threshold: smallest probability of an answer that is accepted, or None.
     """
 
@@ -136,14 +133,12 @@ class PackedSource:
     members: tuple[PackedModel, ...]
     infos: tuple[ModelInfo, ...]
     temperature: float = 1.0
-    threshold: float | None = None
     accept_threshold: float | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of what comes out."""
-        more = (ACCEPT, self.accept_threshold), (ASKED, self.threshold)
-        return OUTPUTS[len(self.members) > 1] + tuple(name for name, threshold in more if threshold is not None)
+        return OUTPUTS[len(self.members) > 1] + (() if self.accept_threshold is None else (ACCEPT,))
 
     def info(self, name: str) -> ExportInfo:
         """Return the description of an export to the format called `name`, nothing being measured yet."""
@@ -157,7 +152,6 @@ class PackedSource:
             target_domain=first.target_domain,
             n_members=len(self.members),
             temperature=self.temperature,
-            cascade_threshold=self.threshold,
             accept_threshold=self.accept_threshold,
             outputs=self.outputs,
         )
@@ -176,8 +170,7 @@ class PackedSource:
             networks,
             self.infos[0].preprocessing,
             self.temperature,
-            self.threshold,
-            accept_threshold=self.accept_threshold,
+            self.accept_threshold,
         )
 
     def grids(self, index: int) -> dict[str, ActivationGrid]:
@@ -194,22 +187,18 @@ class PackedSource:
         }
 
 
-def read_packed_source(path: Path, *, cascade: bool = False) -> PackedSource:
+def read_packed_source(path: Path) -> PackedSource:
     """Return the content of a packed file, one model or an ensemble.
 
     Args:
         path: the file.
-        cascade: ask an ensemble's members one after another, with the threshold that lies in its file.
 
     Raises:
-        ConfigError: a cascade of one model, or of an ensemble without a threshold.
         FormatError: missing, truncated, hostile, of another version, or members that do not go together.
         ModelError: it reads text.
     """
     whole = read_packed(path)
     if isinstance(whole, PackedModel):
-        if cascade:
-            raise ConfigError(f"a cascade is made of an ensemble; {path} holds one model")
         info = _image_info(path, whole)
         return PackedSource(path, (whole,), (info,), info.temperature, accept_threshold=info.accept_threshold)
     infos = tuple(_image_info(path, member) for member in whole.members)
@@ -219,8 +208,7 @@ def read_packed_source(path: Path, *, cascade: bool = False) -> PackedSource:
     temperature = _number(path, "temperature", whole.about.get("temperature", 1.0))
     accept = whole.about.get("accept_threshold")
     accept = None if accept is None else _number(path, "accept_threshold", accept)
-    threshold = _threshold(path, whole.about) if cascade else None
-    return PackedSource(path, whole.members, infos, temperature, threshold, accept)
+    return PackedSource(path, whole.members, infos, temperature, accept)
 
 
 def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
@@ -228,14 +216,6 @@ def _image_info(path: Path, packed: PackedModel) -> ModelInfo:
     if info.preprocessing.max_tokens:
         raise ModelError(f"{path} reads text; only models of images can be exported or timed")
     return info
-
-
-def _threshold(path: Path, about: dict[str, Any]) -> float:
-    found = about.get("cascade_threshold")
-    if found is None:
-        text = f"{path} has no threshold for a cascade, which is chosen when an ensemble is made"
-        raise ConfigError(f"{text}: make it again with 'qtdog ensemble' from members with one data.trial")
-    return _number(path, "cascade_threshold", found)
 
 
 def _number(path: Path, name: str, value: object) -> float:

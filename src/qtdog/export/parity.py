@@ -16,7 +16,6 @@ from qtdog.core.progress import Progress
 from qtdog.core.random import numpy_stream
 from qtdog.data.dataset import DomainDataset, map_samples, require_images
 from qtdog.data.decoded_cache import content_sha256
-from qtdog.export.inference_module import ASKED
 from qtdog.export.packed_source import PackedSource
 from qtdog.training.load_model import ModelInfo, training_configs
 from qtdog.training.protocol import make_protocol
@@ -224,15 +223,13 @@ class Parity:
         n_images: compared.
         domains: of these images.
         agreement_frac: share with the same first choice.
-        max_difference: of each output, by name; in a cascade, of the images that asked as many members of both.
-        rms_difference: of the logits, likewise.
+        max_difference: of each output, by name.
+        rms_difference: of the logits.
         largest_logit: of the packed model, absolute.
         accuracy_packed: share of right answers of the packed model.
         accuracy_exported: of the exported file.
         n_lost: images that only the packed model gets right.
         n_gained: images that only the exported file gets right.
-        members: that a cascade asks on average, the packed one and the exported one; None without a cascade.
-        same_members_frac: share of the images that asked as many members of both; 1 without a cascade.
         validation: whether the images were held out from training; else the model may have been trained on them.
     """
 
@@ -246,8 +243,6 @@ class Parity:
     accuracy_exported: float
     n_lost: int
     n_gained: int
-    members: tuple[float, float] | None = None
-    same_members_frac: float = 1.0
     validation: bool = False
 
     @property
@@ -313,22 +308,19 @@ def measure_parity(packed: Ask, exported: Ask, images: LabelledImages, progress:
         if progress is not None:
             progress(min(start + BATCH, len(images.pixels)), len(images.pixels))
     one, other = ({name: np.concatenate([part[name] for part in side]) for name in side[0]} for side in (ours, theirs))
-    same = one[ASKED] == other[ASKED] if ASKED in one else np.ones(len(images.pixels), dtype=bool)
-    apart = {name: np.subtract(one[name][same], other[name][same], dtype=np.float32) for name in one}
+    apart = {name: np.subtract(one[name], other[name], dtype=np.float32) for name in one}
     choices = one["logits"].argmax(1), other["logits"].argmax(1)
     right = choices[0] == images.labels, choices[1] == images.labels
     return Parity(
         n_images=len(images.pixels),
         domains=images.domains,
         agreement_frac=float((choices[0] == choices[1]).mean()),
-        max_difference={name: float(np.abs(difference).max(initial=0)) for name, difference in apart.items()},
-        rms_difference=float(np.sqrt(np.square(apart["logits"]).sum() / max(apart["logits"].size, 1))),
+        max_difference={name: float(np.abs(difference).max()) for name, difference in apart.items()},
+        rms_difference=float(np.sqrt(np.square(apart["logits"]).mean())),
         largest_logit=float(np.abs(one["logits"]).max()),
         accuracy_packed=float(right[0].mean()),
         accuracy_exported=float(right[1].mean()),
         n_lost=int((right[0] & ~right[1]).sum()),
         n_gained=int((right[1] & ~right[0]).sum()),
-        members=(float(one[ASKED].mean()), float(other[ASKED].mean())) if ASKED in one else None,
-        same_members_frac=float(same.mean()),
         validation=images.validation,
     )

@@ -264,7 +264,7 @@ def open_packed_source(source: PackedSource, threads: int) -> OpenModel:
     """Return the content of a packed file opened in eager PyTorch.
 
     Args:
-        source: the content; with a threshold it answers as a cascade.
+        source: the content.
         threads: that it may use, a setting of the whole process.
 
     Raises:
