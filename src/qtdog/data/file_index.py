@@ -168,7 +168,7 @@ def _recall(place: Path, files: _Files) -> tuple[npt.NDArray[np.bool_], Stats, H
             del names
             hashes = _fitting(saved("hashes"), (n_names, 32), np.uint8)
             if not same:
-                hashes = np.concatenate([hashes, np.zeros((1, 32), dtype=np.uint8)])[rows]  # -1 is the last row
+                hashes = hashes[rows] if n_names else np.zeros((n, 32), dtype=np.uint8)  # -1: any row, to be replaced
             old = _fitting(saved("stats"), (n_names, N_STATS), np.int64)
     except DAMAGE:
         rows, n_names, hashes = np.full(n, UNKNOWN), 0, np.zeros((n, 32), dtype=np.uint8)
@@ -191,7 +191,8 @@ def _rows_of(files: _Files, names: bytes) -> npt.NDArray[np.int64]:
     theirs = np.fromiter((hash(names[a : b - 1]) for a, b in itertools.pairwise(spans)), np.int64, len(spans) - 1)
     mine = np.fromiter(map(hash, files.each_encoded()), np.int64, len(files))
     order = np.argsort(theirs)
-    rows = order[np.searchsorted(theirs, mine, sorter=order).clip(max=len(theirs) - 1)]
+    places = np.searchsorted(theirs, mine, sorter=order)
+    rows = order[np.minimum(places, len(order) - 1, out=places)]
     rows[theirs[rows] != mine] = UNKNOWN
     for i, path in enumerate(files.each_encoded()):
         if (row := rows[i]) >= 0 and names[spans[row] : spans[row + 1] - 1] != path:
