@@ -6,7 +6,7 @@ from torch import nn
 
 from qtdog.analysis.loss_surface import Plane, SurfacePlan, across, between, same_statistics
 from qtdog.core.errors import ConfigError, ModelError
-from qtdog.training.batch_norm import estimate_statistics_
+from qtdog.training.evaluation import estimate_statistics_
 
 
 def line(*weights: float) -> nn.Linear:

@@ -12,7 +12,7 @@ from qtdog.core.errors import ModelError
 from qtdog.core.quantized import QuantizedTensor, QuantSpec
 from qtdog.quantizers.base import encode
 from qtdog.quantizers.step_size_init import initial_scale
-from qtdog.training.fork import latent_name
+from qtdog.training.shared_steps import latent_name
 
 
 def test_truly_uniform_noise_has_the_divergence_of_the_floor():
@@ -79,7 +79,7 @@ def test_latent_weights_get_their_plain_names(name: str, plain: str | None):
 @pytest.mark.stress
 def test_a_fresh_process_knows_the_averager_of_a_run():
     code = (
-        "import qtdog.training.fork\n"
+        "import qtdog.training.shared_steps\n"
         "from qtdog.training.averagers import AVERAGERS\n"
         "assert AVERAGERS['sma'] and AVERAGERS['swad']"
     )

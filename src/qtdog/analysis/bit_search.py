@@ -33,11 +33,11 @@ from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.components import Components
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
-from qtdog.training.fork import fork_point_config, load_plain_
 from qtdog.training.load_model import load_model
 from qtdog.training.protocol import make_protocol
 from qtdog.training.run import RunCallbacks, run, train_fork_point
-from qtdog.training.signals import StopRequest
+from qtdog.training.shared_steps import fork_point_config, load_plain_
+from qtdog.training.stop import StopRequest
 
 N_IMAGES = 128  # training images of each source domain for the curvature
 BATCH = 32

@@ -29,7 +29,7 @@ from qtdog.analysis.measurements import (
 )
 from qtdog.core.errors import ConfigError, ModelError
 from qtdog.core.progress import Progress
-from qtdog.training.batch_norm import estimate_statistics_
+from qtdog.training.evaluation import estimate_statistics_
 
 State = Mapping[str, Tensor]
 

@@ -32,7 +32,7 @@ from qtdog.packing.packed_file import load_packed
 from qtdog.runs.find import require_run
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint, checkpoint_folders, read_checkpoint
-from qtdog.training.fork import latent_weights
+from qtdog.training.shared_steps import latent_weights
 
 N_BINS = 100
 UNIFORM_LEVELS = ("uniform", "symmetric", "half")

@@ -35,7 +35,7 @@ from qtdog.core.errors import ConfigError, Interrupted, RunError
 from qtdog.core.progress import Progress
 from qtdog.runs.find import open_run
 from qtdog.runs.finished import method_name, setting_labels, settings_of
-from qtdog.training.signals import StopRequest
+from qtdog.training.stop import StopRequest
 
 __all__ = ["Analysis", "cam", "errors", "flatness", "hessian", "noise", "stability", "surface"]
 

@@ -38,11 +38,11 @@ from qtdog.report.tables import cost_table, target_table
 from qtdog.runs.finished import KINDS, method_name
 from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
-from qtdog.training.fork import reseeded
 from qtdog.training.loggers import with_loggers
 from qtdog.training.plugins import load_entry_points, load_plugins, with_plugins
 from qtdog.training.protocol import dataset_layer, resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
+from qtdog.training.shared_steps import reseeded
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 from qtdog.conversion.attach import Attached, Site, sites
 from qtdog.core.errors import ConfigError, ModelError, unknown
 from qtdog.core.quantized import QuantizedTensor
-from qtdog.quantizers.obc import obc
-from qtdog.quantizers.ptq import Fixed, gptq, relative_error, row_errors
+from qtdog.quantizers.ptq import Fixed, gptq, obc, relative_error, row_errors
 
 PATCH_BYTES = 2**26  # of unfolded images that are in memory at a time
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)

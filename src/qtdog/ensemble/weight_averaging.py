@@ -24,9 +24,9 @@ from qtdog.training.build import build_components, make_quantizer
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.components import RunState
 from qtdog.training.finalize import final_network_
-from qtdog.training.fork import latent_weights, load_plain_
 from qtdog.training.load_model import empty_network
 from qtdog.training.loop import TrainingRun, train
+from qtdog.training.shared_steps import latent_weights, load_plain_
 
 State = dict[str, Tensor]
 

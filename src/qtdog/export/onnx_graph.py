@@ -21,7 +21,7 @@ from qtdog.core.quantized import QuantizedTensor
 from qtdog.export.inference_module import InferenceModule
 from qtdog.export.integer_weight import IntegerWeight, fit
 from qtdog.export.packed_source import KEY, ExportInfo, PackedSource, library
-from qtdog.training.signals import held_signals
+from qtdog.training.stop import held_signals
 
 
 def node(

@@ -41,7 +41,7 @@ from qtdog.training.checkpoint import Checkpoint, read_checkpoint
 from qtdog.training.loggers import with_loggers
 from qtdog.training.plugins import place_in_plugin
 from qtdog.training.run import RunCallbacks, run, train_fork_point
-from qtdog.training.shared_updates import SharedRun
+from qtdog.training.shared_steps import SharedRun
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 

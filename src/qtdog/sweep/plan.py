@@ -29,7 +29,6 @@ from qtdog.sweep.study import (
     study_plugins,
 )
 from qtdog.training.averagers import make_averager
-from qtdog.training.fork import fork_obstacle, fork_point_config
 from qtdog.training.plugins import (
     check_reachable,
     load_entry_points,
@@ -38,6 +37,7 @@ from qtdog.training.plugins import (
     named_plugins,
     plugins_of,
 )
+from qtdog.training.shared_steps import fork_obstacle, fork_point_config
 
 Kind = Literal["fork_point", "run", "ensemble"]
 

@@ -24,7 +24,7 @@ from qtdog.sweep.journal import Outcome, append_journal, read_failures, remove_f
 from qtdog.sweep.plan import Task, keep_sharing
 from qtdog.sweep.study import raise_all
 from qtdog.training.build import build_components
-from qtdog.training.signals import StopRequest
+from qtdog.training.stop import StopRequest
 
 STATE_PARTS = ("failed", "studies")  # what a sweep writes piece by piece beside its runs
 # Values that differ between runs without deciding whether their components fit together.

@@ -22,10 +22,10 @@ from qtdog.quantizers.registry import works_after_training
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.selection import select
 from qtdog.training.averagers import Average, State, float_names, snapshot
-from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qtdog.training.components import Components, RunState
+from qtdog.training.evaluation import fit_batch_norm_
 from qtdog.training.finalize import Final, write_run_result
 from qtdog.training.run import RunCallbacks, initial_state, train_in_folder
 

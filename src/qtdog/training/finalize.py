@@ -39,10 +39,9 @@ from qtdog.quantizers.registry import works_after_training
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record, Score
 from qtdog.runs.selection import select
-from qtdog.training.batch_norm import fit_batch_norm_
 from qtdog.training.calibration import LabeledLogits, calibrate_answers
 from qtdog.training.components import Components, RunState
-from qtdog.training.evaluation import class_scores, evaluating, group_scores
+from qtdog.training.evaluation import class_scores, evaluating, fit_batch_norm_, group_scores
 from qtdog.training.load_model import load_model
 
 CALIBRATION_BATCH = 32

@@ -26,9 +26,9 @@ from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record, SourceRecord
 from qtdog.runs.selection import select
 from qtdog.training.averagers import snapshot, swapped
-from qtdog.training.batch_norm import fit_batch_norm_, take_batch_norm_of_the_first_process_
 from qtdog.training.checkpoint import save_state
 from qtdog.training.components import Components, RunState
+from qtdog.training.evaluation import fit_batch_norm_, take_batch_norm_of_the_first_process_
 from qtdog.training.step_rules import Update, keep_classifier_gradients_, lr_factor
 
 READ_EVERY = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,16 +19,12 @@ from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import SourceRecord
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import Checkpoint, latest_checkpoint, put_aside_broken, restore, warn_of_threads
-from qtdog.training.collapse import HealthWatch, chance_accuracy
 from qtdog.training.components import Components, RunState
 from qtdog.training.finalize import final_network_, write_run_result
-from qtdog.training.fork import begin_fork_, fork_point_config
 from qtdog.training.loop import TrainingRun, nothing, train
 from qtdog.training.plugins import keep_plugins
-from qtdog.training.signals import StopRequest, interruption
-
-if TYPE_CHECKING:
-    from qtdog.training.shared_updates import SharedRun
+from qtdog.training.shared_steps import SharedRun, SharedUpdates, begin_fork_, fork_point_config, open_shared_runs
+from qtdog.training.stop import HealthWatch, StopRequest, chance_accuracy, interruption
 
 HealthCheck = Callable[[list[LayerHealth], list[SourceRecord]], None]
 
@@ -137,7 +133,7 @@ def initial_state(
     """Return where to go on: at the folder's last whole checkpoint, else at `fork_from`, else at the start.
 
     Raises:
-        RunError: the checkpoint does not fit (`training.checkpoint.restore`, `training.fork.begin_fork_`).
+        RunError: the checkpoint does not fit (`training.checkpoint.restore`, `training.shared_steps.begin_fork_`).
     """
     checkpoint = latest_checkpoint(folder.checkpoints, warn)
     if components.accelerator.is_main_process:
@@ -182,9 +178,7 @@ def train_in_folder(
         contextlib.ExitStack() as ending,
     ):
         followers = []
-        if shared_runs:  # other runs need not know how it is done
-            from qtdog.training.shared_updates import open_shared_runs
-
+        if shared_runs:
             opened = open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from)
             followers = locks.enter_context(opened)
         check_interrupt = interrupt_check(components, stop)
@@ -197,8 +191,6 @@ def train_in_folder(
                 one.folder.rewrite_metrics(one.state.lines)
         callback = user
         if followers:  # what the others have is settled before the user may stop the run
-            from qtdog.training.shared_updates import SharedUpdates
-
             callback = CallbackList([SharedUpdates(run, followers, check_interrupt), user])
         callback.on_start(config, state.step)
         ending.callback(callback.on_end)

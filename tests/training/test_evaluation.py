@@ -14,9 +14,9 @@ from qtdog.core.errors import ConfigError, Interrupted
 from qtdog.core.progress import StopAfter
 from qtdog.data.dataset import DomainSubset
 from qtdog.runs.folder import RunFolder
-from qtdog.training.batch_norm import N_BATCHES, estimate_statistics_, fit_batch_norm_
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import latest_checkpoint
+from qtdog.training.evaluation import N_BATCHES, estimate_statistics_, fit_batch_norm_
 from qtdog.training.load_model import load_model
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, run
