@@ -177,6 +177,8 @@ def guard_(module: nn.Module, tensor_name: str, layer: str) -> None:
             return value
         if is_transformed(value) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return value
+        if type(value) not in (Tensor, ComputedWeight):  # of a subclass with storage of its own, which has no other
+            return value
         return value.as_subclass(ComputedWeight)
 
     def assign(self: Any, value: Tensor) -> None:
