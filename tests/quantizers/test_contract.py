@@ -11,7 +11,7 @@ from qtdog.quantizers.registry import QUANTIZERS, works_after_training
 
 LAST_STEP = 0.999
 OTHER = {"step_mode": "frozen", "init": "mse", "range": "symmetric", "rounding": "stochastic", "amplitude": 1.0}
-OTHER |= {"stages": (1.0,), "calibration_images": 5, "damping": 0.5}
+OTHER |= {"stages": (1.0,), "calibration_images": 5, "damping": 0.5, "noise_width": 3.0}
 
 
 def fresh(name: str, weight: torch.Tensor, **options):

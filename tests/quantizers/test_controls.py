@@ -148,6 +148,19 @@ def test_the_start_decides_how_strong_the_noise_is(kind: type[MatchedNoise | Noi
     assert torch.equal(quantizer.step_sizes(), initial_scale(weight, QuantSpec(5), init))
 
 
+@pytest.mark.parametrize("kind", [MatchedNoise, NoiseThenRound])
+def test_three_steps_of_seven_bits_are_the_noise_of_four(kind: type[MatchedNoise | NoiseThenRound]) -> None:
+    weight = draw(3, N)
+    quantizer = kind(weight, QuantSpec(7), QuantizerOptions(noise_width=3))
+    quantizer.enable_(weight)
+    quantizer.begin_step_(weight, 11, 0.0)
+    four_bits = initial_scale(weight, QuantSpec(4), "lsq")  # 2 mean|w| / sqrt(7), for 7 bits / sqrt(63)
+    assert_uniform(quantizer(weight) - weight, four_bits)
+    rounded = quantizer.eval()(weight)
+    if kind is NoiseThenRound:  # on the fine grid
+        assert (rounded - weight).abs().max() <= 0.51 * initial_scale(weight, QuantSpec(7), "lsq").max()
+
+
 def test_noise_then_round_leaves_out_the_lowest_code_of_a_symmetric_range() -> None:
     weight = torch.tensor([[-9.0, 1.0, 0.5, -0.5]])
     quantizer = NoiseThenRound(weight, QuantSpec(2), QuantizerOptions(range="symmetric"))

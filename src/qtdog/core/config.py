@@ -192,6 +192,9 @@ class QuantizerConfig(Section):
         default="nearest", description="of training; what is measured and saved is always rounded to nearest"
     )
     amplitude: float = Field(default=5e-5, gt=0, description="a of the noise U(-a, a) that noise-* adds to a weight")
+    noise_width: float = Field(
+        default=1.0, gt=0, description="of the noise of noise-matched and noise-then-round, in step sizes of their grid"
+    )
     stages: tuple[float, ...] = Field(
         default=(0.5, 0.75, 0.875, 1.0), description="share of the weights that inq has frozen after each stage"
     )

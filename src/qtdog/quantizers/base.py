@@ -114,6 +114,7 @@ class QuantizerOptions:
         range: codes -2^(b-1) … 2^(b-1) - 1 (`asymmetric`, the paper's), or without the lowest one (`symmetric`).
         rounding: in training, `nearest` or `stochastic`; evaluation and files always round to nearest.
         amplitude: a of the noise U(-a, a).
+        noise_width: of the noise that a grid gives its width, in step sizes.
         stages: share of the weights that is frozen after each stage of INQ, rising to 1.
         calibration_images: how many training images a method after training learns from.
         damping: added to its Hessians, as a share of their mean diagonal.
@@ -127,6 +128,7 @@ class QuantizerOptions:
     range: str = "asymmetric"
     rounding: str = "nearest"
     amplitude: float = 5e-5
+    noise_width: float = 1.0
     stages: tuple[float, ...] = (0.5, 0.75, 0.875, 1.0)
     calibration_images: int = 1000
     damping: float = 0.01
@@ -139,7 +141,7 @@ class QuantizerOptions:
         rising = all(a < b for a, b in zip(self.stages, self.stages[1:], strict=False))
         if not (self.stages and rising and self.stages[0] > 0 and self.stages[-1] == 1):
             raise ConfigError(f"stages must rise from above 0 to 1, like 0.5, 0.75, 1; not {list(self.stages)}")
-        for name in ("amplitude", "calibration_images", "damping"):
+        for name in ("amplitude", "noise_width", "calibration_images", "damping"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
 

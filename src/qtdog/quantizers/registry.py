@@ -52,9 +52,9 @@ _MEMBERS = {
     "inq": _kind(INQ, "Powers of two, frozen share by share (Zhou et al., 2017).", "stages"),
     "noise-accumulated": _kind(AccumulatedNoise, "Control: U(-a, a) added to the weights at every step.", "amplitude"),
     "noise-fresh": _kind(FreshNoise, "Control: U(-a, a) on clean weights in training.", "amplitude"),
-    "noise-matched": _kind(MatchedNoise, "Control: U(-s/2, s/2) in training, s as LSQ starts.", "init"),
+    "noise-matched": _kind(MatchedNoise, "Control: U(-s/2, s/2) in training, s as LSQ starts.", "init noise_width"),
     "noise-then-round": _kind(
-        NoiseThenRound, "Control: noise as noise-matched in training, rounded afterwards.", "init range"
+        NoiseThenRound, "Control: noise as noise-matched in training, rounded afterwards.", "init range noise_width"
     ),
     "freeze": _kind(Freeze, "Control: the layers stop training and stay in float."),
     "released": _kind(Released, "Control: rounded once and frozen, as the paper's released code does."),
