@@ -379,7 +379,10 @@ class ImageSubset(ImageDataset):
     def files(self) -> tuple[str, Sequence[str]] | None:
         """Return the whole data set's folder and the files of the chosen images, or None if images are no files."""
         whole = self._dataset.files()
-        return None if whole is None else (whole[0], [whole[1][i] for i in self._indices])
+        if whole is None:
+            return None
+        root, names = whole
+        return root, [names[i] for i in self._indices]
 
     def sample_signature(self, i: int) -> str:
         """Return the whole data set's fingerprint of chosen image i."""

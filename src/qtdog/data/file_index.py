@@ -99,7 +99,7 @@ def file_hashes(
     known, stats, hashes, n_others = _recall(place, files)
     missing = np.flatnonzero(~known)
     if len(missing):
-        view = memoryview(hashes).cast("B")
+        view = hashes.data.cast("B")
         for i, fresh in zip(map(int, missing), hash_rows(missing), strict=True):
             view[32 * i : 32 * i + 32] = bytes.fromhex(fresh)
         others = _others(load_index(place), files) if n_others else None
