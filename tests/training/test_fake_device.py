@@ -351,7 +351,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 SMALL_ANALYSES: dict[str, dict[str, Any]] = {
-    "flatness": {"num_directions": 2, "radii": [3.0], "filter_radii": [], "num_images": 4},
+    "flatness": {"num_directions": 4, "radii": [3.0], "filter_radii": [], "num_images": 4},
     "hessian": {"num_vectors": 2, "num_eigenvalues": 1, "num_probes": 0, "num_images": 1},
     "surface": {"num_points": 3, "num_images": 4},
     "noise": {},
