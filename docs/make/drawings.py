@@ -1,6 +1,6 @@
 """Draw the pictures of the concept pages and of the README, each for light and for dark pages.
 
-    python docs/make/drawings.py            # writes docs/concepts/*.svg and docs/results/accuracy-size-*.svg
+    python docs/make/drawings.py            # writes docs/concepts/*.svg and docs/results/*.svg
 
 The accuracies come from docs/results/runs; the other drawings explain and measure nothing.
 """
@@ -8,6 +8,7 @@ The accuracies come from docs/results/runs; the other drawings explain and measu
 from __future__ import annotations
 
 import json
+import runpy
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -212,12 +213,42 @@ def accuracy_size() -> Figure:
     return figure
 
 
+SHIFTS = ("clean", "noise", "blur", "weather", "digital", "jpeg")
+SHIFT_METHODS = {
+    "float+sma": ("float, SMA", BLUE),
+    "lsq-4": ("4 bit", ORANGE),
+    "lsq-4+sma": ("4 bit, SMA", GREEN),
+    "noise-then-round-7+sma": ("robust, 7 bit", PURPLE),
+}
+
+
+def shift() -> Figure:
+    """Differences to float under each family of corruptions, paired by target and seed, with 95 % t intervals."""
+    scores = runpy.run_path(str(DOCS.parent / "benchmarks" / "shift_scores.py"))
+    runs = list(json.loads((RUNS / "shift-office.json").read_text()).values())
+    figure, axes = plt.subplots(figsize=(8.5, 3.8), layout="constrained")
+    for place, (method, (label, color)) in enumerate(SHIFT_METHODS.items()):
+        found = [scores["differences"](runs, method, "float")[family] for family in SHIFTS]
+        at = np.arange(len(SHIFTS)) + 0.2 * (place - 1.5)
+        middle = np.array([100 * one.mean for one in found])
+        ends = 100 * np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
+        axes.bar(at, middle, 0.18, color=color, alpha=0.75, label=label)
+        axes.errorbar(at, middle, yerr=ends, fmt="none", ecolor=plt.rcParams["text.color"], capsize=3, lw=1)
+    axes.axhline(0, color=plt.rcParams["text.color"], lw=0.8)
+    axes.set(ylabel="accuracy − float (points)", ylim=(-14, 60))
+    axes.set_xticks(range(len(SHIFTS)), labels=SHIFTS)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, ncols=4, loc="upper right")
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "concepts/minima": minima,
     "concepts/timeline": timeline,
     "concepts/splits": splits,
     "concepts/ensemble": ensemble,
     "results/accuracy-size": accuracy_size,
+    "results/shift": shift,
 }
 
 

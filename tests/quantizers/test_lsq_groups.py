@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -76,7 +77,7 @@ def test_stochastic_rounding_draws_what_it_draws_alone():
 
 
 def freeze_layer(model: nn.Sequential) -> None:
-    model[0].parametrizations.weight.original.requires_grad_(False)
+    next(iter(attached(model).weights_().values())).requires_grad_(False)
 
 
 def freeze_step_sizes(model: nn.Sequential) -> None:
@@ -184,3 +185,14 @@ def test_layers_in_a_group_take_fewer_calls():
                 waiting += [following for following, _ in node.next_functions]
         calls.append(n)
     assert calls == [4, 1]
+
+
+def test_a_copy_has_groups_of_its_own_layers():
+    model = net()
+    copied, groups = copy.deepcopy((model, attached(model).groups()))
+    with torch.no_grad():
+        for weight in attached(model).weights_().values():
+            weight.zero_()
+    alone = outcome(copied, nullcontext())
+    assert outcome(copied, groups) == alone
+    assert all(groups.take(entry) is None for entry in model.modules())

@@ -332,7 +332,7 @@ def _maps(run: AnalyzedRun, images: Images, places: Sequence[int], plan: CamPlan
 
 @torch.no_grad()
 def _answers(run: AnalyzedRun, images: Images, places: Sequence[int]) -> list[str]:
-    best = run.model(_prepared(run, images, places)).softmax(1).max(1)
+    best = [found.cpu() for found in run.model(_prepared(run, images, places)).softmax(1).max(1)]
     classes = run.dataset.classes
     return [f"predicted {classes[label]} ({100 * p:.0f} %)" for p, label in zip(*map(Tensor.tolist, best), strict=True)]
 

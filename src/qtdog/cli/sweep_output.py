@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from qtdog.api.display import duration_text
@@ -21,6 +21,7 @@ from qtdog.cli.console import err
 from qtdog.cli.options import DataFolder, RunsFolder, StudyFile
 
 if TYPE_CHECKING:
+    from qtdog.report.render import Table
     from qtdog.runs.index import IndexRow
     from qtdog.runs.statistics import Comparison, Estimate
     from qtdog.sweep.estimate import Throughput
@@ -63,10 +64,10 @@ class ProgressDisplay:
             reason = f"  {outcome.reason.splitlines()[0]}" if shown else ""
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
 
-    def _running(self, progress: Progress) -> Table:
+    def _running(self, progress: Progress) -> RichTable:
         from qtdog.sweep.runner import steps_made
 
-        table = Table(box=None, pad_edge=False)
+        table = RichTable(box=None, pad_edge=False)
         for header in ("running", "step", "for"):
             table.add_column(header)
         now = time.monotonic()

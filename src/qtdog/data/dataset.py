@@ -382,7 +382,8 @@ class ImageSubset(ImageDataset):
         if whole is None:
             return None
         root, names = whole
-        return root, [names[i] for i in self._indices]
+        chosen = [names[int(i)] for i in self._indices]
+        return root, chosen
 
     def sample_signature(self, i: int) -> str:
         """Return the whole data set's fingerprint of chosen image i."""

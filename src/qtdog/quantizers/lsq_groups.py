@@ -56,7 +56,7 @@ class WeightGroups:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: dict[int, tuple[_Group, int]] = {}
+        self._places: dict[nn.Module, tuple[_Group, int]] = {}
         self._groups: list[_Group] = []
         self._tokens: list[Any] = []
         found = list(_lists(model))
@@ -71,7 +71,7 @@ class WeightGroups:
                 size = 0
             size += n
             group = self._groups[-1]
-            self._places[id(entry)] = group, len(group.lists)
+            self._places[entry] = group, len(group.lists)
             group.lists.append(entry)
             group.shapes.append(scale_shape(entry.original.ndim, entry[0].spec.axis))
 
@@ -90,7 +90,7 @@ class WeightGroups:
 
     def take(self, entry: nn.Module) -> Tensor | None:
         """Return the weight that a list of parametrizations computes, or None if it is to compute it alone."""
-        place = self._places.get(id(entry))
+        place = self._places.get(entry)
         if place is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return None
         group, index = place
@@ -106,7 +106,8 @@ def _lists(model: nn.Module) -> Any:
     """Yield the parametrization lists of LSQ layers that can be in a group, in the order of the model."""
     for module in model.modules():
         lists: Any = module._modules.get("parametrizations")
-        for entry in lists.values() if isinstance(lists, nn.ModuleDict) else ():
+        entries: list[Any] = list(lists.values()) if isinstance(lists, nn.ModuleDict) else []
+        for entry in entries:
             quantizer = entry[0]
             if isinstance(quantizer, LSQ) and quantizer.step_mode == "log" and quantizer.spec.groups == 1:
                 yield entry
