@@ -121,7 +121,7 @@ def test_layers_that_cannot_be_calibrated_are_rounded_and_named(monkeypatch):
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
     attach(model, quantizer="obc", bits=3)
     sizes = {"0": 1, "1": 4_200_000_000, "2": 1}
-    monkeypatch.setattr(calibrate_module, "_hessian_bytes", lambda model, site: sizes[site.name])
+    monkeypatch.setattr(calibrate_module, "hessian_bytes", lambda model, site: sizes[site.name])
     monkeypatch.setattr(calibrate_module, "OBC_COLUMNS", 3)
     layers = {layer.name: layer for layer in calibrate_(model, "obc", images())}
     assert layers["0"].why == "its inputs were not seen"

@@ -1,6 +1,7 @@
 """CLIP's text head, with a tiny CLIP of random weights that open_clip builds from a configuration made here."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_a_run_ships_and_loads_without_the_text_tower(
     assert result["pretraining"].startswith("file tower.pth")
     assert result["pretraining"].endswith("; classifier from the class names")
     monkeypatch.delitem(clip_text.TEXT_TOWERS, TOWER)
-    monkeypatch.setattr(clip_text, "_open_clip", lambda: pytest.fail("open_clip is not needed to load"))
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # not needed to load a file
     with pytest.raises(ModelError, match="unknown backbone with a text tower"):
         create(str(image_weights))
     monkeypatch.setitem(clip_text.TEXT_TOWERS, TOWER, ("gone", "gone"))

@@ -113,7 +113,7 @@ def literal_obc(row: Tensor, hessian: Tensor, spec: QuantSpec, damping: float) -
 
 @pytest.mark.parametrize(("n_columns", "bits", "block"), [(90, 4, 64), (90, 2, 64), (40, 3, 7), (5, 8, 64)])
 def test_the_blocked_computation_gives_the_codes_of_the_literal_one(n_columns, bits, block, monkeypatch):
-    monkeypatch.setattr(obc_module, "BLOCK", block)
+    monkeypatch.setattr(obc_module, "N_PENDING", block)
     monkeypatch.setattr(obc_module, "MEMORY_BYTES", 3 * 8 * n_columns**2)  # three rows together, so the last is alone
     rows, hessian = obc_problem(4, n_columns, seed=bits)
     spec = QuantSpec(bits)
@@ -181,7 +181,7 @@ def test_obc_asks_for_more_damping_where_inputs_are_too_much_alike():
 
 
 def test_a_request_to_stop_is_heard_between_blocks(monkeypatch):
-    monkeypatch.setattr(obc_module, "BLOCK", 4)
+    monkeypatch.setattr(obc_module, "N_PENDING", 4)
     asked: list[int] = []
 
     def check() -> None:

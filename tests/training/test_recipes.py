@@ -40,7 +40,7 @@ def recipe(digits) -> Callable[..., Config]:
 
 
 def test_the_recipes_are_known():
-    assert set(RECIPES) == {"average-then-quantize", "ermpp", "lsq-sma", "miro-swad", "small", "swad"}
+    assert set(RECIPES) == {"average-then-quantize", "ermpp", "lsq-sma", "miro-swad", "robust", "small", "swad"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -60,6 +60,7 @@ TINY_AVERAGERS = {
     "ermpp": {"params": {"start": 2}},
     "lsq-sma": {"params": {"start": 2}},
     "miro-swad": {"params": {"n_converge": 1, "n_tolerance": 3}},
+    "robust": {"params": {"start": 2}},
     "small": {"params": {"start": 2}},
     "swad": {"params": {"n_converge": 1, "n_tolerance": 3}},
 }

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
-from rich.live import Live
-from rich.table import Table as RichTable
-from rich.text import Text
 
-from qtdog.api.display import duration_text
-from qtdog.cli.console import err
 from qtdog.cli.options import DataFolder, RunsFolder, StudyFile
 
 if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
     from qtdog.report.render import Table
     from qtdog.runs.index import IndexRow
     from qtdog.runs.statistics import Comparison, Estimate
@@ -45,6 +43,8 @@ class ProgressDisplay:
 
     def show(self, progress: Progress) -> None:
         """Refresh the table, at most twice a second."""
+        from rich.console import Group
+
         from qtdog.sweep.estimate import Throughput
 
         now = time.monotonic()
@@ -56,6 +56,8 @@ class ProgressDisplay:
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """Count one task's end; print it where there is no table."""
+        from qtdog.cli.console import err
+
         if self._pace is not None and outcome.status == "done":
             self._pace.add(task, outcome)
         if self._live is None or outcome.status == "failed":
@@ -65,6 +67,9 @@ class ProgressDisplay:
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
 
     def _running(self, progress: Progress) -> RichTable:
+        from rich.table import Table as RichTable
+
+        from qtdog.api.display import duration_text
         from qtdog.sweep.runner import steps_made
 
         table = RichTable(box=None, pad_edge=False)
@@ -78,6 +83,10 @@ class ProgressDisplay:
         return table
 
     def _counts(self, progress: Progress) -> Text:
+        from rich.text import Text
+
+        from qtdog.api.display import duration_text
+
         failed = f", [red]{len(progress.failed)} failed[/]" if progress.failed else ""
         left = (
             self._pace.left_s(progress.waiting, [task for task, _ in progress.running.values()]) if self._pace else None
@@ -90,6 +99,10 @@ class ProgressDisplay:
 @contextlib.contextmanager
 def progress_display(out: Path) -> Iterator[ProgressDisplay]:
     """Yield the progress display of a sweep in the folder `out`."""
+    from rich.live import Live
+
+    from qtdog.cli.console import err
+
     if not err.is_terminal:
         yield ProgressDisplay(out, None)
         return

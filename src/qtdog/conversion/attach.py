@@ -66,9 +66,9 @@ def sites(model: nn.Module) -> list[Site]:
     """Return every quantized weight of a model, a shared one once per name that it has."""
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
-        lists: Any = module._modules.get("parametrizations")  # of most modules None; asking `hasattr` takes longer
-        if lists is None or not is_parametrized(module):
+        if "parametrizations" not in module._modules or not is_parametrized(module):  # the first alone takes less time
             continue
+        lists: Any = module.parametrizations
         for tensor_name, parametrizations in lists.items():
             if is_weight_name(tensor_name) and isinstance(parametrizations[0], Quantizer):
                 dot = f"{name}." if name else ""

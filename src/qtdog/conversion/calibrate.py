@@ -291,7 +291,7 @@ def calibrate_(
             count.step()
     for site in checked:
         if site.name not in outcomes:
-            why = "" if method == "rtn" else f"its Hessian would take {_hessian_bytes(model, site) / 1e9:.1f} GB"
+            why = "" if method == "rtn" else f"its Hessian would take {hessian_bytes(model, site) / 1e9:.1f} GB"
             outcomes[site.name] = _rounded(site, why)
             count.step()
     for site in checked:
@@ -331,7 +331,7 @@ def plan_passes(model: nn.Module, layers: Iterable[Site], most_bytes: int) -> li
     passes: list[list[Site]] = []
     used = most_bytes
     for site in layers:
-        size = _hessian_bytes(model, site)
+        size = hessian_bytes(model, site)
         if size > most_bytes:
             continue
         if used + size > most_bytes:
@@ -342,7 +342,8 @@ def plan_passes(model: nn.Module, layers: Iterable[Site], most_bytes: int) -> li
     return passes
 
 
-def _hessian_bytes(model: nn.Module, site: Site) -> int:
+def hessian_bytes(model: nn.Module, site: Site) -> int:
+    """Return the memory that the Hessians of a layer take, in float64: one of its inputs for each group."""
     owner = model.get_submodule(site.plain_name.rpartition(".")[0])
     groups: Any = getattr(owner, "groups", 1)
     return 8 * groups * site.weight[0].numel() ** 2

@@ -105,7 +105,7 @@ class WeightGroups:
 def _lists(model: nn.Module) -> Any:
     """Yield the parametrization lists of LSQ layers that can be in a group, in the order of the model."""
     for module in model.modules():
-        lists: Any = module._modules.get("parametrizations")
+        lists: Any = getattr(module, "parametrizations", None)
         entries: list[Any] = list(lists.values()) if isinstance(lists, nn.ModuleDict) else []
         for entry in entries:
             quantizer = entry[0]
