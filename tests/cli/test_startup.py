@@ -44,6 +44,7 @@ class InterruptHere:
         if name == "qtdog.cli.main":
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts, unless the tests run in the background
 sys.meta_path.insert(0, InterruptHere())
 sys.argv = ["qtdog", "--version"]
 from qtdog.__main__ import main
