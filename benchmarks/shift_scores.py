@@ -126,11 +126,12 @@ def score_run(
 
 
 def method_of(config: Config) -> str:
-    """Return the method of a run: quantizer, bits, averager."""
-    name = config.quantizer.name
-    text = "float" if name == "none" else f"{name}-{config.quantizer.bits}"
+    """Return the method of a run: quantizer, bits, width of the noise, averager."""
+    name, width = config.quantizer.name, config.quantizer.noise_width
+    text = "float" if name == "none" else f"{name}, {config.quantizer.bits} bits"
+    text += "" if width == 1 else f", noise of {width:g} steps"
     averager = config.averager.name
-    return text if averager == "none" else f"{text}+{averager}"
+    return text if averager == "none" else f"{text}, {averager}"
 
 
 def family_means(scores: Mapping[str, float]) -> dict[str, float]:
@@ -172,18 +173,24 @@ def differences(runs: Sequence[dict[str, Any]], method: str, reference: str) -> 
     return {name: compare_values([base[p][name] for p in pairs], [own[p][name] for p in pairs]) for name in COLUMNS}
 
 
+def megabytes(runs: Sequence[dict[str, Any]], method: str) -> str:
+    """Return the mean size of a method's files; empty if there is none, as for what is rounded here."""
+    sizes = [run["file_bytes"] for run in runs if run["method"] == method]
+    return f"{sum(sizes) / len(sizes) / 1e6:.2f}" if all(sizes) else ""
+
+
 def tables(runs: Sequence[dict[str, Any]], reference: str) -> None:
     """Print the accuracy of the reference and the paired differences of every other method."""
     found = by_method(runs)
-    print("| method | pairs | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 2))
+    print("| method | file, MB | pairs | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 3))
     own = found[reference].values()
     means = [f"{100 * sum(run[name] for run in own) / len(own):.1f} %" for name in COLUMNS]
-    print(f"| {reference} | {len(own)} | " + " | ".join(means) + " |")
+    print(f"| {reference} | {megabytes(runs, reference)} | {len(own)} | " + " | ".join(means) + " |")
     for method in sorted(found.keys() - {reference}):
         compared = differences(runs, method, reference)
         if compared:
-            n = compared[CLEAN].n
-            print(f"| {method} | {n} | " + " | ".join(text(compared[name]) for name in COLUMNS) + " |")
+            start = f"| {method} | {megabytes(runs, method)} | {compared[CLEAN].n} | "
+            print(start + " | ".join(text(compared[name]) for name in COLUMNS) + " |")
 
 
 def main() -> None:

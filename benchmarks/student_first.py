@@ -1,4 +1,4 @@
-"""What a cascade of two gives: a distilled student answers, and the ensemble that taught it only where it is uncertain.
+"""What a cascade of two gives: a distilled student answers, and the ensemble, its teacher, only where it is uncertain.
 
     python benchmarks/student_first.py STUDENT ENSEMBLE [STUDENT ENSEMBLE …] --data DATA
                                        [--one 0.53] [--all 2.35] [--loss 0.1]

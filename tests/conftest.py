@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
+from torch import Tensor
 
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
@@ -139,3 +141,25 @@ def study(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def domainbed(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up results.jsonl of DomainBed, not to be changed."""
     return made["make_domainbed"](tmp_path_factory.mktemp("domainbed") / "results.jsonl")
+
+
+def to_cpu(loss: Tensor) -> Tensor:
+    return loss.cpu()
+
+
+def read(loss: Tensor) -> Tensor:
+    return loss * loss.item()
+
+
+def branch(loss: Tensor) -> Tensor:
+    return loss if loss > 0 else -loss
+
+
+def mixed(loss: Tensor) -> Tensor:
+    return loss + torch.ones(2).sum(dim=0, keepdim=True)
+
+
+@pytest.fixture(params=[to_cpu, read, branch, mixed])
+def device_fault(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    """What a training step may not do with a loss on a device: copy it, read it, decide by it, mix it with the CPU."""
+    return request.param

@@ -215,10 +215,10 @@ def accuracy_size() -> Figure:
 
 SHIFTS = ("clean", "noise", "blur", "weather", "digital", "jpeg")
 SHIFT_METHODS = {
-    "float+sma": ("float, SMA", BLUE),
-    "lsq-4": ("4 bit", ORANGE),
-    "lsq-4+sma": ("4 bit, SMA", GREEN),
-    "noise-then-round-7+sma": ("robust, 7 bit", PURPLE),
+    "float, sma": ("float, SMA", BLUE),
+    "lsq, 4 bits": ("4 bit", ORANGE),
+    "lsq, 4 bits, sma": ("4 bit, SMA", GREEN),
+    "noise-then-round, 7 bits, noise of 3 steps, sma": ("robust, 7 bit", PURPLE),
 }
 
 

@@ -211,6 +211,15 @@ def test_data_with_a_preset_of_its_own_gets_only_a_length():
     assert len(said) == 1
 
 
+def test_a_target_that_there_is_not_is_refused_before_the_machine_is_measured(image_tree: Path):
+    def measure(*_: Any, **__: Any) -> float:
+        pytest.fail("no step is needed to see that")
+
+    request = Request({"data": str(image_tree), "target": "nigth"}, budget=Budget(measure=measure, device="cpu"))
+    with pytest.raises(ConfigError, match="unknown target domain 'nigth'; did you mean 'night'"):
+        make_plan(request)
+
+
 def test_one_domain_alone_gets_the_error_that_says_why(image_tree: Path, tmp_path: Path):
     for domain in ("indoor", "night"):
         shutil.rmtree(image_tree / domain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from qtdog.core.config import Config, config_hash
-from qtdog.core.errors import ConfigError
+from qtdog.core.errors import ConfigError, Interrupted
+from qtdog.core.progress import StopAfter
+from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
 from qtdog.objectives.base import OBJECTIVES, run_in_parts
+from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components
 from qtdog.training.loop import begin_step, update
+from qtdog.training.protocol import resolve
+from qtdog.training.run import RunCallbacks, no_health_check, run
 
 REFUSED = {"arm", "ccfp", "fish", "miro", "mldg", "sagnet"}
 TAKEN = sorted(set(OBJECTIVES) - REFUSED)
@@ -130,3 +136,16 @@ def test_one_part_is_the_default_and_in_no_hash(short_config: Callable[..., Conf
 def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], said: str, short_config: Callable[..., Config]):
     with pytest.raises(ConfigError, match=said):
         short_config(**changes)
+
+
+@pytest.mark.parametrize("name", ["erm", "coral"])
+def test_a_resumed_run_in_parts_has_the_bytes_of_one_that_ran_through(
+    name: str, short_config: Callable[..., Config], three_digits: DomainSubset, tmp_path: Path
+):
+    config = resolve(configured(short_config, 2, **needs(name)), three_digits)
+    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped")
+    run(config, three_digits, whole, callbacks=RunCallbacks(make_health_check=no_health_check))
+    with pytest.raises(Interrupted):
+        run(config, three_digits, stopped, callbacks=RunCallbacks(StopAfter(3), make_health_check=no_health_check))
+    run(config, three_digits, stopped, resume=True, callbacks=RunCallbacks(make_health_check=no_health_check))
+    assert stopped.model_file.read_bytes() == whole.model_file.read_bytes()

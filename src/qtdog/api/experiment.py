@@ -40,7 +40,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.checkpoint import Checkpoint
 from qtdog.training.loggers import with_loggers
 from qtdog.training.plugins import load_entry_points, load_plugins, with_plugins
-from qtdog.training.protocol import dataset_layer, resolve
+from qtdog.training.protocol import dataset_layer, known_target, resolve
 from qtdog.training.run import RunCallbacks, run, train_fork_point
 from qtdog.training.shared_steps import reseeded
 
@@ -265,6 +265,9 @@ def _fitted(request: Request, budget: Budget, dataset: DomainDataset, base: Tree
     given = merge_trees(layers)
     if not fits(budget, dataset, given):
         return []
+    target = given.get("data", {}).get("target", "none")
+    if target not in ("all", "none"):
+        known_target(dataset, target)  # before steps are made to measure the machine
     earlier = None if request.out is None else _earlier(request.out)
     if earlier is not None and request.out is not None:
         budget.say(taken_over_text(request.out, earlier))

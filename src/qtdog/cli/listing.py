@@ -72,7 +72,7 @@ def _sizes(name: str) -> dict[str, Any]:
         with torch.device("meta"):
             featurizer = build_featurizer(FeaturizerSpec(name, 3, size or 224))
         found = estimate_size(featurizer, bits=BITS, exclude=())
-    except (ModelError, RuntimeError, NotImplementedError):  # an extra is missing, or it needs values while it is built
+    except (ModelError, RuntimeError):  # an extra is missing, or it needs values while it is built
         return {}
     sizes = {"n_parameters": found.n_parameters, "float32_bytes": found.float32_bytes}
     return sizes | {f"{BITS}bit_bytes": found.packed_bytes, "image_size": size}

@@ -29,8 +29,8 @@ CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilati
 class HessianRecorder(TorchFunctionMode):
     """A context in which the layers of a model add up their Hessians while it runs.
 
-    It watches the calls of `linear` and `conv1d` … `conv3d` themselves, so that it sees what the product really gets:
-    after the padding that a layer does on its own, and whoever makes the call. A call belongs to the layer whose weight
+    It records the calls of `linear` and `conv1d` … `conv3d` themselves, wherever they are made, so that it sees what
+    the product really gets: after the padding that a layer does on its own. A call belongs to the layer whose weight
     it is given, or, where the layer changes its weight before it uses it, to the layer that is running if the shape is
     the same. Other operations (attention's packed projection, transposed convolutions, embeddings) are not seen.
 

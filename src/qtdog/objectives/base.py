@@ -72,18 +72,19 @@ class DomainBatch:
             [(0.6, [0, 2, 3], (2, 1)), (0.4, [1, 4], (1, 1))]
         """
         for index in range(n):
-            starts = [sum(self.sizes[:domain]) for domain in range(len(self.sizes))]
-            rows = [range(start + index, start + size, n) for start, size in zip(starts, self.sizes, strict=True)]
-            chosen = torch.tensor([row for domain in rows for row in domain], device=self.labels.device)
             part = DomainBatch(
-                images=self.images[chosen],
-                labels=self.labels[chosen],
-                sizes=tuple(map(len, rows)),
+                images=self._every(n, index, self.images),
+                labels=self._every(n, index, self.labels),
+                sizes=tuple(len(range(index, size, n)) for size in self.sizes),
                 step=self.step,
-                views=tuple(view[chosen] for view in self.views),
-                indices=None if self.indices is None else self.indices[chosen.to(self.indices.device)],
+                views=tuple(self._every(n, index, view) for view in self.views),
+                indices=None if self.indices is None else self._every(n, index, self.indices),
             )
-            yield len(chosen) / len(self.labels), part
+            yield len(part.labels) / len(self.labels), part
+
+    def _every(self, n: int, start: int, rows: Tensor) -> Tensor:
+        """Return each n-th row of every domain, without an index that would have to be copied to a device."""
+        return torch.cat([domain[start::n] for domain in rows.split(self.sizes)])
 
 
 @contextlib.contextmanager

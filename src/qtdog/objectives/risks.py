@@ -91,16 +91,28 @@ def irm_penalty(domains: Sequence[DomainOutputs]) -> Tensor:
     return torch.stack([even * odd for even, odd in halves]).mean()
 
 
-@OBJECTIVES.register("irm")
-class IRM(Objective):
-    """Invariant risk minimization: one classifier optimal in every domain (Arjovsky et al., 2019).
+class AnnealedPenalty(Objective):
+    """A penalty whose weight is 1 for the first `anneal_steps` steps and `weight` after them; abstract.
 
-    L = mean over domains of [CE + w · penalty], with `irm_penalty`, and w = 1 for the first `anneal_steps` steps,
-    `weight` after them; as in DomainBed, which also starts Adam anew when the weight jumps. An objective knows no
-    optimizer, so here Adam goes on with the moments that it has.
+    As in DomainBed, which also starts Adam anew when the weight jumps. An objective knows no optimizer, so here Adam
+    goes on with the moments that it has.
     """
 
     ACCUMULATES: ClassVar[str | None] = "outputs"
+    MIN_DOMAINS: ClassVar[int] = 2
+
+    def weight_at(self, step: int) -> float:
+        """Return the weight of the penalty at a step."""
+        return self.number("weight") if step >= self.number("anneal_steps") else 1.0
+
+
+@OBJECTIVES.register("irm")
+class IRM(AnnealedPenalty):
+    """Invariant risk minimization: one classifier optimal in every domain (Arjovsky et al., 2019).
+
+    L = mean over domains of [CE + w · penalty], with `irm_penalty` and the weight w of `AnnealedPenalty`.
+    """
+
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(
             100.0, "of the penalty after annealing (irm_lambda)", low=0, search=(1e-1, 1e5), log=True
@@ -109,14 +121,12 @@ class IRM(Objective):
             500, "steps with weight 1 before (irm_penalty_anneal_iters)", low=0, search=(1, 1e4), log=True
         ),
     }
-    MIN_DOMAINS = 2
     MIN_BATCH = 2
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the scalar loss of one step."""
         domains = view.outputs(batch)
-        weight = self.number("weight") if batch.step >= self.number("anneal_steps") else 1.0
-        return domain_losses(domains).mean() + weight * irm_penalty(domains)
+        return domain_losses(domains).mean() + self.weight_at(batch.step) * irm_penalty(domains)
 
 
 def vrex_loss(domains: Sequence[DomainOutputs], weight: float) -> Tensor:
@@ -143,15 +153,12 @@ def vrex_loss(domains: Sequence[DomainOutputs], weight: float) -> Tensor:
 
 
 @OBJECTIVES.register("vrex")
-class VREx(Objective):
+class VREx(AnnealedPenalty):
     """Variance of the domains' losses as a penalty: V-REx (Krueger et al., ICML 2021).
 
-    The weight of the variance is 1 for the first `anneal_steps` steps and `weight` after them; as in DomainBed, which
-    also starts Adam anew when the weight jumps. An objective knows no optimizer, so here Adam goes on with the moments
-    that it has.
+    The weight of the variance is that of `AnnealedPenalty`.
     """
 
-    ACCUMULATES: ClassVar[str | None] = "outputs"
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "weight": HyperParameter(
             10.0, "of the variance after annealing (vrex_lambda)", low=0, search=(1e-1, 1e5), log=True
@@ -160,12 +167,10 @@ class VREx(Objective):
             500, "steps with weight 1 before (vrex_penalty_anneal_iters)", low=0, search=(1, 1e4), log=True
         ),
     }
-    MIN_DOMAINS = 2
 
     def forward(self, view: ModelView, batch: DomainBatch) -> Tensor:
         """Return the scalar loss of one step."""
-        weight = self.number("weight") if batch.step >= self.number("anneal_steps") else 1.0
-        return vrex_loss(view.outputs(batch), weight)
+        return vrex_loss(view.outputs(batch), self.weight_at(batch.step))
 
 
 def reweighted(shares: Tensor, losses: Tensor, eta: float) -> Tensor:

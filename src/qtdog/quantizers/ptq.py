@@ -14,10 +14,10 @@ from qtdog.quantizers.step_size_init import DEAD_LAYER_SCALE, initial_scale
 
 
 class Fixed(Quantizer):
-    """A weight that trains in float until somebody gives it codes; from then on it is those codes times their steps.
+    """A weight that trains in float until `set_` gives it codes; from then on it is those codes times their steps.
 
     Buffers: `codes` int8 in the shape and memory format of the weight, `scale` float32 (n,); without a meaning before
-    `set_`. Whoever has the codes does not look at the weight any more, and no gradient reaches it.
+    `set_`. With codes the weight is not read any more, and no gradient reaches it.
 
     Args:
         weight: the weight to quantize; only its shape, memory format and device count.
@@ -213,7 +213,7 @@ def gptq(
         scale: positive step sizes, shape (R,).
         spec: bits and levels, uniform or symmetric.
         damping: added to the diagonal, as a share of its mean.
-        check: called now and then; may raise to break off.
+        check: is called between blocks; may raise to break off.
 
     Returns:
         Codes, int8, shape (R, K).
@@ -277,7 +277,7 @@ def obc(
         scale: positive step sizes, shape (R,).
         spec: bits and levels, uniform or symmetric.
         damping: added to the diagonal, as a share of its mean.
-        check: called now and then; may raise to break off.
+        check: is called between blocks; may raise to break off.
 
     Returns:
         Codes, int8, shape (R, K).

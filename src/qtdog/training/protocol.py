@@ -62,6 +62,19 @@ def dataset_layer(dataset: DomainDataset, *, with_preset: bool) -> Tree:
     return layer
 
 
+def known_target(dataset: DomainDataset, target: str) -> str:
+    """Return the target domain as the data set spells it, where the user's Unicode form may be another.
+
+    Raises:
+        ConfigError: the data set has no such domain; the text has the nearest one.
+    """
+    for name in (target, composed(target)):
+        if name in dataset.domains:
+            return name
+    text = unknown("target domain", target, [*dataset.domains, "all", "none"])
+    raise ConfigError(". ".join([text, *dataset.notes]))
+
+
 def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *, content: str = "") -> Config:
     """Return the effective configuration: the content of the data filled in, names of domains checked.
 
@@ -81,11 +94,8 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
     if data.content not in ("", content):
         text = f"the images of {data.source} changed since this configuration was made"
         raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). Start a new run.")
-    if data.target not in dataset.domains and composed(data.target) in dataset.domains:
-        data = data.model_copy(update={"target": composed(data.target)})  # typed or copied in another Unicode form
-    if data.target != "none" and data.target not in dataset.domains:
-        text = unknown("target domain", data.target, [*dataset.domains, "all", "none"])
-        raise ConfigError(". ".join([text, *dataset.notes]))
+    if data.target != "none":
+        data = data.model_copy(update={"target": known_target(dataset, data.target)})
     check_trainable(dataset, data)
     resolved = data.model_copy(update={"content": content})
     sections = {"data": resolved, "model": _with_weights(config.model), "objective": _with_teacher(config.objective)}
