@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from qtdog.training.load_model import ModelInfo
 
 
-FORMAT = "onnx, onnx-int8, openvino, openvino-int8, torch, executorch or c. Default: the float one of OUT's suffix."
+FORMAT = (
+    "onnx, onnx-int8, openvino, openvino-int8, torch, executorch, executorch-int8 or c. Default: the float one of "
+    "OUT's suffix."
+)
 DATA = "Data set, folder DOMAIN/CLASS/image or list with the source domains. Default: what the run was trained on."
 DOMAIN = "Take images of this domain only (several times: of these). Default: every source domain in the data."
 BUNDLE = "Write a folder that runs without qtdog: model.onnx (INT8), predict.py, model.json and README.md."

@@ -89,7 +89,11 @@ def export(
         calibration, check = images.split(min(n_calibration, len(images.pixels) // 2))
     info = source.info(name)
     with temporary_folder(out) as folder:
-        graph, info = make_graph(source, info, calibration, watch) if kind.graph else (None, info)
+        graph: Any = None
+        if kind.graph:
+            graph, info = make_graph(source, info, calibration, watch)
+        elif calibration is not None:
+            graph, info = _integer_networks(source, info, calibration, watch("calibrating"))
         draft = folder / out.name
         kind.save(source, graph, draft, info)
         parity = verify_export(source, draft, check, kind, out=out, watch=watch)
@@ -170,6 +174,16 @@ def _quantize_(
         ranges |= trained_ranges(plan, source.grids(index))
         rounded += [f"members.{index}.{name}" for name in quantize_(graph, plan, found, ranges)]
     return rounded, n_integer, n_products
+
+
+def _integer_networks(
+    source: PackedSource, info: ExportInfo, calibration: LabelledImages, progress: Progress
+) -> tuple[Any, ExportInfo]:
+    from qtdog.export.executorch_int8 import integer_networks  # its libraries take seconds
+
+    networks, rounded, products = integer_networks(source, calibration.pixels, progress)
+    done = {"calibration": _calibration(calibration), "integer_products": products, "notes": _notes(rounded, 0)}
+    return networks, info.model_copy(update=done)
 
 
 def refit_computed_(graph: Any, found: dict[str, IntegerWeight]) -> int:

@@ -149,15 +149,24 @@ def save_program(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> 
     path.write_bytes(stream.getbuffer())
 
 
-def save_executorch(source: PackedSource, _: Any, path: Path, info: ExportInfo) -> None:
+def save_executorch(source: PackedSource, networks: Any, path: Path, info: ExportInfo) -> None:
     """Write a packed model as a .pte program for one image, its description as a method called `qtdog`.
+
+    Args:
+        source: the packed model.
+        networks: its members in integers (`export.executorch_int8`); None for those in float.
+        path: the file.
+        info: the description.
 
     Raises:
         ModelError: executorch is not installed, or cannot take the program; the text says why.
     """
     exir = library("executorch.exir")
     xnnpack = library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-    program = _program(source.module(), source, free_batch=False)
+    module = source.module()
+    if networks is not None:
+        module.members = nn.ModuleList(networks)
+    program = _program(module, source, free_batch=False)
     with quiet():
         try:
             lowered = exir.to_edge_transform_and_lower(
@@ -269,6 +278,10 @@ FORMATS.add(
     "executorch", Format("ExecuTorch", "A program for phones; float weights.", ".pte", save_executorch, graph=False)
 )
 FORMATS.add(
+    "executorch-int8",
+    Format("ExecuTorch INT8", "Integer weights and activations.", ".pte", save_executorch, graph=False, integer=True),
+)
+FORMATS.add(
     "c", Format("C header", "Codes, step sizes and shapes for a program of one's own.", ".h", save_header, graph=False)
 )
 
@@ -283,7 +296,7 @@ def format_for(name: str | None, out: Path) -> str:
         >>> format_for(None, Path("model.onnx")), format_for("openvino-int8", Path("model.xml"))
         ('onnx', 'openvino-int8')
     """
-    by_suffix = {FORMATS[known].suffix: known for known in sorted(FORMATS, reverse=True)}
+    by_suffix = {FORMATS[known].suffix: known for known in sorted(FORMATS, reverse=True) if not FORMATS[known].integer}
     if name is None:
         if out.suffix not in by_suffix:
             raise ConfigError(f"{out}: which format? Give --format, or a file that ends in {', '.join(by_suffix)}")

@@ -27,6 +27,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "openvino": "openvino",
     "executorch": "executorch",
+    "torchao": "executorch",
 }
 
 
