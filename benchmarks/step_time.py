@@ -1,7 +1,7 @@
 """Step time of quantization-aware training as a multiple of float training.
 
     python benchmarks/step_time.py [--models NAME …] [--variants NAME …] [--repeats N] [--threads N]
-                                   [--clock cpu] [--batch N] [--json]
+                                   [--clock cpu] [--batch N] [--compile] [--json]
 
 Every variant of a model lives in one process; a round runs one optimizer step of each, in rotating order, and the ratio
 to the float step of the same round is what counts. Reported: the median of these paired ratios, with its quartiles.
@@ -11,6 +11,9 @@ does before each step and during the forward pass; `lsq-alone`, LSQ one layer at
 `lsq-stochastic`, LSQ with stochastic rounding; and two other implementations of LSQ: `fused` is
 torch's learnable fake-quantize kernel (whose gradients differ up to half a step outside the clip range), `textbook` is
 LSQ's formula in elementwise operations with the detach trick. A variant of resnet50 takes about 0.4 GB.
+
+With `--compile` float and every quantizer are measured a second time, as NAME+compile: the forward pass is one graph of
+torch.compile with the quantizers inside, as with `train.compile=inductor`. The first two rounds compile for minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from qtdog.conversion.attach import attach
+from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.layers import find_layers
 from qtdog.core.quantized import QuantSpec, scale_shape
 from qtdog.quantizers.registry import QUANTIZERS, works_after_training
@@ -107,16 +110,28 @@ def quantize(model: nn.Module, variant: str) -> tuple[Callable[[int], None], Con
     return (lambda step: None), contextlib.nullcontext()
 
 
+COMPILED = "+compile"
+
+
+def one_graph(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of a model, its quantizers enabled, as one graph."""
+    for site in sites(model):
+        site.quantizer.read_()
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
 def step_of(model: nn.Module, variant: str, images: Tensor, labels: Tensor) -> Callable[[int], None]:
     """Return a function that runs one training step of plain Adam."""
-    prepare, passing = quantize(model, variant)
+    prepare, passing = quantize(model, variant.removesuffix(COMPILED))
+    forward = one_graph(model) if variant.endswith(COMPILED) else model
+    passing = contextlib.nullcontext() if variant.endswith(COMPILED) else passing
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
 
     def step(index: int) -> None:
         prepare(index)
         optimizer.zero_grad()
         with passing:
-            logits = model(images)
+            logits = forward(images)
         nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
 
@@ -176,16 +191,18 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, help="images per step; default that of the model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--compile", action="store_true", help="measure float and each quantizer compiled, too")
     arguments = parser.parse_args()
+    variants = list(arguments.variants)
+    if arguments.compile:
+        variants += [f"{name}{COMPILED}" for name in ("float", *variants) if name in OPTIONS or name == "float"]
     torch.set_num_threads(arguments.threads)
     results = {}
     for backbone in arguments.models:
         size, batch = CASES[backbone]
         batch = arguments.batch or batch
         title = f"{backbone} at {size}, batch {batch}, {arguments.clock} time"
-        results[title] = summary(
-            measure(backbone, arguments.variants, arguments.repeats, CLOCKS[arguments.clock], batch)
-        )
+        results[title] = summary(measure(backbone, variants, arguments.repeats, CLOCKS[arguments.clock], batch))
     if arguments.json:
         print(json.dumps({"threads": arguments.threads, "repeats": arguments.repeats, "results": results}, indent=1))
         return
@@ -193,7 +210,7 @@ def main() -> None:
         print(f"{title}, {arguments.threads} threads, {arguments.repeats} rounds")
         for name, row in rows.items():
             spread = f"{row['ratio_q1']:.3f} … {row['ratio_q3']:.3f}"
-            print(f"  {name:17s} {row['step_s'] * 1e3:8.1f} ms   {row['ratio']:.3f} × float   (quartiles {spread})")
+            print(f"  {name:25s} {row['step_s'] * 1e3:8.1f} ms   {row['ratio']:.3f} × float   (quartiles {spread})")
 
 
 if __name__ == "__main__":

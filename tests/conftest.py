@@ -14,6 +14,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,12 @@ def image_tree(tmp_path: Path) -> Path:
 def made() -> dict[str, Any]:
     """The functions of `tests/report/made_runs.py` by name: run folders with made-up numbers, in milliseconds."""
     return runpy.run_path(str(Path(__file__).parent / "report" / "made_runs.py"))
+
+
+@pytest.fixture(scope="session")
+def fake() -> SimpleNamespace:
+    """The names of `tests/fake_device.py`: `fake_device()`, `hot()`, `FakeDeviceError`, `DEVICE`."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fake_device.py")))
 
 
 @pytest.fixture(scope="session")

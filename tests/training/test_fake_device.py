@@ -1,200 +1,51 @@
-"""Whole runs on a device that is none: it computes on the CPU, and refuses what would cost time or fail on a GPU.
-
-`fake_device()` gives accelerate a device of the type "lazy", which torch knows and no machine has; its tensors hold
-values. As on a GPU, an operation that mixes its tensors with some on the CPU is an error. Copies to the CPU and reads
-of a value are counted, and refused inside `hot()`. Values are those of the CPU, bit for bit.
-"""
+"""Runs on a device that is none (`tests/fake_device.py`) give the files and numbers of the CPU, and never wait."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 import qtdog
-from qtdog.core.config import Config
-from qtdog.core.errors import Interrupted
+from qtdog.core.config import AFTER_TRAINING, Config
+from qtdog.core.errors import Interrupted, NonFiniteLossError
 from qtdog.core.progress import StopAfter
+from qtdog.core.registry import Registry
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
+from qtdog.data.loader import Batch
+from qtdog.ensemble.assemble import EnsembleSpec, assemble
 from qtdog.ensemble.model import load as load_file
-from qtdog.objectives.base import DomainOutputs
+from qtdog.ensemble.model import read_member
+from qtdog.ensemble.prediction import prediction_rows
+from qtdog.ensemble.scoring import compare_sites, open_evaluation_set, score_corruptions
+from qtdog.ensemble.teacher import load_teacher
+from qtdog.ensemble.weight_averaging import Recipe
+from qtdog.models.feature_layers import FEATURE_LAYERS
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs
+from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.runs.finished import KINDS
 from qtdog.runs.folder import RunFolder
+from qtdog.training.averagers import AVERAGERS
 from qtdog.training.build import build_components
-from qtdog.training.components import Components
+from qtdog.training.checkpoint import checkpoint_folders, step_of
+from qtdog.training.components import Components, RunState
 from qtdog.training.dart import dart
-from qtdog.training.loop import begin_step, update
+from qtdog.training.loop import TrainingRun, begin_step, train, update
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, no_health_check, run, train_fork_point
-
-DEVICE = torch.device("lazy", 0)
-COPY_INTO = torch.ops.aten.copy_.default
-COPIES = {torch.ops.aten._to_copy.default, COPY_INTO}
-READ = torch.ops.aten._local_scalar_dense.default
-
-
-class FakeDeviceError(RuntimeError):
-    """Something that a GPU would refuse, or wait for where it must not."""
-
-
-class OnDevice(Tensor):
-    """A tensor on the device; `held` has its values."""
-
-    held: Tensor
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> OnDevice:
-        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
-            device=DEVICE,
-            requires_grad=False,
-        )
-        made.held = held
-        return made
-
-    def __init__(self, held: Tensor) -> None:
-        pass
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        """Return the values, which costs no read."""
-        return f"OnDevice({self.held!r})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
-
-    def data_ptr(self) -> int:
-        """Return where the values lie, by which a file tells weights of two names from two weights."""
-        return self.held.data_ptr()
-
-    def tolist(self) -> Any:
-        """Return the values, which is a copy to the CPU."""
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Compute on the values."""
-        return compute(func, args, dict(kwargs or {}))
-
-
-@dataclass
-class Watch:
-    """What the device saw.
-
-    Attributes:
-        n_reads: values that were read.
-        n_copies: tensors that were copied to the CPU.
-        is_hot: whether both are errors.
-    """
-
-    n_reads: int = 0
-    n_copies: int = 0
-    is_hot: bool = False
-
-
-WATCH = Watch()
-
-
-def compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the values behind its tensors, and refuse what a GPU would."""
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-    here = [value for value in tensors if isinstance(value, OnDevice)]
-    target = args[0].device if func is COPY_INTO else kwargs.get("device")
-    if func is READ or (func in COPIES and here and target is not None and _is_cpu(target)):
-        _count(func)
-    elif func not in COPIES and here:
-        _refuse_mix(func, tensors)
-    on_device = func is not READ and (bool(here) if target is None else not _is_cpu(target))
-    if "device" in kwargs:
-        kwargs["device"] = torch.device("cpu")
-    known = {id(value.held): value for value in here}
-    plain_args, plain_kwargs = tree_map(_held, (args, kwargs))
-    result = func(*plain_args, **plain_kwargs)
-
-    def shown(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not on_device:
-            return value
-        found = known.get(id(value))
-        return OnDevice(value) if found is None else found  # an operation in place returns what it changed
-
-    return args[0] if func is COPY_INTO else tree_map(shown, result)
-
-
-def _count(func: Any) -> None:
-    if func is READ:
-        WATCH.n_reads += 1
-    else:
-        WATCH.n_copies += 1
-    if WATCH.is_hot:
-        raise FakeDeviceError(f"{func} waits for the device where nothing may")
-
-
-def _refuse_mix(func: Any, tensors: Sequence[Tensor]) -> None:
-    others = [tuple(value.shape) for value in tensors if not isinstance(value, OnDevice) and value.ndim > 0]
-    if others:
-        raise FakeDeviceError(f"Expected all tensors to be on the same device: {func} has {others} on the CPU")
-
-
-def _held(value: Any) -> Any:
-    return value.held if isinstance(value, OnDevice) else value
-
-
-def _is_cpu(device: Any) -> bool:
-    return torch.device(device).type == "cpu"
-
-
-class _Factories(TorchDispatchMode):
-    """Lets tensors that are made on the device have values."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        here = any(isinstance(value, OnDevice) for value in tree_flatten((args, options))[0])
-        made = options.get("device") is not None and torch.device(options["device"]) == DEVICE
-        return compute(func, args, options) if here or made else func(*args, **options)
-
-
-@contextlib.contextmanager
-def fake_device() -> Iterator[Watch]:
-    """Let accelerate's device be the fake one."""
-    before = dict(PartialState._shared_state), dict(AcceleratorState._shared_state)
-    WATCH.n_reads = WATCH.n_copies = 0
-    PartialState(cpu=True).device = DEVICE
-    AcceleratorState._shared_state.clear()
-    try:
-        with _Factories():
-            yield WATCH
-    finally:
-        for state, saved in zip((PartialState, AcceleratorState), before, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(saved)
-
-
-@contextlib.contextmanager
-def hot() -> Iterator[None]:
-    """Refuse every copy to the CPU and every read of a value in the block."""
-    WATCH.is_hot = True
-    try:
-        yield
-    finally:
-        WATCH.is_hot = False
-
+from qtdog.training.step_rules import STEP_RULES
 
 CALM = RunCallbacks(make_health_check=no_health_check, warn=lambda text: None)
 
@@ -207,15 +58,9 @@ def tiny(short_config: Callable[..., Config], digits: DomainSubset, **changes: d
 
 
 @pytest.fixture
-def on_device() -> Iterator[Watch]:
-    with fake_device() as watch:
+def on_device(fake: SimpleNamespace) -> Iterator[Any]:
+    with fake.fake_device() as watch:
         yield watch
-
-
-@pytest.fixture(scope="module")
-def made() -> dict[str, bytes]:
-    """Model files of runs on the CPU, by configuration."""
-    return {}
 
 
 def on_cpu(config: Config, digits: DomainSubset, tmp_path: Path) -> bytes:
@@ -224,35 +69,105 @@ def on_cpu(config: Config, digits: DomainSubset, tmp_path: Path) -> bytes:
     return folder.model_file.read_bytes()
 
 
+def load_contract() -> ModuleType:
+    """Return `tests/stress/contract.py`, which knows what members of the axes need."""
+    path = Path(__file__).parents[1] / "stress" / "contract.py"
+    spec = importlib.util.spec_from_file_location("contract", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+contract = load_contract()
+
+
+def cells_of_all_members() -> list[dict[str, str]]:
+    """Return the fewest cells in which every member of every axis occurs."""
+    longest = max(map(len, contract.AXES.values()))
+    return [{axis: names[place % len(names)] for axis, names in contract.AXES.items()} for place in range(longest)]
+
+
+def files_of(config: Config, data: DomainSubset, tmp_path: Path, fake: SimpleNamespace) -> tuple[bytes, bytes]:
+    """Return the model files of a run on the CPU and of one on the device."""
+    expected = on_cpu(config, data, tmp_path)
+    folder = RunFolder(tmp_path / "device")
+    with fake.fake_device() as watch:
+        run(config, data, folder, callbacks=CALM)
+    assert watch.n_copies > 0
+    return expected, folder.model_file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def opened() -> tuple[DomainSubset, str]:
+    """The data set of the cells, and the name of its content."""
+    return contract.open_digits()
+
+
+@pytest.mark.parametrize("cell", cells_of_all_members(), ids=contract.name_of)
+def test_a_run_on_the_device_gives_the_file_of_the_cpu(
+    cell: dict[str, str], opened: tuple[DomainSubset, str], tmp_path: Path, fake: SimpleNamespace
+):
+    """Training, evaluation, averaging, checkpoints, calibration and the check of the file: all with values."""
+    config = contract.config_of(cell, opened[1])
+    if cell["quantizer"] == "obc":  # a second for each layer
+        layers = config.quantizer.model_copy(update={"include": ("featurizer.3",)})
+        config = config.model_copy(update={"quantizer": layers})
+    expected, found = files_of(config, opened[0], tmp_path, fake)
+    assert_same(found, expected, exact=cell["objective"] != "arm")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("cell", contract.pairwise_cells(contract.AXES), ids=contract.name_of)
+def test_a_run_of_any_two_members_gives_the_file_of_the_cpu(
+    cell: dict[str, str], opened: tuple[DomainSubset, str], tmp_path: Path, fake: SimpleNamespace
+):
+    expected, found = files_of(contract.config_of(cell, opened[1]), opened[0], tmp_path, fake)
+    assert_same(found, expected, exact=cell["objective"] != "arm")
+
+
+def assert_same(found: bytes, expected: bytes, *, exact: bool) -> None:
+    """Compare model files; batch norm that learns, as ARM's, rounds otherwise where torch's CPU has a kernel for it."""
+    if exact:
+        assert found == expected
+        return
+    tensors = [load_safetensors(content) for content in (found, expected)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, value in tensors[1].items():
+        torch.testing.assert_close(tensors[0][name].float(), value.float(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"averager": {"name": "sma"}, "train": {"steps": 4, "eval_every": 2, "accumulate": 2}},
-        {"objective": {"name": "coral"}, "step_rule": {"name": "sam"}, "averager": {"name": "swad"}},
-        {"objective": {"name": "groupdro"}},
+        {"objective": {"name": "coral"}, "train": {"steps": 4, "eval_every": 2, "accumulate": 2}},
+        {"averager": {"name": "sma", "params": {"start": 1}}, "quantizer": {"start_step": 2, "start_from": "average"}},
+        {"averager": {"name": "ema", "params": {"start": 1, "weights": "dequantized"}}},
+        {"quantizer": {"start_step": 2, "activation_bits": 8}},
+        {"model": {"feature_layer": "mixstyle"}},
     ],
     ids=str,
 )
-def test_a_run_on_the_device_gives_the_file_of_the_cpu(
-    changes: dict[str, Any], short_config: Callable[..., Config], three_digits: DomainSubset, tmp_path: Path
+def test_options_of_a_run_on_the_device_give_the_file_of_the_cpu(
+    changes: dict[str, Any],
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    tmp_path: Path,
+    fake: SimpleNamespace,
 ):
-    """Training, evaluation, averaging, checkpoints, calibration and the check of the file: all with values."""
-    config = tiny(short_config, three_digits, **changes)
-    expected = on_cpu(config, three_digits, tmp_path)
-    folder = RunFolder(tmp_path / "device")
-    with fake_device() as watch:
-        run(config, three_digits, folder, callbacks=CALM)
-    assert folder.model_file.read_bytes() == expected
-    assert watch.n_copies > 0
+    expected, found = files_of(tiny(short_config, three_digits, **changes), three_digits, tmp_path, fake)
+    assert found == expected
 
 
 def test_resumed_and_forked_runs_on_the_device_give_it_too(
-    short_config: Callable[..., Config], three_digits: DomainSubset, tmp_path: Path
+    short_config: Callable[..., Config], three_digits: DomainSubset, tmp_path: Path, fake: SimpleNamespace
 ):
     config = tiny(short_config, three_digits)
     expected = on_cpu(config, three_digits, tmp_path)
     stopped, forked = RunFolder(tmp_path / "stopped"), RunFolder(tmp_path / "forked")
-    with fake_device():
+    with fake.fake_device():
         stopping = RunCallbacks(StopAfter(3), warn=CALM.warn, make_health_check=no_health_check)
         with pytest.raises(Interrupted):
             run(config, three_digits, stopped, callbacks=stopping)
@@ -265,7 +180,7 @@ def test_resumed_and_forked_runs_on_the_device_give_it_too(
 
 
 def test_branches_on_the_device_merge_as_on_the_cpu(
-    short_config: Callable[..., Config], three_digits: DomainSubset, tmp_path: Path
+    short_config: Callable[..., Config], three_digits: DomainSubset, tmp_path: Path, fake: SimpleNamespace
 ):
     configs = [
         tiny(
@@ -277,7 +192,7 @@ def test_branches_on_the_device_merge_as_on_the_cpu(
         for seed in range(2)
     ]
     dart(configs, three_digits, tmp_path / "cpu", merge_every=2, callbacks=CALM)
-    with fake_device():
+    with fake.fake_device():
         dart(configs, three_digits, tmp_path / "device", merge_every=2, callbacks=CALM)
     files = [RunFolder(tmp_path / name).model_file.read_bytes() for name in ("cpu", "device")]
     assert files[0] == files[1]
@@ -289,48 +204,227 @@ def components_on_device(config: Config, digits: DomainSubset, **options: Any) -
     return components
 
 
-def hot_steps(components: Components, n_steps: int = 4) -> None:
-    """Make updates, the last of which may neither copy to the CPU nor read a value."""
+def hot_steps(components: Components, fake: SimpleNamespace, n_steps: int = 4) -> None:
+    """Make updates, the last of which may wait for the device nowhere; its batch is there already."""
+    made = TrainingRun(components, RunState())
     for step in range(n_steps):
-        begin_step(components, step)
-        batch = components.batches.batch(step)
-        with hot() if step == n_steps - 1 else contextlib.nullcontext():
-            update(components, batch, step)
+        batch = components.batches.batch(step).on(fake.DEVICE)
+        with fake.hot() if step == n_steps - 1 else contextlib.nullcontext():
+            begin_step(components, step)
+            made.after_step(update(components, batch, step), 0.0)
 
 
-@pytest.mark.parametrize("name", ["erm", "coral", "mmd", "irm", "vrex", "groupdro", "fishr", "mixup", "rsc"])
-def test_no_update_waits_for_the_device(
-    name: str, short_config: Callable[..., Config], three_digits: DomainSubset, on_device: Watch
+MEMBERS: dict[str, Registry[Any]] = {
+    "objective": OBJECTIVES,
+    "quantizer": QUANTIZERS,
+    "averager": AVERAGERS,
+    "step_rule": STEP_RULES,
+    "feature_layer": FEATURE_LAYERS,
+}
+
+
+def needs(section: str, name: str) -> dict[str, Any]:
+    """What a member of an axis cannot go without."""
+    if section == "feature_layer":
+        return {"model": {"feature_layer": name}} | ({"objective": {"name": "arm"}} if name == "context" else {})
+    if section == "quantizer":
+        if name == "inq":  # a stage begins with a wait; none begins in the last step
+            return {"quantizer": {"name": name, "start_step": 0, "stages": (0.5, 1.0)}}
+        return {"quantizer": {"name": name, "start_step": None if name in AFTER_TRAINING else 2}}
+    return {section: {"name": name}} | ({"model": {"feature_layer": "context"}} if name == "arm" else {})
+
+
+COMBINED: list[dict[str, Any]] = [
+    {"step_rule": {"name": "sam"}, "quantizer": {"name": "lsq", "start_step": 1, "activation_bits": 8}},
+    {"objective": {"name": "coral"}, "train": {"steps": 4, "accumulate": 2}},
+    {"objective": {"name": "coral", "label_smoothing": 0.1}},
+    {"objective": {"consistency": 1.0}, "data": {"target": "75", "batch_size": 4, "augment": "augmix", "workers": 0}},
+    {"quantizer": {"name": "lsq", "start_step": 1, "rounding": "stochastic"}},
+    {"quantizer": {"name": "lsq", "start_step": 1, "step_mode": "raw"}, "optimizer": {"name": "sgd"}},
+    {"train": {"steps": 4, "probe_steps": 4}},
+]
+
+
+@pytest.mark.parametrize("changes", COMBINED, ids=str)
+def test_no_update_with_options_waits_for_the_device(
+    changes: dict[str, Any],
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    fake: SimpleNamespace,
 ):
-    hot_steps(components_on_device(tiny(short_config, three_digits, objective={"name": name}), three_digits))
+    hot_steps(components_on_device(tiny(short_config, three_digits, **changes), three_digits), fake)
+
+
+@pytest.mark.parametrize(("section", "name"), [(axis, name) for axis, known in MEMBERS.items() for name in known])
+def test_no_update_waits_for_the_device(
+    section: str,
+    name: str,
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    fake: SimpleNamespace,
+):
+    config = tiny(short_config, three_digits, **needs(section, name))
+    hot_steps(components_on_device(config, three_digits), fake)
+
+
+def upload(loss: Tensor) -> Tensor:
+    return loss + torch.ones(2).to(loss.device).sum()
 
 
 def test_a_fault_in_the_path_is_found(
     device_fault: Callable[[Tensor], Tensor],
     short_config: Callable[..., Config],
     three_digits: DomainSubset,
-    on_device: Watch,
+    on_device: Any,
+    fake: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    components = components_on_device(tiny(short_config, three_digits), three_digits)
+    assert_found(device_fault, tiny(short_config, three_digits), three_digits, fake, monkeypatch)
+
+
+def test_a_copy_to_the_device_that_waits_is_found(
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    fake: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert_found(upload, tiny(short_config, three_digits), three_digits, fake, monkeypatch)
+
+
+def assert_found(
+    fault: Callable[[Tensor], Tensor],
+    config: Config,
+    data: DomainSubset,
+    fake: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    components = components_on_device(config, data)
     loss_of = components.objective.loss
 
     def loss(domains: list[DomainOutputs]) -> Tensor:
-        return device_fault(loss_of(domains))
+        return fault(loss_of(domains))
 
     monkeypatch.setattr(components.objective, "loss", loss)
-    with pytest.raises(FakeDeviceError):
-        hot_steps(components)
+    with pytest.raises(fake.FakeDeviceError):
+        hot_steps(components, fake)
+
+
+def test_batches_are_copied_ahead(
+    short_config: Callable[..., Config], three_digits: DomainSubset, on_device: Any, fake: SimpleNamespace
+):
+    """Each is on the device before it is asked for, and is the batch of the CPU."""
+    batches = components_on_device(tiny(short_config, three_digits), three_digits).batches
+    begun, waited = [], []
+
+    def copier(batch: Batch) -> Callable[[], Batch]:
+        with fake.Factories():  # of this thread
+            there = batch.on(fake.DEVICE)
+        begun.append(batch)
+
+        def ready() -> Batch:
+            waited.append(len(begun))
+            return there
+
+        return ready
+
+    batches.workers = 2
+    with contextlib.closing(batches.stream(0, 6, copier)) as stream:
+        found = list(itertools.islice(stream, 6))
+    assert waited[:4] == sorted(waited[:4])
+    assert waited[0] >= 1
+    assert len(begun) == len(waited) == 6
+    for step, batch in enumerate(found):
+        expected = batches.batch(step)
+        assert batch.images.device == fake.DEVICE
+        assert torch.equal(batch.images.cpu(), expected.images)
+        assert torch.equal(batch.labels.cpu(), expected.labels)
+        assert batch.indices is not None
+        assert batch.indices.device.type == "cpu"
+
+
+def test_a_loss_that_is_not_finite_is_noticed_before_anything_is_saved(
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    """The device is read every twenty updates, and before each checkpoint: the last whole one stays."""
+    plan = {"steps": 40, "eval_every": 40, "checkpoint_every": 8}
+    components = components_on_device(tiny(short_config, three_digits, train=plan), three_digits)
+    loss_of, count = components.objective.loss, itertools.count()
+
+    def loss(domains: list[DomainOutputs]) -> Tensor:
+        found = loss_of(domains)
+        return found * torch.nan if next(count) == 10 else found
+
+    monkeypatch.setattr(components.objective, "loss", loss)
+    folder = RunFolder(tmp_path / "run")
+    made = TrainingRun(components, RunState(), folder)
+    with pytest.raises(NonFiniteLossError, match="at step 11"):
+        train(made)
+    assert made.state.step == 16
+    assert [step_of(path) for path in checkpoint_folders(folder.checkpoints)] == [8]
+
+
+def train_two(folder: Path, **options: Any) -> list[Path]:
+    """Train two runs on the CPU with one random start."""
+    short: dict[str, Any] = {"steps": 4, "batch_size": 4, "image_size": 12, "eval_every": 2, "progress": False}
+    short |= {"target": "75", "model": {"init_seed": 0}}
+    folders = [folder / name for name in ("one", "two")]
+    for seed, out in enumerate(folders):
+        qtdog.train(seed=seed, out=out, **(short | options))
+    return folders
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs on the CPU."""
-    options: dict[str, Any] = {"steps": 4, "batch_size": 4, "image_size": 12, "eval_every": 2, "progress": False}
-    folders = [tmp_path_factory.mktemp("runs") / name for name in ("one", "two")]
-    for seed, folder in enumerate(folders):
-        qtdog.train(target="75", preset=("digits", "lsq"), seed=seed, out=folder, **options)
-    return folders
+    """Two quantized averages."""
+    averager = {"name": "sma", "params": {"start": 1}}
+    return train_two(tmp_path_factory.mktemp("runs"), preset=("digits", "lsq"), averager=averager)
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two float runs."""
+    return train_two(tmp_path_factory.mktemp("floats"), preset="digits", quantizer="none")
+
+
+def join(kind: str, folders: list[Path], data: DomainSubset, file: Path) -> dict[str, Any]:
+    """Make an ensemble of a kind, and measure it on the device that there is."""
+    members = [read_member(folder) for folder in folders]
+    recipe = Recipe(pick="greedy", tune_steps=2) if kind == "soup" else Recipe()
+    images = open_evaluation_set(members[0].config, data, same_splits=True)
+    return assemble(members, EnsembleSpec(kind, file, recipe), images, warn=CALM.warn)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ensembles_on_the_device_are_those_of_the_cpu(
+    kind: str, trained: list[Path], floats: list[Path], digits: RotatedDigits, tmp_path: Path, fake: SimpleNamespace
+):
+    """Members' answers, scores, temperature and threshold, averages of weights, the file and the check of it."""
+    folders = floats if kind == "ensemble" else trained
+    data: Any = digits
+    files = [tmp_path / name / "model.safetensors" for name in ("cpu", "device")]
+    expected = join(kind, folders, data, files[0])
+    with fake.fake_device():
+        found = join(kind, folders, data, files[1])
+        loaded = load_file(files[1], device=fake.DEVICE)
+        rows = prediction_rows(loaded, torch.zeros(3, 12, 12, 1, dtype=torch.uint8))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert found["calibration"] == expected["calibration"]
+    assert rows == prediction_rows(load_file(files[0]), torch.zeros(3, 12, 12, 1, dtype=torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def ensemble(trained: list[Path], digits: RotatedDigits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an ensemble of two."""
+    file, data = tmp_path_factory.mktemp("ensemble") / "model.safetensors", cast(Any, digits)
+    join("eoq", trained, data, file)
+    return file
 
 
 SMALL_ANALYSES: dict[str, dict[str, Any]] = {
@@ -344,10 +438,12 @@ SMALL_ANALYSES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", list(SMALL_ANALYSES))
-def test_analyses_on_the_device_give_the_numbers_of_the_cpu(kind: str, trained: list[Path], tmp_path: Path):
+def test_analyses_on_the_device_give_the_numbers_of_the_cpu(
+    kind: str, trained: list[Path], tmp_path: Path, fake: SimpleNamespace
+):
     measure = getattr(qtdog.analyze, kind)
     found = []
-    for name, context in (("cpu", contextlib.nullcontext()), ("device", fake_device())):
+    for name, context in (("cpu", contextlib.nullcontext()), ("device", fake.fake_device())):
         with context:
             found.append(measure([str(trained[0])], **SMALL_ANALYSES[kind], out=tmp_path / name, progress=False))
     expected, measured = (analysis.numbers for analysis in found)
@@ -357,18 +453,49 @@ def test_analyses_on_the_device_give_the_numbers_of_the_cpu(kind: str, trained: 
             assert one[key] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value)
 
 
-def test_scores_of_a_file_on_the_device_are_those_on_the_cpu(trained: list[Path], digits: RotatedDigits):
-    data = DomainSubset(digits, ["75"])
-    expected = qtdog.load(trained[0]).evaluate(data, progress=False).rows()
-    with fake_device():
-        assert qtdog.load(trained[0]).evaluate(data, progress=False).rows() == expected
+def test_scores_of_a_file_on_the_device_are_those_on_the_cpu(
+    trained: list[Path], ensemble: Path, digits: RotatedDigits, fake: SimpleNamespace
+):
+    """Of one model and of an ensemble: by domain, under corruption, beside another one, and image by image."""
+    data, image = DomainSubset(digits, ["75"]), np.zeros((12, 12), dtype=np.uint8)
+
+    def measure(device: torch.device) -> list[Any]:
+        one, several = (qtdog.load(path, device=device) for path in (trained[0], ensemble))
+        found: list[Any] = [model.evaluate(data, progress=False).rows() for model in (one, several)]
+        found += [model.predict([image, image], progress=False).rows() for model in (one, several)]
+        found.append(score_corruptions(several.model, data, ["gaussian_noise"], [1]))
+        return [*found, compare_sites(one.model, several.model, data)]
+
+    expected = measure(torch.device("cpu"))
+    with fake.fake_device():
+        assert measure(fake.DEVICE) == expected
 
 
 def test_a_teacher_goes_to_the_device(
-    trained: list[Path], short_config: Callable[..., Config], three_digits: DomainSubset, on_device: Watch
+    trained: list[Path],
+    ensemble: Path,
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    fake: SimpleNamespace,
 ):
-    objective = {"teacher": str(trained[0] / "model.safetensors"), "teacher_sha256": "0" * 64}
     data = {"target": "75", "batch_size": 4, "image_size": 12, "workers": 0}
-    config = short_config(data=data, objective=objective)
-    teacher = load_file(trained[0] / "model.safetensors")
-    hot_steps(components_on_device(config, three_digits, teacher=lambda images: teacher.to(images.device)(images)))
+    for file in (trained[0] / "model.safetensors", ensemble):
+        config = short_config(data=data, objective={"teacher": str(file), "teacher_sha256": "0" * 64})
+        teacher = load_teacher(config, three_digits)
+        hot_steps(components_on_device(config, three_digits, teacher=teacher), fake)
+
+
+@pytest.mark.parametrize(
+    "options", [{"teacher_view": "same"}, {"teacher_view": "clean"}, {"teacher_mode": "cosine"}, {"teacher_mode": "l2"}]
+)
+def test_a_backbone_as_teacher_goes_to_the_device(
+    options: dict[str, Any],
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    fake: SimpleNamespace,
+):
+    objective = {"teacher": "test_resnet", "teacher_weights": "none", "teacher_sha256": "0" * 64}
+    config = tiny(short_config, three_digits, objective=objective | {"teacher_image_size": 16} | options)
+    hot_steps(components_on_device(config, three_digits, teacher=load_teacher(config, three_digits)), fake)

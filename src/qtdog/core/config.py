@@ -217,6 +217,11 @@ class OptimizerConfig(Section):
     lr: float = Field(default=5e-5, gt=0, lt=10, description="learning rate")
     weight_decay: float = Field(default=0.0, ge=0, description="of the weights; step sizes never decay")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
+    implementation: Literal["auto", "loop", "foreach", "fused"] = Field(
+        default="auto",
+        description="torch's code for an update: its own choice (foreach on a GPU, a loop on the CPU), a loop over the "
+        "parameters, lists of them, or one kernel, which is the fastest and rounds differently",
+    )
     step_size_lr: float = Field(default=1.0, gt=0, description="learning rate of the step sizes, as a multiple of lr")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="how lr falls to zero at the end of the run; the protocol's is constant"
@@ -245,6 +250,16 @@ class TrainConfig(Section):
         default="fp32",
         description="of the arithmetic: float32 (torch's own default rounds the inputs of convolutions on GPUs), "
         "products in TensorFloat-32, or autocast to bfloat16",
+    )
+    cudnn: Literal["heuristic", "benchmark", "deterministic"] = Field(
+        default="heuristic",
+        description="how cuDNN picks a convolution on a GPU: by its heuristic, the fastest of a trial, or only among "
+        "those that give the same bits each time",
+    )
+    compile: Literal["off", "inductor", "aot_eager"] = Field(
+        default="off",
+        description="compile the training pass with torch.compile: 'inductor' for speed, 'aot_eager' to try it without "
+        "a compiler; results differ by rounding",
     )
     accumulate: int = Field(
         default=1, ge=1, description="parts of a batch that are computed one after another, for less memory"

@@ -109,9 +109,9 @@ class QuantSpec:
         """Largest code."""
         return 2 ** (self.bits - 2) if self.levels == "power_of_two" else 2 ** (self.bits - 1) - 1
 
-    def points(self) -> Tensor:
+    def points(self, device: torch.device | None = None) -> Tensor:
         """Return the points of the unit grid, float32, in the order of their codes from `qmin` to `qmax`."""
-        codes = torch.arange(self.qmin, self.qmax + 1, dtype=torch.float32)
+        codes = torch.arange(self.qmin, self.qmax + 1, dtype=torch.float32, device=device)
         if self.levels == "half":
             return codes + 0.5
         if self.levels == "power_of_two":
@@ -143,7 +143,7 @@ class QuantizedTensor:
         if self.spec.levels in ("uniform", "symmetric"):
             points = self.codes.to(torch.float32)
         else:
-            table = self.spec.points().to(self.codes.device)
+            table = self.spec.points(self.codes.device)
             points = torch.empty_like(self.codes, dtype=torch.float32)  # keeps the memory format, as `to` does
             points.copy_(table[self.codes.long() - self.spec.qmin])
         return points * self.spec.spread(self.scale, self.codes.shape)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -118,6 +118,53 @@ class Batch:
     sizes: tuple[int, ...]
     views: tuple[Tensor, ...] = ()
     indices: Tensor | None = None
+
+    def on(self, device: torch.device, *, pinned: bool = False) -> Batch:
+        """Return the batch on a device; itself if it is there. `indices` stay on the CPU, where caches are looked up.
+
+        Args:
+            device: where to.
+            pinned: copy through page-locked memory, so that nothing waits for the copy (CUDA).
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
+
+        views = tuple(map(moved, self.views))
+        return replace(self, images=moved(self.images), labels=moved(self.labels), views=views)
+
+
+Copier = Callable[[Batch], Callable[[], Batch]]
+"""Begins to copy a batch to a device, and returns what gives it there to the computation, which waits for the copy."""
+
+
+class CudaCopier:
+    """Copies batches to a GPU on a stream of its own: neither the host nor the running computation waits.
+
+    It is called by the threads that prepare batches, so that the next ones lie on the GPU before they are asked for.
+
+    Args:
+        device: of type cuda.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, batch: Batch) -> Callable[[], Batch]:
+        """Begin to copy a batch."""
+        with torch.cuda.stream(self.stream):
+            copied = batch.on(self.device, pinned=True)
+            done = self.stream.record_event()
+
+        def ready() -> Batch:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(done)
+            for tensor in (copied.images, copied.labels, *copied.views):
+                tensor.record_stream(computing)  # its memory is not given away while the computation uses it
+            return copied
+
+        return ready
 
 
 class TrainBatches:
@@ -252,23 +299,34 @@ class TrainBatches:
         options = {"mean": self.mean, "std": self.std, "pool": self._buffers}
         return augment(images, parameters.take(rows), size=originals.image_size, **options)
 
-    def stream(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
+    def stream(self, start_step: int, end_step: int, copier: Copier | None = None) -> Generator[Batch, None, None]:
         """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.
 
         Close the iterator (or let it be collected) to stop the threads. An error in a thread is raised here.
+
+        Args:
+            start_step: the first.
+            end_step: behind the last.
+            copier: copies each to a device as soon as it is prepared; default: they stay on the CPU.
         """
+
+        def prepared(step: int) -> Callable[[], Batch]:
+            batch = self.batch(step)
+            return (lambda: batch) if copier is None else copier(batch)
+
         if self.workers == 0:
-            yield from map(self.batch, range(start_step, end_step))
+            for step in range(start_step, end_step):
+                yield prepared(step)()
             return
         pool = single_threaded_pool(self.workers)
         try:
-            waiting: deque[Future[Batch]] = deque()
+            waiting: deque[Future[Callable[[], Batch]]] = deque()
             for step in range(start_step, end_step):
-                waiting.append(pool.submit(self.batch, step))
+                waiting.append(pool.submit(prepared, step))
                 if len(waiting) > self.workers:
-                    yield waiting.popleft().result()
+                    yield waiting.popleft().result()()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft().result()()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

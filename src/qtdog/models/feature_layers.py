@@ -155,6 +155,7 @@ class FeatureLayer(ABC):
         HYPERPARAMETERS: name → default, search range, meaning.
         SAVED: whether it is part of the saved network, so that a file is loaded with it.
         LEARNS_STATISTICS: whether it brings batch norm of its own, whose statistics are never frozen.
+        COMPILES: whether a pass with it can be one graph of torch.compile: it draws no numbers.
         OBJECTIVES: the only objectives that it makes sense with; empty for any.
         extra_channels: how many channels the featurizer takes besides those of the images.
         params: the values of the hyper-parameters.
@@ -163,6 +164,7 @@ class FeatureLayer(ABC):
     HYPERPARAMETERS: ClassVar[HyperParameters] = {}
     SAVED: ClassVar[bool] = False
     LEARNS_STATISTICS: ClassVar[bool] = False
+    COMPILES: ClassVar[bool] = True
     OBJECTIVES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, params: Mapping[str, Value]) -> None:
@@ -239,7 +241,8 @@ class _Mixing:
         n = len(output)
         concentration = torch.full((n,), self.alpha)
         weight, partner = Beta(concentration, concentration).sample(), torch.randperm(n)
-        return mix_styles(output, self.stage, weight.to(output.device), partner.to(output.device))
+        drawn = [value.to(output.device, non_blocking=True) for value in (weight, partner)]
+        return mix_styles(output, self.stage, *drawn)
 
 
 @FEATURE_LAYERS.register("mixstyle")
@@ -250,6 +253,8 @@ class MixStyle(FeatureLayer):
     with weight λ ~ Beta(α, α) from its own and that of a random image of the batch (the paper's variant without domain
     labels). Never after the last stage: there the style says what the image shows.
     """
+
+    COMPILES: ClassVar[bool] = False
 
     HYPERPARAMETERS: ClassVar[HyperParameters] = {
         "p": HyperParameter(0.5, "probability that a stage mixes, drawn for each batch", low=0, high=1),

@@ -87,10 +87,20 @@ class DomainBatch:
         return torch.cat([domain[start::n] for domain in rows.split(self.sizes)])
 
 
+def changing_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers that a forward pass may change: all but those that a module names in `steady_buffers`.
+
+    To put back one that Python reads, although it has not changed, would make a GPU wait until it is read again.
+    """
+    for module in model.modules():
+        steady = getattr(module, "steady_buffers", ())
+        yield from (buffer for name, buffer in module.named_buffers(recurse=False) if name not in steady)
+
+
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Put the buffers of `model` back at the end: what a pass that is repeated does to statistics counts once."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    saved = [(buffer, buffer.clone()) for buffer in changing_buffers(model)]
     try:
         yield
     finally:
@@ -150,9 +160,7 @@ class ModelView:
         """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W)."""
         if self.n_parts > 1 and torch.is_grad_enabled():
             return run_in_parts(self.model, images, self.n_parts)
-        # A weight that several modules share, or that is read twice, is quantized once per pass.
-        with parametrize.cached():
-            return self.model(images)
+        return self.model(images)
 
     def outputs(self, batch: DomainBatch) -> list[DomainOutputs]:
         """Return the outputs of each domain over the images of all processes, from one pass of each over its own."""

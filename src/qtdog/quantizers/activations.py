@@ -87,6 +87,7 @@ class ActivationQuantizer(nn.Module):
         else:
             self.register_buffer("moving", torch.ones(1))
         self._read_started, self._read_signed = ScalarReader(), ScalarReader()
+        self.steady_buffers = ("started", "signed")  # once the grid has begun
 
     @property
     def is_signed(self) -> bool:

@@ -219,16 +219,20 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         CLIPS: whether weights on or beyond the ends of the grid get no gradient.
+        COMPILES: whether a pass with it can be one graph of torch.compile: it draws no numbers.
         spec: bits, the axis of the step sizes, and the levels.
+        move: is added to what the network gets as its weight, which a step rule may look at elsewhere; None for none.
     """
 
     CLIPS: ClassVar[bool] = True
+    COMPILES: ClassVar[bool] = True
 
     enabled_share: Tensor
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.move: Tensor | None = None
         self.register_buffer("enabled_share", torch.zeros((), dtype=torch.float32))
         self._read_share = ScalarReader()
         self._seed: int | None = None
@@ -252,12 +256,24 @@ class Quantizer(nn.Module, ABC):
         Raises:
             ModelError: `torch.export` or `torch.onnx.export` is tracing the model.
         """
-        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        # whether ONNX asks cannot be asked within torch.compile, which its newer exporter is not
+        to_onnx = not torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+        if torch.compiler.is_exporting() or to_onnx:
             raise ModelError(
                 "a model with quantizers attached cannot be exported: save it (qtdog.save), load the file into a plain "
                 "model (qtdog.load_into) and export that, or use qtdog.export"
             )
         return self._read_share(self.enabled_share) > 0
+
+    @property
+    def steady_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that no forward pass changes: all."""
+        return tuple(self._buffers)
+
+    def read_(self) -> None:
+        """Read what a compiled pass cannot: flags that lie in tensors, and what Python computes at its first use."""
+        self._read_share(self.enabled_share)
+        _ = self.spec.qmin, self.spec.qmax
 
     @enabled.setter
     def enabled(self, value: bool) -> None:

@@ -116,9 +116,11 @@ class _SoleParametrization(ParametrizationList):
 
     def forward(self) -> Tensor:
         """Return the computed weight: of a group of layers, if one is being computed, or alone."""
-        together = TOGETHER.get()
+        together = None if torch.compiler.is_compiling() else TOGETHER.get()
         value = None if together is None else together(self)
-        return self[0](self.original) if value is None else value
+        quantizer: Any = self[0]
+        value = quantizer(self.original) if value is None else value
+        return value if quantizer.move is None else value + quantizer.move.to(value.dtype)
 
     def add_module(self, name: str, module: nn.Module | None) -> NoReturn:
         """Refuse another parametrization: what it makes of the weight is on no grid."""

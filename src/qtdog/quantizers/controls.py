@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,8 @@ class FreshNoise(Quantizer):
         (True, True)
     """
 
+    COMPILES: ClassVar[bool] = False
+
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
         super().__init__(spec)
         self.amplitude = (options or QuantizerOptions()).amplitude
@@ -101,6 +105,8 @@ class FreshNoise(Quantizer):
 
 class _GridNoise(FixedStep):
     """Noise as wide as `noise_width` steps of a grid; abstract."""
+
+    COMPILES: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor, spec: QuantSpec, options: QuantizerOptions | None = None) -> None:
         super().__init__(weight, spec, options)

@@ -61,6 +61,8 @@ def lsq_quantize(weight: Tensor, scale: Tensor, qmin: int, qmax: int, draws: Ten
     """
     missing = weight.ndim - scale.ndim
     steps = scale.reshape((1,) * missing + scale.shape) if missing else scale
+    if torch.compiler.is_compiling():
+        return _quantize_in_graph(weight, steps, qmin, qmax, draws)
     if is_transformed(weight) or is_transformed(scale):
         return _quantize_transformed(weight, steps, qmin, qmax, draws)
     return _Quantize.apply(weight, steps, draws, (qmin, qmax))
@@ -75,6 +77,17 @@ def _quantize_transformed(weight: Tensor, scale: Tensor, qmin: int, qmax: int, d
     up = ratio.detach() - below
     code = ratio.detach().round() if draws is None else below + (draws < up)
     return (ratio + (code - ratio.detach())) * scale
+
+
+def _quantize_in_graph(weight: Tensor, scale: Tensor, qmin: int, qmax: int, draws: Tensor | None) -> Tensor:
+    """Do as `lsq_quantize` with operations that a compiler fuses: the same values, the gradients up to rounding."""
+    free, fixed = weight.detach(), scale.detach()
+    ratio = free / fixed
+    inside = (ratio > qmin) & (ratio < qmax)
+    below = ratio.floor()
+    code = (ratio.round() if draws is None else below + (draws < ratio - below)).clamp(qmin, qmax) + 0.0
+    moved = torch.where(inside, weight - free, 0.0)  # zero, with the gradient of the weight
+    return code * scale + moved - torch.where(inside, ratio, 0.0) * (scale - fixed)
 
 
 class _Quantize(Function):
@@ -214,6 +227,9 @@ class LSQ(Quantizer):
         start = self.set_only(self.start_scale, DEAD_LAYER_SCALE)
         if self.step_mode == "raw":
             scale = self._set_parameter(self.scale.float(), DEAD_LAYER_SCALE)
+            if torch.compiler.is_compiling():
+                fixed = scale.detach()
+                return torch.maximum(fixed, start * MIN_RAW_FRAC) + (scale - fixed) * self.grad_scale
             return _RawScale.apply(scale, start * MIN_RAW_FRAC, self.grad_scale)
         return start
 
@@ -226,6 +242,12 @@ class LSQ(Quantizer):
     def is_average(self) -> bool:
         """Whether the step sizes are an average that counts placeholders of before `enable_`."""
         return self.step_mode != "frozen" and self._read_set_share(self.set_share) not in (0.0, 1.0)
+
+    def read_(self) -> None:
+        """Read what share of an average the step sizes are."""
+        super().read_()
+        if self.step_mode != "frozen":
+            self._read_set_share(self.set_share)
 
     def _set_share_(self, share: float) -> None:
         super()._set_share_(share)

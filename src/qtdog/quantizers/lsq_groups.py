@@ -91,7 +91,7 @@ class WeightGroups:
     def take(self, entry: nn.Module) -> Tensor | None:
         """Return the weight that a list of parametrizations computes, or None if it is to compute it alone."""
         place = self._places.get(entry)
-        if place is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if place is None or torch.is_inference_mode_enabled():
             return None
         group, index = place
         if group.made is None:

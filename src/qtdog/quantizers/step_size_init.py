@@ -194,5 +194,7 @@ def _exact(rows: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def _ends(spec: QuantSpec) -> tuple[float, float]:
     """Return the lowest and the highest point of the unit grid."""
-    low, high = spec.points()[[0, -1]].tolist()
-    return low, high
+    if spec.levels == "power_of_two":
+        return -1.0, 1.0
+    half = 0.5 if spec.levels == "half" else 0.0
+    return spec.qmin + half, spec.qmax + half

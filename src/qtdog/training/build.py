@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,8 @@ def make_accelerator(config: Config) -> Accelerator:
     precision = config.train.precision
     # torch would round the inputs of convolutions, and of nothing else, to 10 bits of mantissa without a word
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = config.train.cudnn == "benchmark"
+    torch.backends.cudnn.deterministic = config.train.cudnn == "deterministic"
     # Several processes on a machine without a GPU would each train alone, did nobody say that they are meant to meet.
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     return Accelerator(cpu=cpu, mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[unused])
@@ -111,8 +116,9 @@ def build_components(
     quantizer = make_quantizer(config.quantizer, network)
     if quantizer is not None and config.quantizer.activation_bits:
         _quantize_activations_(config.quantizer, quantizer, accelerator.num_processes)
+    _check_compilation(config, objective, quantizer, accelerator)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
-    model, prepared = accelerator.prepare(Trainable(network), optimizer)
+    model, prepared = accelerator.prepare(Trainable(network, config.train.compile), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     labels = run_labels(config, protocol, dataset)
     inputs = EvaluationInputs(cache, labels.evaluation, mean, std)
@@ -171,6 +177,49 @@ def _check_accumulation(config: Config, objective: Objective, setting: Objective
             f"train.accumulate={n_parts} cuts the images of each domain in a process, and some have fewer: the "
             f"smallest share of a batch is {setting.batch_size} images over {setting.n_processes} processes"
         )
+
+
+def _check_compilation(
+    config: Config, objective: Objective, attached: Attached | None, accelerator: Accelerator
+) -> None:
+    backend, quantizer = config.train.compile, config.quantizer
+    if backend == "off":
+        return
+    missing = compiler_missing(accelerator.device) if backend == "inductor" else ""
+    layers = [] if attached is None else list(attached.layers.values())
+    reasons = {
+        "it works in one process": accelerator.num_processes > 1,
+        f"objective '{config.objective.name}' with train.accumulate computes its passes twice": (
+            config.train.accumulate > 1 and objective.accumulates == "outputs"
+        ),
+        f"feature layer '{config.model.feature_layer}' draws numbers": (
+            not FEATURE_LAYERS[config.model.feature_layer].COMPILES
+        ),
+        f"quantizer '{quantizer.name}' draws numbers": not all(layer.COMPILES for layer in layers),
+        "quantizer.rounding=stochastic draws numbers": quantizer.rounding == "stochastic",
+        "activations are rounded by grids that begin in the pass": bool(quantizer.activation_bits),
+        missing: bool(missing),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"train.compile={backend} cannot be used: {reason}. Leave it out")
+
+
+def compiler_missing(device: torch.device, which: Callable[[str], str | None] = shutil.which) -> str:
+    """Return what torch.compile's own backend lacks to compile for a device, or "" if nothing.
+
+    Args:
+        device: of the run.
+        which: finds a program.
+
+    Example:
+        >>> compiler_missing(torch.device("cpu"), which=lambda name: None)
+        'there is no C++ compiler (g++ or clang++)'
+    """
+    if device.type == "cpu":
+        found = any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+        return "" if found else "there is no C++ compiler (g++ or clang++)"
+    return "" if find_spec("triton") else "triton is not installed"
 
 
 def _check_consistency(config: Config) -> None:
@@ -258,6 +307,14 @@ def _quantize_activations_(config: QuantizerConfig, quantizer: Attached, n_proce
         quantize_inputs_(module, config.activation_bits, config.activation_range)
 
 
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
 def make_optimizer(
     config: OptimizerConfig, network: Network, quantizer: Attached | None, objective: Objective
 ) -> torch.optim.Optimizer:
@@ -270,11 +327,12 @@ def make_optimizer(
     own = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     if own:
         groups.append({"params": own, "lr": config.lr * objective.lr_factor, "weight_decay": config.weight_decay})
+    code = IMPLEMENTATIONS[config.implementation]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, **code)
     if config.momentum:
         raise ConfigError("optimizer.momentum is for sgd; Adam has its own (leave it out or set optimizer.name=sgd)")
-    return torch.optim.Adam(groups, lr=config.lr)
+    return torch.optim.Adam(groups, lr=config.lr, **code)
 
 
 def _batches(

@@ -81,13 +81,16 @@ def restore_moments_(optimizer: Optimizer, names: Mapping[int, str], tensors: di
     Raises:
         KeyError: state of a parameter that the optimizer does not hold.
     """
-    parameters = {names[id(value)]: value for group in optimizer.param_groups for value in group["params"]}
+    owners = {names[id(value)]: (value, group) for group in optimizer.param_groups for value in group["params"]}
     optimizer.state.clear()
     for name, value in tensors.items():
         owner, key = name.rsplit(SEPARATOR, 1)
-        parameter = parameters[owner]
+        parameter, group = owners[owner]
         # A copy: Adam counts steps in place, and several runs may begin from one checkpoint.
-        moment = value.clone() if value.shape != parameter.shape else torch.empty_like(parameter).copy_(value)
+        if key == "step":  # counted on the CPU, but by the one kernel that does everything
+            moment = value.to(parameter.device if group.get("fused") else "cpu", copy=True)
+        else:
+            moment = value.clone() if value.shape != parameter.shape else torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = moment.detach()
 
 

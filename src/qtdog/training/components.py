@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from qtdog.conversion.attach import Attached
+from qtdog.conversion.attach import Attached, sites
 from qtdog.core.config import Config
+from qtdog.core.errors import ModelError
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.loader import TrainBatches
 from qtdog.models.network import Network
@@ -56,19 +60,67 @@ def of_all_processes(accelerator: Accelerator, rows: Tensor) -> Sequence[Tensor]
 class Trainable(nn.Module):
     """The network as training calls it: features and logits in one forward, so that several processes stay in step.
 
-    Layers with LSQ are quantized in groups meanwhile.
+    Layers with LSQ are quantized in groups meanwhile, and a weight that several modules share, or that is read twice,
+    once. A compiled pass has its quantizers inside one graph in place of that.
+
+    Args:
+        network: quantizers attached.
+        backend: of torch.compile, or "off".
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, backend: str = "off") -> None:
         super().__init__()
         self.network = network
         self.groups = WeightGroups(network)
+        self.compiled = None if backend == "off" else compiled_pass(network, backend)
 
     def forward(self, images: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W); see `Network.features`."""
-        with self.groups:
-            features = self.network.features(images, sizes)
-            return features, self.network.classifier(features)
+        """Return features (n, d) and logits (n, n_classes) of images (n, C, H, W); see `Network.features`.
+
+        Raises:
+            ModelError: torch.compile cannot make one graph of the pass.
+        """
+        if self.compiled is not None:
+            return self.compiled(images, sizes)
+        with parametrize.cached(), self.groups:
+            return features_and_logits(self.network, images, sizes)
+
+
+def features_and_logits(network: Network, images: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Return features and logits of images."""
+    features = network.features(images, sizes)
+    return features, network.classifier(features)
+
+
+def compiled_pass(network: Network, backend: str) -> Callable[[Tensor, Sequence[int] | None], tuple[Tensor, Tensor]]:
+    """Return `features_and_logits` of a network as one graph; it is made at the first call, and anew at the start step.
+
+    Args:
+        network: quantizers attached.
+        backend: of torch.compile.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # most of a second to import
+
+    def run(images: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        return features_and_logits(network, images, sizes)
+
+    # torch keeps graphs by the code of a function, eight at most, and a process may train many networks
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+    graph = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    quantizers = [site.quantizer for site in sites(network)]
+
+    def call(images: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        for quantizer in quantizers:
+            quantizer.read_()  # a graph cannot, and has what was read last
+        try:
+            return graph(images, sizes)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"torch.compile cannot make one graph of this network ({reason}): leave out train.compile"
+            ) from error
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import CollapseError, ConfigError, Interrupted, NonFiniteLossError
 from qtdog.core.progress import RunCallback
 from qtdog.core.random import derive
-from qtdog.data.loader import Batch
+from qtdog.data.loader import Batch, CudaCopier
 from qtdog.objectives.base import DomainBatch
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record, SourceRecord
@@ -196,7 +196,9 @@ def _train(run: TrainingRun, last: int, callback: RunCallback, check_interrupt: 
     components, state, plan = run.components, run.state, run.components.config.train
     save_every = plan.checkpoint_every or plan.eval_every
     components.network.train()
-    with contextlib.closing(components.batches.stream(state.step, last)) as batches:
+    device = components.accelerator.device
+    copier = CudaCopier(device) if device.type == "cuda" else None
+    with contextlib.closing(components.batches.stream(state.step, last, copier)) as batches:
         while True:
             if evaluation_is_due(components.config, state):
                 callback.on_record(run.evaluate(check_interrupt))
@@ -246,9 +248,8 @@ def update(components: Components, batch: Batch, step: int) -> Tensor:
     """
     accelerator = components.accelerator
     seed = derive(components.config.train.seed, "model", step, accelerator.process_index)
-    images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
-    views = tuple(view.to(accelerator.device) for view in batch.views)
-    moved = DomainBatch(images, labels, batch.sizes, step, views, batch.indices)
+    there = batch.on(accelerator.device)
+    moved = DomainBatch(there.images, there.labels, there.sizes, step, there.views, there.indices)
 
     def add_gradients(part: DomainBatch, share: float | None = None) -> Tensor:
         loss = components.objective(components.view, part)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qtdog.conversion.attach import sites
 from qtdog.core.registry import HyperParameter, HyperParameters, Registry, Value, fill
 from qtdog.models.network import Network
+from qtdog.objectives.base import changing_buffers
 
 
 def lr_factor(schedule: str, step: int, *, decay_from: int, steps: int) -> float:
@@ -201,14 +202,15 @@ def perturbed(network: nn.Module, weights: Sequence[nn.Parameter], factor: Tenso
         True
     """
     quantizers = {id(site.weight): site.quantizer for site in sites(network)} if space == "dequantized" else {}
-    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    saved = [(buffer, buffer.clone()) for buffer in changing_buffers(network)]
     with contextlib.ExitStack() as undo:
         undo.callback(_put_back, saved)
         for weight in weights:
             assert weight.grad is not None
             move = weight.grad * factor
             if id(weight) in quantizers:
-                undo.callback(quantizers[id(weight)].register_forward_hook(_adding(move)).remove)
+                quantizers[id(weight)].move = move
+                undo.callback(setattr, quantizers[id(weight)], "move", None)
             else:
                 saved.append((weight.data, weight.detach().clone()))
                 weight.data.add_(move)
@@ -218,10 +220,6 @@ def perturbed(network: nn.Module, weights: Sequence[nn.Parameter], factor: Tenso
 def _put_back(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
     for value, copy in saved:
         value.copy_(copy)
-
-
-def _adding(move: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    return lambda module, inputs, output: output + move.to(output.dtype)
 
 
 RHO = HyperParameter(0.05, "length of the perturbation", low=0, search=(0.01, 0.5), log=True)
