@@ -7,6 +7,8 @@ import base64
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -168,6 +170,49 @@ def test_a_threshold_decides_what_is_accepted_and_lines_have_tabs(bundle):
     assert 0 < float(probability) <= 1
 
 
+@pytest.mark.parametrize("given", ["80", "-0.1", "nan", "auto"])
+def test_a_threshold_that_is_no_probability_is_refused(bundle, given, monkeypatch, capsys):
+    site, _, photos = bundle
+    monkeypatch.setattr(sys, "argv", [str(site / "predict.py"), f"--threshold={given}", str(photos / "print.jpg")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(site / "predict.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert f"invalid probability value: '{given}'" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_the_script_without_a_traceback(bundle):
+    site, _, photos = bundle
+    command = f"{shlex.join([sys.executable, str(site / 'predict.py'), str(photos / 'print.jpg')])} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_ctrl_c_ends_the_script_without_a_traceback(bundle, monkeypatch, capsys):
+    site, _, photos = bundle
+    script_of = runpy.run_path(str(site / "predict.py"))
+
+    class Interrupted(script_of["Classifier"]):
+        def rows(self, files):
+            yield next(super().rows(files))
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(script_of["main"].__globals__, "Classifier", Interrupted)
+    monkeypatch.setattr(sys, "argv", [str(site / "predict.py"), str(photos / "print.jpg")])
+    monkeypatch.setitem(script_of["main"].__globals__, "__file__", str(site / "predict.py"))
+    assert script_of["main"]() == 130
+    assert "print.jpg" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(bundle, monkeypatch, capsys):
+    site, _, photos = bundle
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(sys, "argv", [str(site / "predict.py"), str(photos / "print.jpg")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(site / "predict.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert "pip install onnxruntime numpy pillow" in capsys.readouterr().err
+
+
 def test_a_locale_without_a_letter_of_a_name_loses_no_row(bundle, tmp_path):
     site, _, photos = bundle
     for name in ("a.jpg", "\u732b.jpg", "z.jpg"):
@@ -202,6 +247,7 @@ def test_description_and_card_say_what_is_known(bundle):
     card = (site / "README.md").read_text()
     assert "`outdoor` was held out" in card
     assert "Threshold of accepted answers: 0.4000" in card
+    assert f"no probability further off than\n{about['parity']['max_difference']['probabilities']:.2g}." in card
     assert "measured on no domain that it had not seen" in card
     assert sorted(file.name for file in site.iterdir()) == ["README.md", "model.json", "model.onnx", "predict.py"]
 

@@ -332,7 +332,8 @@ The domains {", ".join(info.source_domains)}.{target} Images are resized to {siz
 
 These are numbers of the packed model. This file was compared with it on {parity.n_images} {images_of(parity)}:
 the same class on {100 * parity.agreement_frac:.2f} %, accuracy there
-{100 * parity.accuracy_packed:.1f} → {100 * parity.accuracy_exported:.1f} %.
+{100 * parity.accuracy_packed:.1f} → {100 * parity.accuracy_exported:.1f} %, and no probability further off than
+{parity.max_difference["probabilities"]:.2g}.
 
 Threshold of accepted answers: {accepted}.
 

@@ -41,8 +41,10 @@ class Classifier:
     """
 
     def __init__(self, folder: Path, threshold: float | None = None) -> None:
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise DataError("the library onnxruntime is missing: pip install onnxruntime numpy pillow") from error
         self.about: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         file = folder / self.about["file"]
         content = file.read_bytes()
@@ -95,12 +97,20 @@ def images_among(paths: Sequence[Path], passed: PassedOver) -> list[Path]:
     return found
 
 
+def probability(text: str) -> float:
+    """Return a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ValueError(text)
+    return number
+
+
 def print_answers() -> int:
     """Print a line per image and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     parser.add_argument("--json", action="store_true", help="print a JSON object per line")
-    parser.add_argument("--threshold", type=float, help="smallest probability of an accepted answer")
+    parser.add_argument("--threshold", type=probability, help="smallest probability of an accepted answer, 0 to 1")
     options = parser.parse_args()
     try:
         classifier = Classifier(Path(__file__).resolve().parent, options.threshold)
@@ -129,5 +139,18 @@ def print_answers() -> int:
     return int(n_failed > 0)
 
 
+def main() -> int:
+    """Run the script and return the exit code; Ctrl-C and a reader that goes away end it without a traceback."""
+    try:
+        code = print_answers()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would flush it once more at the end
+        return 1
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(print_answers())
+    sys.exit(main())

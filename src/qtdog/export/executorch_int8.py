@@ -45,6 +45,8 @@ def integer_networks(
     """
     if any(info.activations for info in source.infos):
         raise ModelError(f"{source.path} rounds activations as trained, which the format 'executorch-int8' cannot hold")
+    with quiet():  # torchao logs what it registers
+        library(f"{PT2E}.quantize_pt2e")
     module = source.module()
     made: list[nn.Module] = []
     rounded: list[str] = []

@@ -271,15 +271,17 @@ def quiet() -> Iterator[None]:
 
     Ctrl-C acts when the block has ended: an exception inside torch's translation would abort the process.
     """
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.utils._pytree")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with held_signals(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def find_codes(model: Any, codes: dict[str, QuantizedTensor]) -> dict[str, IntegerWeight]:
