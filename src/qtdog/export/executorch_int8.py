@@ -80,6 +80,7 @@ def _quantized(
         with quiet(), torch.no_grad():
             graph = torch.export.export(network, (inputs,)).module()
             prepared = steps.prepare_pt2e(graph, _quantizer(network, codes, activations, weights))
+            clip_observers_(prepared, activations)
             for counting in (False, True):
                 for observer in prepared.modules():
                     if isinstance(observer, activations):
@@ -92,6 +93,33 @@ def _quantized(
     except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(f"{source.path} cannot be quantized for ExecuTorch: {unsupported(error)}") from error
     return converted, sorted(observer.name for observer in seen if not observer.exact), len(seen)
+
+
+CLIPS = {"hardtanh": (-1.0, 1.0), "hardtanh_": (-1.0, 1.0), "relu6": (0.0, 6.0), "relu6_": (0.0, 6.0)}
+"""Operators that clip between constants, with the bounds that hold where the call gives none."""
+
+
+def clip_observers_(prepared: Any, observers: type[Any]) -> int:
+    """Give an observer whose value is only clipped afterwards the clip's bounds, in place; return how many got them.
+
+    XNNPACK's quantizer rounds a convolution's output before ReLU6. A range that ends where ReLU6 ends loses nothing.
+
+    Args:
+        prepared: graph module with observers.
+        observers: the class of those that take `bounds`.
+    """
+    n = 0
+    for node in prepared.graph.nodes:
+        observer = prepared.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(observer, observers) or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        name = str(user.target).removeprefix("aten.").partition(".")[0]
+        if name in CLIPS:
+            low, high = (*user.args[1:3], *CLIPS[name][len(user.args) - 1 :])
+            observer.bounds = (float(low), float(high))
+            n += 1
+    return n
 
 
 def _quantizer(network: nn.Module, codes: Mapping[str, QuantizedTensor], activations: Any, weights: Any) -> Any:
@@ -135,17 +163,19 @@ def _activation_observer() -> Any:
         """Extremes in a first pass, a histogram between them in a second one."""
 
         counting = False
+        bounds: tuple[float, float] | None = None
         histogram: Tensor | None = None
 
         def ends(self) -> tuple[float, float]:
             return min(float(self.min_val), 0.0), max(float(self.max_val), 0.0)
 
         def forward(self, x: Tensor) -> Tensor:
+            values = x.detach().float() if self.bounds is None else x.detach().float().clamp(*self.bounds)
+            low, high = self.ends() if self.counting else (0.0, 0.0)
             if not self.counting:
-                return super().forward(x)
-            low, high = self.ends()
-            if low < high:
-                counts = torch.histc(x.detach().float().reshape(-1), N_BINS, low, high)
+                super().forward(values)
+            elif low < high:
+                counts = torch.histc(values.reshape(-1), N_BINS, low, high)
                 self.histogram = counts if self.histogram is None else self.histogram + counts
             return x
 
