@@ -61,7 +61,7 @@ pictures: setup ## make the drawings of the pages and the pictures of the galler
 	@$(BIN)/python docs/make/pictures.py
 
 # long studies are commands of their own: see their first lines
-LONG := peers latency sweep_engines many_images backbones gpu_check
+LONG := peers temperature_shift latency sweep_engines many_images backbones gpu_check
 BENCHMARKS := $(filter-out $(LONG:%=benchmarks/%.py) benchmarks/rescore.py,$(wildcard benchmarks/*.py))
 
 bench: setup ## run every benchmark

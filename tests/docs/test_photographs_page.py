@@ -110,6 +110,14 @@ def test_each_command_of_the_page_runs_on_mixed_photographs(machine: Any):
     assert {name: row["class"] for name, row in expected.items()} == {name: row["class"] for name, row in told.items()}
     for name, row in expected.items():
         assert row["probability"] == pytest.approx(told[name]["probability"], abs=0.05)
+    code, out = machine(
+        "qtdog compare runs/site runs/site --data photos/"
+    )  # broken images, as in training, are left out
+    assert code == 0
+    assert out.count("no difference shown") == len(SITES)
+    code, out = machine("qtdog eval runs/site --unknown 'new photos' --json")
+    assert code == 0
+    assert 0 <= json.loads(out)["unknown_auroc_entropy"] <= 1
 
 
 def test_the_machine_without_qtdog_gets_the_three_libraries_of_the_script():

@@ -231,7 +231,7 @@ def evaluate(
 
       qtdog eval runs/photos-c --data photos/ --corrupt noise --corrupt jpeg
     """
-    from qtdog.cli.console import CountingBar, out, print_json, print_table
+    from qtdog.cli.console import CountingBar, out, print_json, print_table, warn
     from qtdog.cli.ensemble import ensemble_cost, show_cost
     from qtdog.cli.train import warn_skipped
     from qtdog.core.errors import ConfigError
@@ -261,7 +261,11 @@ def evaluate(
     known: list[Uncertainty] = []
     scores = score_domains(loaded, dataset, known, progress=CountingBar("decoding images"))
     average = sum(score["accuracy"] for score in scores.values()) / len(scores)
-    auroc = {} if unknown is None else unknown_auroc_of(loaded, known, find_images([unknown]))
+    auroc, left_out = {}, []
+    if unknown is not None:
+        auroc, left_out = unknown_auroc_of(loaded, known, find_images([unknown]), skip_unreadable=skip)
+    for error in left_out:
+        warn(f"left out: {error}")
     if as_json:
         result = {"model": str(model), "data": source, "domains": scores, "average": average} | auroc
         print_json(result | ensemble_cost(model, loaded))
@@ -340,7 +344,9 @@ def show_worst_classes(classes: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
 SITES = "Images of every site, old and new: a folder SITE/CLASS/image, a name, or a list."
 OLD = "The model in use: a file, or the folder that it is in."
 NEW = "The model that may replace it: a file, or the folder that it is in."
-SKIP_SITES = "Leave out images that cannot be read, and say how many. Default: an unreadable image is an error."
+SKIP_SITES = (
+    "Leave out images that cannot be read, and say how many. Default: as the runs did that the models come from."
+)
 REGRESSED = 1
 
 
@@ -372,12 +378,12 @@ def compare(
     from qtdog.ensemble.scoring import compare_sites, worse_sites
     from qtdog.report.tables import percent
     from qtdog.runs.find import find_model
+    from qtdog.training.load_model import training_configs
 
     files = [find_model(path) for path in (old, new)]
     models = [load(file) for file in files]
-    dataset = open_readable(
-        data, skip_unreadable=skip_unreadable, min_domains=1, progress=CountingBar("reading images")
-    )
+    skip = skip_unreadable or any(config.data.skip_unreadable for file in files for config in training_configs(file))
+    dataset = open_readable(data, skip_unreadable=skip, min_domains=1, progress=CountingBar("reading images"))
     warn_skipped(dataset)
     sites = compare_sites(models[0], models[1], dataset, progress=CountingBar("decoding images"))
     worse = worse_sites(sites)
@@ -402,7 +408,8 @@ def compare(
             for site in sites
         ]
         headers = ["site", "images", "old (%)", "new (%)", "images won, lost", "difference, 95 %", "verdict"]
-        print_table(headers, table, title="(unseen): the new model was not trained on this site")
+        unseen = any(site.domain not in sources for site in sites)
+        print_table(headers, table, title="(unseen): the new model was not trained on this site" if unseen else None)
         if worse:
             text = f"The new model is worse at {', '.join(worse)}: look at them before it replaces the old one."
             out.print(text, highlight=False, soft_wrap=True)

@@ -325,28 +325,38 @@ def model_labels(classes: tuple[str, ...], dataset: DomainDataset) -> np.ndarray
     return mapping[dataset.class_index]
 
 
-def unknown_auroc_of(model: AnyModel, known: Sequence[Uncertainty], files: Sequence[Path]) -> dict[str, float]:
+def unknown_auroc_of(
+    model: AnyModel, known: Sequence[Uncertainty], files: Sequence[Path], *, skip_unreadable: bool = False
+) -> tuple[dict[str, float], list[QtdogError]]:
     """Return how well uncertainty separates images of unknown kinds from known ones: AUROC of each measure.
 
     Args:
         model: the model.
         known: uncertainty of images of the classes that it knows.
         files: the other images.
+        skip_unreadable: leave out files that cannot be read, as long as one can.
+
+    Returns:
+        The areas, and the errors of the files that were left out.
 
     Raises:
         DataError: one of the files cannot be read.
     """
     rows: list[Row] = []
+    errors: list[QtdogError] = []
     for row in predict_images(model, files):
         if isinstance(row, QtdogError):
-            raise row
-        rows.append(row)
+            errors.append(row)
+        else:
+            rows.append(row)
+    if errors and not (skip_unreadable and rows):
+        raise errors[0]
     found = {}
     for name in ("entropy", "mutual_information"):
         if name in rows[0]:
             values = torch.cat([getattr(part, name) for part in known])
             found[f"unknown_auroc_{name}"] = unknown_auroc(values.numpy(), [row[name] for row in rows])
-    return found
+    return found, errors
 
 
 LEVEL = 0.05  # of the test that calls a site worse

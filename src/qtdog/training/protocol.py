@@ -93,7 +93,8 @@ def resolve(config: Config, dataset: DomainDataset, progress: Progress = None, *
     content = content or content_sha256(dataset, progress=progress)
     if data.content not in ("", content):
         text = f"the images of {data.source} changed since this configuration was made"
-        raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). Start a new run.")
+        hint = "Start a new run in another folder; --weights OLD/model.safetensors begins with what this one learned"
+        raise DataError(f"{text} (content {data.content[:12]} → {content[:12]}). {hint}")
     if data.target != "none":
         data = data.model_copy(update={"target": known_target(dataset, data.target)})
     check_trainable(dataset, data)
