@@ -61,11 +61,12 @@ def test_the_head_is_where_the_gradient_vanishes():
 def test_an_image_is_shown_as_the_teacher_takes_it():
     torch.manual_seed(0)
     pixels = torch.rand(2, 3, 16, 16)
-    mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+    student = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    mean, std = (torch.tensor(values)[:, None, None] for values in student)
     lens = Lens(16, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     own = torch.tensor(lens.mean)[:, None, None], torch.tensor(lens.std)[:, None, None]
-    torch.testing.assert_close(lens.of((pixels - mean) / std, mean, std), (pixels - own[0]) / own[1])
-    larger = Lens(24, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).of((pixels - mean) / std, mean, std)
+    torch.testing.assert_close(lens.of((pixels - mean) / std, *student), (pixels - own[0]) / own[1])
+    larger = Lens(24, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).of((pixels - mean) / std, *student)
     expected = functional.interpolate(pixels, size=(24, 24), mode="bilinear", antialias=True)
     torch.testing.assert_close(larger, expected, rtol=0, atol=1e-5)
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.registry import Registry
@@ -47,6 +49,9 @@ class MetaAccelerator:
 
     def main_process_first(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+
+PLAIN = ("fish", "mldg")  # they run the plain network, which has no autocast
 
 
 def on_meta(config: Config, digits: RotatedDigits) -> Components:
@@ -137,15 +142,43 @@ def test_a_fault_in_the_path_is_found(
         train_steps(components)
 
 
-@pytest.mark.parametrize("name", ["erm", "coral", "mmd", "irm", "fishr", "mixup", "sagnet", "groupdro"])
-def test_steps_under_bf16_keep_float32_parameters(
-    name: str, short_config: Callable[..., Config], digits: RotatedDigits
+NEEDS_RANGE = {"_log_softmax", "_softmax", "exp", "log", "nll_loss_forward", "linalg_vector_norm", "var", "std"}
+NEEDS_RANGE |= {"var_mean", "std_mean", "pow", "sqrt", "rsqrt", "round", "round_", "logsumexp"}
+
+
+class _Types(TorchDispatchMode):
+    """Notes which operations that need range or precision get bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.n_bf16 = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        halves = [one for one in tree_leaves(args) if isinstance(one, Tensor) and one.dtype == torch.bfloat16]
+        name = func.overloadpacket.__name__
+        self.n_bf16 += bool(halves)
+        if halves and name in NEEDS_RANGE:
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+SECTIONS = ("objective", "quantizer", "step_rule", "feature_layer")
+
+
+@pytest.mark.parametrize(("section", "name"), [(axis, name) for axis in SECTIONS for name in MEMBERS[axis]])
+def test_steps_under_bf16_round_no_loss_no_weight_and_no_step_size(
+    section: str, name: str, short_config: Callable[..., Config], digits: RotatedDigits
 ):
-    components = build_components(short_config(objective={"name": name}, train={"precision": "bf16"}), digits)
+    """The network computes in bfloat16; losses, norms, quantizers, parameters and gradients are float32."""
+    components = build_components(short_config(train={"steps": 6, "precision": "bf16"}, **needs(section, name)), digits)
     for step in range(4):
         begin_step(components, step)
-        loss = update(components, components.batches.batch(step), step)
+        with _Types() as audit:
+            loss = update(components, components.batches.batch(step), step)
         assert torch.isfinite(loss)
+        assert audit.found == set()
+        assert audit.n_bf16 > 0 or name in PLAIN
     for values in (components.network.parameters(), components.objective.parameters()):
         assert {value.dtype for value in values} <= {torch.float32}
     assert {value.grad.dtype for value in components.network.parameters() if value.grad is not None} == {torch.float32}

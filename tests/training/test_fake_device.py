@@ -89,6 +89,17 @@ def cells_of_all_members() -> list[dict[str, str]]:
     return [{axis: names[place % len(names)] for axis, names in contract.AXES.items()} for place in range(longest)]
 
 
+def config_of(cell: dict[str, str], content: str) -> Config:
+    """Return the configuration of a cell's run, with less work for OBC, which takes a second for each layer."""
+    config = contract.config_of(cell, content)
+    if cell["quantizer"] == "obc":
+        layers = config.quantizer.model_copy(update={"include": ("featurizer.3",)})
+        return config.model_copy(update={"quantizer": layers})
+    if cell["objective"] == "arm":  # Adam would make as much of a gradient that is nothing but rounding as of any
+        return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"name": "sgd"})})
+    return config
+
+
 def files_of(config: Config, data: DomainSubset, tmp_path: Path, fake: SimpleNamespace) -> tuple[bytes, bytes]:
     """Return the model files of a run on the CPU and of one on the device."""
     expected = on_cpu(config, data, tmp_path)
@@ -110,10 +121,7 @@ def test_a_run_on_the_device_gives_the_file_of_the_cpu(
     cell: dict[str, str], opened: tuple[DomainSubset, str], tmp_path: Path, fake: SimpleNamespace
 ):
     """Training, evaluation, averaging, checkpoints, calibration and the check of the file: all with values."""
-    config = contract.config_of(cell, opened[1])
-    if cell["quantizer"] == "obc":  # a second for each layer
-        layers = config.quantizer.model_copy(update={"include": ("featurizer.3",)})
-        config = config.model_copy(update={"quantizer": layers})
+    config = config_of(cell, opened[1])
     expected, found = files_of(config, opened[0], tmp_path, fake)
     assert_same(found, expected, exact=cell["objective"] != "arm")
 
@@ -123,19 +131,19 @@ def test_a_run_on_the_device_gives_the_file_of_the_cpu(
 def test_a_run_of_any_two_members_gives_the_file_of_the_cpu(
     cell: dict[str, str], opened: tuple[DomainSubset, str], tmp_path: Path, fake: SimpleNamespace
 ):
-    expected, found = files_of(contract.config_of(cell, opened[1]), opened[0], tmp_path, fake)
+    expected, found = files_of(config_of(cell, opened[1]), opened[0], tmp_path, fake)
     assert_same(found, expected, exact=cell["objective"] != "arm")
 
 
 def assert_same(found: bytes, expected: bytes, *, exact: bool) -> None:
-    """Compare model files; batch norm that learns, as ARM's, rounds otherwise where torch's CPU has a kernel for it."""
+    """Compare model files, those of ARM up to rounding: its sums are added in another order."""
     if exact:
         assert found == expected
         return
     tensors = [load_safetensors(content) for content in (found, expected)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, value in tensors[1].items():
-        torch.testing.assert_close(tensors[0][name].float(), value.float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(tensors[0][name].float(), value.float(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -486,9 +494,7 @@ def test_a_teacher_goes_to_the_device(
         hot_steps(components_on_device(config, three_digits, teacher=teacher), fake)
 
 
-@pytest.mark.parametrize(
-    "options", [{"teacher_view": "same"}, {"teacher_view": "clean"}, {"teacher_mode": "cosine"}, {"teacher_mode": "l2"}]
-)
+@pytest.mark.parametrize("options", [{"teacher_view": "clean"}, {"teacher_mode": "cosine"}], ids=str)
 def test_a_backbone_as_teacher_goes_to_the_device(
     options: dict[str, Any],
     short_config: Callable[..., Config],
@@ -496,6 +502,6 @@ def test_a_backbone_as_teacher_goes_to_the_device(
     on_device: Any,
     fake: SimpleNamespace,
 ):
-    objective = {"teacher": "test_resnet", "teacher_weights": "none", "teacher_sha256": "0" * 64}
-    config = tiny(short_config, three_digits, objective=objective | {"teacher_image_size": 16} | options)
+    objective = {"teacher": "test_resnet", "teacher_weights": "none", "teacher_image_size": 16}
+    config = tiny(short_config, three_digits, objective=objective | options)
     hot_steps(components_on_device(config, three_digits, teacher=load_teacher(config, three_digits)), fake)

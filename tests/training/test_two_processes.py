@@ -33,6 +33,7 @@ FLAGS = {"target": "75", "image_size": 8, "batch_size": 4, "steps": 6, "start_st
 ADAPTS = FLAGS | {"image_size": 32, "steps": 2, "start_step": 1, "backbone": "test_resnet", "weights": "none"}
 NAMES = ["erm", "irm", "vrex", "groupdro", "coral", "deep-coral", "mmd", "fishr", "rsc", "mms"]
 PARAMS = {"irm": {"anneal_steps": 0}, "vrex": {"anneal_steps": 0}, "fishr": {"anneal_steps": 0, "weight": 10.0}}
+DRAWN = ["arm", "mixup"]  # a context of the process's own images, pairs drawn by each process
 N_STEPS = 3
 AN_ERROR = "now an error"
 
@@ -44,6 +45,7 @@ def make(name: str, out: Path) -> None:
         "objective": {"name": name, "params": PARAMS.get(name, {})},
         "optimizer": {"name": "sgd", "lr": 0.05},
         "quantizer": {"name": "none"},
+        "model": {"feature_layer": "context" if name == "arm" else "none"},
     }
     config, digits = build_config([load_preset("digits"), changes]), RotatedDigits()
     parts = build_components(config, digits)
@@ -54,7 +56,10 @@ def make(name: str, out: Path) -> None:
         losses.append(update(parts, parts.batches.batch(step), step).item())
     state = {f"network.{key}": value.contiguous() for key, value in parts.network.state_dict().items()}
     state |= {f"objective.{key}": value for key, value in parts.objective.state_dict().items()}
-    if parts.accelerator.is_main_process:
+    if name in DRAWN:  # batch norm's statistics are each process's own until they are evaluated
+        state = {key: value.detach().contiguous() for key, value in parts.network.named_parameters()}
+        save_file(state, out / f"{name}.{parts.accelerator.process_index}.safetensors")
+    elif parts.accelerator.is_main_process:
         save_file(state | {"losses": torch.tensor(losses)}, out / f"{name}.safetensors")
 
 
@@ -74,6 +79,8 @@ def main_of_two(out: Path) -> None:
     assert not train(FLAGS, "--set", "train.eval_every=2", "--out", str(out / "run"))
     assert not train(ADAPTS, "--set", "model.freeze_bn=false", "--out", str(out / "adapts"))
     for name in NAMES:
+        make(name, out)
+    for name in DRAWN:
         make(name, out)
     print(AN_ERROR, flush=True)
     assert train({"target": "74"})
@@ -129,8 +136,14 @@ def test_only_the_first_process_speaks_and_an_error_of_any_is_told(in_two):
 
 
 def test_every_objective_that_several_processes_share_is_compared():
-    drawn = {"arm", "mixup"}  # a context of the process's own images, pairs drawn by each process
-    assert set(NAMES) == {name for name in OBJECTIVES if not OBJECTIVES[name].ONE_PROCESS} - drawn
+    assert {*NAMES, *DRAWN} == {name for name in OBJECTIVES if not OBJECTIVES[name].ONE_PROCESS}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_two_processes_with_batches_of_their_own_keep_one_network(name, in_two):
+    one, other = (load_file(in_two[0] / f"{name}.{rank}.safetensors") for rank in range(2))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ never looked at.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -53,18 +54,21 @@ class Lens:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def of(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def of(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """Return images that another network takes, (n, C, H, W) normalized with `mean` and `std`, as this one does."""
-        pixels = images * std + mean
+        pixels = images * column(std, images.dtype, images.device) + column(mean, images.dtype, images.device)
         if pixels.shape[-1] != self.size or pixels.shape[-2] != self.size:
             pixels = functional.interpolate(
                 pixels, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
             ).clamp(0, 1)
-        return (pixels - self._column(self.mean, images)) / self._column(self.std, images)
+        own = [column(values, images.dtype, images.device) for values in (self.mean, self.std)]
+        return (pixels - own[0]) / own[1]
 
-    @staticmethod
-    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+@functools.lru_cache(maxsize=16)
+def column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one value per channel (C, 1, 1), made once: a GPU is waited for when a tensor is made of numbers."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def build_backbone(objective: ObjectiveConfig, channels: int) -> tuple[nn.Module, Lens]:
@@ -170,7 +174,7 @@ class BackboneTeacher(BatchTeacher):
         clean: Tensor | None,
     ) -> None:
         self.featurizer, self.lens, self.head, self.clean = featurizer, lens, head, clean
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in student)
+        self.mean, self.std = student
         self.n_features = head.in_features
 
     @torch.no_grad()
@@ -180,9 +184,9 @@ class BackboneTeacher(BatchTeacher):
         if self.clean is not None:
             if batch.indices is None:
                 raise ValueError("a teacher of clean images needs to know which images a batch has")
-            return self.clean[batch.indices.cpu()].to(images.device)
+            return self.clean[batch.indices.cpu()].to(images.device, non_blocking=True)
         featurizer = self.featurizer.to(images.device)
-        return featurizer(self.lens.of(images.float(), self.mean.to(images.device), self.std.to(images.device)))
+        return featurizer(self.lens.of(images.float(), self.mean, self.std))
 
     @torch.no_grad()
     def logits(self, batch: DomainBatch) -> Tensor:
