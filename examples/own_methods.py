@@ -27,7 +27,7 @@ BRIGHTNESS = {"dark": 0.4, "dim": 0.6, "day": 0.8, "bright": 1.0}  # the domains
 
 
 class TintedNoise(FakeData):
-    """A torchvision data set that needs no download: noise, tinted in the colour of its class."""
+    """A torchvision data set that needs no download: noise, tinted in the color of its class."""
 
     def __init__(self, number: int, brightness: float) -> None:
         super().__init__(60, (3, 32, 32), len(CLASSES), random_offset=1000 * number)

@@ -51,18 +51,27 @@ def in_python(program: str, names: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def run_page(text: str, shell: Shell = in_shell, change: Callable[[str], str] = str) -> str:
+def run_page(
+    text: str,
+    shell: Shell = in_shell,
+    change: Callable[[str], str] = str,
+    *,
+    every: bool = False,
+    names: dict[str, Any] | None = None,
+) -> str:
     """Return a page with the output of its blocks written anew.
 
     Args:
         text: the page.
         shell: runs a block of command lines in the current folder.
         change: what to do to a block before it is run, such as taking fewer steps.
+        every: also run the blocks that are followed by no output.
+        names: is filled with what the page's programs define.
 
     Raises:
         RuntimeError: a command failed.
     """
-    names: dict[str, Any] = {}
+    names = {} if names is None else names
 
     def replaced(match: re.Match[str]) -> str:
         language, rest, block, output = match.groups()
@@ -70,9 +79,11 @@ def run_page(text: str, shell: Shell = in_shell, change: Callable[[str], str] = 
         if title:
             Path(title[1]).write_text(change(block))
             return match[0]
-        if output is None or language == "yml":
+        if language == "yml" or (output is None and not every):
             return match[0]
         printed = shell(change(block)) if language == "bash" else in_python(change(block), names)
+        if output is None:
+            return match[0]
         kept = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines()).replace(f"{Path.cwd()}/", "")
         return f"```{language}{rest}\n{block}```\n\n```text\n{kept}\n```\n"
 

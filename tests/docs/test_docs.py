@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
 import typer.main
 import yaml
@@ -207,16 +206,3 @@ def test_a_broken_link_is_noticed(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("# One `two`\n[a](#one-two) [b](#three) [c](gone.md) [d](page.md#nope) [e](https://example.org)\n")
     assert broken_links(page) == ["#three", "gone.md", "page.md#nope"]
-
-
-def test_the_programs_of_the_own_loop_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    program, *recipes = blocks((ROOT / "docs/tasks/own-loop.md").read_text(), "python")
-    assert len(recipes) == 3  # edits, resume and average, from a file
-    for recipe in recipes:
-        exec(compile(recipe, "own-loop.md", "exec"), {})
-    names: dict[str, Any] = {}
-    exec(compile(program, "own-loop.md", "exec"), names)
-    images = names["batches"][0][0]
-    assert torch.equal(names["saved"](images), names["model"].eval()(images))
-    assert (tmp_path / "model.safetensors").stat().st_size < 0.3 * 4 * 11_180_103  # parameters of ResNet-18, 7 classes

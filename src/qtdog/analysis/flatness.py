@@ -456,6 +456,6 @@ def _result(
         figures=figures,
         notes=(
             "Dequantized weights; every parameter moves; opposite directions; bands are one standard error over pairs.",
-            "An absolute radius favours networks of large weights: compare weight_norm, and the filter radius.",
+            "An absolute radius favors networks of large weights: compare weight_norm, and the filter radius.",
         ),
     )

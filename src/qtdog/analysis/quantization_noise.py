@@ -283,7 +283,7 @@ def _dress(axes: Sequence[Axes], sizes: Sequence[int]) -> None:
     span = np.geomspace(min(sizes), max(sizes), 50)
     axes[1].plot(span, (N_BINS - 1) / (2 * span), color="#666666", linestyle=":")
     axes[1].set(xscale="log", yscale="log", xlabel="weights of the layer", ylabel="KL to uniform (nats); dotted: floor")
-    axes[2].set_xlabel("layers, sorted by it")
+    axes[2].set_xlabel("layers, least clipped first")
     axes[2].set_ylabel("clipped weights (%)")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -135,7 +135,7 @@ def holdout(n: int, frac: float, *, trial: int, domain_index: int) -> tuple[Indi
 def three_way(n: int, frac: float = 0.2, *, trial: int, domain_index: int) -> tuple[Indices, Indices, Indices]:
     """Return (train, heldout, test): as `holdout`, with the next int(n · frac) of the permutation for the test.
 
-    The held-out part is the same as in `holdout`; with the default share this is the paper's 60/20/20 (Table 12).
+    The validation split is the same as in `holdout`; with the default share this is the paper's 60/20/20 (Table 12).
 
     Example:
         >>> [len(part) for part in three_way(10, trial=0, domain_index=0)]

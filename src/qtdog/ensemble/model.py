@@ -119,7 +119,7 @@ def share_splits(members: Sequence[Member]) -> bool:
 def heldout_note(members: Sequence[Member]) -> str | None:
     """Return in words why there is no score of the members together on the sources, or None if there is one."""
     if not share_splits(members):
-        return "the members held out different images: each was trained on some that another was chosen by"
+        return "the members held out different images: each was trained on some by which another was selected"
     if members[0].config.data.train_on_heldout:
         return "the members were trained on the held-out images too"
     return None
@@ -186,7 +186,7 @@ class EnsembleInfo:
     Attributes:
         kind: a name of `ensemble.model.KINDS`.
         members: what each member's own file says.
-        accuracy: of the ensemble: `source` (held-out part of the sources) and `test`; None where it was not measured.
+        accuracy: of the ensemble: `source` (validation split of the sources) and `test`; None where it was not measured.
         training_steps: updates behind all members, a shared beginning counted once.
         training_runs: the same in lengths of one member's run.
         temperature: of the probabilities, fitted on the sources' held-out images; 1 where that was not possible.

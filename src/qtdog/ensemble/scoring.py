@@ -91,7 +91,7 @@ class EvaluationSet:
         return self.same_splits and not self.protocol.train_on_heldout
 
     def source(self, logits_of: LogitsFunction, collected: list[LabeledLogits] | None = None) -> Scores:
-        """Return the scores on the held-out part of each source.
+        """Return the scores on the validation split of each source.
 
         Empty if the members held out different images, or one of them trained on all: then the sources say nothing.
 

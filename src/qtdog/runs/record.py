@@ -26,7 +26,7 @@ class SourceRecord:
     Attributes:
         step: updates made before the evaluation.
         selectable: False before quantization began; a quantized run saves only a quantized checkpoint.
-        source: score on the held-out part of each source domain.
+        source: score on the validation split of each source domain.
     """
 
     step: int

@@ -103,7 +103,7 @@ EXPECTED_MEASURES = {
     "unseen": "unseen domain",
     "unseen_all": "unseen domain, all of it",
     "in_domain": "in domain, last 20 % of each source",
-    "source": "held-out part of the sources",
+    "source": "validation split of the sources",
     "percentile_10_in": "10th percentile over known reviewers",
     "percentile_10_out": "10th percentile over unseen reviewers",
     "mean_of_five": "unseen domain, mean of five data sets",

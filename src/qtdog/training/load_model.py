@@ -92,7 +92,7 @@ class ModelInfo(_Untrusted):
         preprocessing: see there.
         source_domains: trained on these.
         target_domain: held out in training, or None.
-        accuracy: measured at the selected checkpoint: `source` (held-out part of the sources) and `test`.
+        accuracy: measured at the selected checkpoint: `source` (validation split of the sources) and `test`.
         pretraining: where the initial weights came from.
         bits: per quantized weight, or None for a float model.
         step: updates behind the saved weights.

@@ -1,4 +1,4 @@
-// Charts as SVG, from numbers in this page. A chart has names (rows of the table), each with a colour and a shape that it
+// Charts as SVG, from numbers in this page. A chart has names (rows of the table), each with a color and a shape that it
 // keeps in every chart; names switch off and on, points answer to the pointer and to arrow keys.
 
 const LEAST_RANGE = 10; // points of accuracy that an axis spans at least, so that noise is not blown up
@@ -112,8 +112,8 @@ function nameButtons(parent, chart, shown, change, over) {
   for (const name of chart.used) {
     const index = chart.names.indexOf(name);
     const button = element("button", { type: "button", "aria-pressed": "true", "data-name": name }, list);
-    const icon = element("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true", class: `series ${colour(index)}` }, button);
-    element("path", { class: "dot", d: shape(index, 5) }, element("g", { class: `series ${colour(index)}` }, icon));
+    const icon = element("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true", class: `series ${color(index)}` }, button);
+    element("path", { class: "dot", d: shape(index, 5) }, element("g", { class: `series ${color(index)}` }, icon));
     button.append(name);
     button.addEventListener("click", () => { if (!shown.delete(name)) shown.add(name); update(); });
     for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => over(shown.has(name) ? name : null));

@@ -1,7 +1,7 @@
 // A panel: an SVG with axes, points that answer to the pointer and to arrow keys, and groups of one name each.
 
 const SVG = "http://www.w3.org/2000/svg";
-const COLOURS = 10;
+const COLORS = 10;
 const SHAPES = [
   (r) => `M${-r},0a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`,
   (r) => `M${-r * 0.9},${-r * 0.9}h${r * 1.8}v${r * 1.8}h${-r * 1.8}z`,
@@ -20,8 +20,8 @@ function element(tag, attributes = {}, parent = null, text = null) {
   return made;
 }
 
-const shape = (index, r) => SHAPES[(index + Math.floor(index / COLOURS)) % SHAPES.length](r);
-const colour = (index) => `s${index % COLOURS}`;
+const shape = (index, r) => SHAPES[(index + Math.floor(index / COLORS)) % SHAPES.length](r);
+const color = (index) => `s${index % COLORS}`;
 const number = (value) => (value === null || value === undefined ? "–" : String(Math.round(value * 100) / 100));
 
 function ticks(low, high, wanted) {
@@ -81,7 +81,7 @@ class Panel {
   }
 
   group(name) {
-    return element("g", { class: `series ${colour(this.names.indexOf(name))}`, "data-name": name }, this.svg);
+    return element("g", { class: `series ${color(this.names.indexOf(name))}`, "data-name": name }, this.svg);
   }
 
   dot(parent, name, px, py, r, kind = "dot") {
