@@ -16,8 +16,8 @@ for name, run in runs.items():
     kilobytes = run.summary()["bytes"] / 1000
     print(f"{name}: {kilobytes:.1f} kB, target {run.accuracy:.3f}")
     axes.plot(kilobytes, 100 * run.accuracy, "o")
-    below = name == "7 bit"  # beside 5 bit
-    axes.annotate(name, (kilobytes, 100 * run.accuracy), (6, -13 if below else 5), textcoords="offset points")
+    beside = {"3 bit": (-32, -3), "7 bit": (6, -13)}.get(name, (6, 5))  # points; the three lie close together
+    axes.annotate(name, (kilobytes, 100 * run.accuracy), beside, textcoords="offset points")
 axes.set(xscale="log", xlim=(9, 150), ylim=(75, 90), xlabel="file (kB)", ylabel="accuracy on the target (%)")
 axes.set_xticks([10, 20, 50, 100], labels=["10", "20", "50", "100"])
 axes.minorticks_off()

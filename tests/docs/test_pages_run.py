@@ -57,7 +57,7 @@ SMALLER = {
     r"probe_steps=\d+": "probe_steps=2",
     r"merge_every=\d+": "merge_every=2",
     r"--members 5": "--members 2",
-    r"--preset average-then-quantize": "--preset average-then-quantize --set averager.params.start=2",
+    r"--preset average-then-quantize": "--preset average-then-quantize --set 'averager.params={start: 2}'",
     r"tf_efficientnet_lite2": "tf_efficientnet_lite0",
     r"list backbones convnext": "list backbones convnext_atto_ols",
     r'target: \["0", "75"\]': 'target: ["75"]',
