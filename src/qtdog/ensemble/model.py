@@ -186,8 +186,8 @@ class EnsembleInfo:
     Attributes:
         kind: a name of `ensemble.model.KINDS`.
         members: what each member's own file says.
-        accuracy: of the ensemble: `source` (validation split of the sources) and `test`; None where it was not measured.
-        training_steps: updates behind all members, a shared beginning counted once.
+        accuracy: of the ensemble: `source` (validation split of the sources) and `test`; None where not measured.
+        training_steps: updates behind all members, shared steps counted once.
         training_runs: the same in lengths of one member's run.
         temperature: of the probabilities, fitted on the sources' held-out images; 1 where that was not possible.
         accept_threshold: smallest probability of an answer that is accepted, chosen on the same images; None where
