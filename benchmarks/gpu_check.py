@@ -9,15 +9,18 @@ Each part prints a line and ends up in a JSON file; one that fails says why, and
     axes       six updates with every objective, quantizer, averager, step rule and feature layer
     parity     the losses of ten float32 updates on the device and on the CPU, TF32 off
     bf16       the losses of ten updates under bfloat16, beside float32
+    ahead      batches that are copied ahead on a stream of their own, value by value, while updates run
+    compiled   the losses of ten updates in one graph of torch.compile, beside the plain ones, and how fast they are
     resume     a run stopped half-way and resumed, against one that was not: the same weights?
     speed      seconds of a training step, float and LSQ in turns, and the memory at its peak
-    syncs      how often one update makes the host wait for the device (torch's profiler)
+    syncs      how often one update makes the host wait for the device (torch's profiler); a wait per update fails
     processes  two processes, where there are two GPUs
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -36,6 +39,7 @@ import torch
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.known_datasets import RotatedDigits
+from qtdog.data.loader import CudaCopier
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.quantizers.registry import QUANTIZERS
@@ -183,6 +187,39 @@ def bf16() -> dict[str, Any]:
     return {"largest_difference": off, "fp16": "not offered"}
 
 
+def ahead() -> dict[str, Any]:
+    """Compare batches that threads copied to the device ahead with those of the CPU, while updates use them."""
+    parts = build_components(digits_config({"data": {"workers": 2}}), RotatedDigits())
+    parts.network.train()
+    device = parts.accelerator.device
+    copier = CudaCopier(device) if device.type == "cuda" else None
+    with contextlib.closing(parts.batches.stream(0, N_STEPS, copier)) as batches:
+        for step, batch in enumerate(batches):
+            begin_step(parts, step)
+            update(parts, batch, step)
+            expected = parts.batches.batch(step)
+            same = torch.equal(batch.images.cpu(), expected.images) and torch.equal(batch.labels.cpu(), expected.labels)
+            if not same or batch.images.device.type != device.type:
+                raise Failed(f"the batch of step {step} on {batch.images.device} is not that of the CPU")
+    return {"batches": N_STEPS, "copied": copier is not None}
+
+
+def compiled() -> dict[str, Any]:
+    """Compare the losses of compiled updates with those of plain ones, and their time where there is a GPU."""
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    plain = losses_of(digits_config(), N_STEPS)
+    graph = losses_of(digits_config({"train": {"compile": backend}}), N_STEPS)
+    off = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(graph, plain, strict=True))
+    if off > 5e-3:
+        raise Failed(f"losses differ by a share of {off:.2g}: {graph} compiled, {plain} plain")
+    found: dict[str, Any] = {"backend": backend, "largest_difference": off}
+    if torch.cuda.is_available():
+        lite0 = ("tf_efficientnet_lite0", 96, 16)
+        steps = {name: network_step("lsq", *lite0, changes={"train": {"compile": name}}) for name in ("off", backend)}
+        found["step_s"] = {name: statistics.median(times) for name, times in in_turns(steps, 15).items()}
+    return found
+
+
 def resume() -> dict[str, Any]:
     """Stop a run half-way and resume it, and compare its file with that of a run that was not stopped."""
     from safetensors.torch import load_file
@@ -224,18 +261,23 @@ def run_command(command: list[str]) -> None:
         raise Failed(f"{' '.join(command[3:])}: {done.stderr.strip()[-400:]}")
 
 
-def network_step(quantizer: str, backbone: str, size: int, batch: int) -> tuple[Callable[[], None], Components]:
-    """Return a function that makes one update of a network with random weights, and what it is made of."""
-    changes: Changes = {
+def network_step(
+    quantizer: str, backbone: str, size: int, batch: int, changes: Changes | None = None
+) -> tuple[Callable[[], None], Components]:
+    """Return a function that makes one update of a network with random weights, and what it is made of.
+
+    The batch lies on the device, as in a run, where threads have copied it ahead.
+    """
+    options: Changes = {
         "data": {"target": "75", "image_size": size, "batch_size": batch},
         "model": {"backbone": backbone, "weights": "none"},
         "quantizer": {"name": quantizer, "bits": 7, "start_step": 0 if quantizer != "none" else None},
         "train": {"steps": 10**6},
         "optimizer": {"lr": 1e-6},
     }
-    parts = build_components(build_config([load_preset("digits"), changes]), RotatedDigits())
+    parts = build_components(build_config([load_preset("digits"), options, changes or {}]), RotatedDigits())
     parts.network.train()
-    held = parts.batches.batch(0)
+    held = parts.batches.batch(0).on(parts.accelerator.device)
     count = iter(range(10**6))
 
     def step() -> None:
@@ -252,12 +294,9 @@ def wait(parts: Components) -> None:
         torch.cuda.synchronize()
 
 
-def speed(backbone: str = "tf_efficientnet_lite0", size: int = 96, batch: int = 16, rounds: int = 15) -> dict[str, Any]:
-    """Measure a float and an LSQ step in turns."""
-    steps = {name: network_step(name, backbone, size, batch) for name in ("none", "lsq")}
+def in_turns(steps: dict[str, tuple[Callable[[], None], Components]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of an update of each, round by round, five updates at a time."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     for number in range(rounds + 3):
         for name, (step, parts) in steps.items():
             wait(parts)
@@ -267,6 +306,15 @@ def speed(backbone: str = "tf_efficientnet_lite0", size: int = 96, batch: int = 
             wait(parts)
             if number >= 3:
                 times[name].append((time.perf_counter() - started) / 5)
+    return times
+
+
+def speed(backbone: str = "tf_efficientnet_lite0", size: int = 96, batch: int = 16, rounds: int = 15) -> dict[str, Any]:
+    """Measure a float and an LSQ step in turns."""
+    steps = {name: network_step(name, backbone, size, batch) for name in ("none", "lsq")}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = in_turns(steps, rounds)
     ratios = [a / b for a, b in zip(times["lsq"], times["none"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     about = {
@@ -280,7 +328,8 @@ def speed(backbone: str = "tf_efficientnet_lite0", size: int = 96, batch: int = 
     return about
 
 
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+READS = "aten::_local_scalar_dense"  # of tensors on the CPU too, such as Adam's count of steps
 
 
 def syncs() -> dict[str, Any]:
@@ -292,7 +341,11 @@ def syncs() -> dict[str, Any]:
     with torch.profiler.profile() as profile:
         for _ in range(N_STEPS):
             step()
-    counts = {event.key: event.count / N_STEPS for event in profile.key_averages() if event.key in WAITS}
+    names = (*WAITS, READS)
+    counts = {event.key: event.count / N_STEPS for event in profile.key_averages() if event.key in names}
+    n_waits = sum(counts.get(name, 0) for name in WAITS)
+    if parts.accelerator.device.type != "cpu" and n_waits >= 1:
+        raise Failed(f"an update waits {n_waits:.1f} times for the device: {counts}")
     return {"per_step": counts}
 
 
@@ -317,7 +370,8 @@ def processes() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    part.__name__: part for part in (machine, demo, axes, parity, bf16, resume, speed, syncs, processes)
+    part.__name__: part
+    for part in (machine, demo, axes, parity, bf16, ahead, compiled, resume, speed, syncs, processes)
 }
 
 

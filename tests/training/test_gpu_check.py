@@ -39,6 +39,13 @@ def test_a_parameter_elsewhere_fails_the_check(check: ModuleType):
         check.check_places(parts)
 
 
+def test_batches_ahead_and_compiled_updates_are_those_of_the_cpu(check: ModuleType):
+    assert check.ahead() == {"batches": 10, "copied": False}
+    found = check.compiled()
+    assert found["backend"] == "aot_eager"
+    assert found["largest_difference"] < 1e-4
+
+
 def test_every_member_has_a_run(check: ModuleType):
     labels = [label for label, _ in check.members()]
     assert len(set(labels)) == len(labels)
