@@ -15,6 +15,7 @@ import typer
 import typer.main
 import yaml
 
+from qtdog.api.studies import find_study
 from qtdog.core.config_io import build_config, load_preset, parse_assignment, preset_description, preset_names
 from qtdog.core.errors import ConfigError
 
@@ -133,6 +134,21 @@ def test_every_python_block_compiles_and_imports_what_exists(page: Path):
 def test_every_yaml_block_is_a_valid_configuration(page: Path):
     for block in blocks(page.read_text(), "yaml"):
         build_config([yaml.safe_load(block)])
+
+
+def test_the_study_with_expected_values_is_one(tmp_path: Path):
+    (block,) = blocks((ROOT / "docs/tasks/reproduce.md").read_text(), "yml")
+    study = {
+        "name": "mine",
+        "methods": {"ERM": {"presets": ["float"]}, "QT-DoG": {}},
+        "ensembles": [{"name": "EoQ", "method": "QT-DoG", "kind": "eoq", "members": "0..4"}],
+        "grid": {"target": "all", "trial, seed": "0..4"},
+    }
+    file = tmp_path / "my_study.yaml"
+    file.write_text(yaml.safe_dump(study | yaml.safe_load(block)))
+    found, dataset = find_study(str(file))
+    assert dataset == "PACS"
+    assert set(found.expected) == {"ERM", "QT-DoG", "EoQ"}
 
 
 @pytest.mark.parametrize("name", preset_names())

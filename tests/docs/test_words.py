@@ -23,6 +23,8 @@ FORBIDDEN = re.compile(
     re.IGNORECASE,
 )
 
+OF_OTHER_PROGRAMS = {"--head", "--num_processes"}  # of ray and accelerate
+
 
 def help_texts(command: Any, name: str) -> Iterator[tuple[str, str]]:
     """Yield where and what a command and those below it say in `--help`."""
@@ -71,6 +73,27 @@ def test_messages():
     ]
     assert len(texts) > 2000
     assert forbidden(iter(texts)) == []
+
+
+def options(command: Any) -> Iterator[str]:
+    """Yield the names of the options of a command and of those below it."""
+    for option in command.params:
+        yield from (*option.opts, *option.secondary_opts)
+    for child in getattr(command, "commands", {}).values():
+        yield from options(child)
+
+
+def test_options_that_messages_name_exist():
+    known = {"--plugin", "--help", "--version", *options(typer.main.get_command(app)), *OF_OTHER_PROGRAMS}
+    package = ROOT / "src" / "qtdog"
+    named = {
+        (path.name, flag)
+        for path in package.rglob("*.py")
+        for _, text in sentences(path.read_text(encoding="utf-8"))
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", text)
+    }
+    assert len(named) > 50
+    assert {(file, flag) for file, flag in named if flag not in known} == set()
 
 
 def test_help_of_every_command():

@@ -82,7 +82,7 @@ def as_images(maps: Tensor, stage: Stage) -> Tensor:
     tokens = maps.movedim(stage.axis, 1)
     side = int(tokens.shape[2] ** 0.5)
     if side == 0:
-        raise ModelError(f"the {tokens.shape[2]} tokens of '{stage.name}' belong to no places in the image")
+        raise ModelError(f"the {tokens.shape[2]} tokens of '{stage.name}' belong to no positions in the image")
     return tokens[:, :, -side * side :].unflatten(2, (side, side))
 
 

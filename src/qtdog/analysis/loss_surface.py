@@ -228,7 +228,7 @@ class SurfacePlan:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.n_points < 3 or self.reach < 0:
-            raise ConfigError("--points must be at least 3, and --reach not negative")
+            raise ConfigError("--num-points must be at least 3, and --reach not negative")
 
     def ticks(self, *, line: bool) -> list[float]:
         """Return the coordinates on an axis, evenly spread, and the runs' own: 0 and 1 of a line between two, else 0.

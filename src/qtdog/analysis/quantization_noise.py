@@ -119,7 +119,7 @@ def describe_noise(noise: npt.NDArray[np.floating], clipped: float, moved: float
     """
     n = len(noise)
     if n == 0:
-        raise ModelError("no weight lies inside the grid, so there is no noise to describe_noise")
+        raise ModelError("no weight lies inside the grid, so there is no noise to describe")
     return Noise(
         n=n,
         kl=kl_to_uniform(noise, bins),

@@ -164,7 +164,7 @@ def import_folder(
 
     require_path(folder, "the folder")
     if not name and to is None:
-        raise ConfigError("say where the data set shall lie (-o FOLDER), or which benchmark it is (--as NAME)")
+        raise ConfigError("give the folder of the new data set (-o FOLDER), or the benchmark that it is (--as NAME)")
     target = to or data_root() / name
     card = CARDS[name] if name else DatasetCard(target.name, f"Images in the folder {target.name}")
     origin = {"dataset": name, "date": datetime.date.today().isoformat(), "imported_from": folder.resolve().name}
