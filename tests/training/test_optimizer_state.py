@@ -3,11 +3,13 @@ import torch
 from torch import nn
 
 from qtdog.conversion.attach import attach
-from qtdog.training.checkpoint import flatten_optimizer, plain_names, restore_optimizer_
+from qtdog.training.checkpoint import flatten_optimizer, plain_names, restore_moments_, restore_optimizer_
 
 MAKERS = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+    "adam-fused": lambda groups: torch.optim.Adam(groups, lr=1e-2, fused=True),
+    "adam-foreach": lambda groups: torch.optim.Adam(groups, lr=1e-2, foreach=True),
 }
 
 
@@ -42,6 +44,19 @@ def test_restored_optimizer_goes_on_bit_for_bit(name):
     step(other, fresh)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
+def test_steps_are_counted_where_the_code_of_an_update_reads_them(fused, place):
+    """On the device by the one kernel, on the CPU by the others, whose counts then cost no wait for a device."""
+    model = nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.param_groups[0]["fused"] = fused
+    restore_moments_(
+        optimizer, plain_names(model), {"weight|step": torch.tensor(3.0), "weight|exp_avg": torch.ones(2, 2)}
+    )
+    state = optimizer.state[model.weight]
+    assert (state["step"].device.type, state["exp_avg"].device.type) == (place, "meta")
 
 
 def test_moments_get_the_memory_format_of_their_parameter():

@@ -12,6 +12,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.build import build_components, make_accelerator
 from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load_model import load_model
+from qtdog.training.loop import begin_step, update
 from qtdog.training.protocol import resolve
 from qtdog.training.run import run
 
@@ -53,6 +54,38 @@ def test_tensor_float_32_is_used_where_it_was_asked_for_and_nowhere_else(short_c
         make_accelerator(short_config(train={"precision": precision}))
         flags.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
     assert flags == [(True, True), (False, False)]
+
+
+def test_cudnn_picks_convolutions_as_it_is_asked_to(short_config, digits):
+    flags = []
+    for name in ("benchmark", "deterministic", "heuristic"):
+        make_accelerator(short_config(train={"cudnn": name}))
+        flags.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+    assert flags == [(True, False), (False, True), (False, False)]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_code_of_an_update_is_the_one_that_was_asked_for(short_config, three_digits, optimizer):
+    """Each makes the same updates but for rounding; the default is torch's choice."""
+    ends = {}
+    for code in ("auto", "loop", "foreach", "fused"):
+        config = short_config(
+            data={"target": "75", "batch_size": 4, "image_size": 8, "workers": 0},
+            optimizer={"name": optimizer, "lr": 0.01, "implementation": code},
+        )
+        parts = build_components(config, three_digits)
+        parts.network.train()
+        (group, *_) = parts.optimizer.param_groups
+        assert (group["foreach"], group["fused"]) == {
+            "auto": (None, None), "loop": (False, None), "foreach": (True, None), "fused": (None, True)
+        }[code]  # fmt: skip
+        for step in range(2):
+            begin_step(parts, step)
+            update(parts, parts.batches.batch(step), step)
+        ends[code] = torch.cat([value.detach().flatten() for value in parts.network.parameters()])
+    assert torch.equal(ends["auto"], ends["loop"])
+    for code in ("foreach", "fused"):
+        torch.testing.assert_close(ends[code], ends["auto"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
