@@ -1,7 +1,7 @@
 """Step time of quantization-aware training as a multiple of float training.
 
     python benchmarks/step_time.py [--models NAME …] [--variants NAME …] [--repeats N] [--threads N]
-                                   [--clock cpu] [--batch N] [--compile] [--json]
+                                   [--clock cpu] [--batch N] [--compile] [--profile] [--json]
 
 Every variant of a model lives in one process; a round runs one optimizer step of each, in rotating order, and the ratio
 to the float step of the same round is what counts. Reported: the median of these paired ratios, with its quartiles.
@@ -32,6 +32,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtdog.conversion.attach import attach, sites
 from qtdog.conversion.layers import find_layers
@@ -170,6 +171,53 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return result
 
 
+class OperationTimes(TorchDispatchMode):
+    """Adds up the processor time of each of torch's operations in this thread, seconds by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run and time one operation."""
+        start = time.thread_time()
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - start
+        return result
+
+
+def show_profile(backbone: str, variants: Sequence[str], batch: int, n_rounds: int) -> None:
+    """Print the median processor time of each operation in a step, for float and the variants in turns."""
+    size = CASES[backbone][0]
+    torch.manual_seed(0)
+    base = timm.create_model(backbone, num_classes=7).train().to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.randint(7, (batch,))
+    names = ("float", *variants)
+    steps = {name: step_of(copy.deepcopy(base), name, images, labels) for name in names}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for index in range(n_rounds + 1):
+        for name in names:
+            start = time.thread_time()
+            with OperationTimes() as times:
+                steps[name](index)
+            whole = time.thread_time() - start
+            rest = {"between operations": whole - sum(times.seconds.values())}
+            rounds[name].append(times.seconds | rest)
+    keys = {key for found in rounds.values() for one in found for key in one}
+    medians = {
+        key: {name: 1e3 * statistics.median(one.get(key, 0.0) for one in rounds[name][1:]) for name in names}
+        for key in keys
+    }
+    total = sum(row["float"] for row in medians.values())
+    print(f"{backbone} at {size}, batch {batch}: ms of processor time in a step, medians of {n_rounds}")
+    for key, row in sorted(medians.items(), key=lambda item: -max(item[1].values())):
+        if max(row.values()) > 0.002 * total:
+            print(f"{key:40}" + "".join(f"{row[name]:>12.1f}" for name in names))
+    print(f"{'all':40}" + "".join(f"{sum(row[name] for row in medians.values()):>12.1f}" for name in names))
+
+
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,11 +240,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per step; default that of the model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--compile", action="store_true", help="measure float and each quantizer compiled, too")
+    parser.add_argument("--profile", action="store_true", help="print the time of each operation instead (one thread)")
     arguments = parser.parse_args()
     variants = list(arguments.variants)
     if arguments.compile:
         variants += [f"{name}{COMPILED}" for name in ("float", *variants) if name in OPTIONS or name == "float"]
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1 if arguments.profile else arguments.threads)
+    if arguments.profile:
+        for backbone in arguments.models:
+            show_profile(backbone, variants, arguments.batch or CASES[backbone][1], arguments.repeats)
+        return
     results = {}
     for backbone in arguments.models:
         size, batch = CASES[backbone]

@@ -242,6 +242,33 @@ def shift() -> Figure:
     return figure
 
 
+GROWTH_LABELS = {
+    "parameters": "parameters",
+    "domains": "domains",
+    "classes": "classes",
+    "images": "images",
+    "members": "members",
+}
+
+
+def cost_growth() -> Figure:
+    """Processor time against the size of the work, a panel per axis, with the fitted exponents."""
+    results = json.loads((RUNS / "cost-growth.json").read_text())
+    figure, axes = plt.subplots(1, len(results), figsize=(12, 3.0), layout="constrained")
+    for panel, (axis, label) in zip(axes, GROWTH_LABELS.items(), strict=True):
+        for (name, row), color in zip(results[axis].items(), (BLUE, ORANGE), strict=False):
+            sizes, seconds = zip(*row["points"], strict=True)
+            text = f"{name}: {row['exponent']:.2f}, last {row['last']:.2f}"
+            panel.loglog(sizes, [1000 * one for one in seconds], "o-", color=color, label=text)
+        panel.set(xlabel=label)
+        low, high = panel.get_ylim()
+        panel.set_ylim(low / 1.5, 6 * high)
+        panel.legend(frameon=False, fontsize=8, loc="upper left")
+        panel.grid(alpha=0.25)
+    axes[0].set_ylabel("ms")
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "concepts/minima": minima,
     "concepts/timeline": timeline,
@@ -249,6 +276,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "concepts/ensemble": ensemble,
     "results/accuracy-size": accuracy_size,
     "results/shift": shift,
+    "results/cost-growth": cost_growth,
 }
 
 
