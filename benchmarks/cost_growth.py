@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -185,7 +185,7 @@ def of_members(counts: Sequence[int], repeats: int) -> Measured:
         save_ensemble(file, members, script["ABOUT"])
         everyone = load_ensemble_model(file)
     for n in counts:
-        model = EnsembleModel(list(everyone.members)[:n], everyone.info)
+        model = EnsembleModel(cast(Any, list(everyone.members)[:n]), everyone.info)
         with torch.inference_mode():
             yield "prediction", n, seconds(lambda i, model=model: model(images), repeats)
 
@@ -206,7 +206,8 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
         >>> round(exponent([(1, 2), (10, 200), (100, 20_000)]), 6)
         2.0
     """
-    return float(np.polyfit(*np.log(np.array(points, dtype=np.float64)).T, 1)[0])
+    sizes, times = np.log(np.array(points, dtype=np.float64)).T
+    return float(np.polyfit(sizes, times, 1)[0])
 
 
 def measure(axis: str, *, quick: bool, repeats: int) -> dict[str, Any]:
