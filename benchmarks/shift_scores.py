@@ -130,6 +130,8 @@ def method_of(config: Config) -> str:
     name, width = config.quantizer.name, config.quantizer.noise_width
     text = "float" if name == "none" else f"{name}, {config.quantizer.bits} bits"
     text += "" if width == 1 else f", noise of {width:g} steps"
+    text += "".join(f", {layers} {bits} bits" for layers, bits in config.quantizer.layer_bits.items())
+    text += ", from the average on" if config.quantizer.start_from == "average" else ""
     averager = config.averager.name
     return text if averager == "none" else f"{text}, {averager}"
 

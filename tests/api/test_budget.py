@@ -146,6 +146,7 @@ def test_the_size_is_the_largest_that_fits_and_the_steps_fill_the_time(image_tre
 def test_too_little_time_gets_the_least_and_a_word(image_tree: Path):
     config, said = asked(image_tree, budget=Budget(10.0, asked=True), image_s=0.05, target="night")
     assert (config.data.image_size, config.train.steps) == (64, 100)
+    assert config.averager.params == {"start": config.start_step} == {"start": 40}  # sma alone would begin at the end
     assert "is the least and does not fit" in said[0]
 
 
@@ -183,12 +184,14 @@ def test_on_a_gpu_and_on_data_with_a_preset_nothing_changes_unasked(image_tree: 
     assert not said
 
 
-def test_the_same_command_finds_its_run_again(image_tree: Path, tmp_path: Path):
+@pytest.mark.parametrize("seconds", [900.0, 10.0])
+def test_the_same_command_finds_its_run_again(image_tree: Path, tmp_path: Path, seconds: float):
     out = tmp_path / "run"
-    first, _ = asked(image_tree, image_s=0.05, target="night", out=out)
+    budget = Budget(seconds)
+    first, _ = asked(image_tree, budget=budget, image_s=0.05, target="night", out=out)
     out.mkdir()
     RunFolder(out).claim(first, resume=False)
-    again, said = asked(image_tree, image_s=0.01, target="night", out=out)
+    again, said = asked(image_tree, budget=budget, image_s=0.01, target="night", out=out)
     assert again == first
     assert f"as chosen before for {out}" in said[0]
 

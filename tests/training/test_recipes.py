@@ -40,7 +40,7 @@ def recipe(digits) -> Callable[..., Config]:
 
 
 def test_the_recipes_are_known():
-    assert set(RECIPES) == {"average-then-quantize", "ermpp", "lsq-sma", "miro-swad", "robust", "small", "swad"}
+    assert set(RECIPES) == {"average-then-quantize", "ermpp", "lsq-sma", "miro-swad", "robust", "small", "swad", "tiny"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -63,6 +63,7 @@ TINY_AVERAGERS = {
     "robust": {"params": {"start": 2}},
     "small": {"params": {"start": 2}},
     "swad": {"params": {"n_converge": 1, "n_tolerance": 3}},
+    "tiny": {"params": {"start": 2}},
 }
 
 

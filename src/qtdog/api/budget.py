@@ -20,6 +20,7 @@ from qtdog.data.dataset import DomainDataset
 from qtdog.data.text import TextDomains
 from qtdog.models.backbones import create_network
 from qtdog.models.text_backbones import TEXT_BACKBONES
+from qtdog.training.averagers import AVERAGERS
 from qtdog.training.protocol import DomainProtocol, make_protocol, source_domains
 from qtdog.training.step_time import OVERHEAD, network_step_s, probe
 
@@ -329,6 +330,7 @@ def choose(
     steps = wanted_steps or _rounded(max(MIN_STEPS, min(fitting(best), 2 * enough, MAX_STEPS)))
     every = max(1, steps // N_EVALUATIONS)
     layer = merge_trees([layer, {"data": {"image_size": best}, "train": {"steps": steps, "eval_every": every}}])
+    layer = merge_trees([layer, _averaging(build(layer))])
     expected = n_runs * MARGIN * (steps * per_step + evaluated) * seconds[best]
     budget.say(_in_words(budget, build(layer), expected, n_runs, per_step * seconds[best]))
     return layer
@@ -339,13 +341,21 @@ def _preset(budget: Budget, dataset: DomainDataset) -> Tree:
     return load_preset(PRESET) if budget.on_processor and dataset.card.preset is None else {}
 
 
+def _averaging(config: Config) -> Tree:
+    """Return where averaging begins in a run so short that the averager's own default is past the start step."""
+    usual, start = AVERAGERS[config.averager.name].HYPERPARAMETERS.get("start"), config.start_step
+    if usual is None or start is None or start >= int(usual.default):
+        return {}
+    return {"averager": {"params": {"start": config.averager.params.get("start", start)}}}
+
+
 def taken_over(budget: Budget, dataset: DomainDataset, saved: Config) -> Tree:
     """Return the layer that chose what a run in the folder has, so that the same command finds it again."""
     chosen: Tree = {
         "data": {"image_size": saved.data.image_size, "batch_size": saved.data.batch_size},
         "train": {"steps": saved.train.steps, "eval_every": saved.train.eval_every},
     }
-    return merge_trees([_preset(budget, dataset), chosen])
+    return merge_trees([_preset(budget, dataset), chosen, _averaging(saved)])
 
 
 def taken_over_text(folder: Path, saved: Config) -> str:
