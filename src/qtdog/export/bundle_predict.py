@@ -139,7 +139,7 @@ def print_answers() -> int:
     return int(n_failed > 0)
 
 
-def main() -> int:
+def run_script() -> int:
     """Run the script and return the exit code; Ctrl-C and a reader that goes away end it without a traceback."""
     try:
         code = print_answers()
@@ -153,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script())
