@@ -107,7 +107,13 @@ def of_parameters(widths: Sequence[int], repeats: int) -> Measured:
 def transformer_step(width: int) -> tuple[int, Callable[[int], None]]:
     """Return the parameters of a transformer, and a function that makes an update."""
     torch.manual_seed(0)
-    shape = {"img_size": 64, "patch_size": 16, "embed_dim": width, "num_heads": width // 48, "num_classes": 7}
+    shape: dict[str, Any] = {
+        "img_size": 64,
+        "patch_size": 16,
+        "embed_dim": width,
+        "num_heads": width // 48,
+        "num_classes": 7,
+    }
     model = timm.create_model("vit_tiny_patch16_224", **shape).train()
     quantizers = attach(model, bits=7, quantizer="lsq", exclude=["head"])
     quantizers.enable()

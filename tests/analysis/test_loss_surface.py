@@ -62,5 +62,5 @@ def test_networks_of_different_shapes_have_no_line():
 
 
 def test_a_plan_without_a_middle_is_refused():
-    with pytest.raises(ConfigError, match="--points"):
+    with pytest.raises(ConfigError, match="--num-points"):
         SurfacePlan(n_points=2)

@@ -37,6 +37,7 @@ NOT_RUN = {
     r"--weights resnet18\.pth": "needs pretrained weights from a network; tests/models has such files",
     r"\.pte\b": "needs executorch; tests/export has the format where it is installed",
     r"^(?!.*--dry-run).*--gpus 1|^ray start": "needs a GPU or a cluster; tests/sweep has the engines",
+    r"qtdog analyze hessian": "takes ten seconds; tests/cli/test_analyze.py runs it",
     r"^accelerate |^torchrun ": "starts several processes; tests/training has them",
     r"^qtdog bench": "starts a process for each model, half a minute in all; tests/export/test_benchmark.py has them",
     r"qtdog demo|qtdog reproduce table01 --dataset PACS --only ERM": "tests/cli/test_reproduce.py runs it",

@@ -81,6 +81,7 @@ def test_processor_features_of_both_families():
     assert cpu_features("") == ()
 
 
+@pytest.mark.stress
 def test_memory_that_is_given_back_counts_for_the_peak():
     # in a process of its own: in one that runs tests, pages come and go beside it
     lines = [

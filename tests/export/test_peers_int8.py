@@ -27,6 +27,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("one_registry")
 def test_ours_and_that_of_onnxruntime_are_beside_float_in_the_same_runtime(rows: Any):
     found = rows("qtdog", "onnxruntime")

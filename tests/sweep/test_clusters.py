@@ -26,6 +26,7 @@ from qtdog.sweep.plan import EnsembleMembers, Task
 from qtdog.sweep.runner import Driver, unfinished
 
 
+@pytest.mark.stress
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_ray_gives_the_same_results(make_tiny, tmp_path, monkeypatch, running):
     pytest.importorskip("ray")

@@ -133,6 +133,7 @@ def test_an_unguarded_script_in_a_folder_with_strange_modules_runs_a_study(make_
     assert not (tmp_path / "CODE_WAS_RUN").exists()
 
 
+@pytest.mark.stress
 def test_sigterm_leaves_checkpoints_and_no_process(make_tiny, tmp_path):
     plan = make_tiny(set={"train.steps": 100_000}, grid={"target": "75", "seed": 0})
     study, out = tmp_path / "tiny.yaml", tmp_path / "out"

@@ -100,6 +100,7 @@ MEMBERS: dict[str, Registry[Any]] = {
 }
 
 
+@pytest.mark.stress  # test_fake_device.py has every member in the suite
 @pytest.mark.parametrize(("section", "name"), [(axis, name) for axis, known in MEMBERS.items() for name in known])
 def test_every_member_of_every_axis_stays_on_the_device(
     section: str, name: str, short_config: Callable[..., Config], digits: RotatedDigits
@@ -107,6 +108,7 @@ def test_every_member_of_every_axis_stays_on_the_device(
     train_steps(on_meta(short_config(**needs(section, name)), digits))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("seed", range(3))
 def test_combinations_stay_on_the_device(seed: int, short_config: Callable[..., Config], digits: RotatedDigits):
     rng = random.Random(seed)

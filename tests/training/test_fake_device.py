@@ -445,7 +445,10 @@ SMALL_ANALYSES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(SMALL_ANALYSES))
+SLOW = {"hessian": pytest.mark.stress}  # its products of second order take 15 s
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in SMALL_ANALYSES])
 def test_analyses_on_the_device_give_the_numbers_of_the_cpu(
     kind: str, trained: list[Path], tmp_path: Path, fake: SimpleNamespace
 ):

@@ -110,7 +110,7 @@ def clip_observers_(prepared: Any, observers: type[Any]) -> int:
     """
     n = 0
     for node in prepared.graph.nodes:
-        observer = prepared.get_submodule(node.target) if node.op == "call_module" else None
+        observer: Any = prepared.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(observer, observers) or len(node.users) != 1:
             continue
         (user,) = node.users
