@@ -124,6 +124,7 @@ def local_hashes(folder: Path) -> tuple[Plan, list[str]]:
     return plan, model_hashes(plan, folder / "local")
 
 
+@pytest.mark.stress
 def test_a_study_of_the_plugin_runs_with_local_workers(tmp_path: Path, no_plugins: None):
     _, local = local_hashes(tmp_path)
     assert "missing" not in local

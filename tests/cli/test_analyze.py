@@ -98,6 +98,7 @@ class Checks:
             raise Interrupted("stop")
 
 
+@pytest.mark.stress
 def test_a_stopped_flatness_goes_on_and_ends_the_same(runs, tmp_path):
     plan = FlatnessPlan({"absolute": (0.0, 3.0), "filter": (0.1,)}, n_directions=4, n_images=5)
     opened = open_analyzed_runs([runs["float"], runs["lsq"]], ["float", "lsq"])
@@ -115,6 +116,7 @@ def test_a_stopped_flatness_goes_on_and_ends_the_same(runs, tmp_path):
     assert again.n == 0
 
 
+@pytest.mark.stress
 def test_a_stopped_hessian_goes_on_and_ends_the_same(runs, tmp_path):
     plan = HessianPlan(n_images=2, max_vectors=12, error_frac=1e-9, n_eigenvalues=1, n_probes=0)
     opened = open_analyzed_runs([runs["float"]], ["float"])

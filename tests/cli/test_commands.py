@@ -86,6 +86,7 @@ def test_eval_names_the_nearest_corruption(qtdog, model):
     assert "jpeg" in outcome.err
 
 
+@pytest.mark.stress
 def test_predict_in_a_fresh_process_gives_the_loaded_models_numbers(model):
     root, out, _ = model
     command = [sys.executable, "-m", "qtdog", "predict", str(out / "model.safetensors"), str(root / "x"), "--json"]

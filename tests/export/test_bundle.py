@@ -196,10 +196,10 @@ def test_ctrl_c_ends_the_script_without_a_traceback(bundle, monkeypatch, capsys)
             yield next(super().rows(files))
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(script_of["main"].__globals__, "Classifier", Interrupted)
+    monkeypatch.setitem(script_of["run_script"].__globals__, "Classifier", Interrupted)
     monkeypatch.setattr(sys, "argv", [str(site / "predict.py"), str(photos / "print.jpg")])
-    monkeypatch.setitem(script_of["main"].__globals__, "__file__", str(site / "predict.py"))
-    assert script_of["main"]() == 130
+    monkeypatch.setitem(script_of["run_script"].__globals__, "__file__", str(site / "predict.py"))
+    assert script_of["run_script"]() == 130
     assert "print.jpg" in capsys.readouterr().out
 
 

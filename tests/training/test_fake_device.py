@@ -445,7 +445,7 @@ SMALL_ANALYSES: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = {"hessian": pytest.mark.stress}  # its products of second order take 15 s
+SLOW = {"hessian": pytest.mark.stress, "errors": pytest.mark.stress}  # 15 and 4 s
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in SMALL_ANALYSES])
