@@ -139,17 +139,22 @@ def step_of(model: nn.Module, variant: str, images: Tensor, labels: Tensor) -> C
     return step
 
 
-def measure(
-    backbone: str, variants: Sequence[str], repeats: int, clock: Callable[[], float], batch: int
-) -> dict[str, list[float]]:
-    """Return the seconds of every step of float and of the variants, round by round, less the first two rounds."""
+def steps_of(backbone: str, variants: Sequence[str], batch: int) -> dict[str, Callable[[int], None]]:
+    """Return a function for float and each variant that runs one training step, all from one start on one batch."""
     size = CASES[backbone][0]
     torch.manual_seed(0)
     base = timm.create_model(backbone, num_classes=7).train().to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     labels = torch.randint(7, (batch,))
-    names = ("float", *variants)
-    steps = {name: step_of(copy.deepcopy(base), name, images, labels) for name in names}
+    return {name: step_of(copy.deepcopy(base), name, images, labels) for name in ("float", *variants)}
+
+
+def measure(
+    backbone: str, variants: Sequence[str], repeats: int, clock: Callable[[], float], batch: int
+) -> dict[str, list[float]]:
+    """Return the seconds of every step of float and of the variants, round by round, less the first two rounds."""
+    steps = steps_of(backbone, variants, batch)
+    names = tuple(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(repeats + 2):
         shift = index % len(names)
@@ -189,13 +194,8 @@ class OperationTimes(TorchDispatchMode):
 
 def show_profile(backbone: str, variants: Sequence[str], batch: int, n_rounds: int) -> None:
     """Print the median processor time of each operation in a step, for float and the variants in turns."""
-    size = CASES[backbone][0]
-    torch.manual_seed(0)
-    base = timm.create_model(backbone, num_classes=7).train().to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-    labels = torch.randint(7, (batch,))
-    names = ("float", *variants)
-    steps = {name: step_of(copy.deepcopy(base), name, images, labels) for name in names}
+    steps = steps_of(backbone, variants, batch)
+    names = tuple(steps)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for index in range(n_rounds + 1):
         for name in names:
@@ -211,7 +211,7 @@ def show_profile(backbone: str, variants: Sequence[str], batch: int, n_rounds: i
         for key in keys
     }
     total = sum(row["float"] for row in medians.values())
-    print(f"{backbone} at {size}, batch {batch}: ms of processor time in a step, medians of {n_rounds}")
+    print(f"{backbone} at {CASES[backbone][0]}, batch {batch}: ms of processor time in a step, medians of {n_rounds}")
     for key, row in sorted(medians.items(), key=lambda item: -max(item[1].values())):
         if max(row.values()) > 0.002 * total:
             print(f"{key:40}" + "".join(f"{row[name]:>12.1f}" for name in names))

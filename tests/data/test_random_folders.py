@@ -5,33 +5,20 @@ The trees, and what is checked of each, are those of `tests/stress/folders.py`, 
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from qtdog.core.errors import DataError
 from qtdog.data.open import open_dataset
+from support import load_script
 
-SCRIPT = Path(__file__).parents[1] / "stress" / "folders.py"
 SEEDS, TRAINED = range(60), range(0, 60, 6)
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("folders", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["folders"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-folders = load_script()
+folders = load_script("tests/stress/folders.py")
 
 
 def test_counts_add_up_to_the_files_on_the_disk(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
+from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.runs.folder import RunFolder
 from qtdog.training.build import AVERAGERS, OBJECTIVES, STEP_RULES
@@ -32,6 +33,13 @@ from qtdog.training.checkpoint import checkpoint_folders, read_checkpoint
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, no_health_check, run
 
+MEMBERS = {
+    "objective": OBJECTIVES,
+    "quantizer": QUANTIZERS,
+    "averager": AVERAGERS,
+    "step_rule": STEP_RULES,
+    "feature_layer": FEATURE_LAYERS,
+}
 AXES = {
     "quantizer": ["none", *QUANTIZERS],
     "objective": list(OBJECTIVES),

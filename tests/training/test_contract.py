@@ -6,29 +6,16 @@ The cells, and what is checked in each, are those of `tests/stress/contract.py`,
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
 
-SCRIPT = Path(__file__).parents[2] / "tests" / "stress" / "contract.py"
+from support import load_script
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("contract", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = load_script()
+contract = load_script("tests/stress/contract.py")
 CELLS = contract.pairwise_cells(contract.AXES)
 
 

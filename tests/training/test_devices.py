@@ -22,14 +22,11 @@ from torch.utils._pytree import tree_leaves
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.registry import Registry
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.objectives.base import OBJECTIVES, DomainOutputs
-from qtdog.quantizers.registry import QUANTIZERS
-from qtdog.training.averagers import AVERAGERS
+from qtdog.objectives.base import DomainOutputs
 from qtdog.training.build import build_components
 from qtdog.training.components import Components, RunState
 from qtdog.training.loop import READ_EVERY, TrainingRun, begin_step, update
-from qtdog.training.step_rules import STEP_RULES
+from support import load_script
 
 
 class MetaAccelerator:
@@ -91,13 +88,7 @@ def needs(section: str, name: str) -> dict[str, Any]:
     return changes
 
 
-MEMBERS: dict[str, Registry[Any]] = {
-    "objective": OBJECTIVES,
-    "quantizer": QUANTIZERS,
-    "averager": AVERAGERS,
-    "step_rule": STEP_RULES,
-    "feature_layer": FEATURE_LAYERS,
-}
+MEMBERS: dict[str, Registry[Any]] = load_script("tests/stress/contract.py").MEMBERS
 
 
 @pytest.mark.stress  # test_fake_device.py has every member in the suite

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -32,12 +31,9 @@ from qtdog.ensemble.prediction import prediction_rows
 from qtdog.ensemble.scoring import compare_sites, open_evaluation_set, score_corruptions
 from qtdog.ensemble.teacher import load_teacher
 from qtdog.ensemble.weight_averaging import Recipe
-from qtdog.models.feature_layers import FEATURE_LAYERS
-from qtdog.objectives.base import OBJECTIVES, DomainOutputs
-from qtdog.quantizers.registry import QUANTIZERS
+from qtdog.objectives.base import DomainOutputs
 from qtdog.runs.finished import KINDS
 from qtdog.runs.folder import RunFolder
-from qtdog.training.averagers import AVERAGERS
 from qtdog.training.build import build_components
 from qtdog.training.checkpoint import checkpoint_folders, step_of
 from qtdog.training.components import Components, RunState
@@ -45,7 +41,7 @@ from qtdog.training.dart import dart
 from qtdog.training.loop import TrainingRun, begin_step, train, update
 from qtdog.training.protocol import resolve
 from qtdog.training.run import RunCallbacks, no_health_check, run, train_fork_point
-from qtdog.training.step_rules import STEP_RULES
+from support import load_script
 
 CALM = RunCallbacks(make_health_check=no_health_check, warn=lambda text: None)
 
@@ -69,18 +65,8 @@ def on_cpu(config: Config, digits: DomainSubset, tmp_path: Path) -> bytes:
     return folder.model_file.read_bytes()
 
 
-def load_contract() -> ModuleType:
-    """Return `tests/stress/contract.py`, which knows what members of the axes need."""
-    path = Path(__file__).parents[1] / "stress" / "contract.py"
-    spec = importlib.util.spec_from_file_location("contract", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = load_contract()
+contract = load_script("tests/stress/contract.py")
+MEMBERS: dict[str, Registry[Any]] = contract.MEMBERS
 
 
 def cells_of_all_members() -> list[dict[str, str]]:
@@ -220,15 +206,6 @@ def hot_steps(components: Components, fake: SimpleNamespace, n_steps: int = 4) -
         with fake.hot() if step == n_steps - 1 else contextlib.nullcontext():
             begin_step(components, step)
             made.after_step(update(components, batch, step), 0.0)
-
-
-MEMBERS: dict[str, Registry[Any]] = {
-    "objective": OBJECTIVES,
-    "quantizer": QUANTIZERS,
-    "averager": AVERAGERS,
-    "step_rule": STEP_RULES,
-    "feature_layer": FEATURE_LAYERS,
-}
 
 
 def needs(section: str, name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +12,12 @@ import pytest
 from PIL import Image
 
 import qtdog
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "peers.py"
+from support import load_script
 
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/peers.py")
 
 
 @pytest.fixture

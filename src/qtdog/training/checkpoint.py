@@ -87,7 +87,7 @@ def restore_moments_(optimizer: Optimizer, names: Mapping[int, str], tensors: di
         owner, key = name.rsplit(SEPARATOR, 1)
         parameter, group = owners[owner]
         # A copy: Adam counts steps in place, and several runs may begin from one checkpoint.
-        if key == "step":  # counted on the CPU, but by the one kernel that does everything
+        if key == "step":  # lies on the CPU, except where one fused kernel makes the update
             moment = value.to(parameter.device if group.get("fused") else "cpu", copy=True)
         else:
             moment = value.clone() if value.shape != parameter.shape else torch.empty_like(parameter).copy_(value)
