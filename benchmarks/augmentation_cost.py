@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtdog.data.augment import BufferPool
+from qtdog.data.augment import CPU, BufferPool
 from qtdog.data.augment_policies import POLICIES
 from qtdog.data.decoded_cache import Indices, InputCache
 from qtdog.data.loader import TrainBatches
@@ -48,9 +48,9 @@ class RandomImages(InputCache):
         """Return the images at `indices`."""
         return self.images[torch.from_numpy(indices)]
 
-    def network_inputs(self, indices: Indices, mean: object, std: object) -> Tensor:
+    def network_inputs(self, indices: Indices, mean: object, std: object, device: torch.device = CPU) -> Tensor:
         """Return them as the network takes them."""
-        return self.gather(indices).permute(0, 3, 1, 2).float() / 255
+        return self.gather(indices).permute(0, 3, 1, 2).to(device).float() / 255
 
 
 def make_batches(name: str, cache: RandomImages, batch: int) -> TrainBatches:

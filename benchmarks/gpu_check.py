@@ -9,7 +9,7 @@ Each part prints a line and ends up in a JSON file; one that fails says why, and
     axes       six updates with every objective, quantizer, averager, step rule and feature layer
     parity     the losses of ten float32 updates on the device and on the CPU, TF32 off
     bf16       the losses of ten updates under bfloat16, beside float32
-    ahead      batches that are copied ahead on a stream of their own, value by value, while updates run
+    ahead      batches that are augmented ahead on a stream of their own, against those of the CPU, while updates run
     compiled   the losses of ten updates in one graph of torch.compile, beside the plain ones, and how fast they are
     resume     a run stopped half-way and resumed, against one that was not: the same weights?
     speed      seconds of a training step, float and LSQ in turns, and the memory at its peak
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -38,8 +39,9 @@ import torch
 
 from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.config_io import build_config, load_preset
+from qtdog.data.augment import CPU
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.data.loader import CudaCopier
+from qtdog.data.loader import CudaAhead
 from qtdog.models.feature_layers import FEATURE_LAYERS
 from qtdog.objectives.base import OBJECTIVES
 from qtdog.quantizers.registry import QUANTIZERS
@@ -188,20 +190,31 @@ def bf16() -> dict[str, Any]:
 
 
 def ahead() -> dict[str, Any]:
-    """Compare batches that threads copied to the device ahead with those of the CPU, while updates use them."""
-    parts = build_components(digits_config({"data": {"workers": 2}}), RotatedDigits())
-    parts.network.train()
-    device = parts.accelerator.device
-    copier = CudaCopier(device) if device.type == "cuda" else None
-    with contextlib.closing(parts.batches.stream(0, N_STEPS, copier)) as batches:
-        for step, batch in enumerate(batches):
-            begin_step(parts, step)
-            update(parts, batch, step)
-            expected = parts.batches.batch(step)
-            same = torch.equal(batch.images.cpu(), expected.images) and torch.equal(batch.labels.cpu(), expected.labels)
-            if not same or batch.images.device.type != device.type:
-                raise Failed(f"the batch of step {step} on {batch.images.device} is not that of the CPU")
-    return {"batches": N_STEPS, "copied": copier is not None}
+    """Compare batches that are augmented on the device, ahead, with those of the CPU, while updates use them."""
+    worst = {}
+    for name in ("none", "domainbed"):
+        parts = build_components(digits_config({"data": {"workers": 2, "augment": name}}), RotatedDigits())
+        parts.network.train()
+        device = parts.accelerator.device
+        plain = copy.copy(parts.batches)
+        plain.device = CPU
+        differences = []
+        with contextlib.closing(
+            parts.batches.stream(0, N_STEPS, CudaAhead(device) if device.type == "cuda" else None)
+        ) as batches:
+            for step, batch in enumerate(batches):
+                begin_step(parts, step)
+                update(parts, batch, step)
+                expected = plain.batch(step)
+                if batch.images.device.type != device.type or not torch.equal(batch.labels.cpu(), expected.labels):
+                    raise Failed(f"the batch of step {step} on {batch.images.device} is not that of the CPU")
+                levels = (batch.images.cpu() - expected.images).abs() * torch.tensor(plain.std).view(-1, 1, 1) * 255
+                differences.append(levels)
+        every = torch.cat(differences)
+        worst[name] = {"largest_levels": round(every.max().item(), 3), "mean_levels": round(every.mean().item(), 5)}
+    if worst["none"]["largest_levels"] > 0.01 or worst["domainbed"]["mean_levels"] > 0.1:
+        raise Failed(f"images of the device are not those of the CPU: {worst}")
+    return {"batches": 2 * N_STEPS, "grey levels off the CPU's, of 255": worst}
 
 
 def compiled() -> dict[str, Any]:

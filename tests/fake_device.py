@@ -9,6 +9,7 @@ of the CPU, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -187,9 +188,15 @@ def _generator(device: Any = "cpu", make: Any = torch.Generator) -> torch.Genera
 
 @contextlib.contextmanager
 def fake_device() -> Iterator[Watch]:
-    """Let accelerate's device be the fake one."""
+    """Let accelerate's device be the fake one, in threads that begin in the block too."""
     before = dict(PartialState._shared_state), dict(AcceleratorState._shared_state)
-    plain = torch.Generator
+    plain, run_thread = torch.Generator, threading.Thread.run
+
+    def run_with_device(thread: threading.Thread) -> None:
+        with _Constants(), Factories():  # modes are of one thread
+            run_thread(thread)
+
+    threading.Thread.run = run_with_device  # pyright: ignore[reportAttributeAccessIssue]
     torch.Generator = _generator  # pyright: ignore[reportAttributeAccessIssue]
     torch.lazy = SimpleNamespace(_initialized=False)  # pyright: ignore[reportAttributeAccessIssue]
     WATCH.n_reads = WATCH.n_copies = WATCH.n_uploads = 0
@@ -199,6 +206,7 @@ def fake_device() -> Iterator[Watch]:
         with _Constants(), Factories():
             yield WATCH
     finally:
+        threading.Thread.run = run_thread  # pyright: ignore[reportAttributeAccessIssue]
         torch.Generator = plain
         del torch.lazy  # pyright: ignore[reportAttributeAccessIssue]
         for state, saved in zip((PartialState, AcceleratorState), before, strict=True):

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms import Resize
 
+from qtdog.data.augment import augment, draw_parameters
+from qtdog.data.augment_on_device import augment_on_device
 from qtdog.data.cards import PACS, check_counts
+from qtdog.data.decode import decode_resized
 from qtdog.data.image_folder import FileDataset, open_folder
 from qtdog.data.splits import make_splits
 
@@ -38,3 +42,13 @@ def test_pixels_equal_domainbeds_evaluation_transform(pacs: FileDataset) -> None
         with Image.open(pacs.path(i)) as image:
             expected = Resize([224, 224])(image.convert("RGB"))
         assert np.array_equal(pacs.read_resized(i, 224), np.asarray(expected))
+
+
+def test_photographs_are_augmented_on_a_device_as_on_the_cpu(pacs: FileDataset) -> None:
+    paths = sorted(ROOT.rglob("*.jpg"))[::400]
+    images = torch.stack([torch.from_numpy(decode_resized(path, 96).copy()) for path in paths])
+    drawn = draw_parameters(torch.Generator().manual_seed(2), len(images), 96)
+    options = {"size": 96, "mean": (0.0,), "std": (1.0,)}
+    off = 255 * (augment_on_device(images, drawn, **options) - augment(images, drawn)).abs()
+    assert off.mean() < 0.05
+    assert (off > 2.5).float().mean() < 0.001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +22,10 @@ from qtdog.core.config import AFTER_TRAINING, Config
 from qtdog.core.errors import Interrupted, NonFiniteLossError
 from qtdog.core.progress import StopAfter
 from qtdog.core.registry import Registry
+from qtdog.data.augment import CPU
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.data.loader import Batch
+from qtdog.data.loader import BUILT_IN, Batch, TrainBatches
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
 from qtdog.ensemble.model import load as load_file
 from qtdog.ensemble.model import read_member
@@ -297,17 +299,24 @@ def assert_found(
         hot_steps(components, fake)
 
 
-def test_batches_are_copied_ahead(
+def on_the_cpu(batches: TrainBatches) -> TrainBatches:
+    """The same batches, made on the CPU."""
+    plain = copy.copy(batches)
+    plain.device = CPU
+    return plain
+
+
+def test_batches_are_made_ahead(
     short_config: Callable[..., Config], three_digits: DomainSubset, on_device: Any, fake: SimpleNamespace
 ):
     """Each is on the device before it is asked for, and is the batch of the CPU."""
     batches = components_on_device(tiny(short_config, three_digits), three_digits).batches
     begun, waited = [], []
 
-    def copier(batch: Batch) -> Callable[[], Batch]:
-        with fake.Factories():  # of this thread
-            there = batch.on(fake.DEVICE)
-        begun.append(batch)
+    def ahead(make: Callable[[], Batch]) -> Callable[[], Batch]:
+        with fake.hot():
+            there = make()
+        begun.append(there)
 
         def ready() -> Batch:
             waited.append(len(begun))
@@ -316,18 +325,43 @@ def test_batches_are_copied_ahead(
         return ready
 
     batches.workers = 2
-    with contextlib.closing(batches.stream(0, 6, copier)) as stream:
+    with contextlib.closing(batches.stream(0, 6, ahead)) as stream:
         found = list(itertools.islice(stream, 6))
     assert waited[:4] == sorted(waited[:4])
     assert waited[0] >= 1
     assert len(begun) == len(waited) == 6
     for step, batch in enumerate(found):
-        expected = batches.batch(step)
+        expected = on_the_cpu(batches).batch(step)
         assert batch.images.device == fake.DEVICE
         assert torch.equal(batch.images.cpu(), expected.images)
         assert torch.equal(batch.labels.cpu(), expected.labels)
         assert batch.indices is not None
         assert batch.indices.device.type == "cpu"
+
+
+@pytest.mark.parametrize("augment", BUILT_IN)
+@pytest.mark.parametrize("crop", ["cached", "original"])
+def test_images_are_augmented_on_the_device(
+    augment: str,
+    crop: str,
+    short_config: Callable[..., Config],
+    three_digits: DomainSubset,
+    on_device: Any,
+    fake: SimpleNamespace,
+):
+    """They travel as uint8, nothing waits for the device, and they are those of the CPU but for rounded pixels."""
+    data = {"target": "75", "batch_size": 4, "image_size": 16, "workers": 0, "augment": augment, "crop": crop}
+    batches = components_on_device(tiny(short_config, three_digits, data=data), three_digits).batches
+    with fake.hot():
+        made = batches.batch(3)
+    assert made.images.device == fake.DEVICE
+    expected = on_the_cpu(batches).batch(3).images
+    levels = (made.images.cpu() - expected).abs() * torch.tensor(batches.std).view(-1, 1, 1) * 255
+    if augment == "none" or crop == "original":
+        assert levels.max() < 0.01
+    else:  # an operation such as posterize turns one level into many
+        assert levels.median() < 0.01
+        assert (levels > 2.5).float().mean() < 0.05
 
 
 def test_a_loss_that_is_not_finite_is_noticed_before_anything_is_saved(

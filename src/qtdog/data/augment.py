@@ -217,11 +217,25 @@ def _central(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([top, left, height, width], dim=1)
 
 
+CPU = torch.device("cpu")
+
+
+WAITS = ("mps", "xpu")  # copies from ordinary memory that do not wait would read what is overwritten meanwhile
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. The host does not wait for the copy, which CUDA reads from page-locked memory."""
+    if device == tensor.device:
+        return tensor
+    source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return source.to(device, non_blocking=device.type not in WAITS)
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (x / 255 - mean) / std, float32 (n, C, H, W) in channels-last memory.
 
     Args:
-        images: uint8 (n, H, W, C).
+        images: uint8 (n, H, W, C), on any device.
         mean: per channel, of images in [0, 1].
         std: likewise.
 
@@ -233,6 +247,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     # One row of W · C constants makes the innermost loop long: ten times faster than broadcasting C of them.
     scale = torch.tensor(std, dtype=torch.float32).mul_(255).reciprocal_().expand(channels).repeat(width)
     offset = (torch.tensor(mean, dtype=torch.float32) / torch.tensor(std)).expand(channels).repeat(width)
+    scale, offset = upload(scale, images.device), upload(offset, images.device)
     flat = images.reshape(n * height, width * channels).to(torch.float32)
     return flat.mul_(scale).sub_(offset).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 

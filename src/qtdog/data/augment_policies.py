@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtdog.core.registry import HyperParameter, HyperParameters, Value, fill
-from qtdog.data.augment import AUGMENTATIONS, BLUE, GREEN, RED, AugmentParameters, draw_parameters
+from qtdog.data.augment import AUGMENTATIONS, BLUE, CPU, GREEN, RED, AugmentParameters, draw_parameters, upload
+from qtdog.data.augment_on_device import crop_flip
 
 N_BINS = 31
 AUGMIX_BINS = 10
@@ -33,17 +34,16 @@ def crop_and_flip(images: Tensor | Sequence[Tensor], parameters: AugmentParamete
     """Return DomainBed's crops, resized (bilinear, antialiased) and flipped, uint8 (n, C, size, size).
 
     Args:
-        images: uint8 (n, H, W, C), or n images (H, W, C) of sizes of their own.
-        parameters: one row per image; only `crop` and `flip` count.
+        images: uint8 (n, H, W, C) on any device, or n images (H, W, C) of sizes of their own on the CPU.
+        parameters: one row per image, on the CPU; only `crop` and `flip` count.
         size: height = width of the result, in pixels.
     """
+    if isinstance(images, Tensor) and images.device.type != "cpu":
+        return crop_flip(images, parameters, size).permute(0, 3, 1, 2).to(torch.uint8)
     result = []
     for row, (top, left, height, width) in enumerate(parameters.crop.tolist()):
         crop = images[row][None, top : top + height, left : left + width].permute(0, 3, 1, 2)
-        if crop.device.type != "cpu":  # resizing of uint8 is for CPUs; the rounding is the same
-            crop = crop.float()
         resized = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)
-        resized = resized.round().clamp(0, 255).to(torch.uint8) if resized.is_floating_point() else resized
         result.append(resized.flip(3) if parameters.flip[row] else resized)
     return torch.cat(result)
 
@@ -58,7 +58,7 @@ def grey_of(images: Tensor) -> Tensor:
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """F · images + (1 - f) · other, cut to 0 … 255 and truncated; `factor` (n,)."""
-    factor = factor[:, None, None, None]
+    factor = upload(factor, images.device)[:, None, None, None]
     return (factor * images + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
 
 
@@ -94,12 +94,13 @@ def sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the first `magnitude` bits of each value."""
     mask = 256 - 2 ** (8 - magnitude.to(torch.int64))
-    return images & mask.to(torch.uint8)[:, None, None, None]
+    return images & upload(mask.to(torch.uint8), images.device)[:, None, None, None]
 
 
 def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Invert the values from `magnitude` on."""
-    return torch.where(images >= magnitude[:, None, None, None], 255 - images, images)
+    threshold = upload(magnitude, images.device)[:, None, None, None]
+    return torch.where(images >= threshold, 255 - images, images)
 
 
 def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -130,8 +131,8 @@ def _moved(images: Tensor, matrix: Tensor) -> Tensor:
     y = torch.linspace(-height / 2 + 0.5, height / 2 - 0.5, height, device=images.device)
     base = torch.ones(height, width, 3, device=images.device)
     base[..., 0], base[..., 1] = x, y[:, None]
-    theta = matrix.to(images.device).float().transpose(1, 2)
-    theta = theta / torch.tensor([width / 2, height / 2], device=images.device)
+    theta = matrix.float().transpose(1, 2) / torch.tensor([width / 2, height / 2])
+    theta = upload(theta, images.device)
     grid = (base.view(1, -1, 3) @ theta).view(n, height, width, 2)
     moved = F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return moved.round().to(torch.uint8)
@@ -185,7 +186,7 @@ def same(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 Operation = Callable[[Tensor, Tensor], Tensor]
-"""Images uint8 (n, C, H, W) and magnitudes (n,), on one device → images of the same shape and type."""
+"""Images uint8 (n, C, H, W) on any device, magnitudes (n,) on the CPU → images of the same shape and type."""
 
 OPERATIONS: dict[str, Operation] = {
     "identity": same,
@@ -298,8 +299,8 @@ def apply_operations(images: Tensor, which: Tensor, magnitude: Tensor) -> Tensor
     for number in which.unique().tolist():
         if NAMES[number] != "identity":
             rows = torch.nonzero(which == number)[:, 0]
-            there = rows.to(images.device)
-            result[there] = OPERATIONS[NAMES[number]](images[there], magnitude[rows].to(images.device))
+            there = upload(rows, images.device)
+            result[there] = OPERATIONS[NAMES[number]](images[there], magnitude[rows])
     return result
 
 
@@ -375,8 +376,8 @@ def _draw_augmix(generator: torch.Generator, n: int, size: tuple[int, int], para
 
 def _apply_augmix(images: Tensor, draws: Draws) -> Tensor:
     device = images.device
-    clean = draws["clean"].to(device)[:, None, None, None]
-    weights = (draws["weights"].to(device) * (1 - draws["clean"].to(device))[:, None])[:, :, None, None, None]
+    clean = upload(draws["clean"], device)[:, None, None, None]
+    weights = upload(draws["weights"] * (1 - draws["clean"])[:, None], device)[:, :, None, None, None]
     mixed = clean * images
     for chain in range(draws["which"].shape[1]):
         parts = {name: draws[name][:, chain] for name in ("which", "magnitude")}
@@ -465,6 +466,7 @@ class PolicyAugmentation:
         size: int,
         sizes: Tensor | None = None,
         n_views: int = 1,
+        device: torch.device = CPU,
     ) -> Augmented:
         """Return the images cropped, flipped and changed by the policy.
 
@@ -476,9 +478,11 @@ class PolicyAugmentation:
             size: height = width of the result, in pixels.
             sizes: int64 (n, 2), height and width of each image of the whole batch, where they differ.
             n_views: how often the policy is drawn for the same crops.
+            device: where the policy works and the result lies, if the images are on the CPU.
         """
         policy = POLICIES[self.name]
-        clean = crop_and_flip(images, draw_parameters(generator, n, size if sizes is None else sizes).take(rows), size)
+        parameters = draw_parameters(generator, n, size if sizes is None else sizes).take(rows)
+        clean = upload(crop_and_flip(images, parameters, size), device)
         views = []
         for _ in range(n_views):
             draws = policy.draw(generator, n, (size, size), self.params)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from qtdog.core.errors import ConfigError
 from qtdog.core.random import torch_stream
 from qtdog.core.registry import Registry
-from qtdog.data.augment import BufferPool, normalise
+from qtdog.data.augment import CPU, BufferPool, normalise, upload
 from qtdog.data.decoded_cache import DecodedCache, Indices, InputCache
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -123,9 +123,11 @@ class CorruptedCache(InputCache):
         changed = corrupt(images, self.name, self.severity, seed=self.seed, keys=[int(index) for index in indices])
         return changed.permute(0, 2, 3, 1)
 
-    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def network_inputs(
+        self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
+    ) -> Tensor:
         """Return them normalized, float32 (b, C, size, size) in channels-last memory."""
-        return normalise(self.gather(indices), mean, std)
+        return normalise(upload(self.gather(indices), device), mean, std)
 
 
 def _scaled(image: Tensor, length: float) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, lock_file, remove_leftovers, write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.augment import BufferPool, normalise
+from qtdog.data.augment import CPU, BufferPool, normalise, upload
 from qtdog.data.dataset import N_THREADS, DomainDataset, ImageDataset, Resize, iter_samples, require_images
 from qtdog.data.decode import DECODE_VERSION, to_square
 from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
@@ -68,13 +68,16 @@ class InputCache(ABC):
         """
 
     @abstractmethod
-    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def network_inputs(
+        self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
+    ) -> Tensor:
         """Return the inputs at `indices` as a network takes them in evaluation; errors as in `gather`.
 
         Args:
             indices: positions, each in [0, n).
             mean: per channel, of images in [0, 1].
             std: likewise.
+            device: where they are wanted; the stored bytes travel there, and are normalised there.
         """
 
     def _read_rows(self, indices: Indices, rows: npt.NDArray[np.uint8]) -> None:
@@ -283,9 +286,11 @@ class DecodedCache(InputCache):
         self._read_rows(indices, images.numpy().reshape(len(indices), self._row_bytes))
         return images
 
-    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def network_inputs(
+        self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
+    ) -> Tensor:
         """Return the images at `indices`, normalised, float32 (b, C, size, size) in channels-last memory."""
-        return normalise(self.gather(indices), mean, std)
+        return normalise(upload(self.gather(indices), device), mean, std)
 
 
 def content_sha256(

@@ -17,8 +17,9 @@ from torch import Tensor
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.random import numpy_stream, torch_stream
 from qtdog.core.registry import Value, fill
-from qtdog.data.augment import AUGMENTATIONS, BufferPool, augment, draw_parameters, normalise
-from qtdog.data.augment_policies import POLICIES, PolicyAugmentation
+from qtdog.data.augment import AUGMENTATIONS, CPU, BufferPool, augment, draw_parameters, normalise, upload
+from qtdog.data.augment_on_device import augment_on_device
+from qtdog.data.augment_policies import POLICIES, PolicyAugmentation, crop_and_flip
 from qtdog.data.decoded_cache import InputCache
 from qtdog.data.original_cache import OriginalCache
 
@@ -119,27 +120,18 @@ class Batch:
     views: tuple[Tensor, ...] = ()
     indices: Tensor | None = None
 
-    def on(self, device: torch.device, *, pinned: bool = False) -> Batch:
-        """Return the batch on a device; itself if it is there. `indices` stay on the CPU, where caches are looked up.
-
-        Args:
-            device: where to.
-            pinned: copy through page-locked memory, so that nothing waits for the copy (CUDA).
-        """
-
-        def moved(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
-
-        views = tuple(map(moved, self.views))
-        return replace(self, images=moved(self.images), labels=moved(self.labels), views=views)
+    def on(self, device: torch.device) -> Batch:
+        """Return the batch on a device; itself if it is there. `indices` stay on the CPU, where caches are."""
+        views = tuple(upload(view, device) for view in self.views)
+        return replace(self, images=upload(self.images, device), labels=upload(self.labels, device), views=views)
 
 
-Copier = Callable[[Batch], Callable[[], Batch]]
-"""Begins to copy a batch to a device, and returns what gives it there to the computation, which waits for the copy."""
+Ahead = Callable[[Callable[[], Batch]], Callable[[], Batch]]
+"""Runs what makes a batch on a device, and returns what gives the batch to the computation once it is made."""
 
 
-class CudaCopier:
-    """Copies batches to a GPU on a stream of its own: neither the host nor the running computation waits.
+class CudaAhead:
+    """Has batches made on a GPU on a stream of its own: neither the host nor the running computation waits.
 
     It is called by the threads that prepare batches, so that the next ones lie on the GPU before they are asked for.
 
@@ -151,18 +143,18 @@ class CudaCopier:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def __call__(self, batch: Batch) -> Callable[[], Batch]:
-        """Begin to copy a batch."""
+    def __call__(self, make: Callable[[], Batch]) -> Callable[[], Batch]:
+        """Begin to make a batch."""
         with torch.cuda.stream(self.stream):
-            copied = batch.on(self.device, pinned=True)
+            made = make()
             done = self.stream.record_event()
 
         def ready() -> Batch:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(done)
-            for tensor in (copied.images, copied.labels, *copied.views):
+            for tensor in (made.images, made.labels, *made.views):
                 tensor.record_stream(computing)  # its memory is not given away while the computation uses it
-            return copied
+            return made
 
         return ready
 
@@ -188,6 +180,8 @@ class TrainBatches:
         augment_params: hyper-parameters of a policy.
         n_views: with a policy, how many augmented views a batch has beside the images, which are then only cropped and
             flipped; 0: the images are augmented.
+        device: where the batches are wanted. Images travel there as uint8, and are augmented and normalised there; only
+            crops of originals of any size, and augmentations of plug-ins, are made on the CPU.
 
     Raises:
         ConfigError: the batch size cannot be shared evenly by the processes, `focus` is none of the domains, an unknown
@@ -214,7 +208,9 @@ class TrainBatches:
         originals: OriginalCache | None = None,
         augment_params: Mapping[str, Value] | None = None,
         n_views: int = 0,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.sizes = batch_sizes(tuple(pools), batch_size, focus)
         if any(size % world for size in self.sizes):
             shares = f" (data.focus makes it {self.sizes})" if focus else ""
@@ -259,7 +255,7 @@ class TrainBatches:
         indices = everyone[rows]
         images, *views = self._inputs(everyone, step, torch.from_numpy(rows))
         sizes = tuple(size // self.world for size in self.sizes)
-        labels = torch.from_numpy(self.class_index[indices])
+        labels = upload(torch.from_numpy(self.class_index[indices]), self.device)
         return Batch(images, labels, tuple(self.pools), sizes, tuple(views), torch.from_numpy(indices))
 
     def _inputs(self, everyone: Indices, step: int, rows: Tensor) -> list[Tensor]:
@@ -268,12 +264,13 @@ class TrainBatches:
         indices, n = everyone[rows.numpy()], len(everyone)
         generator = torch_stream(self.seed, "augment", step)
         if self.originals is None:
-            images = self.cache.gather(indices, self._buffers)
+            images = upload(self.cache.gather(indices, self._buffers), self.device)
             size, sizes = int(images.shape[1]), None
         else:
             images, size = self.originals.gather(indices), self.originals.image_size
             sizes = self.originals.sizes[torch.from_numpy(everyone)]
-        made = self._policy(images, rows, generator, n=n, size=size, sizes=sizes, n_views=max(self.n_views, 1))
+        options = {"n": n, "size": size, "sizes": sizes, "n_views": max(self.n_views, 1), "device": self.device}
+        made = self._policy(images, rows, generator, **options)
         wanted = [made.clean, *made.views] if self.n_views else [made.views[0]]
         return [normalise(one.permute(0, 2, 3, 1), self.mean, self.std) for one in wanted]
 
@@ -281,25 +278,32 @@ class TrainBatches:
         """Return the images at `everyone[rows]`; the rest of the global batch is that of other processes."""
         indices = everyone[rows.numpy()]
         if self.augment == "none":
-            return self.cache.network_inputs(indices, self.mean, self.std)
-        if self.augment == "domainbed" and self.originals is not None:
-            return self._crops_of_originals(self.originals, everyone, step, rows)
-        images = self.cache.gather(indices, self._buffers)
-        if self.augment != "domainbed":
-            generator = torch_stream(self.seed, "augment", step, self.rank)
-            return normalise(AUGMENTATIONS[self.augment](images, generator), self.mean, self.std)
-        n_global = sum(self.sizes)  # drawn for all processes, so that they see one global batch
-        parameters = draw_parameters(torch_stream(self.seed, "augment", step), n_global, images.shape[1])
-        return augment(images, parameters.take(rows), mean=self.mean, std=self.std, pool=self._buffers)
+            return self.cache.network_inputs(indices, self.mean, self.std, self.device)
+        if self.augment == "domainbed":
+            return self._domainbed(everyone, step, rows)
+        generator = torch_stream(self.seed, "augment", step, self.rank)
+        made = AUGMENTATIONS[self.augment](self.cache.gather(indices, self._buffers), generator)
+        return normalise(upload(made, self.device), self.mean, self.std)
 
-    def _crops_of_originals(self, originals: OriginalCache, everyone: Indices, step: int, rows: Tensor) -> Tensor:
-        sizes = originals.sizes[torch.from_numpy(everyone)]
-        parameters = draw_parameters(torch_stream(self.seed, "augment", step), len(everyone), sizes)
-        images = originals.gather(everyone[rows.numpy()])
-        options = {"mean": self.mean, "std": self.std, "pool": self._buffers}
-        return augment(images, parameters.take(rows), size=originals.image_size, **options)
+    def _domainbed(self, everyone: Indices, step: int, rows: Tensor) -> Tensor:
+        indices, generator = everyone[rows.numpy()], torch_stream(self.seed, "augment", step)
+        if self.originals is None:
+            images = self.cache.gather(indices, self._buffers)
+            size, sizes = int(images.shape[1]), int(images.shape[1])
+        else:
+            images, size = self.originals.gather(indices), self.originals.image_size
+            sizes = self.originals.sizes[torch.from_numpy(everyone)]
+        # Drawn for all processes, so that they see one global batch.
+        parameters = draw_parameters(generator, len(everyone), sizes).take(rows)
+        if self.device.type == "cpu":
+            return augment(images, parameters, size=size, mean=self.mean, std=self.std, pool=self._buffers)
+        there = {"size": size, "mean": self.mean, "std": self.std}
+        if isinstance(images, Tensor):
+            return augment_on_device(upload(images, self.device), parameters, **there)
+        crops = upload(crop_and_flip(images, parameters, size).permute(0, 2, 3, 1), self.device)
+        return augment_on_device(crops, parameters, crops_made=True, **there)
 
-    def stream(self, start_step: int, end_step: int, copier: Copier | None = None) -> Generator[Batch, None, None]:
+    def stream(self, start_step: int, end_step: int, ahead: Ahead | None = None) -> Generator[Batch, None, None]:
         """Yield the batches of steps start_step … end_step - 1, the next ones being prepared in the background.
 
         Close the iterator (or let it be collected) to stop the threads. An error in a thread is raised here.
@@ -307,12 +311,14 @@ class TrainBatches:
         Args:
             start_step: the first.
             end_step: behind the last.
-            copier: copies each to a device as soon as it is prepared; default: they stay on the CPU.
+            ahead: has each made on a stream of the device (`CudaAhead`); default: as the thread that prepares it does.
         """
 
         def prepared(step: int) -> Callable[[], Batch]:
+            if ahead is not None:
+                return ahead(lambda: self.batch(step))
             batch = self.batch(step)
-            return (lambda: batch) if copier is None else copier(batch)
+            return lambda: batch
 
         if self.workers == 0:
             for step in range(start_step, end_step):
@@ -359,12 +365,13 @@ def eval_batches(
     batch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    device: torch.device = CPU,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) of `indices` in their order, normalised, not augmented.
+    """Yield (images, labels) of `indices` in their order, normalised, not augmented, on a device.
 
     Images are float32 (b, C, H, W) in channels-last memory, labels int64 (b,); the last batch may be smaller.
     """
     labels = class_index.astype(np.int64)
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
-        yield cache.network_inputs(part, mean, std), torch.from_numpy(labels[part])
+        yield cache.network_inputs(part, mean, std, device), upload(torch.from_numpy(labels[part]), device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, remove_leftovers
 from qtdog.core.progress import Progress
-from qtdog.data.augment import BufferPool
+from qtdog.data.augment import CPU, BufferPool, upload
 from qtdog.data.cards import DatasetCard
 from qtdog.data.dataset import SPLIT_NAMES, TEST, VAL, DomainDataset
 from qtdog.data.decoded_cache import Indices, InputCache, cache_root
@@ -201,9 +201,11 @@ class TokenCache(InputCache):
         self._read_rows(indices, rows)
         return torch.from_numpy(rows.view("<u2").astype(np.int64))
 
-    def network_inputs(self, indices: Indices, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def network_inputs(
+        self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
+    ) -> Tensor:
         """Return the token numbers at `indices`, int64 (b, length); nothing is normalised."""
-        return self.gather(indices)
+        return upload(self.gather(indices), device)
 
 
 def open_tokens(

@@ -360,4 +360,5 @@ def _batches(
         focus=config.data.focus,
         class_weights=config.data.class_weights,
         originals=originals,
+        device=accelerator.device,
     )

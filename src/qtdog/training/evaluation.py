@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from qtdog.core.errors import ConfigError, DataError
+from qtdog.data.augment import CPU
 from qtdog.data.decoded_cache import InputCache
 from qtdog.data.loader import Indices, eval_batches
 from qtdog.data.text import TextDomains
@@ -152,9 +153,11 @@ class EvaluationInputs:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def batches(self, indices: Indices, batch_size: int = EVAL_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (b, C, H, W) and labels (b,) of the images at `indices`, in their order, on the CPU."""
-        options = {"batch_size": batch_size, "mean": self.mean, "std": self.std}
+    def batches(
+        self, indices: Indices, batch_size: int = EVAL_BATCH, device: torch.device = CPU
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (b, C, H, W) and labels (b,) of the images at `indices`, in their order, on a device."""
+        options = {"batch_size": batch_size, "mean": self.mean, "std": self.std, "device": device}
         return eval_batches(self.cache, indices, self.class_index, **options)
 
 
@@ -201,10 +204,11 @@ class Evaluator:
         if len(indices) < accelerator.num_processes:
             raise ConfigError(f"{len(indices)} images cannot be shared among {accelerator.num_processes} processes")
         mine = indices[accelerator.process_index :: accelerator.num_processes]
+        batches = self.inputs.batches(mine, device=accelerator.device)
         if accelerator.num_processes > 1:
             # A signal reaches the processes at different batches; they are asked together, between two steps.
-            return evaluate(self.network, self.inputs.batches(mine), accelerator)
-        return evaluate(self.network, self.inputs.batches(mine), accelerator, check_interrupt=check_interrupt)
+            return evaluate(self.network, batches, accelerator)
+        return evaluate(self.network, batches, accelerator, check_interrupt=check_interrupt)
 
 
 def group_scores(components: Components) -> dict[str, Any]:

@@ -121,8 +121,9 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield float32 (b, C, H, W) on the device."""
-        for images, _ in self.components.inputs.batches(self.indices, CALIBRATION_BATCH):
-            yield images.to(self.components.accelerator.device)
+        device = self.components.accelerator.device
+        for images, _ in self.components.inputs.batches(self.indices, CALIBRATION_BATCH, device):
+            yield images
 
 
 def _take_codes_of_the_first_process_(components: Components) -> None:

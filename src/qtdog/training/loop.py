@@ -20,7 +20,7 @@ from qtdog.core.config import Config
 from qtdog.core.errors import CollapseError, ConfigError, Interrupted, NonFiniteLossError
 from qtdog.core.progress import RunCallback
 from qtdog.core.random import derive
-from qtdog.data.loader import Batch, CudaCopier
+from qtdog.data.loader import Batch, CudaAhead
 from qtdog.objectives.base import DomainBatch
 from qtdog.runs.folder import RunFolder
 from qtdog.runs.record import Record, SourceRecord
@@ -197,8 +197,8 @@ def _train(run: TrainingRun, last: int, callback: RunCallback, check_interrupt: 
     save_every = plan.checkpoint_every or plan.eval_every
     components.network.train()
     device = components.accelerator.device
-    copier = CudaCopier(device) if device.type == "cuda" else None
-    with contextlib.closing(components.batches.stream(state.step, last, copier)) as batches:
+    ahead = CudaAhead(device) if device.type == "cuda" else None
+    with contextlib.closing(components.batches.stream(state.step, last, ahead)) as batches:
         while True:
             if evaluation_is_due(components.config, state):
                 callback.on_record(run.evaluate(check_interrupt))
