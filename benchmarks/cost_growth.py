@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="which ones; default all")
     parser.add_argument("--repeats", type=int, default=5, help="measured calls of each point; default 5")
     parser.add_argument("--quick", action="store_true", help="two small sizes of each axis, one call: does it run?")
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--json", type=Path, help="also write the results there; axes not measured stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -255,7 +255,8 @@ def main() -> None:
     if any(not math.isfinite(row["exponent"]) for found in results.values() for row in found.values()):
         raise SystemExit("a time is zero: take more repetitions")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        known = json.loads(options.json.read_text()) if options.json.is_file() else {}
+        options.json.write_text(json.dumps(known | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from qtdog.objectives import alignment
 from qtdog.objectives.alignment import coral_penalty, deep_coral_penalty, gradient_variance, mmd, variance_penalty
 from qtdog.objectives.base import DomainOutputs
 from qtdog.objectives.functional import mean_over_pairs, random_ring
@@ -80,6 +81,29 @@ def test_vrex_is_the_mean_plus_the_weighted_variance(outputs, seed):
 def test_a_distance_of_features_is_its_formula(outputs, penalty, by_hand, seed):
     features = [domain.features / 3 for domain in outputs(seed)]  # near enough for the kernels to differ
     np.testing.assert_allclose(penalty(features), by_hand(features), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "by_hand"), [(coral_penalty, coral_by_hand), (deep_coral_penalty, deep_coral_by_hand)]
+)
+@pytest.mark.parametrize("dim", [5, 40])
+def test_many_domains_are_compared_at_once_with_the_value_and_gradient_of_pairs(penalty, by_hand, dim, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [2 + i % 5 for i in range(25)]
+    x = torch.cat([(1 + i / 10) * torch.randn(n, dim, generator=generator) for i, n in enumerate(sizes)])
+
+    def value_and_gradient():
+        leaf = x.clone().requires_grad_()
+        value = penalty(leaf.split(sizes))
+        value.backward()
+        return value, leaf.grad
+
+    at_once, gradient = value_and_gradient()
+    np.testing.assert_allclose(at_once.detach(), by_hand(x.split(sizes)), rtol=1e-5)
+    monkeypatch.setattr(alignment, "MANY_DOMAINS", len(sizes))
+    in_pairs, expected = value_and_gradient()
+    np.testing.assert_allclose(at_once.detach(), in_pairs.detach(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["coral", "deep-coral", "mmd"])

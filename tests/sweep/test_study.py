@@ -167,6 +167,14 @@ def test_members_of_an_ensemble_without_a_run_are_reported(make_tiny):
         make_tiny(ensembles=[ensemble])
 
 
+def test_all_targets_are_meant_in_ensembles_and_in_the_order(make_tiny):
+    ensemble = {"name": "EoQ", "method": "lsq", "kind": "eoq", "members": "0..1", "grid": {"target": "all"}}
+    plan = make_tiny(ensembles=[ensemble], grid={"target": "all", "seed": "0..1"}, order=[{"target": "all", "seed": 1}])
+    joined = [one for group in plan.labels.values() for one in group if one["method"] == "EoQ"]
+    assert {one["target"] for one in joined} == {one["target"] for one in labels(plan)}
+    assert [one["seed"] for one in labels(plan) if one["method"] == "lsq"][:2] == [1, 1]
+
+
 def test_draws_are_the_same_for_all_methods_and_the_first_is_the_defaults():
     search = Search(n=3, seed=1, over=["objective", "lr", "batch_size"])
     coral, erm = (build_config([{"objective": {"name": name}}]) for name in ("coral", "erm"))

@@ -33,8 +33,44 @@ def coral_penalty(features: Sequence[Tensor]) -> Tensor:
         >>> coral_penalty([x, 2 * x])  # (1 - 2)² + (2 - 8)²
         tensor(37.)
     """
+    if len(features) > MANY_DOMAINS:
+        means = torch.stack([domain.mean(0) for domain in features])
+        spread = 2 * (means - means.mean(0)).square().sum() / (len(means) - 1) / means.shape[1]
+        return spread + mean_square_between_covariances(features)
     moments = [(domain.mean(0), covariance(domain)) for domain in features]
     return mean_over_pairs(_distance, moments)
+
+
+MANY_DOMAINS = 16
+"""Up to here pairs of domains are compared one by one; beyond, all at once, which differs by rounding."""
+
+
+def mean_square_between_covariances(features: Sequence[Tensor]) -> Tensor:
+    """Return the mean over pairs of domains i < j of mean((C_i − C_j)²), in time that grows with the domains alone.
+
+    With Z_i the centred features over √(n_i − 1): Σ_{i<j} ‖C_i − C_j‖² = D Σ_i ‖C_i‖² − ‖Σ_i C_i‖², where
+    ‖C_i‖ = ‖Z_i Z_iᵀ‖ and ‖Σ_i C_i‖ = ‖Zᵀ Z‖ for all rows together. No covariance of a single domain is made where it
+    is larger than the products of its images. Relative error: that of float32 times Σ‖C_i‖² / Σ‖C_i − C̄‖².
+
+    Args:
+        features: of each of D domains, shape (n, d), n ≥ 2.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0], [2.0]])  # variance 2
+        >>> mean_square_between_covariances([x, 2 * x, x])  # two pairs of three differ by 6
+        tensor(24.)
+    """
+    rows = [(domain - domain.mean(0)) / (len(domain) - 1) ** 0.5 for domain in features]
+    n_domains, dim = len(rows), rows[0].shape[1]
+    single = torch.stack([_smaller_gram(one).square().sum() for one in rows]).sum()
+    together = _smaller_gram(torch.cat(rows)).square().sum()
+    return (n_domains * single - together).clamp(min=0) * 2 / (n_domains * (n_domains - 1)) / dim**2
+
+
+def _smaller_gram(rows: Tensor) -> Tensor:
+    """Return X Xᵀ or Xᵀ X, whichever is smaller; both have the same norm."""
+    return rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
 
 
 def covariance(features: Tensor) -> Tensor:
@@ -97,6 +133,8 @@ def deep_coral_penalty(features: Sequence[Tensor]) -> Tensor:
         >>> deep_coral_penalty([x, 2 * x])  # (2 - 8)² / 4
         tensor(9.)
     """
+    if len(features) > MANY_DOMAINS:
+        return mean_square_between_covariances(features) / 4
     return mean_over_pairs(_covariance_distance, [covariance(domain) for domain in features])
 
 

@@ -470,13 +470,19 @@ def raise_all(errors: Sequence[str]) -> None:
 
 
 def rank_of(order: Sequence[Axes], labels: Labels) -> int:
-    """Return the position of the first rule that means a run; their number if none does.
+    """Return the position of the first rule that means a run; their number if none does. `target: all` means every run.
 
     Example:
         >>> rank_of([{"seed": [0], "target": ["art"]}, {"seed": [0, 1]}], {"seed": 0, "target": "photo"})
         1
+        >>> rank_of([{"target": ["all"]}], {"seed": 0, "target": "photo"})
+        0
     """
-    rules = (place for place, rule in enumerate(order) if all(labels.get(key) in rule[key] for key in rule))
+
+    def means(key: str, values: Sequence[Any]) -> bool:
+        return labels.get(key) in values or ("data.target" in axis_keys(key) and list(values) == ["all"])
+
+    rules = (place for place, rule in enumerate(order) if all(means(key, rule[key]) for key in rule))
     return next(rules, len(order))
 
 
