@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qtdog.conversion.attach import attach
 from qtdog.conversion.calibrate import calibrate_
 from qtdog.core.random import torch_stream
-from qtdog.data.augment import normalise
+from qtdog.data.augment import normalize
 from qtdog.data.dataset import require_images
 from qtdog.data.open import open_dataset
 from qtdog.models.backbones import create_network, preprocessing
@@ -46,7 +46,7 @@ def images(n: int) -> tuple[Tensor, str]:
         dataset = require_images(open_dataset(str(root)))
         chosen = calibration_indices({domain: dataset.indices(domain) for domain in SOURCES}, n, seed=0)
         pixels = torch.from_numpy(np.stack([dataset.read_resized(int(index), SIZE) for index in chosen]))
-        return normalise(pixels, *preprocessing(BACKBONE)), f"PACS: {', '.join(SOURCES)}"
+        return normalize(pixels, *preprocessing(BACKBONE)), f"PACS: {', '.join(SOURCES)}"
     coarse = torch.rand(n, 3, 12, 12, generator=torch_stream(0, "noise"))
     smooth = nn.functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic")
     return (smooth * 2 - 1).to(memory_format=torch.channels_last), "smooth noise"

@@ -4,8 +4,8 @@
 
 All run with two workers on the same JPEG files: ours reads a decoded cache (of squares, or of originals with
 `data.crop=original`) and augments whole batches in two threads; the other opens each file in a `DataLoader` with two
-worker processes and applies torchvision's transforms to the PIL image (random resized crop, flip, colour jitter, grey,
-to tensor, normalise), as DomainBed does. They are measured in turn, round after round, so that a busy machine slows
+worker processes and applies torchvision's transforms to the PIL image (random resized crop, flip, color jitter, grey,
+to tensor, normalize), as DomainBed does. They are measured in turn, round after round, so that a busy machine slows
 all. `--clock cpu` takes the processor time of one thread that does all the work instead, which other work on the
 machine moves less. Building the caches is timed apart: it happens once. `--profile` shows where our time goes.
 """

@@ -106,7 +106,7 @@ def short_config() -> Callable[..., Config]:
 
 @pytest.fixture
 def image_tree(tmp_path: Path) -> Path:
-    """Make three domains of three classes of six images, 20 × 24 pixels, with a colour per class."""
+    """Make three domains of three classes of six images, 20 × 24 pixels, with a color per class."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photos"
     for d, domain in enumerate(("indoor", "night", "outdoor")):

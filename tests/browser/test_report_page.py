@@ -197,8 +197,8 @@ def test_it_is_readable_on_a_phone(open_page: Open):
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_it_follows_the_readers_scheme(open_page: Open, scheme: str, dark: bool):
     page = open_page(color_scheme=scheme)
-    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, colour.strip("rgb()").split(","))) < 150) == dark
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, color.strip("rgb()").split(","))) < 150) == dark
 
 
 @pytest.mark.parametrize(("scheme", "other"), [("light", "Dark page"), ("dark", "Light page")])

@@ -17,7 +17,7 @@ from qtdog.analysis.bit_search import BitTrials
 from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.core.errors import CollapseError
-from qtdog.data.augment import normalise
+from qtdog.data.augment import normalize
 from qtdog.data.corruptions import corrupt
 from qtdog.data.decoded_cache import open_cache
 from qtdog.data.image_folder import open_folder
@@ -108,7 +108,7 @@ def test_candidates_can_be_scored_under_corruptions_of_source_images(qtdog, tree
         for severity in range(1, 6):
             images = corrupt(cache.gather(heldout).permute(0, 3, 1, 2), name, severity, keys=heldout.tolist())
             how = model.info.preprocessing
-            logits = model(normalise(images.permute(0, 2, 3, 1), how.mean, how.std))
+            logits = model(normalize(images.permute(0, 2, 3, 1), how.mean, how.std))
             right.append((logits.argmax(1).numpy() == sources.class_index[heldout]).mean())
     (trial,) = [trial for trial in report["trials"] if trial["left_out"] == "indoor"]
     assert trial["accuracy"] == pytest.approx(sum(right) / len(right))

@@ -110,7 +110,7 @@ def test_weights_and_step_sizes_move_and_adam_state_survives_the_start(mode):
     assert optimizer.state[weight]["step"] == 4
 
 
-def test_enabling_twice_does_nothing_and_restoring_does_not_initialise():
+def test_enabling_twice_does_nothing_and_restoring_does_not_initialize():
     model = Net()
     handle = attach(model, exclude=["classifier"])
     handle.enable()

@@ -26,7 +26,7 @@ def two_threads() -> Iterator[None]:
 
 
 def pictures(n: int, size: int, channels: int = 3) -> Tensor:
-    """Noise, smooth ramps, and the awkward ones: black, white, grey, pure colours, two equal channels."""
+    """Noise, smooth ramps, and the awkward ones: black, white, grey, pure colors, two equal channels."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, size, size, channels), generator=generator, dtype=torch.uint8)
     ramp = torch.linspace(0, 255, size).to(torch.uint8)
@@ -68,7 +68,7 @@ def test_equal_to_torchvision_one_by_one(n: int, size: int, channels: int) -> No
 
 
 def test_smooth_gradients_of_all_hues() -> None:
-    """Each edge of the colour cube's hexagon, where the sextants meet."""
+    """Each edge of the color cube's hexagon, where the sextants meet."""
     steps = torch.linspace(0, 1, 32)
     hues = torch.stack([torch.stack(torch.meshgrid(steps, steps, indexing="ij")).flatten(1).T[:, [0, 1, 1]]])
     corners = torch.cat([hues[..., order] for order in ([0, 1, 2], [1, 0, 2], [1, 2, 0])])
@@ -77,7 +77,7 @@ def test_smooth_gradients_of_all_hues() -> None:
     assert torch.allclose(augment(images, parameters), one_by_one(images, parameters), rtol=0, atol=1e-5)
 
 
-def test_normalisation_is_fused() -> None:
+def test_normalization_is_fused() -> None:
     images, parameters = pictures(20, 32), drawn(20, 32)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     expected = functional.normalize(augment(images, parameters), list(mean), list(std))

@@ -17,7 +17,7 @@ from qtdog.core.errors import DataError
 from qtdog.data.archive import unpack
 from qtdog.data.cards import CARDS, UNCHECKED, check_counts
 from qtdog.data.image_folder import open_folder
-from qtdog.data.known_datasets import FILES, FLIP_COLOUR, MnistDataset, open_camelyon17, open_reviews, read_mnist
+from qtdog.data.known_datasets import FILES, FLIP_COLOR, MnistDataset, open_camelyon17, open_reviews, read_mnist
 from qtdog.data.splits import make_splits
 from qtdog.data.text import TextDataset
 from qtdog.data.verify import verify_texts
@@ -86,7 +86,7 @@ def test_colored_mnist_has_domainbeds_counts_and_correlations(full_mnist):
     dataset = MnistDataset(CARDS["colored-mnist"], full_mnist)
     counts = dict(zip(dataset.domains, dataset.counts().sum(axis=1).tolist(), strict=True))
     assert counts == CARDS["colored-mnist"].expected_counts
-    for domain, probability in FLIP_COLOUR.items():
+    for domain, probability in FLIP_COLOR.items():
         members = dataset.indices(domain)[::20]
         pixels = np.stack([dataset.read(i) for i in members])
         green = pixels[..., 1].max(axis=(1, 2)) > 0

@@ -47,8 +47,8 @@ def fresh_bytes(root: Path, size: int, tmp_path: Path) -> bytes:
     return open_cache(open_folder(root), size, folder=place).path.read_bytes()
 
 
-def paint(path: Path, colour: tuple[int, int, int]) -> None:
-    Image.new("RGB", (20, 24), colour).save(path)
+def paint(path: Path, color: tuple[int, int, int]) -> None:
+    Image.new("RGB", (20, 24), color).save(path)
 
 
 def test_only_new_and_changed_files_are_decoded(

@@ -119,7 +119,7 @@ def test_a_class_missing_in_a_domain_is_listed(image_tree: Path) -> None:
     assert open_folder(image_tree).missing_classes() == [("night", "dog")]
 
 
-def test_a_benchmark_is_recognised_by_its_names(tmp_path: Path) -> None:
+def test_a_benchmark_is_recognized_by_its_names(tmp_path: Path) -> None:
     card = CARDS["pacs"]
     make(tmp_path, *(f"{domain}/{name}/a.jpg" for domain in card.domains or () for name in card.classes or ()))
     found = open_folder(tmp_path).card  # with other images: its name stays the folder's

@@ -124,8 +124,8 @@ def test_wilds_and_mnist_are_adopted_as_they_are(published, packers, tmp_path):
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     for file, content in published("colored-mnist").items():
         (tmp_path / "MNIST" / "raw" / file).write_bytes(content)
-    adopt(tmp_path / "MNIST", tmp_path / "colours", CARDS["colored-mnist"], "copy", {"dataset": "colored-mnist"})
-    assert open_dataset(str(tmp_path / "colours")).domains == ("+80%", "+90%", "-90%")
+    adopt(tmp_path / "MNIST", tmp_path / "colors", CARDS["colored-mnist"], "copy", {"dataset": "colored-mnist"})
+    assert open_dataset(str(tmp_path / "colors")).domains == ("+80%", "+90%", "-90%")
 
 
 def test_what_is_something_else_is_said(lay_out, tmp_path):

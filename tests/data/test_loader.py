@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtdog.core.errors import ConfigError, DataError
-from qtdog.data.augment import normalise
+from qtdog.data.augment import normalize
 from qtdog.data.augment_policies import POLICIES
 from qtdog.data.decoded_cache import DecodedCache, open_cache
 from qtdog.data.image_folder import open_folder
@@ -55,10 +55,10 @@ def test_shapes_types_and_order_of_domains(setting: Setting) -> None:
     assert batch.sizes == (6, 6)
 
 
-def test_without_augmentation_it_is_the_drawn_images_normalised(setting: Setting) -> None:
+def test_without_augmentation_it_is_the_drawn_images_normalized(setting: Setting) -> None:
     batch = setting.batches(augment="none").batch(5)
     drawn = np.concatenate([draw(3, 5, domain, pool, 6) for domain, pool in setting.pools.items()])
-    assert batch.images.equal(normalise(setting.cache.gather(drawn), MEAN, STD))
+    assert batch.images.equal(normalize(setting.cache.gather(drawn), MEAN, STD))
     assert batch.labels.tolist() == setting.dataset.class_index[drawn].tolist()
 
 
@@ -175,7 +175,7 @@ def test_evaluation_is_in_order_and_complete(setting: Setting) -> None:
     parts = list(eval_batches(setting.cache, indices, setting.dataset.class_index, batch_size=4, mean=MEAN, std=STD))
     assert [len(labels) for _, labels in parts] == [4, 4, 3]
     images = torch.cat([images for images, _ in parts])
-    assert images.equal(normalise(setting.cache.gather(indices), MEAN, STD))
+    assert images.equal(normalize(setting.cache.gather(indices), MEAN, STD))
     assert torch.cat([labels for _, labels in parts]).tolist() == setting.dataset.class_index[indices].tolist()
 
 

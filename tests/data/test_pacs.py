@@ -25,7 +25,7 @@ def pacs() -> FileDataset:
     return open_folder(ROOT)
 
 
-def test_it_is_recognised_and_complete(pacs: FileDataset) -> None:
+def test_it_is_recognized_and_complete(pacs: FileDataset) -> None:
     assert pacs.card == PACS
     assert check_counts(pacs) == []
     assert pacs.missing_classes() == []

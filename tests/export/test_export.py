@@ -28,18 +28,18 @@ from qtdog.training.load_model import load_model
 SUFFIX = {"openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
 
 
-def initialisers(path) -> dict[str, np.ndarray]:
+def initializers(path) -> dict[str, np.ndarray]:
     return {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
 
 
-def optimised(path, folder) -> list[str]:
+def optimized(path, folder) -> list[str]:
     """Operators that are left when onnxruntime has merged what it can."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(path), options)
-    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_vit", "digits_cnn"])
@@ -48,7 +48,7 @@ def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbo
     assert made.parity.agreement_frac == 1
     assert made.parity.max_difference["logits"] <= 1e-4 * max(1, made.parity.largest_logit)
     onnx.checker.check_model(made.path, full_check=True)
-    arrays = initialisers(made.path)
+    arrays = initializers(made.path)
     n_codes = sum(array.size for array in arrays.values() if array.dtype == np.int8)
     assert n_codes == sum(value.codes.numel() for value in packed.codes().values())
     assert not [node for node in onnx.load(made.path).graph.node if node.op_type == "BatchNormalization"]
@@ -60,7 +60,7 @@ def test_the_float_graph_holds_integers_and_answers_like_the_packed_model(backbo
 def test_other_grids_stay_integers_too(options, exported):
     made = exported("digits_cnn", "onnx", **options)
     assert made.parity.agreement_frac == 1
-    assert any(array.dtype in (np.int8, np.uint8) and array.size > 500 for array in initialisers(made.path).values())
+    assert any(array.dtype in (np.int8, np.uint8) and array.size > 500 for array in initializers(made.path).values())
 
 
 def test_a_user_without_qtdog_can_run_the_file_on_any_number_of_images(exported, photos):
@@ -115,13 +115,13 @@ def test_the_integer_graph_is_merged_whole_and_never_saturates(exported, tmp_pat
         "method": "mse",
         "target_included": False,
     }
-    arrays = initialisers(made.path)
+    arrays = initializers(made.path)
     weights = [array for name, array in arrays.items() if name.endswith(".weight.codes")]
     n_convolutions = sum(node.op_type == "Conv" for node in onnx.load(made.path).graph.node)
     assert len(weights) == n_convolutions > 5
     assert all(array.dtype == np.int8 and np.abs(array.astype(int)).max() <= SAFE for array in weights)
     # a bias whose scale is not that of input and weight is wrong, and keeps its convolution from being merged
-    left = optimised(made.path, tmp_path)
+    left = optimized(made.path, tmp_path)
     assert left.count("QLinearConv") == n_convolutions
     assert not {"Conv", "FusedConv"} & set(left)
     assert made.parity.agreement_frac > 0.85
@@ -267,7 +267,7 @@ def test_trained_grids_are_the_ranges_of_the_integer_graph(backbone, bits, sourc
     packed = source(backbone, activations=bits)
     made = export(packed, tmp_path / "m.onnx", "onnx-int8", photos, n_calibration=8)
     assert made.parity.agreement_frac > 0.8
-    arrays, nodes = initialisers(made.path), onnx.load(made.path).graph.node
+    arrays, nodes = initializers(made.path), onnx.load(made.path).graph.node
     makers = {output: node for node in nodes for output in node.output}
     grids = {float(np.float32(grid.scale)): grid for grid in packed.grids(0).values()}
     trained = 0

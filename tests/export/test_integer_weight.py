@@ -34,7 +34,7 @@ def test_codes_survive_any_factor_per_output_channel(grid, axis):
     np.testing.assert_allclose(found.dequantize(), folded, rtol=1e-6)
 
 
-def test_a_transposed_matrix_is_recognised_with_its_channels_along_the_second_axis():
+def test_a_transposed_matrix_is_recognized_with_its_channels_along_the_second_axis():
     value = random_value(0, 7, "uniform", (5, 7))
     found = fit(value.dequantize().numpy().T.copy(), value)
     assert found is not None

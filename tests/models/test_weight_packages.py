@@ -58,7 +58,7 @@ def test_a_backbone_without_a_package_is_refused():
 
 
 @installed
-def test_grey_images_see_the_sum_of_the_colour_filters():
+def test_grey_images_see_the_sum_of_the_color_filters():
     spec = FeaturizerSpec("tf_efficientnet_lite0", channels=1, image_size=64)
     featurizer = build_featurizer(spec)
     load_weights_(featurizer, spec, "imagenet")

@@ -1,4 +1,4 @@
-"""The tokeniser that a model file carries: the numbers of transformers' own, and what is refused."""
+"""The tokenizer that a model file carries: the numbers of transformers' own, and what is refused."""
 
 from __future__ import annotations
 

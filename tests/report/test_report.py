@@ -40,14 +40,14 @@ def test_no_text_ends_the_element_that_holds_the_data(text: str):
     assert json.loads(made) == {text: [text]}
 
 
-def colours(scheme: str) -> dict[str, str]:
+def colors(scheme: str) -> dict[str, str]:
     blocks = re.findall(r":root(?:\[data-scheme=\"dark\"\])? \{(.*?)\}", asset("style.css"), re.DOTALL)
     light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
     return light if scheme == "light" else light | dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[1]))
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -61,7 +61,7 @@ def test_the_dark_page_is_the_same_whether_the_reader_or_the_system_chose_it():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_lines_stand_out_from_the_page(scheme: str):
-    found = colours(scheme)
+    found = colors(scheme)
     for behind in ("bg", "soft"):
         for name, least in {"text": 7, "dim": 4.5, "accent": 4.5, **{f"c{i}": 3 for i in range(10)}}.items():
             low, high = sorted((luminance(found[name]), luminance(found[behind])))

@@ -2,9 +2,9 @@
 
     python tests/stress/hostile_servers.py [--count 200]
 
-Each behaviour is a function that answers one connection. What comes out must be the whole file or a DataError that says
+Each behavior is a function that answers one connection. What comes out must be the whole file or a DataError that says
 why, within five seconds; a file of another content must never get its name, memory stays within 100 MiB, no file is
-changed elsewhere and no program is started. The first pass is over every behaviour; a larger count mixes them at
+changed elsewhere and no program is started. The first pass is over every behavior; a larger count mixes them at
 random, one for each reconnection.
 """
 
@@ -126,7 +126,7 @@ def going_on(content_range: str, *more: str, body: bytes = CONTENT[N // 2 :], le
 
 HALF = N // 2
 WHOLE, REFUSED, EITHER = "whole", "refused", "either"
-BEHAVIOURS: dict[str, tuple[str, Answer]] = {
+BEHAVIORS: dict[str, tuple[str, Answer]] = {
     "proper": (WHOLE, proper),
     "half, then proper": (WHOLE, first_half_then(proper)),
     "half, then the whole": (WHOLE, first_half_then(lambda one: one.whole())),
@@ -250,9 +250,9 @@ def length_may_be_short(names: Sequence[str]) -> bool:
 
 
 def main() -> None:
-    """Try every behaviour, then random mixtures."""
+    """Try every behavior, then random mixtures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200, help="behaviours and mixtures of them")
+    parser.add_argument("--count", type=int, default=200, help="behaviors and mixtures of them")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -260,21 +260,21 @@ def main() -> None:
         faults = run(options.count, options.seed)
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     faults += [*seen, *([f"memory grew by {growth >> 10} MiB"] if growth > MAX_GROWTH_KIB else [])]
-    print(f"{len(BEHAVIOURS)} behaviours, {max(options.count, len(BEHAVIOURS))} downloads, {len(faults)} faults")
+    print(f"{len(BEHAVIORS)} behaviors, {max(options.count, len(BEHAVIORS))} downloads, {len(faults)} faults")
     print("\n".join(faults))
     sys.exit(1 if faults else 0)
 
 
 def run(count: int, seed: int) -> list[str]:
-    """Try every behaviour, then random mixtures up to a count, and return the faults."""
+    """Try every behavior, then random mixtures up to a count, and return the faults."""
     rng, faults = random.Random(seed), list[str]()
-    for name, (expected, answer) in BEHAVIOURS.items():
+    for name, (expected, answer) in BEHAVIORS.items():
         if name != "length too short" and (found := problem([answer], expected)):
             faults.append(f"{name}: {found}")
-    mixable = [name for name in BEHAVIOURS if not length_may_be_short([name])]
-    for number in range(max(0, count - len(BEHAVIOURS))):
+    mixable = [name for name in BEHAVIORS if not length_may_be_short([name])]
+    for number in range(max(0, count - len(BEHAVIORS))):
         names = rng.choices(mixable, k=rng.randint(2, 5))
-        if found := problem([BEHAVIOURS[name][1] for name in names]):
+        if found := problem([BEHAVIORS[name][1] for name in names]):
             faults.append(f"mixture {number} {names}: {found}")
     return faults
 

@@ -34,11 +34,11 @@ def test_hundreds_of_hostile_run_folders_are_sound_or_refused(tmp_path, monkeypa
 
 
 def test_hostile_servers_end_in_the_whole_file_or_a_reason():
-    behaviours = [(name, *one) for name, one in SERVERS["BEHAVIOURS"].items()]
-    assert len(behaviours) >= 40
+    behaviors = [(name, *one) for name, one in SERVERS["BEHAVIORS"].items()]
+    assert len(behaviors) >= 40
     watched = SERVERS["WATCH"]["watched"](tempfile.gettempdir(), forbidden=SERVERS["WATCH"]["STARTS"])
-    with ThreadPoolExecutor(len(behaviours)) as pool, watched as seen:
-        found = list(pool.map(lambda one: (one[0], SERVERS["problem"]([one[2]], one[1])), behaviours))
+    with ThreadPoolExecutor(len(behaviors)) as pool, watched as seen:
+        found = list(pool.map(lambda one: (one[0], SERVERS["problem"]([one[2]], one[1])), behaviors))
     assert {name: text for name, text in found if text and name != "length too short"} == {}
     assert seen == []
 

@@ -54,7 +54,7 @@ def by_hand(network: nn.Module, batches: list, forward: Callable[..., Any] | Non
         hook(name)
     network.eval()
     for name in layers:
-        network.get_submodule(name).train()  # each layer passes on what it normalises with the batch
+        network.get_submodule(name).train()  # each layer passes on what it normalizes with the batch
     with torch.no_grad():
         for inputs in batches:
             (forward or network)(*inputs) if isinstance(inputs, tuple) else network(inputs)

@@ -197,24 +197,24 @@ def test_texts_are_no_images(dataset: TextDomains):
         open_cache(dataset, 8)
 
 
-def test_texts_are_tokenised_once(dataset: TextDomains, tmp_path: Path):
+def test_texts_are_tokenized_once(dataset: TextDomains, tmp_path: Path):
     calls = []
 
-    def tokenise(texts: Any) -> np.ndarray:
+    def tokenize(texts: Any) -> np.ndarray:
         calls.append(len(texts))
         return np.array([[1, len(text), 65535] for text in texts], dtype=np.int32)
 
     how: dict[str, Any] = {"length": 3, "folder": tmp_path}
-    cache = open_tokens(dataset, tokenise, name="a", **how)
+    cache = open_tokens(dataset, tokenize, name="a", **how)
     rows = cache.gather([5, 0])
     assert rows.tolist() == [[1, len(text), 65535] for text in dataset.texts(np.array([5, 0]))]
     assert rows.dtype == torch.int64
-    open_tokens(dataset, tokenise, name="a", **how)
+    open_tokens(dataset, tokenize, name="a", **how)
     assert calls == [len(dataset)]
     cache.path.write_bytes(cache.path.read_bytes()[:-1])
-    open_tokens(dataset, tokenise, name="a", **how)
-    open_tokens(dataset, tokenise, name="b", **how)
+    open_tokens(dataset, tokenize, name="a", **how)
+    open_tokens(dataset, tokenize, name="b", **how)
     assert calls == [len(dataset)] * 3
     with pytest.raises(DataError, match="not 16 bits"):
-        open_tokens(dataset, lambda texts: tokenise(texts) + 1, name="c", **how)
+        open_tokens(dataset, lambda texts: tokenize(texts) + 1, name="c", **how)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == 0]

@@ -51,7 +51,7 @@ def filter_direction(parameters: Sequence[Tensor], seed: int, n: int) -> list[Te
     """Return direction number `n` with every filter as long as the filter of the weights: d_i ← d_i / ‖d_i‖ · ‖w_i‖.
 
     A step α along it changes every filter by the share α of its length, so that networks of large and of small weights
-    can be compared. Biases and the parameters of normalisation layers do not move.
+    can be compared. Biases and the parameters of normalization layers do not move.
 
     Source: Li et al., NeurIPS 2018, section 4 and its note on batch norm.
 
@@ -169,7 +169,7 @@ def local_flatness(
     directions. The network must be plain (`analysis.flatness.Displaced`).
 
     Source: Javed et al., QT-DoG, ICML 2025, Eq. 5; procedure of Cha et al., SWAD, NeurIPS 2021, Eq. 2; the
-    filter-normalised radius of Li et al., NeurIPS 2018, section 4.
+    filter-normalized radius of Li et al., NeurIPS 2018, section 4.
 
     Args:
         network: moved in place, and put back exactly.

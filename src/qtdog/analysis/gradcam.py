@@ -137,7 +137,7 @@ class Faithfulness:
 def faithfulness(predict: Predict, image: Tensor, heat: Tensor, label: int, *, n_steps: int = 16) -> Faithfulness:
     """Return deletion and insertion scores of one heat map.
 
-    Taken away means replaced by 0, the mean colour of a normalised image. The curves have `n_steps` + 1 points, from
+    Taken away means replaced by 0, the mean color of a normalized image. The curves have `n_steps` + 1 points, from
     none to all of the pixels, in the order of the map, ties in the order of the pixels; the area is by the trapezoid
     rule.
 
@@ -174,7 +174,7 @@ def _area(predict: Predict, images: Tensor, label: int) -> float:
 
 
 def blurred(image: Tensor) -> Tensor:
-    """Return an image (C, H, W) averaged over squares of an eighth of its side: colours without shapes.
+    """Return an image (C, H, W) averaged over squares of an eighth of its side: colors without shapes.
 
     Example:
         >>> blurred(torch.ones(3, 8, 8)).shape
@@ -219,7 +219,7 @@ def draw_cam(
 
 
 def show_image(axis: Axes, image: np.ndarray) -> None:
-    """Show a uint8 image (H, W, C), grey or in colour, without ticks."""
+    """Show a uint8 image (H, W, C), grey or in color, without ticks."""
     axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
     axis.set_xticks([])
     axis.set_yticks([])

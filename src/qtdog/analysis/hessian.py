@@ -426,13 +426,13 @@ def _densities(axis: Axes, densities: Mapping[str, Sequence[Ritz]], numbers: Seq
     for n, (row, probes) in enumerate(zip(numbers, densities.values(), strict=True)):
         mean, error = density(probes, grid, width)
         highest = max(highest, float(mean.max()))
-        colour = curve_style(n)["color"]
-        axis.plot(grid, mean, color=colour)
+        color = curve_style(n)["color"]
+        axis.plot(grid, mean, color=color)
         axis.fill_between(
-            grid, np.maximum(mean - error, lowest), np.maximum(mean + error, lowest), color=colour, alpha=0.2
+            grid, np.maximum(mean - error, lowest), np.maximum(mean + error, lowest), color=color, alpha=0.2
         )
         found = [value for name, value in row.items() if name.startswith("eigenvalue_")]
-        axis.plot(found, [lowest * 10 ** (0.25 * (n + 1))] * len(found), "|", color=colour, markersize=9, clip_on=False)
+        axis.plot(found, [lowest * 10 ** (0.25 * (n + 1))] * len(found), "|", color=color, markersize=9, clip_on=False)
     axis.set_yscale("log")
     axis.set_ylim(lowest, 3 * highest)
     axis.set_xlabel("eigenvalue of the Hessian (strokes: the largest)")

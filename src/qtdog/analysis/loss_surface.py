@@ -55,7 +55,7 @@ def between(start: nn.Module, end: nn.Module) -> list[Tensor]:
 def across(along: Sequence[Tensor], parameters: Sequence[Tensor], seed: int, n: int) -> list[Tensor]:
     """Return a random direction at right angles to `along`, and as long.
 
-    It is a filter-normalised one (`directions.filter_direction`) without its part along the line.
+    It is a filter-normalized one (`directions.filter_direction`) without its part along the line.
 
     Args:
         along: the first direction of a plane, not zero.
@@ -252,7 +252,7 @@ def measure_surface(
 ) -> dict[str, Any]:
     """Measure the loss around one run, or on the line from the first of two runs to the second; return `analysis.json`.
 
-    Around a run the axes are random filter-normalised directions; the second axis of a plane through two runs is one at
+    Around a run the axes are random filter-normalized directions; the second axis of a plane through two runs is one at
     right angles to the line, and as long. Moving statistics of batch norm are measured anew at each point on training
     images of the sources, unless all runs have the same ones.
 

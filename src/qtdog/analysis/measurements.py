@@ -223,7 +223,7 @@ MAX_PANELS_WIDE = 4
 
 
 def curve_style(n: int) -> dict[str, Any]:
-    """Return colour and marker of curve number `n`: after eight they begin anew, with another pairing.
+    """Return color and marker of curve number `n`: after eight they begin anew, with another pairing.
 
     Example:
         >>> curve_style(0), curve_style(0) == curve_style(8)

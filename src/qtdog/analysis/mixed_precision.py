@@ -24,11 +24,11 @@ from qtdog.quantizers.registry import QUANTIZERS
 def assign_bits(
     costs: npt.NDArray[np.floating], n_weights: Sequence[int], candidates: Sequence[int], budget: float
 ) -> list[int]:
-    """Return the bits of each layer that minimise the sum of the costs, with at most `budget` bits per weight.
+    """Return the bits of each layer that minimize the sum of the costs, with at most `budget` bits per weight.
 
     With x_lb = 1 if layer l gets b bits:
 
-        minimise Σ_lb x_lb · costs[l, b]   so that   Σ_b x_lb = 1,   Σ_lb x_lb · n_l · b ≤ budget · Σ_l n_l
+        minimize Σ_lb x_lb · costs[l, b]   so that   Σ_b x_lb = 1,   Σ_lb x_lb · n_l · b ≤ budget · Σ_l n_l
 
     solved exactly as an integer program (HiGHS through SciPy). Where fewer bits cost no more, they are taken.
 

@@ -270,9 +270,9 @@ def draw_noise(numbers: Sequence[Mapping[str, Any]], pooled: Mapping[str, Sequen
     return save_figure(figure, folder, "noise")
 
 
-def _histogram(axis: Axes, counts: Sequence[int], label: str, colour: str) -> None:
+def _histogram(axis: Axes, counts: Sequence[int], label: str, color: str) -> None:
     edges = np.linspace(-0.5, 0.5, len(counts) + 1)
-    axis.stairs(np.array(counts) * len(counts) / sum(counts), edges, label=label, color=colour)
+    axis.stairs(np.array(counts) * len(counts) / sum(counts), edges, label=label, color=color)
 
 
 def _dress(axes: Sequence[Axes], sizes: Sequence[int]) -> None:

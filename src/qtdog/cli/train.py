@@ -185,7 +185,7 @@ def _state(planned: Planned) -> str:
 
 
 def announce(dataset: Any) -> None:
-    """Say which data set was recognised, and what differs from its dataset card."""
+    """Say which data set was recognized, and what differs from its dataset card."""
     from qtdog.cli.console import err, warn
     from qtdog.data.cards import check_counts
 

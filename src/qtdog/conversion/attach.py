@@ -114,7 +114,7 @@ class Attached:
         return all(map(attrgetter("selectable"), self.layers.values()))
 
     def enable(self) -> None:
-        """Initialise the step sizes from the current weights and quantize from now on; again, it does nothing.
+        """Initialize the step sizes from the current weights and quantize from now on; again, it does nothing.
 
         Raises:
             ModelError: a weight that is not finite, sharded or on the meta device; no quantizer has been enabled then.

@@ -35,7 +35,7 @@ class HessianRecorder(TorchFunctionMode):
     the same. Other operations (attention's packed projection, transposed convolutions, embeddings) are not seen.
 
     A layer that takes the mean out of its rows of weights (timm's standardized convolutions) does not feel a constant
-    that is added to them: its patches are centred, which is the Hessian of its weight to first order.
+    that is added to them: its patches are centerd, which is the Hessian of its weight to first order.
 
     Products are in float32, their sums in float64.
 
@@ -107,10 +107,10 @@ class HessianRecorder(TorchFunctionMode):
         return running if running.weight.shape == weight.shape else None
 
     def _add(self, site: Site, call: Mapping[str, Any]) -> None:
-        centre = call["weight"] is not site.weight and removes_mean(call["weight"])
+        center = call["weight"] is not site.weight and removes_mean(call["weight"])
         for rows in patches(call):
             seen = rows.float()
-            if centre:
+            if center:
                 seen = seen - seen.mean(dim=2, keepdim=True)
             product = (seen.mT @ seen).double().mul_(2)
             if site.name in self.hessians:

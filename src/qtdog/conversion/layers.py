@@ -117,7 +117,7 @@ def _weights_of(name: str, module: nn.Module) -> Iterator[Layer]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module normalises: its weight may have many dimensions, but multiplies value by value.
+    """Return whether a module normalizes: its weight may have many dimensions, but multiplies value by value.
 
     Example:
         >>> is_norm(nn.LayerNorm([3, 4, 4])), is_norm(nn.Linear(3, 4))

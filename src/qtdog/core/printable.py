@@ -14,7 +14,7 @@ _UNPRINTABLE = re.compile(
 def printable(text: str) -> str:
     r"""Return text that cannot reach a terminal as more than characters: what is none is a `?`.
 
-    Line breaks and tabs stay. Escape sequences colour, move and overwrite what is on the screen, change its title, and
+    Line breaks and tabs stay. Escape sequences color, move and overwrite what is on the screen, change its title, and
     in some terminals type for the user; names of classes, tensors and files may hold them.
 
     Example:

@@ -58,10 +58,10 @@ class BufferPool:
 
 
 WHITE = 255.0
-"""The largest value. All operations are homogeneous, so the division by 255 can wait until the normalisation."""
+"""The largest value. All operations are homogeneous, so the division by 255 can wait until the normalization."""
 
 RED, GREEN, BLUE = 0.2989, 0.587, 0.114
-CENTRES = (0.0, 2.0, -2.0)
+CENTERS = (0.0, 2.0, -2.0)
 """Where red, green and blue lie on the hue circle, whose circumference is 6."""
 
 TINY = 1e-30
@@ -102,14 +102,14 @@ def hue_shifts(turn: Tensor) -> Tensor:
 
     It is 6 · turn - c, taken round the circle into [-3, 3), so that |x| <= 6 for its sum x with a hue in (-3, 3].
     """
-    return torch.remainder(6 * turn - torch.tensor(CENTRES)[:, None, None, None] + 3, 6) - 3
+    return torch.remainder(6 * turn - torch.tensor(CENTERS)[:, None, None, None] + 3, 6) - 3
 
 
 def hue_(planes: Tensor, shifts: Tensor, spare: Tensor) -> None:
     """Turn the hue, as going to HSV and back would; `shifts` as `hue_shifts` gives them; not for one plane.
 
     With V = max, m = min, chroma C = V - m, and the hue circle of circumference 6 laid out as (-3, 3] around red:
-    |H| = (G + B - R + V - 2m) / C, with the sign of G - B. A colour whose centre lies at c on the circle then becomes
+    |H| = (G + B - R + V - 2m) / C, with the sign of G - B. A color whose center lies at c on the circle then becomes
     m + C · clamp(2 - d, 0, 1), where d is the distance on the circle from H + 6 · turn to c. With x = H + 6 · turn - c
     and |x| <= 6 that distance is 3 - ||x| - 3|: no branches and no sextants.
     """
@@ -148,7 +148,7 @@ class AugmentParameters:
         flip: bool (n,).
         factors: float32 (n, 4): factors of brightness, contrast and saturation; turn of the hue (share of a circle).
         order: int64 (n, 4), the order in which the four are applied.
-        grey: bool (n,), whether the image loses its colours at the end.
+        grey: bool (n,), whether the image loses its colors at the end.
     """
 
     crop: Tensor
@@ -231,7 +231,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return source.to(device, non_blocking=device.type not in WAITS)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (x / 255 - mean) / std, float32 (n, C, H, W) in channels-last memory.
 
     Args:
@@ -240,7 +240,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         std: likewise.
 
     Example:
-        >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.5]).flatten()
+        >>> normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.5]).flatten()
         tensor([1.])
     """
     n, height, width, channels = images.shape
@@ -305,7 +305,7 @@ def augment(
         if channels == 3:
             for place in (i for i, is_grey in enumerate(greys[group]) if is_grey):
                 planes[:, place] = grey(planes[:, place], spare[0, place])
-        _write_normalised(planes, result, targets[group], shift, scale)
+        _write_normalized(planes, result, targets[group], shift, scale)
     return result.permute(0, 3, 1, 2)
 
 
@@ -326,14 +326,14 @@ def _crop(
     for place, (row, (top, left, height, width), flip) in enumerate(draws):
         crop = images[row][None, top : top + height, left : left + width].permute(0, 3, 1, 2)
         resized = interpolate(crop, size=size, mode="bilinear", antialias=True)[0].numpy()
-        # NumPy converts, separates the colours and flips (a negative stride) in one pass; torch would need two.
+        # NumPy converts, separates the colors and flips (a negative stride) in one pass; torch would need two.
         np.copyto(by_image[:, place], resized[:, :, ::-1] if flip else resized)
 
 
-def _write_normalised(
+def _write_normalized(
     planes: Tensor, result: Tensor, rows: Sequence[int], shift: Sequence[Tensor], scale: Sequence[float]
 ) -> None:
-    """Normalise in place, then write the images into their rows of `result`, channels last."""
+    """Normalize in place, then write the images into their rows of `result`, channels last."""
     values, images = planes.numpy(), result.numpy()
     for c, (one_shift, one_scale) in enumerate(zip(shift, scale, strict=True)):
         torch.add(one_shift, planes[c], alpha=one_scale, out=planes[c])

@@ -27,7 +27,7 @@ def resize_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Ten
     """Return the weights of an antialiased bilinear resize of crops, float32 (n, size, extent); rows add up to 1.
 
     Output pixel i of a crop of length L lies at c = (i + 1/2) · L / size and takes input pixel x with
-    max(0, 1 - |x + 1/2 - c| / max(L / size, 1)), normalised: Pillow's and torch's `antialias=True`.
+    max(0, 1 - |x + 1/2 - c| / max(L / size, 1)), normalized: Pillow's and torch's `antialias=True`.
 
     Args:
         start: first pixel of each crop, float32 (n,).

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from qtdog.core.errors import ConfigError
 from qtdog.core.random import torch_stream
 from qtdog.core.registry import Registry
-from qtdog.data.augment import CPU, BufferPool, normalise, upload
+from qtdog.data.augment import CPU, BufferPool, normalize, upload
 from qtdog.data.decoded_cache import DecodedCache, Indices, InputCache
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -127,7 +127,7 @@ class CorruptedCache(InputCache):
         self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
     ) -> Tensor:
         """Return them normalized, float32 (b, C, size, size) in channels-last memory."""
-        return normalise(upload(self.gather(indices), device), mean, std)
+        return normalize(upload(self.gather(indices), device), mean, std)
 
 
 def _scaled(image: Tensor, length: float) -> float:

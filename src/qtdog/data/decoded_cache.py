@@ -25,7 +25,7 @@ from torch import Tensor
 from qtdog.core.errors import DataError
 from qtdog.core.files import atomic_folder, lock_file, remove_leftovers, write_atomic
 from qtdog.core.progress import Progress
-from qtdog.data.augment import CPU, BufferPool, normalise, upload
+from qtdog.data.augment import CPU, BufferPool, normalize, upload
 from qtdog.data.dataset import N_THREADS, DomainDataset, ImageDataset, Resize, iter_samples, require_images
 from qtdog.data.decode import DECODE_VERSION, to_square
 from qtdog.data.file_index import SETTLED_NS, Hashes, file_hashes
@@ -77,7 +77,7 @@ class InputCache(ABC):
             indices: positions, each in [0, n).
             mean: per channel, of images in [0, 1].
             std: likewise.
-            device: where they are wanted; the stored bytes travel there, and are normalised there.
+            device: where they are wanted; the stored bytes travel there, and are normalized there.
         """
 
     def _read_rows(self, indices: Indices, rows: npt.NDArray[np.uint8]) -> None:
@@ -289,8 +289,8 @@ class DecodedCache(InputCache):
     def network_inputs(
         self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
     ) -> Tensor:
-        """Return the images at `indices`, normalised, float32 (b, C, size, size) in channels-last memory."""
-        return normalise(upload(self.gather(indices), device), mean, std)
+        """Return the images at `indices`, normalized, float32 (b, C, size, size) in channels-last memory."""
+        return normalize(upload(self.gather(indices), device), mean, std)
 
 
 def content_sha256(

@@ -110,8 +110,8 @@ FILES = (
 )
 MAX_DIGITS = 1_000_000
 FLIP_LABEL = 0.25
-FLIP_COLOUR = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
-"""Domain → probability that the colour contradicts the label (Arjovsky et al., 2019)."""
+FLIP_COLOR = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
+"""Domain → probability that the color contradicts the label (Arjovsky et al., 2019)."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -131,17 +131,17 @@ class MnistDataset(ImageDataset):
         images, labels = read_mnist(root)
         names = card.domains or ()
         if card.kind == "colored-mnist":
-            names = tuple(FLIP_COLOUR)  # DomainBed's order: the first one gets the odd digit
+            names = tuple(FLIP_COLOR)  # DomainBed's order: the first one gets the odd digit
         rng = numpy_stream(0, card.kind)
         dealt = rng.permutation(len(labels))
         place = np.empty(len(labels), dtype=np.int64)
         place[dealt] = np.arange(len(labels)) % len(names)
-        classes, colours = labels.astype(np.int64), np.zeros(len(labels), dtype=np.int64)
+        classes, colors = labels.astype(np.int64), np.zeros(len(labels), dtype=np.int64)
         if card.kind == "colored-mnist":
             flips = rng.random((2, len(labels)))
             small = (labels < 5) ^ (flips[0] < FLIP_LABEL)
-            contradicts = flips[1] < np.array([FLIP_COLOUR[name] for name in names])[place]
-            classes, colours = 1 - small.astype(np.int64), (small ^ contradicts).astype(np.int64)
+            contradicts = flips[1] < np.array([FLIP_COLOR[name] for name in names])[place]
+            classes, colors = 1 - small.astype(np.int64), (small ^ contradicts).astype(np.int64)
         self.card, self.root = card, root
         self.domains, self.classes = card.domains or (), card.classes or ()
         domain = np.array([self.domains.index(name) for name in names])[place]
@@ -151,16 +151,16 @@ class MnistDataset(ImageDataset):
         self.domain_index, self.class_index = sample_arrays(
             self.domains, self.classes, [d for d, _ in pairs], [c for _, c in pairs]
         )
-        self._images, self._colours = images[order], colours[order]
-        self._render: Callable[[int], Pixels] = self._coloured if card.kind == "colored-mnist" else self._rotated
+        self._images, self._colors = images[order], colors[order]
+        self._render: Callable[[int], Pixels] = self._colored if card.kind == "colored-mnist" else self._rotated
 
     def read(self, i: int) -> Pixels:
-        """Return image i, uint8 (28, 28, C): red or green if coloured, grey if rotated."""
+        """Return image i, uint8 (28, 28, C): red or green if colored, grey if rotated."""
         return self._render(i)
 
-    def _coloured(self, i: int) -> Pixels:
+    def _colored(self, i: int) -> Pixels:
         pixels = np.zeros((*self._images[i].shape, 3), dtype=np.uint8)
-        pixels[..., 1 - self._colours[i]] = self._images[i]
+        pixels[..., 1 - self._colors[i]] = self._images[i]
         return pixels
 
     def _rotated(self, i: int) -> Pixels:
@@ -176,8 +176,8 @@ class MnistDataset(ImageDataset):
         return 0
 
     def sample_sha256(self, i: int) -> str:
-        """Return the sha256 of the digit and its colour."""
-        return hashlib.sha256(self._images[i].tobytes() + bytes([int(self._colours[i])])).hexdigest()
+        """Return the sha256 of the digit and its color."""
+        return hashlib.sha256(self._images[i].tobytes() + bytes([int(self._colors[i])])).hexdigest()
 
 
 def find_mnist(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from qtdog.core.errors import ConfigError, DataError, unknown
 from qtdog.core.random import numpy_stream, torch_stream
 from qtdog.core.registry import Value, fill
-from qtdog.data.augment import AUGMENTATIONS, CPU, BufferPool, augment, draw_parameters, normalise, upload
+from qtdog.data.augment import AUGMENTATIONS, CPU, BufferPool, augment, draw_parameters, normalize, upload
 from qtdog.data.augment_on_device import augment_on_device
 from qtdog.data.augment_policies import POLICIES, PolicyAugmentation, crop_and_flip
 from qtdog.data.decoded_cache import InputCache
@@ -105,7 +105,7 @@ class Batch:
     """One training step's images: the source domains one after another.
 
     Attributes:
-        images: float32 (n, C, H, W), normalised, channels-last.
+        images: float32 (n, C, H, W), normalized, channels-last.
         labels: int64 (n,).
         domains: the domain names, in the order of the images.
         sizes: images per domain; they add up to n.
@@ -168,7 +168,7 @@ class TrainBatches:
         pools: training indices per source domain, in the order that batches have.
         batch_size: images per domain and step, over all processes.
         seed: of the draws and the augmentation.
-        augment: "domainbed", "none" (only normalised), or a name of `POLICIES` or `AUGMENTATIONS`.
+        augment: "domainbed", "none" (only normalized), or a name of `POLICIES` or `AUGMENTATIONS`.
         mean: per channel, of images in [0, 1].
         std: likewise.
         workers: threads that prepare the next batches in `stream`; 0 prepares each when it is asked for.
@@ -180,7 +180,7 @@ class TrainBatches:
         augment_params: hyper-parameters of a policy.
         n_views: with a policy, how many augmented views a batch has beside the images, which are then only cropped and
             flipped; 0: the images are augmented.
-        device: where the batches are wanted. Images travel there as uint8, and are augmented and normalised there; only
+        device: where the batches are wanted. Images travel there as uint8, and are augmented and normalized there; only
             crops of originals of any size, and augmentations of plug-ins, are made on the CPU.
 
     Raises:
@@ -272,7 +272,7 @@ class TrainBatches:
         options = {"n": n, "size": size, "sizes": sizes, "n_views": max(self.n_views, 1), "device": self.device}
         made = self._policy(images, rows, generator, **options)
         wanted = [made.clean, *made.views] if self.n_views else [made.views[0]]
-        return [normalise(one.permute(0, 2, 3, 1), self.mean, self.std) for one in wanted]
+        return [normalize(one.permute(0, 2, 3, 1), self.mean, self.std) for one in wanted]
 
     def _one_input(self, everyone: Indices, step: int, rows: Tensor) -> Tensor:
         """Return the images at `everyone[rows]`; the rest of the global batch is that of other processes."""
@@ -283,7 +283,7 @@ class TrainBatches:
             return self._domainbed(everyone, step, rows)
         generator = torch_stream(self.seed, "augment", step, self.rank)
         made = AUGMENTATIONS[self.augment](self.cache.gather(indices, self._buffers), generator)
-        return normalise(upload(made, self.device), self.mean, self.std)
+        return normalize(upload(made, self.device), self.mean, self.std)
 
     def _domainbed(self, everyone: Indices, step: int, rows: Tensor) -> Tensor:
         indices, generator = everyone[rows.numpy()], torch_stream(self.seed, "augment", step)
@@ -367,7 +367,7 @@ def eval_batches(
     std: Sequence[float],
     device: torch.device = CPU,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) of `indices` in their order, normalised, not augmented, on a device.
+    """Yield (images, labels) of `indices` in their order, normalized, not augmented, on a device.
 
     Images are float32 (b, C, H, W) in channels-last memory, labels int64 (b,); the last batch may be smaller.
     """

@@ -179,7 +179,7 @@ class TextDomains(DomainDataset):
 TOKENS = "tokens.u16"
 N_TOGETHER = 1024
 N_BYTES = 2
-Tokenise = Callable[[Sequence[str]], npt.NDArray[np.integer]]
+Tokenize = Callable[[Sequence[str]], npt.NDArray[np.integer]]
 
 
 class TokenCache(InputCache):
@@ -204,31 +204,31 @@ class TokenCache(InputCache):
     def network_inputs(
         self, indices: Indices, mean: Sequence[float], std: Sequence[float], device: torch.device = CPU
     ) -> Tensor:
-        """Return the token numbers at `indices`, int64 (b, length); nothing is normalised."""
+        """Return the token numbers at `indices`, int64 (b, length); nothing is normalized."""
         return upload(self.gather(indices), device)
 
 
 def open_tokens(
     dataset: TextDomains,
-    tokenise: Tokenise,
+    tokenize: Tokenize,
     *,
     name: str,
     length: int,
     progress: Progress = None,
     folder: Path | None = None,
 ) -> TokenCache:
-    """Return the data set's texts as numbers, tokenising them now unless that was done before.
+    """Return the data set's texts as numbers, tokenizing them now unless that was done before.
 
     Args:
         dataset: the texts.
-        tokenise: texts → numbers (n, length), 0 behind the end.
-        name: of the tokeniser; with the content and the length it is the key.
+        tokenize: texts → numbers (n, length), 0 behind the end.
+        name: of the tokenizer; with the content and the length it is the key.
         length: tokens of each text.
-        progress: of tokenising.
+        progress: of tokenizing.
         folder: of the caches; default `cache_root()`.
 
     Raises:
-        DataError: the tokeniser gives numbers that do not fit 16 bits, or rows of another length.
+        DataError: the tokenizer gives numbers that do not fit 16 bits, or rows of another length.
         RunError: the cache folder cannot be written.
     """
     folder = folder or cache_root()
@@ -239,15 +239,15 @@ def open_tokens(
         shutil.rmtree(place, ignore_errors=True)
         remove_leftovers(place.parent)
         with atomic_folder(place) as temporary, (temporary / TOKENS).open("wb") as stream:
-            for tokens in _portions(dataset, tokenise, progress):
+            for tokens in _portions(dataset, tokenize, progress):
                 stream.write(_checked(tokens, length).astype("<u2").tobytes())
     return TokenCache(file, len(dataset), length)
 
 
-def _portions(dataset: TextDomains, tokenise: Tokenise, progress: Progress) -> Iterator[npt.NDArray[np.integer]]:
+def _portions(dataset: TextDomains, tokenize: Tokenize, progress: Progress) -> Iterator[npt.NDArray[np.integer]]:
     for start in range(0, len(dataset), N_TOGETHER):
         end = min(len(dataset), start + N_TOGETHER)
-        yield tokenise(dataset.texts(np.arange(start, end)))
+        yield tokenize(dataset.texts(np.arange(start, end)))
         if progress is not None:
             progress(end, len(dataset))
 
@@ -255,5 +255,5 @@ def _portions(dataset: TextDomains, tokenise: Tokenise, progress: Progress) -> I
 def _checked(tokens: npt.NDArray[np.integer], length: int) -> npt.NDArray[np.integer]:
     if tokens.ndim != 2 or tokens.shape[1] != length or tokens.min() < 0 or tokens.max() >= 1 << (8 * N_BYTES):
         found = f"numbers {tokens.min()} … {tokens.max()} of shape {tokens.shape}"
-        raise DataError(f"the tokeniser gave {found}, not 16 bits in rows of {length}")
+        raise DataError(f"the tokenizer gave {found}, not 16 bits in rows of {length}")
     return tokens

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qtdog.core.config import Config
 from qtdog.core.errors import ConfigError, FormatError
-from qtdog.data.augment import normalise
+from qtdog.data.augment import normalize
 from qtdog.models.network import Network, to_device_
 from qtdog.packing.ensemble_file import PackedEnsemble, load_ensemble, read_packed
 from qtdog.packing.packed_file import PackedModel, load_packed
@@ -256,7 +256,7 @@ class EnsembleModel(nn.Module):
     def prepare(self, images: Tensor) -> Tensor:
         """Return the networks' input (n, C, H, W) for uint8 images (n, H, W, C) of the right size."""
         preprocessing = self.info.preprocessing
-        return images if preprocessing.max_tokens else normalise(images, preprocessing.mean, preprocessing.std)
+        return images if preprocessing.max_tokens else normalize(images, preprocessing.mean, preprocessing.std)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

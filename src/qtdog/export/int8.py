@@ -47,7 +47,7 @@ def plan_int8(model: Any, weights: Collection[str]) -> Int8Plan:
     Rounded are the input of every product with an integer weight, and behind every convolution what its activation
     function leaves, so that convolution and rounding become one operation; further both sides and the sum where a
     convolution's output is added to something (residual connections), and max pooling. Everything else stays float:
-    what has no integer weights, the outputs of matrix products (logits, attention), normalisations, softmax.
+    what has no integer weights, the outputs of matrix products (logits, attention), normalizations, softmax.
 
     Args:
         model: the float graph (`onnx_ir.Model`).
@@ -200,19 +200,19 @@ def best_activation_range(histogram: Tensor, low: float, high: float) -> Activat
     """
     if not low < high:
         return ActivationRange(low, max(high, 0.0))
-    centres = torch.linspace(low, high, N_BINS + 1, dtype=torch.float64)
-    centres = (centres[1:] + centres[:-1]) / 2
+    centers = torch.linspace(low, high, N_BINS + 1, dtype=torch.float64)
+    centers = (centers[1:] + centers[:-1]) / 2
     weights = histogram.double()
-    found = [(_error(centres, weights, low * k / N_TRIES, high * k / N_TRIES), k) for k in range(1, N_TRIES + 1)]
+    found = [(_error(centers, weights, low * k / N_TRIES, high * k / N_TRIES), k) for k in range(1, N_TRIES + 1)]
     part = min(found)[1] / N_TRIES
     return ActivationRange(low * part, high * part)
 
 
-def _error(centres: Tensor, weights: Tensor, low: float, high: float) -> float:
+def _error(centers: Tensor, weights: Tensor, low: float, high: float) -> float:
     step = (high - low) / LEVELS
-    clipped = centres.clamp(low, high)
+    clipped = centers.clamp(low, high)
     # inside a step the error is uniform: step² / 12
-    return float((weights * (clipped - centres).square()).sum() + weights.sum() * step**2 / 12)
+    return float((weights * (clipped - centers).square()).sum() + weights.sum() * step**2 / 12)
 
 
 def _batch(bytes_per_image: int) -> int:

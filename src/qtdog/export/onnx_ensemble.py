@@ -21,7 +21,7 @@ def join(source: PackedSource, module: InferenceModule, members: Sequence[Any]) 
     Args:
         source: the packed model.
         module: what `source.module()` gave.
-        members: their graphs, from normalised images to logits; they are used up.
+        members: their graphs, from normalized images to logits; they are used up.
 
     Raises:
         ModelError: the onnx extra is not installed.

@@ -379,7 +379,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def enable_(self, weight: Tensor) -> None:
-        """Initialise from the current `weight` and do from now on what the member is for."""
+        """Initialize from the current `weight` and do from now on what the member is for."""
 
     def begin_step_(self, weight: Tensor, seed: int, progress: float) -> None:
         """Prepare for one update; called before each one once enabled.

@@ -264,7 +264,7 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def enable_(self, weight: Tensor) -> None:
-        """Initialise the step sizes from the current `weight` and quantize from now on."""
+        """Initialize the step sizes from the current `weight` and quantize from now on."""
         self._begin_(initial_scale(weight, self.spec, self.init))
 
     def _begin_(self, scale: Tensor) -> None:

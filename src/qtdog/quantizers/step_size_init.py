@@ -46,7 +46,7 @@ def initial_scale(weight: Tensor, spec: QuantSpec, init: str = "lsq") -> Tensor:
         >>> initial_scale(torch.tensor([[2.0, -2.0], [0.0, 0.0], [4.0, 4.0]]), QuantSpec(2)).tolist()
         [4.0, 6.0, 8.0]
     """
-    rows, unit = _normalised(spec.rows(weight.detach()))
+    rows, unit = _normalized(spec.rows(weight.detach()))
     scale = STEP_SIZE_INITS[init](rows, spec)
     alive = (scale > scale.mean() * DEAD_FRAC) & (scale * unit >= MIN_SCALE)
     if not alive.any():
@@ -160,7 +160,7 @@ def largest_scale(dtype: torch.dtype, spec: QuantSpec) -> float:
     return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / 2**spec.bits
 
 
-def _normalised(rows: Tensor) -> tuple[Tensor, float]:
+def _normalized(rows: Tensor) -> tuple[Tensor, float]:
     """Return the rows in float32, divided by a power of two that brings the largest near 1, and that power.
 
     Exact, and sums of squares can neither overflow nor vanish.

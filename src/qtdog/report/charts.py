@@ -182,13 +182,13 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve]) -> None:
     import matplotlib as mpl
 
     marked = set()
-    for curve, colour in zip(curves, mpl.color_sequences["tab10"], strict=False):
+    for curve, color in zip(curves, mpl.color_sequences["tab10"], strict=False):
         steps = [record.seen.step for record in curve.records]
         source = [100 * record.seen.source_accuracy for record in curve.records]
         if all(record.test_accuracy is not None for record in curve.records):
             target = [100 * (record.test_accuracy or 0.0) for record in curve.records]
-            axis.plot(steps, target, color=colour, label=f"{curve.method}: target", marker="o", markersize=3)
-        axis.plot(steps, source, color=colour, label=f"{curve.method}: source", linestyle="--", alpha=0.7)
+            axis.plot(steps, target, color=color, label=f"{curve.method}: target", marker="o", markersize=3)
+        axis.plot(steps, source, color=color, label=f"{curve.method}: source", linestyle="--", alpha=0.7)
         if curve.start_step is not None and curve.start_step not in marked:
             marked.add(curve.start_step)
             axis.axvline(curve.start_step, color="grey", linestyle=":", label="quantization starts")

@@ -20,7 +20,7 @@ from qtdog.core.errors import ConfigError, FormatError, ModelError, QtdogError, 
 from qtdog.core.progress import Progress
 from qtdog.core.quantized import QuantizedTensor
 from qtdog.core.safe_text import read_json
-from qtdog.data.augment import normalise
+from qtdog.data.augment import normalize
 from qtdog.data.dataset import DomainDataset
 from qtdog.data.open import open_readable, recorded_source
 from qtdog.models.backbones import create_network, known_name
@@ -43,7 +43,7 @@ class _Untrusted(BaseModel):
 
 
 class Preprocessing(_Untrusted):
-    """How an image becomes the network's input: decode, resize (bilinear, antialiased, no crop), scale, normalise.
+    """How an image becomes the network's input: decode, resize (bilinear, antialiased, no crop), scale, normalize.
 
     With `max_tokens` the model reads text, cut to so many tokens, and image size, mean and std have no meaning.
     `vocabulary` are then the word pieces in the order of their numbers; it is empty if a hash numbers the words.
@@ -141,13 +141,13 @@ class LoadedModel(nn.Module):
         self.info = info
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (n, n_classes) of normalised images (n, C, H, W)."""
+        """Return logits (n, n_classes) of normalized images (n, C, H, W)."""
         return self.network(images)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Return the network's input (n, C, H, W) for uint8 images (n, H, W, C) of the right size; tokens as is."""
         preprocessing = self.info.preprocessing
-        return images if preprocessing.max_tokens else normalise(images, preprocessing.mean, preprocessing.std)
+        return images if preprocessing.max_tokens else normalize(images, preprocessing.mean, preprocessing.std)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

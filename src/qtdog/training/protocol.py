@@ -258,7 +258,7 @@ def open_inputs(
     words: Sequence[str] = (),
     progress: Progress = None,
 ) -> InputCache:
-    """Return the data set as a backbone takes it, decoded or tokenised now unless that was done before.
+    """Return the data set as a backbone takes it, decoded or tokenized now unless that was done before.
 
     Args:
         dataset: images or texts.
@@ -276,6 +276,6 @@ def open_inputs(
     if not isinstance(dataset, TextDomains):
         return open_cache(dataset, image_size, progress=progress)
     words = words or vocabulary(backbone)
-    tokenise = make_tokenizer(backbone, max_tokens, words)
+    tokenize = make_tokenizer(backbone, max_tokens, words)
     name = f"{backbone} {vocabulary_id(words)}" if words else backbone
-    return open_tokens(dataset, tokenise, name=name, length=max_tokens, progress=progress)
+    return open_tokens(dataset, tokenize, name=name, length=max_tokens, progress=progress)

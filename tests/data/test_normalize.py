@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from qtdog.data.augment import normalise
+from qtdog.data.augment import normalize
 
 
 @pytest.mark.parametrize(
@@ -10,7 +10,7 @@ from qtdog.data.augment import normalise
 )
 def test_equal_to_torchvision(channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     images = torch.randint(0, 256, (5, 8, 9, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    ours = normalise(images, mean, std)
+    ours = normalize(images, mean, std)
     for image, result in zip(images, ours, strict=True):
         expected = functional.normalize(functional.to_tensor(image.numpy()), list(mean), list(std))
         assert torch.allclose(result, expected, rtol=0, atol=2e-6)
@@ -21,4 +21,4 @@ def test_equal_to_torchvision(channels: int, mean: tuple[float, ...], std: tuple
 def test_an_image_does_not_depend_on_the_others() -> None:
     images = torch.randint(0, 256, (64, 30, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    assert normalise(images[17:18], mean, std).equal(normalise(images, mean, std)[17:18])
+    assert normalize(images[17:18], mean, std).equal(normalize(images, mean, std)[17:18])
