@@ -375,6 +375,9 @@ def measure(options: argparse.Namespace, place: Path, interval_s: float = 1.0) -
             shutil.rmtree(place / "trials" / "theirs")
             check_same_work(trials["ours"], trials["theirs"])
             rounds[batch].append(trials)
+            steps = {side: value_of(trials[side]["step_s"]) for side in SIDES}
+            told = f"ours {steps['ours']:.2f} s, theirs {steps['theirs']:.2f} s"
+            print(f"round {turn + 1}, {batch} images per domain, an update: {told}", file=sys.stderr, flush=True)
     first = next(iter(works.values()))
     results["n_train"] = {domain: len(pool) for domain, pool in first["train"].items()}
     results["n_measured"] = {domain: len(images) for domain, images in first["measure"].items()}
