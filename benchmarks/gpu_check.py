@@ -214,7 +214,7 @@ def ahead() -> dict[str, Any]:
         worst[name] = {"largest_levels": round(every.max().item(), 3), "mean_levels": round(every.mean().item(), 5)}
     if worst["none"]["largest_levels"] > 0.01 or worst["domainbed"]["mean_levels"] > 0.1:
         raise Failed(f"images of the device are not those of the CPU: {worst}")
-    return {"batches": 2 * N_STEPS, "grey levels off the CPU's, of 255": worst}
+    return {"batches": 2 * N_STEPS, "levels_of_255_off_the_cpu": worst}
 
 
 def compiled() -> dict[str, Any]:

@@ -38,6 +38,7 @@ CLEAN = "clean"
 ALL = "all corruptions"
 COLUMNS = (CLEAN, *FAMILIES, ALL)
 BATCH = 200
+USUAL_BACKBONE = "tf_efficientnet_lite0"
 
 
 class CorruptedDomain:
@@ -132,8 +133,17 @@ def method_of(config: Config) -> str:
     text += "" if width == 1 else f", noise of {width:g} steps"
     text += "".join(f", {layers} {bits} bits" for layers, bits in config.quantizer.layer_bits.items())
     text += ", from the average on" if config.quantizer.start_from == "average" else ""
-    averager = config.averager.name
-    return text if averager == "none" else f"{text}, {averager}"
+    text += "" if config.averager.name == "none" else f", {config.averager.name}"
+    # What the studies of this page leave as it is, so that other runs of the same folder are rows of their own.
+    usual = Config()
+    others = {
+        config.model.backbone: USUAL_BACKBONE,
+        f"augment {config.data.augment}": "augment domainbed",
+        f"label noise {config.data.label_noise:g}": f"label noise {usual.data.label_noise:g}",
+        f"objective {config.objective.name}": f"objective {usual.objective.name}",
+        f"teacher {config.objective.teacher_sha256[:8]}": "teacher ",
+    }
+    return ", ".join([text, *(found for found, expected in others.items() if found != expected)])
 
 
 def family_means(scores: Mapping[str, float]) -> dict[str, float]:

@@ -213,6 +213,33 @@ def accuracy_size() -> Figure:
     return figure
 
 
+NETWORKS = {"lite0": BLUE, "lite1": ORANGE, "lite2": GREEN}
+
+
+def networks() -> Figure:
+    """Accuracy on unseen domains of Office-Caltech against the bytes of the file: small networks, float and rounded."""
+    runs = json.loads((RUNS / "small-networks.json").read_text())["runs"]
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        targets = {target: [r["test_accuracy"] for r in own if r["target"] == target] for target in OFFICE_TARGETS}
+        if not all(targets.values()):
+            continue
+        network, _, rest = method.partition("-")
+        bits = f"{rest[4]} bits" if rest.startswith("lsq") else "float"
+        label = f"{network}, {bits}, SMA" if "sma" in rest else f"{network}, {bits}"
+        at = (np.mean([r["size_bytes"] for r in own]) / 1e6, 100 * np.mean([np.mean(one) for one in targets.values()]))
+        marker = "o" if "sma" in rest else "x"
+        axes.plot(*at, marker, color=NETWORKS[network], ms=8)
+        axes.annotate(label, at, (9, -3), textcoords="offset points", color=NETWORKS[network], fontsize=9)
+    axes.set(xscale="log", xlim=(1.4, 60), xlabel="file size (MB, logarithmic)", ylabel="accuracy, unseen (%)")
+    axes.set_xticks([2, 5, 10, 20, 50], labels=["2", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    return figure
+
+
+OFFICE_TARGETS = ("amazon", "caltech", "dslr", "webcam")
 SHIFTS = ("clean", "noise", "blur", "weather", "digital", "jpeg")
 SHIFT_METHODS = {
     "float, sma": ("float, SMA", BLUE),
@@ -275,6 +302,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "concepts/splits": splits,
     "concepts/ensemble": ensemble,
     "results/accuracy-size": accuracy_size,
+    "results/networks": networks,
     "results/shift": shift,
     "results/cost-growth": cost_growth,
 }
