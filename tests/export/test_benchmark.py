@@ -15,7 +15,7 @@ from qtdog.conversion.attach import attach
 from qtdog.conversion.save import bake
 from qtdog.core.errors import ConfigError, FormatError, RunError
 from qtdog.export.benchmark import BenchmarkPlan, bench, choose_runtimes, file_bytes, model_file, plot_bench
-from qtdog.export.benchmark_measures import Turn, count_operators, cpu_features, pareto, summarize
+from qtdog.export.benchmark_measures import Turn, count_operators, cpu_features, pareto, timing_of
 from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker, serve
 from qtdog.export.export import export
 from qtdog.export.packed_source import read_packed_source
@@ -61,13 +61,13 @@ def files(tmp_path_factory):
 def test_ratios_are_made_within_a_round():
     slow = [Turn((0.2, 0.4), 0.5), Turn((2.0,), 2.0), Turn((0.3,), 0.3)]
     fast = [Turn((0.1, 0.1), 0.1), Turn((1.0,), 1.0), Turn((0.3,), 0.1)]
-    timing = summarize(slow, fast, batch=4)
+    timing = timing_of(slow, fast, batch=4)
     assert (timing.ratio.low, timing.ratio.median, timing.ratio.high) == pytest.approx((1.5, 2.0, 2.5))
     assert timing.cpu_ratio.median == pytest.approx(3.0)
     assert timing.p50_s == pytest.approx(0.35)
     assert timing.images_per_s == pytest.approx(4 * 4 / 2.9)
     assert (timing.n_calls, timing.n_rounds) == (4, 3)
-    assert summarize(fast, fast, batch=1).ratio.median == 1
+    assert timing_of(fast, fast, batch=1).ratio.median == 1
 
 
 def test_the_pareto_front_is_what_nothing_beats():

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from qtdog.core.errors import ConfigError, FormatError
 from qtdog.core.machine import n_cores
 from qtdog.core.printable import legend_columns
-from qtdog.export.benchmark_measures import Timing, Turn, cpu_features, pareto, summarize
+from qtdog.export.benchmark_measures import Timing, Turn, cpu_features, pareto, timing_of
 from qtdog.export.benchmark_worker import WORKER, BenchmarkJob, ModelFacts, Worker
 from qtdog.export.parity import LabelledImages
 from qtdog.export.runtimes import RUNTIMES, runtimes_for
@@ -140,7 +140,7 @@ def bench(
         accuracies = [None if images is None else _accuracy(worker, images(worker.opened)) for worker in workers]
         rounds, interrupted = _rounds(workers, plan.n_rounds, progress)
     rows = tuple(
-        _measured(worker, summarize(turns, rounds[0], plan.batch), accuracy)
+        _measured(worker, timing_of(turns, rounds[0], plan.batch), accuracy)
         for worker, turns, accuracy in zip(workers, rounds, accuracies, strict=True)
     )
     return Bench(rows, threads, plan.batch, interrupted, environment() | {"cpu_features": cpu_features()})

@@ -89,7 +89,7 @@ class Timing:
     round_cpu_s: tuple[float, ...]
 
 
-def summarize(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timing:
+def timing_of(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timing:
     """Return what the calls of one model say.
 
     Ratios are made within a round, whose turns follow one another: what slows the whole machine cancels.
@@ -101,7 +101,7 @@ def summarize(turns: Sequence[Turn], first: Sequence[Turn], batch: int) -> Timin
 
     Example:
         >>> ours, base = [Turn((0.2, 0.2), 0.4), Turn((0.4,), 0.4)], [Turn((0.1,), 0.1), Turn((0.2,), 0.1)]
-        >>> timing = summarize(ours, base, 1)
+        >>> timing = timing_of(ours, base, 1)
         >>> timing.ratio, timing.cpu_ratio.median, timing.n_calls
         (Spread(median=2.0, low=2.0, high=2.0), 3.0, 3)
     """
