@@ -202,6 +202,7 @@ def test_other_settings_in_the_same_folder_are_refused(qtdog, runs, tmp_path):
     assert (found.code, "n_images: 2 → 3" in found.err) == (1, True)
 
 
+@pytest.mark.stress
 def test_the_commands_keep_their_old_names(qtdog, runs, tmp_path):
     asked = (runs["lsq"], "--images", 5, "--mistakes", 1, "--out", tmp_path, "--json")
     old, new = qtdog("analyse", "slices", *asked), qtdog("analyze", "errors", *asked)

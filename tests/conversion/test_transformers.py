@@ -61,6 +61,7 @@ def test_deit_small(tmp_path):
     assert file_sizes(tmp_path / "m").ratio > 4.4
 
 
+@pytest.mark.stress
 def test_a_text_encoder_of_the_size_of_distilbert(tmp_path):
     tokens = torch.randint(0, 30522, (2, 16), generator=torch.Generator().manual_seed(0))
     quantizers, still, shipped, trained = train_pack_and_load(TextEncoder, tokens, tmp_path / "m")

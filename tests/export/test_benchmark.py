@@ -197,6 +197,7 @@ def failing(code):
 DIES = "from qtdog.export.benchmark_worker import ModelUnderTest; ModelUnderTest.turn = lambda self: {}"
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("code", "how"),
     [
@@ -213,6 +214,7 @@ def test_the_death_of_a_process_is_told_with_its_last_lines(files, code, how):
         bench([files / "three.safetensors"], BenchmarkPlan(threads=1, n_rounds=1), command=failing(code))
 
 
+@pytest.mark.stress
 def test_nothing_is_imported_from_the_current_folder(files, tmp_path, monkeypatch):
     trap = "open('CODE_WAS_RUN', 'a').close(); raise ImportError('x')"
     for name in ("timm", "multiprocessing", "safetensors", "torch", "subprocess"):

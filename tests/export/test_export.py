@@ -286,6 +286,7 @@ def test_trained_grids_are_the_ranges_of_the_integer_graph(backbone, bits, sourc
     assert trained >= 0.6 * len(grids)
 
 
+@pytest.mark.stress
 def test_float_graphs_round_activations_as_trained(source, photos, tmp_path):
     packed = source("test_efficientnet", activations=6)
     made = export(packed, tmp_path / "m.onnx", "onnx", photos)
