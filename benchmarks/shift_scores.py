@@ -134,16 +134,16 @@ def method_of(config: Config) -> str:
     text += "".join(f", {layers} {bits} bits" for layers, bits in config.quantizer.layer_bits.items())
     text += ", from the average on" if config.quantizer.start_from == "average" else ""
     text += "" if config.averager.name == "none" else f", {config.averager.name}"
-    # What the studies of this page leave as it is, so that other runs of the same folder are rows of their own.
-    usual = Config()
+    # What the studies leave as it is, so that other runs of the same folder are rows of their own.
+    data, objective = config.data, config.objective
     others = {
-        config.model.backbone: USUAL_BACKBONE,
-        f"augment {config.data.augment}": "augment domainbed",
-        f"label noise {config.data.label_noise:g}": f"label noise {usual.data.label_noise:g}",
-        f"objective {config.objective.name}": f"objective {usual.objective.name}",
-        f"teacher {config.objective.teacher_sha256[:8]}": "teacher ",
+        config.model.backbone: config.model.backbone != USUAL_BACKBONE,
+        f"augment {data.augment}": data.augment != "domainbed",
+        f"label noise {data.label_noise:g}": data.label_noise > 0,
+        f"objective {objective.name}": objective.name != "erm",
+        f"teacher {objective.teacher_sha256[:8]}": bool(objective.teacher_sha256),
     }
-    return ", ".join([text, *(found for found, expected in others.items() if found != expected)])
+    return ", ".join([text, *(name for name, is_told in others.items() if is_told)])
 
 
 def family_means(scores: Mapping[str, float]) -> dict[str, float]:

@@ -120,8 +120,8 @@ def test_a_standardized_convolution_does_not_feel_a_constant():
     constant = torch.ones(1, 27)
     assert row_errors(constant, hessian) < 1e-9 * hessian[0].diagonal().sum()
     columns = nn.functional.unfold(inputs.double(), 3, padding=1).permute(1, 0, 2).flatten(1)
-    centerd = columns - columns.mean(0)
-    torch.testing.assert_close(hessian[0], 2 * centerd @ centerd.T, rtol=1e-5, atol=1e-3)
+    centered = columns - columns.mean(0)
+    torch.testing.assert_close(hessian[0], 2 * centered @ centered.T, rtol=1e-5, atol=1e-3)
 
 
 class Tricky(nn.Module):

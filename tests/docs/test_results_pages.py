@@ -7,6 +7,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from scipy import stats
+
+from qtdog.runs.statistics import Comparison, compare_values
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -20,7 +23,50 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
     on_pacs = list(json.loads((RESULTS / "runs" / "shift-pacs-short.json").read_text()).values())
     scores["tables"](on_pacs, "float")
     assert capsys.readouterr().out in (RESULTS / "shift.md").read_text()
+    under_noise = scores["differences"](on_pacs, "noise-matched, 4 bits", "float")["noise"]
+    assert f"one of {100 * seen(under_noise):.1f}" in (RESULTS / "shift.md").read_text()
     scores["tables"](runs, "float, sma")
     robust = capsys.readouterr().out.splitlines()[-1]
     assert "noise of 3 steps" in robust
     assert "−8.8" in robust
+
+
+def accuracies(name: str, method: str) -> dict[tuple[str, int], float]:
+    """Return the accuracy in % on the unseen domain by target and seed."""
+    runs = json.loads((RESULTS / "runs" / f"{name}.json").read_text())["runs"]
+    return {(run["target"], run["seed"]): 100 * run["test_accuracy"] for run in runs if run["method"] == method}
+
+
+def told(first: dict[tuple[str, int], float], second: dict[tuple[str, int], float]) -> tuple[str, float]:
+    """Return second - first with its interval as pages write it, and what would be seen in four of five studies."""
+    pairs = sorted(first.keys() & second.keys())
+    found = compare_values([first[pair] for pair in pairs], [second[pair] for pair in pairs])
+    return f"{found.mean:+.1f} ({found.low:+.1f} … {found.high:+.1f})".replace("-", "−"), round(seen(found), 1)
+
+
+def seen(found: Comparison) -> float:
+    """Return the difference that four of five studies with these pairs and their spread would tell from none."""
+    assert found.low is not None
+    t = stats.t(found.n - 1)
+    return float((found.mean - found.low) * (t.ppf(0.975) + t.ppf(0.8)) / t.ppf(0.975))
+
+
+def test_differences_of_the_recipe_and_the_power_that_its_page_states():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    small, tiny = accuracies("recipe-office", "lsq+sma"), accuracies("recipe-office", "lsq-5-depthwise-8+sma")
+    lite1 = accuracies("recipe-office", "lite1-lsq-5-depthwise-8+sma")
+    text, power = told(small, tiny)
+    assert f"{text} points from 7 bits everywhere" in page
+    assert f"With 20 pairs a difference of {power} points would have been seen in four of five studies" in page
+    text, power = told(small, lite1)
+    assert f"the bytes of Lite0 at 7: {text}" in page
+    assert f"with 8 pairs one of {power:.1f}." in page
+
+
+def test_differences_of_the_students():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    records = json.loads((RESULTS / "runs" / "recipe-students.json").read_text())
+    student = {(target, 0): 100 * record["test_accuracy"] for target, record in records.items()}
+    teacher = accuracies("recipe-office", "EoQ of averages of 5 bits")
+    assert f"{sum(student.values()) / 4:.1f} %: {told(teacher, student)[0]} points to its teacher" in page
+    assert f"{told(accuracies('recipe-office', 'lsq-5-depthwise-8+sma'), student)[0]} on four pairs" in page

@@ -118,9 +118,9 @@ def interval(one: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tu
         return None, None
     drawn = rng.integers(len(one), size=(N_BOOTSTRAP, len(one)))
     ranks = [rankdata(side[drawn], axis=1) for side in (one, other)]
-    centerd = [rank - rank.mean(1, keepdims=True) for rank in ranks]
-    lengths = np.sqrt((centerd[0] ** 2).sum(1) * (centerd[1] ** 2).sum(1))
-    found = (centerd[0] * centerd[1]).sum(1)[lengths > 0] / lengths[lengths > 0]
+    centered = [rank - rank.mean(1, keepdims=True) for rank in ranks]
+    lengths = np.sqrt((centered[0] ** 2).sum(1) * (centered[1] ** 2).sum(1))
+    found = (centered[0] * centered[1]).sum(1)[lengths > 0] / lengths[lengths > 0]
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(found, [tail, 1 - tail])
     return float(low), float(high)

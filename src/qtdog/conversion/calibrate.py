@@ -35,7 +35,7 @@ class HessianRecorder(TorchFunctionMode):
     the same. Other operations (attention's packed projection, transposed convolutions, embeddings) are not seen.
 
     A layer that takes the mean out of its rows of weights (timm's standardized convolutions) does not feel a constant
-    that is added to them: its patches are centerd, which is the Hessian of its weight to first order.
+    that is added to them: its patches are centered, which is the Hessian of its weight to first order.
 
     Products are in float32, their sums in float64.
 

@@ -224,7 +224,7 @@ WAITS = ("mps", "xpu")  # copies from ordinary memory that do not wait would rea
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. The host does not wait for the copy, which CUDA reads from page-locked memory."""
+    """Return a tensor on a device. The host waits for the copy on `WAITS` alone; CUDA reads page-locked memory."""
     if device == tensor.device:
         return tensor
     source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor

@@ -48,7 +48,7 @@ MANY_DOMAINS = 16
 def mean_square_between_covariances(features: Sequence[Tensor]) -> Tensor:
     """Return the mean over pairs of domains i < j of mean((C_i − C_j)²), in time that grows with the domains alone.
 
-    With Z_i the centerd features over √(n_i − 1): Σ_{i<j} ‖C_i − C_j‖² = D Σ_i ‖C_i‖² − ‖Σ_i C_i‖², where
+    With Z_i the centered features over √(n_i − 1): Σ_{i<j} ‖C_i − C_j‖² = D Σ_i ‖C_i‖² − ‖Σ_i C_i‖², where
     ‖C_i‖ = ‖Z_i Z_iᵀ‖ and ‖Σ_i C_i‖ = ‖Zᵀ Z‖ for all rows together. No covariance of a single domain is made where it
     is larger than the products of its images. Relative error: that of float32 times Σ‖C_i‖² / Σ‖C_i − C̄‖².
 
@@ -82,8 +82,8 @@ def covariance(features: Tensor) -> Tensor:
         tensor([[ 2.0000, -1.0000],
                 [-1.0000,  0.5000]])
     """
-    centerd = features - features.mean(0)
-    return centerd.T @ centerd / (len(features) - 1)
+    centered = features - features.mean(0)
+    return centered.T @ centered / (len(features) - 1)
 
 
 def _distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
