@@ -185,9 +185,36 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
-    # By differences, not by ‖x‖² + ‖y‖² − 2xy: γ = 1000 would show what cancels there.
-    squared = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squared = _squared_distances(x, y)
     return torch.stack([torch.exp(-gamma * squared).mean() for gamma in GAMMAS]).sum()
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    # By differences, not by ‖x‖² + ‖y‖² − 2xy: γ = 1000 would show what cancels there.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def mmd_penalty(features: Sequence[Tensor]) -> Tensor:
+    """Return the mean over pairs of domains of `mmd`; more than `MANY_DOMAINS` are compared with one kernel matrix.
+
+    With the mean kernel M_ij of two of D domains, Σ_{i<j} (M_ii + M_jj − 2 M_ij) = D Σ_i M_ii − Σ_ij M_ij.
+
+    Args:
+        features: of each domain, shape (n, d).
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> round(mmd_penalty([x, x + 1000]).item(), 4)
+        10.2618
+    """
+    if len(features) <= MANY_DOMAINS:
+        return mean_over_pairs(mmd, features)
+    rows = torch.cat(list(features))
+    squared = _squared_distances(rows, rows)
+    kernel = torch.stack([torch.exp(-gamma * squared) for gamma in GAMMAS]).sum(0)
+    means = torch.block_diag(*(one.new_full((1, len(one)), 1 / len(one)) for one in features))  # (D, N)
+    between, n_domains = means @ kernel @ means.T, len(features)
+    return (n_domains * between.trace() - between.sum()) * 2 / (n_domains * (n_domains - 1))
 
 
 @OBJECTIVES.register("mmd")
@@ -206,7 +233,7 @@ class MMD(Objective):
 
     def loss(self, domains: Sequence[DomainOutputs]) -> Tensor:
         """Return the scalar loss of the outputs of all source domains."""
-        penalty = mean_over_pairs(mmd, [domain.features for domain in domains])
+        penalty = mmd_penalty([domain.features for domain in domains])
         return domain_losses(domains).mean() + self.number("weight") * penalty
 
 
