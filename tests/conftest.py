@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import functools
 import gc
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,11 @@ from qtdog.core.config import Config
 from qtdog.core.config_io import build_config, load_preset
 from qtdog.data.dataset import DomainSubset
 from qtdog.data.known_datasets import RotatedDigits
+
+# The tests write some 60,000 small files, and on some disks the removal of each takes milliseconds: they go to memory
+# where there is plenty. Set before pytest makes its folder; `--basetemp` or PYTEST_DEBUG_TEMPROOT choose another place.
+if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 6 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 # a first backward pass, or a busy machine, may take longer than hypothesis allows one example
 settings.register_profile("qtdog", deadline=None)
