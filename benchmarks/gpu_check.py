@@ -8,7 +8,7 @@ Each part prints a line and ends up in a JSON file; one that fails says why, and
     demo       qtdog demo, on the device
     axes       six updates with every objective, quantizer, averager, step rule and feature layer
     parity     the losses of ten float32 updates on the device and on the CPU, TF32 off
-    bf16       the losses of ten updates under bfloat16, beside float32
+    half       the losses of ten updates under bfloat16 and float16, beside float32
     ahead      batches that are augmented ahead on a stream of their own, against those of the CPU, while updates run
     compiled   the losses of ten updates in one graph of torch.compile, beside the plain ones, and how fast they are
     resume     a run stopped half-way and resumed, against one that was not: the same weights?
@@ -179,14 +179,17 @@ def parity() -> dict[str, Any]:
     return {"largest_difference": off}
 
 
-def bf16() -> dict[str, Any]:
-    """Compare losses under bfloat16 with float32."""
+def half() -> dict[str, Any]:
+    """Compare losses under bfloat16 and float16 with float32."""
     full = losses_of(digits_config(), N_STEPS)
-    half = losses_of(digits_config({"train": {"precision": "bf16"}}), N_STEPS)
-    off = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(half, full, strict=True))
-    if not off < 0.1:
-        raise Failed(f"losses differ by a share of {off:.2g}: {half} under bf16, {full} in float32")
-    return {"largest_difference": off, "fp16": "not offered"}
+    found = {}
+    for precision in ("bf16", "fp16"):
+        losses = losses_of(digits_config({"train": {"precision": precision}}), N_STEPS)
+        off = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, full, strict=True))
+        if not off < 0.1:
+            raise Failed(f"losses differ by a share of {off:.2g}: {losses} under {precision}, {full} in float32")
+        found[precision] = {"largest_difference": off}
+    return found
 
 
 def ahead() -> dict[str, Any]:
@@ -384,7 +387,7 @@ def processes() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     part.__name__: part
-    for part in (machine, demo, axes, parity, bf16, ahead, compiled, resume, speed, syncs, processes)
+    for part in (machine, demo, axes, parity, half, ahead, compiled, resume, speed, syncs, processes)
 }
 
 

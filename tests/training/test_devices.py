@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qtdog.core.config import AFTER_TRAINING, Config
+from qtdog.core.errors import ConfigError
 from qtdog.core.registry import Registry
 from qtdog.data.known_datasets import RotatedDigits
-from qtdog.objectives.base import DomainOutputs
+from qtdog.objectives.base import OBJECTIVES, DomainOutputs
 from qtdog.training.build import build_components
 from qtdog.training.components import Components, RunState
 from qtdog.training.loop import READ_EVERY, TrainingRun, begin_step, update
@@ -139,18 +140,21 @@ NEEDS_RANGE = {"_log_softmax", "_softmax", "exp", "log", "nll_loss_forward", "li
 NEEDS_RANGE |= {"var_mean", "std_mean", "pow", "sqrt", "rsqrt", "round", "round_", "logsumexp"}
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 class _Types(TorchDispatchMode):
-    """Notes which operations that need range or precision get bfloat16."""
+    """Notes which operations that need range or precision get bfloat16 or float16."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self.n_bf16 = 0
+        self.n_half = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        halves = [one for one in tree_leaves(args) if isinstance(one, Tensor) and one.dtype == torch.bfloat16]
+        halves = [one for one in tree_leaves(args) if isinstance(one, Tensor) and one.dtype in HALVES]
         name = func.overloadpacket.__name__
-        self.n_bf16 += bool(halves)
+        self.n_half += bool(halves)
         if halves and name in NEEDS_RANGE:
             self.found.add(name)
         return func(*args, **(kwargs or {}))
@@ -159,19 +163,26 @@ class _Types(TorchDispatchMode):
 SECTIONS = ("objective", "quantizer", "step_rule", "feature_layer")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("section", "name"), [(axis, name) for axis in SECTIONS for name in MEMBERS[axis]])
-def test_steps_under_bf16_round_no_loss_no_weight_and_no_step_size(
-    section: str, name: str, short_config: Callable[..., Config], digits: RotatedDigits
+def test_steps_with_half_the_bits_round_no_loss_no_weight_and_no_step_size(
+    precision: str, section: str, name: str, short_config: Callable[..., Config], digits: RotatedDigits
 ):
-    """The network computes in bfloat16; losses, norms, quantizers, parameters and gradients are float32."""
-    components = build_components(short_config(train={"steps": 6, "precision": "bf16"}, **needs(section, name)), digits)
-    for step in range(4):
+    """The network computes in half the bits; losses, norms, quantizers, parameters and gradients are float32."""
+    small = {"data": {"target": "75", "batch_size": 2, "image_size": 8}} if precision == "fp16" else {}  # slow on CPUs
+    config = short_config(train={"steps": 6, "precision": precision}, **needs(section, name), **small)
+    if precision == "fp16" and OBJECTIVES[config.objective.name].OWN_GRADIENTS:
+        with pytest.raises(ConfigError, match="takes gradients"):
+            build_components(config, digits)
+        return
+    components = build_components(config, digits)
+    for step in range(1, 4):
         begin_step(components, step)
         with _Types() as audit:
             loss = update(components, components.batches.batch(step), step)
         assert torch.isfinite(loss)
         assert audit.found == set()
-        assert audit.n_bf16 > 0 or name in PLAIN
+        assert audit.n_half > 0 or name in PLAIN
     for values in (components.network.parameters(), components.objective.parameters()):
         assert {value.dtype for value in values} <= {torch.float32}
     assert {value.grad.dtype for value in components.network.parameters() if value.grad is not None} == {torch.float32}

@@ -246,10 +246,11 @@ class TrainConfig(Section):
         default="source",
         description="which checkpoint is saved: best source validation, the last, or best on the target",
     )
-    precision: Literal["fp32", "tf32", "bf16"] = Field(
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         default="fp32",
         description="of the arithmetic: float32 (torch's own default rounds the inputs of convolutions on GPUs), "
-        "products in TensorFloat-32, or autocast to bfloat16",
+        "products in TensorFloat-32, autocast to bfloat16, or to float16 with a scale of the loss (for GPUs without "
+        "bfloat16)",
     )
     cudnn: Literal["heuristic", "benchmark", "deterministic"] = Field(
         default="heuristic",

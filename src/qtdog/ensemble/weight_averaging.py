@@ -22,7 +22,7 @@ from qtdog.runs.folder import RunFolder
 from qtdog.training.averagers import snapshot
 from qtdog.training.build import build_components, make_quantizer
 from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.components import RunState
+from qtdog.training.components import LOSS_SCALE, RunState
 from qtdog.training.finalize import final_network_
 from qtdog.training.load_model import empty_network
 from qtdog.training.loop import TrainingRun, train
@@ -158,7 +158,7 @@ def tune(weights: State, config: Config, evaluation_set: EvaluationSet, steps: i
     """
     config = tune_config(config, steps)
     parts = build_components(config, evaluation_set.dataset)
-    if parts.objective.state_dict():
+    if any(not name.startswith(LOSS_SCALE) for name in parts.objective.state_dict()):
         text = f"objective '{config.objective.name}' has weights of its own, which are not averaged"
         raise ConfigError(f"--tune: {text}; leave --tune out")
     load_plain_(parts.network, weights)

@@ -259,6 +259,7 @@ class Objective(nn.Module):
             forward pass over each part allows; "", not at all. None: "outputs" if it overrides `loss` alone, else "".
         ONE_PROCESS: whether it cannot be shared by several processes: it runs the plain network itself, whose gradients
             nobody gathers, or has parameters of its own.
+        OWN_GRADIENTS: whether it takes gradients through the network itself, whose losses nobody scales for float16.
         lr_factor: of the objective's own parameters.
         params: the values of the hyper-parameters.
     """
@@ -270,6 +271,7 @@ class Objective(nn.Module):
     MEAN_CROSS_ENTROPY: ClassVar[str] = ""
     ACCUMULATES: ClassVar[str | None] = None
     ONE_PROCESS: ClassVar[bool] = False
+    OWN_GRADIENTS: ClassVar[bool] = False
     lr_factor: float = 1.0
 
     def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:

@@ -398,6 +398,7 @@ class CCFP(Objective):
         ),
     }
     ONE_PROCESS = True
+    OWN_GRADIENTS = True
 
     def __init__(self, setting: ObjectiveSetting, params: Mapping[str, Value]) -> None:
         super().__init__(setting, params)

@@ -33,9 +33,10 @@ from qtdog.quantizers.base import OPTION_NAMES
 from qtdog.quantizers.registry import QUANTIZERS
 from qtdog.training import swad  # noqa: F401  (registers its averager)
 from qtdog.training.averagers import AVERAGERS, make_averager  # noqa: F401  (found here with all its members)
-from qtdog.training.components import Components, Trainable
+from qtdog.training.components import LOSS_SCALE, Components, Trainable
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
 from qtdog.training.load_model import read_any_weights
+from qtdog.training.loss_scale import LossScale
 from qtdog.training.protocol import DomainProtocol, check_input, make_protocol, open_inputs, run_labels
 from qtdog.training.step_rules import STEP_RULES
 
@@ -86,6 +87,11 @@ def build_components(
     averager = make_averager(config)
     step_rule = make_step_rule(config.step_rule.params)
     _check_feature_layer(config)
+    if config.train.precision == "fp16" and make_objective.OWN_GRADIENTS:
+        raise ConfigError(
+            f"objective '{config.objective.name}' takes gradients through the network itself, which float16 would "
+            "flush to zero: take train.precision=bf16 or fp32"
+        )
     check_input(config, dataset)
     check_backbone(config.model.backbone)
     if config.quantizer.name != "none":
@@ -118,7 +124,10 @@ def build_components(
         _quantize_activations_(config.quantizer, quantizer, accelerator.num_processes)
     _check_compilation(config, objective, quantizer, accelerator)
     optimizer = make_optimizer(config.optimizer, network, quantizer, objective)
-    model, prepared = accelerator.prepare(Trainable(network, config.train.compile), optimizer)
+    use_float16 = config.train.precision == "fp16"
+    if use_float16:
+        objective.add_module(LOSS_SCALE, LossScale().to(accelerator.device))
+    model, prepared = accelerator.prepare(Trainable(network, config.train.compile, use_float16=use_float16), optimizer)
     mean, std = preprocessing(config.model.backbone, channels=dataset.card.channels)
     labels = run_labels(config, protocol, dataset)
     inputs = EvaluationInputs(cache, labels.evaluation, mean, std)

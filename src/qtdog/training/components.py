@@ -25,8 +25,12 @@ from qtdog.quantizers.lsq_groups import WeightGroups
 from qtdog.runs.record import Record
 from qtdog.training.averagers import Averager
 from qtdog.training.evaluation import EvaluationInputs, Evaluator
+from qtdog.training.loss_scale import LossScale
 from qtdog.training.protocol import DomainProtocol
 from qtdog.training.step_rules import StepRule
+
+LOSS_SCALE = "loss_scale"
+"""Name of the scale among the modules of an objective."""
 
 
 def of_all_processes(accelerator: Accelerator, rows: Tensor) -> Sequence[Tensor]:
@@ -66,11 +70,13 @@ class Trainable(nn.Module):
     Args:
         network: quantizers attached.
         backend: of torch.compile, or "off".
+        use_float16: autocast to float16; what is returned is float32.
     """
 
-    def __init__(self, network: Network, backend: str = "off") -> None:
+    def __init__(self, network: Network, backend: str = "off", *, use_float16: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.use_float16 = use_float16
         self.groups = WeightGroups(network)
         self.compiled = None if backend == "off" else compiled_pass(network, backend)
 
@@ -80,6 +86,13 @@ class Trainable(nn.Module):
         Raises:
             ModelError: torch.compile cannot make one graph of the pass.
         """
+        if self.use_float16:
+            with torch.autocast(images.device.type, torch.float16):
+                features, logits = self._pass(images, sizes)
+            return features.float(), logits.float()
+        return self._pass(images, sizes)
+
+    def _pass(self, images: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         if self.compiled is not None:
             return self.compiled(images, sizes)
         with parametrize.cached(), self.groups:
@@ -173,6 +186,17 @@ class Components:
     def decay_from(self) -> int:
         """The step from which a schedule lets the learning rate fall."""
         return self.config.decay_from
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The scale of the losses; None but under float16."""
+        found = getattr(self.objective, LOSS_SCALE, None)
+        return found if isinstance(found, LossScale) else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Return a loss as the backward pass takes it."""
+        scale = self.loss_scale
+        return loss if scale is None else loss * scale.factor
 
     @property
     def view(self) -> ModelView:

@@ -29,6 +29,7 @@ from qtdog.training.averagers import snapshot, swapped
 from qtdog.training.checkpoint import save_state
 from qtdog.training.components import Components, RunState
 from qtdog.training.evaluation import fit_batch_norm_, take_batch_norm_of_the_first_process_
+from qtdog.training.loss_scale import GradientOverflow
 from qtdog.training.step_rules import Update, keep_classifier_gradients_, lr_factor
 
 READ_EVERY = 20
@@ -243,8 +244,11 @@ def begin_step(components: Components, step: int) -> None:
 def update(components: Components, batch: Batch, step: int) -> Tensor:
     """Make one update on `batch` and return its loss, a scalar on the device, where nothing waits for it.
 
+    Under float16 an update whose scaled gradients overflow is left out.
+
     Raises:
         NonFiniteLossError: before anything moved, if the device is the CPU; elsewhere `TrainingRun` sees it later.
+            Gradients that overflow float16 without a scale.
     """
     accelerator = components.accelerator
     seed = derive(components.config.train.seed, "model", step, accelerator.process_index)
@@ -258,10 +262,10 @@ def update(components: Components, batch: Batch, step: int) -> Tensor:
         assert isinstance(shown, Tensor)
         if shown.device.type == "cpu" and not torch.isfinite(shown):
             raise NonFiniteLossError(_advice(components, step, shown.item()))
-        accelerator.backward(loss)
+        accelerator.backward(components.scaled(loss))
         return shown
 
-    def backward() -> Tensor:
+    def pass_over() -> Tensor:
         # Dropout, Mixup and their kin draw from the stream of this step: a resumed run draws the same, and so does a
         # step rule that passes over the batch twice.
         torch.manual_seed(seed)
@@ -274,7 +278,30 @@ def update(components: Components, batch: Batch, step: int) -> Tensor:
             keep_classifier_gradients_(components.network, components.objective)
         return shown
 
-    return components.step_rule(Update(backward, components.optimizer, components.network))
+    return _make_update(components, pass_over, step)
+
+
+def _make_update(components: Components, pass_over: Callable[[], Tensor], step: int) -> Tensor:
+    """Let the step rule make an update by passes over the batch; one whose scaled gradients overflow is left out."""
+    scale, optimizer = components.loss_scale, components.optimizer
+    if scale is None:
+        return components.step_rule(Update(pass_over, optimizer, components.network))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def backward() -> Tensor:
+        return scale.add_gradients(parameters, pass_over)
+
+    try:
+        loss = components.step_rule(Update(backward, optimizer, components.network))
+    except GradientOverflow as overflow:
+        if float(scale.factor) < 1:
+            raise NonFiniteLossError(
+                f"gradients overflow float16 at step {step + 1} without any scale; the last good state is kept in the "
+                "run folder. Start anew with train.precision=bf16 or fp32, or a lower learning rate"
+            ) from overflow
+        return overflow.loss
+    scale.after_update()
+    return loss
 
 
 def _advice(components: Components, step: int, loss: float) -> str:

@@ -114,6 +114,8 @@ def run(
             folder.claim(config, resume=resume)
             keep_plugins(config, folder.path)
             folder.keep_skipped(dataset.skipped)
+        if config.train.precision == "fp16" and components.accelerator.device.type == "cpu":
+            callbacks.warn("float16 can be a hundred times slower than float32 on a CPU: take train.precision=fp32")
         state = initial_state(components, folder, callbacks.warn, fork_from)
         train_in_folder(components, state, folder, callbacks=callbacks, shared_runs=shared_runs, fork_from=fork_from)
         with StopRequest() as stop:
