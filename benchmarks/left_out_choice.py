@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import qtdog
 from qtdog.runs.find import find_runs
@@ -79,11 +80,29 @@ def cell(scores: Sequence[Held], method: str, reference: str) -> str:
     return f"{mean}, {100 * result.mean:+.1f} ({low} … {high}; {len(pairs)})".replace("-", "−")
 
 
-def table(head: str, rows: dict[str, list[Held]], methods: Sequence[str], reference: str) -> None:
-    """Print a row for each group of scores and a column for each method."""
-    print(f"\n| {head} | " + " | ".join(methods) + " |\n|" + " --- |" * (len(methods) + 1))
-    for name, scores in rows.items():
-        print(f"| {name} | " + " | ".join(cell(scores, method, reference) for method in methods) + " |")
+def table(head: str, columns: dict[str, list[Held]], methods: Sequence[str], reference: str) -> None:
+    """Print a column for each group of scores and a row for each method."""
+    print(f"\n| {head} | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
+    for method in methods:
+        cells = [cell(scores, method, reference) for scores in columns.values()]
+        print(f"| {method} | " + " | ".join(cells) + " |")
+
+
+def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
+    """Print accuracies and paired differences, by held-out domain and by target of the choice."""
+    scores = [Held(**one | {"sources": tuple(one["sources"])}) for one in kept]
+    methods = [reference, *sorted({score.method for score in scores} - {reference})]
+    domains = sorted({score.domain for score in scores})
+    held_out = {domain: [score for score in scores if score.domain == domain] for domain in domains}
+    choices = {t: [s for s in scores if t != s.domain and t not in s.sources] for t in domains}
+    table("held-out domain:", held_out | {"all": scores}, methods, reference)
+    table("target of the choice:", choices, methods, reference)
+    print()
+    for method in methods:
+        own = {(score.sources, score.seed): score for score in scores if score.method == method}.values()
+        known = sum(100 * score.source_accuracy for score in own) / len(own)
+        size = sum(score.file_bytes / 1e6 for score in own) / len(own)
+        print(f"- {method}: {len(own)} runs, held-out images of the sources {known:.1f} %, {size:.2f} MB")
 
 
 def main() -> None:
@@ -99,28 +118,7 @@ def main() -> None:
         if run.path.name not in kept:
             kept[run.path.name] = [asdict(score) for score in scores_of(run, options.sets)]
             options.json.write_text(json.dumps(kept, indent=1) + "\n")
-    scores = [Held(**one | {"sources": tuple(one["sources"])}) for both in kept.values() for one in both]
-    found = {score.method for score in scores}
-    methods = [options.reference, *sorted(found - {options.reference})]
-    domains = sorted({score.domain for score in scores})
-    held_out = {domain: [score for score in scores if score.domain == domain] for domain in domains}
-    choices = {t: [s for s in scores if t != s.domain and t not in s.sources] for t in domains}
-    table("held-out domain", held_out | {"all": scores}, methods, options.reference)
-    table("target of the choice", choices, methods, options.reference)
-    print()
-    for method in methods:
-        own = {(score.sources, score.seed): score for score in scores if score.method == method}.values()
-        spent, known, size = (
-            sum(values) / len(own)
-            for values in (
-                [score.trained_s for score in own],
-                [100 * score.source_accuracy for score in own],
-                [score.file_bytes / 1e6 for score in own],
-            )
-        )
-        print(
-            f"- {method}: {len(own)} runs of {spent:.1f} s, held-out images of the sources {known:.1f} %, {size:.2f} MB"
-        )
+    tables([score for both in kept.values() for score in both], options.reference)
 
 
 if __name__ == "__main__":

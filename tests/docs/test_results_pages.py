@@ -70,3 +70,10 @@ def test_differences_of_the_students():
     teacher = accuracies("recipe-office", "EoQ of averages of 5 bits")
     assert f"{sum(student.values()) / 4:.1f} %: {told(teacher, student)[0]} points to its teacher" in page
     assert f"{told(accuracies('recipe-office', 'lsq-5-depthwise-8+sma'), student)[0]} on four pairs" in page
+
+
+def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str]):
+    choice = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))
+    kept = json.loads((RESULTS / "runs" / "levers-pacs.json").read_text())
+    choice["tables"]([score for both in kept.values() for score in both], "plain")
+    assert capsys.readouterr().out in (RESULTS / "recipe.md").read_text()
