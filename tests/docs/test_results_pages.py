@@ -77,3 +77,18 @@ def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.Capture
     kept = json.loads((RESULTS / "runs" / "levers-pacs.json").read_text())
     choice["tables"]([score for both in kept.values() for score in both], "plain")
     assert capsys.readouterr().out in (RESULTS / "recipe.md").read_text()
+
+
+def test_differences_of_the_controls():
+    page = " ".join((RESULTS / "study.md").read_text().split())
+    float_runs, small = accuracies("controls-office", "float"), accuracies("controls-office", "lsq+sma")
+    for method, words in (
+        ("freeze", "freeze in float"),
+        ("released", "released"),
+        ("lsq", "LSQ"),
+        ("lsq-activations-8", "8 bits"),
+        ("lsq-6-activations-6", "6 bits for weights and activations"),
+    ):
+        assert f"{words} {told(float_runs, accuracies('controls-office', method))[0]}" in page, method
+    averaged = told(small, accuracies("controls-office", "lsq-activations-8+sma"))[0]
+    assert f"costs an average {averaged.replace(')', ', four pairs)')}" in page
