@@ -90,7 +90,7 @@ def table(head: str, columns: dict[str, list[Held]], methods: Sequence[str], ref
 
 def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
     """Print accuracies and paired differences, by held-out domain and by target of the choice."""
-    scores = [Held(**one | {"sources": tuple(one["sources"])}) for one in kept]
+    scores = [Held(**{**one, "sources": tuple(one["sources"])}) for one in kept]
     methods = [reference, *sorted({score.method for score in scores} - {reference})]
     domains = sorted({score.domain for score in scores})
     held_out = {domain: [score for score in scores if score.domain == domain] for domain in domains}
