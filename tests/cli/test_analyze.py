@@ -50,10 +50,11 @@ def said(folder: Path) -> dict:
     ("kind", "options", "names"),
     [
         ("flatness", FLAT, {"on", "gamma", "increase", "standard_error"}),
-        (
+        pytest.param(
             "hessian",
             ("--images", 1, "--vectors", 10, "--probes", 2, "--eigenvalues", 1),
             {"trace", "standard_error", "top_eigenvalue"},
+            marks=pytest.mark.stress,  # ten seconds; tests/api/test_analyses.py has the same from Python
         ),
         ("surface", ("--points", 3, "--images", 5), {"x", "y", "sources", "target"}),
         ("stability", (), {"spearman", "largest_drop", "best"}),

@@ -480,7 +480,10 @@ def count_changes(count: Count, elsewhere: Path | None = None, kill_at: int = 0)
 
     def install(folder: Path) -> None:
         place, temporary = os.path.realpath(folder), os.path.realpath(tempfile.gettempdir())
-        sound = (place, temporary, "/dev/", "/proc/", "/tmp/torchinductor_")
+
+        def is_sound(path: str) -> bool:
+            return path.startswith((place, temporary, "/tmp/torchinductor_")) or WATCH["is_device"](path)
+
         report = -1 if elsewhere is None else os.open(elsewhere, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -488,7 +491,7 @@ def count_changes(count: Count, elsewhere: Path | None = None, kill_at: int = 0)
             if path.startswith(place):
                 if count.next() == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
-            elif report >= 0 and (event in WATCH["STARTS"] or (path and not path.startswith(sound))):
+            elif report >= 0 and (event in WATCH["STARTS"] or (path and not is_sound(path))):
                 os.write(report, f"{event} {path}\n".encode())
 
         sys.addaudithook(hook)

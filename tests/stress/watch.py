@@ -47,6 +47,17 @@ def changed_path(event: str, arguments: Sequence[Any]) -> str:
     return os.path.join(os.path.realpath(above), last)
 
 
+def is_device(path: str) -> bool:
+    """Return whether a path is of a device or process; a folder in memory is none, the memory that processes share is.
+
+    Example:
+        >>> [is_device(path) for path in ("/dev/null", "/proc/self/fd/1", "/dev/shm/torch_1", "/dev/shm/a/b", "/tmp/a")]
+        [True, True, True, False, False]
+    """
+    shared = path.removeprefix("/dev/shm/")
+    return "/" not in shared if shared != path else path.startswith(("/dev/", "/proc/"))
+
+
 class _Watch:
     """The hook of this process; one cannot be removed."""
 
@@ -61,7 +72,7 @@ class _Watch:
             return
         if event in self.forbidden:
             self.seen.append(f"{event} {arguments}")
-        elif (path := changed_path(event, arguments)) and not path.startswith((*self.places, "/dev/", "/proc/")):
+        elif (path := changed_path(event, arguments)) and not (path.startswith(self.places) or is_device(path)):
             self.seen.append(f"{path} is changed")
 
 

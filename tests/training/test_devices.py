@@ -163,8 +163,16 @@ class _Types(TorchDispatchMode):
 SECTIONS = ("objective", "quantizer", "step_rule", "feature_layer")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize(("section", "name"), [(axis, name) for axis in SECTIONS for name in MEMBERS[axis]])
+@pytest.mark.parametrize(
+    ("precision", "section", "name"),
+    [
+        # float16 is slow on CPUs, and ARM's context of images slower
+        pytest.param(bits, axis, name, marks=[pytest.mark.stress] * (bits == "fp16" and name in ("arm", "context")))
+        for axis in SECTIONS
+        for name in MEMBERS[axis]
+        for bits in ("bf16", "fp16")
+    ],
+)
 def test_steps_with_half_the_bits_round_no_loss_no_weight_and_no_step_size(
     precision: str, section: str, name: str, short_config: Callable[..., Config], digits: RotatedDigits
 ):
