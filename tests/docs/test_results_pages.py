@@ -91,4 +91,4 @@ def test_differences_of_the_controls():
     ):
         assert f"{words} {told(float_runs, accuracies('controls-office', method))[0]}" in page, method
     averaged = told(small, accuracies("controls-office", "lsq-activations-8+sma"))[0]
-    assert f"costs an average {averaged.replace(')', ', four pairs)')}" in page
+    assert f"changes an average by {averaged.replace(')', ', four pairs)')}" in page

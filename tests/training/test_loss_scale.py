@@ -116,6 +116,18 @@ def test_gradients_that_overflow_without_a_scale_are_an_error(short_config, thre
         update(parts, parts.batches.batch(0), 0)
 
 
+def test_a_loss_that_is_not_finite_is_told_as_such(short_config, three_digits, monkeypatch):
+    """Where no update reads its loss, as on a GPU, the overflow that it makes is the first that is seen."""
+    parts = build_components(short_config(train={"steps": 6, "precision": "fp16"}), three_digits)
+
+    def overflow(parameters, pass_over):
+        raise GradientOverflow(torch.tensor(torch.nan))
+
+    monkeypatch.setattr(parts.loss_scale, "add_gradients", overflow)
+    with pytest.raises(NonFiniteLossError, match="loss became nan at step 1"):
+        update(parts, parts.batches.batch(0), 0)
+
+
 def test_the_scale_is_resumed_and_forked(short_config, three_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**20)  # overflows a few times
     plan = {"steps": 8, "eval_every": 4, "checkpoint_every": 1, "precision": "fp16"}

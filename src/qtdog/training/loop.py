@@ -294,6 +294,8 @@ def _make_update(components: Components, pass_over: Callable[[], Tensor], step: 
     try:
         loss = components.step_rule(Update(backward, optimizer, components.network))
     except GradientOverflow as overflow:
+        if not math.isfinite(float(overflow.loss)):
+            raise NonFiniteLossError(_advice(components, step, float(overflow.loss))) from overflow
         if float(scale.factor) < 1:
             raise NonFiniteLossError(
                 f"gradients overflow float16 at step {step + 1} without any scale; the last good state is kept in the "
