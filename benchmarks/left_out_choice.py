@@ -102,7 +102,10 @@ def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
         own = {(score.sources, score.seed): score for score in scores if score.method == method}.values()
         known = sum(100 * score.source_accuracy for score in own) / len(own)
         size = sum(score.file_bytes / 1e6 for score in own) / len(own)
-        print(f"- {method}: {len(own)} runs, held-out images of the sources {known:.1f} %, {size:.2f} MB")
+        spent = sum(score.trained_s for score in own) / len(own)
+        print(
+            f"- {method}: {len(own)} runs of {spent:.0f} s, held-out images of the sources {known:.1f} %, {size:.2f} MB"
+        )
 
 
 def main() -> None:
