@@ -62,7 +62,9 @@ pictures: setup ## make the drawings of the pages and the pictures of the galler
 
 # long studies are commands of their own: see their first lines
 LONG := peers temperature_shift latency sweep_engines many_images backbones gpu_check
-BENCHMARKS := $(filter-out $(LONG:%=benchmarks/%.py) benchmarks/rescore.py,$(wildcard benchmarks/*.py))
+# and these read finished runs
+ON_RUNS := left_out_choice rescore shift_scores soup_weights student_first
+BENCHMARKS := $(filter-out $(patsubst %,benchmarks/%.py,$(LONG) $(ON_RUNS)),$(wildcard benchmarks/*.py))
 
 bench: setup ## run every benchmark
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -58,3 +58,13 @@ def test_a_system_without_fcntl_is_told_what_to_do():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ImportError: qtdog runs on Linux and macOS; on Windows use WSL" in done.stderr
+
+
+def test_make_bench_gives_no_argument_to_a_script_that_needs_one():
+    line = r'add_argument\("[a-z]\w*"(?!.*(nargs="[*?]"|default=))'
+    needy = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if re.search(line, path.read_text())}
+    done = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = set(re.findall(r"benchmarks/(\w+)\.py", done.stdout))
+    assert {"rescore", "shift_scores"} <= needy
+    assert made
+    assert not made & needy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import signal
 import sys
@@ -12,12 +11,8 @@ from typing import NamedTuple
 
 import pytest
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from typer.main import get_command
 
 from qtdog.cli.main import main
-
-_command = functools.cache(get_command)
-"""The parsers of all commands, made once: it takes 70 ms, and typer does it at every call."""
 
 
 class Outcome(NamedTuple):
@@ -32,7 +27,6 @@ class Outcome(NamedTuple):
 def qtdog(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Return a function that runs `qtdog ARGS…`."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("typer.main.get_command", _command)
 
     def call(*args: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["qtdog", *map(str, args)])
@@ -55,7 +49,6 @@ def stdout_of() -> Callable[..., str]:
         stream = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stream):
             patch.setattr(sys, "argv", ["qtdog", *map(str, args)])
-            patch.setattr("typer.main.get_command", _command)
             with contextlib.suppress(SystemExit):
                 main()
         return stream.getvalue()

@@ -64,7 +64,7 @@ def disarm(command: Any) -> Any:
 def program() -> Any:
     from qtdog.cli.main import app
 
-    return disarm(typer.main.get_command(app))
+    return disarm(typer.main.get_group(app))  # not the one that all tests share
 
 
 def parse(words: list[str]) -> None:

@@ -72,6 +72,19 @@ def test_differences_of_the_students():
     assert f"{told(accuracies('recipe-office', 'lsq-5-depthwise-8+sma'), student)[0]} on four pairs" in page
 
 
+def test_differences_of_the_soups():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    small = accuracies("soup-office", "lsq+sma")
+    small = {(target, 0): sum(small[target, seed] for seed in (0, 1, 2)) / 3 for target, _ in small}
+    for method, words in (
+        ("soup of lsq", "as good as one with SMA**,"),
+        ("soup of lsq+sma", "no better than one of them,"),
+    ):
+        assert f"{words} {told(small, accuracies('soup-office', method))[0]}" in page, method
+    both = told(small, accuracies("soup-office", "EoQ of averages"))[0]
+    assert f"keeps them as an ensemble ({both} points" in page
+
+
 def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str]):
     choice = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))
     kept = json.loads((RESULTS / "runs" / "levers-pacs.json").read_text())

@@ -15,7 +15,7 @@ from qtdog.ensemble import weight_averaging as tune_module
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
 from qtdog.ensemble.model import check_one_start, load
 from qtdog.ensemble.scoring import open_evaluation_set
-from qtdog.ensemble.weight_averaging import Recipe, average_weights, read_latent
+from qtdog.ensemble.weight_averaging import Recipe, average_weights, shipped_weights
 from qtdog.packing.packed_file import load_packed
 from qtdog.quantizers.lsq import initial_scale
 from qtdog.training.load_model import LoadedModel, load_model
@@ -28,7 +28,7 @@ def evaluation_set(quantized, digits):
 
 def test_diwa_is_the_mean_of_the_weights(quantized, evaluation_set, out):
     result = assemble(quantized, EnsembleSpec("diwa", out), evaluation_set)
-    expected = average_weights([read_latent(member, print).state for member in quantized])
+    expected = average_weights([shipped_weights(member) for member in quantized])
     packed = load_packed(out)
     assert packed.quantized == {}
     assert all(torch.equal(packed.rest[name], value) for name, value in expected.items())
@@ -39,7 +39,7 @@ def test_diwa_is_the_mean_of_the_weights(quantized, evaluation_set, out):
 
 def test_soup_is_quantized_anew_from_the_mean(quantized, out):
     result = assemble(quantized, EnsembleSpec("soup", out, Recipe(refit="init")))
-    mean = average_weights([read_latent(member, print).state for member in quantized])
+    mean = average_weights([shipped_weights(member) for member in quantized])
     packed = load_packed(out)
     assert packed.quantized.keys() == quantized[0].packed.quantized.keys()
     for name, value in packed.quantized.items():
@@ -52,7 +52,7 @@ def test_soup_is_quantized_anew_from_the_mean(quantized, out):
 
 
 def test_mse_refit_rounds_with_less_error(quantized, out):
-    mean = average_weights([read_latent(member, print).state for member in quantized])
+    mean = average_weights([shipped_weights(member) for member in quantized])
     errors = {}
     for refit in ("init", "mse"):
         assemble(quantized, EnsembleSpec("soup", out, Recipe(refit=refit)))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtdog.conversion.attach import attach
-from qtdog.core.errors import ConfigError, RunError
-from qtdog.ensemble.weight_averaging import average_weights, greedy, read_latent
-from qtdog.runs.folder import RunFolder
-from qtdog.training.checkpoint import latest_checkpoint
-from qtdog.training.load_model import empty_network
+from qtdog.core.errors import ConfigError
+from qtdog.ensemble.assemble import EnsembleSpec, assemble
+from qtdog.ensemble.model import read_member
+from qtdog.ensemble.weight_averaging import average_weights, greedy, shipped_weights
+from qtdog.training.load_model import empty_network, load_model
 
 
 @given(st.integers(1, 5), st.integers(0, 1000))
@@ -46,42 +44,24 @@ def test_greedy_keeps_what_does_not_hurt_and_begins_with_the_best():
     assert asked == [[2], [2, 0], [2, 1], [2, 1, 3]]
 
 
-def test_latent_weights_give_the_shipped_codes_again(quantized):
-    """Latent weights with the learned step sizes round to just what the model file holds."""
-    for member in quantized:
-        latent = read_latent(member, print)
-        checkpoint = latest_checkpoint(RunFolder(member.path).checkpoints, print)
-        assert checkpoint is not None
+def test_what_is_averaged_is_what_the_model_files_answer_with(quantized, floats, train_member):
+    averaged = train_member(averager={"name": "sma", "params": {"start": 2}})
+    for member in [*quantized, *floats, averaged]:
         network = empty_network(member.info)
-        attach(network, bits=7, exclude=("classifier",)).set_enabled(True)
-        network.load_state_dict(checkpoint.tensors["selected"])
-        for name, value in member.packed.quantized.items():
-            weight = latent.state[name]
-            assert not torch.equal(weight, value.dequantize())
-            module = network.get_submodule(name.removesuffix(".weight"))
-            assert torch.equal(module.get_parameter("bias"), member.packed.rest[name.replace("weight", "bias")])
-            assert torch.equal(getattr(module, "weight"), value.dequantize())  # noqa: B009
-            assert torch.equal(module.parametrizations.weight.original, weight)  # pyright: ignore
-        assert torch.equal(latent.state["classifier.weight"], member.packed.rest["classifier.weight"])
+        network.load_state_dict(shipped_weights(member))
+        loaded = load_model(member.path / "model.safetensors")
+        images = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(network.eval()(images), loaded(images))
 
 
-def test_latent_weights_of_a_float_member_are_what_shipped(floats):
-    latent = read_latent(floats[0], print)
-    assert latent.state.keys() == floats[0].packed.rest.keys()
-    assert all(torch.equal(latent.state[name], value) for name, value in floats[0].packed.rest.items())
-
-
-def test_latent_weights_of_a_moving_average_are_the_average(train_member):
-    member = train_member(
-        quantizer={"name": "none", "start_step": None}, averager={"name": "sma", "params": {"start": 1}}
-    )
-    latent = read_latent(member, print)
-    assert all(torch.equal(latent.state[name], value) for name, value in member.packed.rest.items())
-
-
-def test_checkpoints_that_are_gone_are_named(quantized, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(quantized[0].path, copy)
-    shutil.rmtree(copy / "checkpoint")
-    with pytest.raises(RunError, match="no checkpoint left"):
-        read_latent(replace(quantized[0], path=copy), print)
+def test_no_checkpoint_is_needed(quantized, tmp_path):
+    for k, member in enumerate(quantized):
+        shutil.copytree(member.path, tmp_path / f"{k}")
+        shutil.rmtree(tmp_path / f"{k}" / "checkpoint")
+    members = [read_member(tmp_path / f"{k}") for k in range(len(quantized))]
+    for kind in ("diwa", "soup"):
+        made, again = (tmp_path / name / "model.safetensors" for name in ("made", "again"))
+        assemble(quantized, EnsembleSpec(kind, made))
+        assemble(members, EnsembleSpec(kind, again))
+        assert made.read_bytes() == again.read_bytes()

@@ -56,7 +56,7 @@ def assert_alike(
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("rule", ["plain", "sam"])
+@pytest.mark.parametrize("rule", ["plain", pytest.param("sam", marks=pytest.mark.stress)])
 def test_updates_are_those_of_the_plain_pass(
     rule: str, short_config: Callable[..., Config], three_digits: DomainSubset
 ):

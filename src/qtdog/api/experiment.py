@@ -151,7 +151,6 @@ def join_members(
     folders: Sequence[Path],
     out: Path | None,
     progress: Progress = None,
-    warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
     """Return the result of the ensemble of finished runs that have one target, made and measured now if need be.
 
@@ -160,7 +159,6 @@ def join_members(
         folders: the run folders.
         out: folder of the ensemble's folder; None for `runs`.
         progress: of decoding images.
-        warn: is called with what the user should know.
 
     Raises:
         ConfigError, RunError: as in `ensemble.assemble.assemble`.
@@ -180,7 +178,7 @@ def join_members(
         evaluation_set = open_evaluation_set(
             members[0].config, dataset, same_splits=share_splits(members), progress=progress
         )
-        result = assemble(members, spec, evaluation_set, warn=warn)
+        result = assemble(members, spec, evaluation_set)
     return result | {"method": f"{KINDS[kind].title} of {len(members)}", "folder": str(folder)}
 
 
@@ -450,7 +448,7 @@ def join_targets(
     folders: dict[str, list[Path]] = {}
     for planned in plan:
         folders.setdefault(planned.config.data.target, []).append(planned.folder.path)
-    return [join_members(dataset, members, out, callbacks.progress, callbacks.warn) for members in folders.values()]
+    return [join_members(dataset, members, out, callbacks.progress) for members in folders.values()]
 
 
 def keep_request(out: Path, plan: Sequence[Planned], members: Members) -> None:

@@ -59,7 +59,7 @@ def ensemble(
 
       qtdog ensemble runs/five/c-seed* --kind soup --tune 300 -o runs/soup
     """
-    from qtdog.cli.console import print_json, warn
+    from qtdog.cli.console import print_json
     from qtdog.ensemble.assemble import EnsembleSpec, assemble
     from qtdog.ensemble.model import check_alike, fitting_kind, read_member
     from qtdog.ensemble.weight_averaging import Recipe
@@ -69,7 +69,7 @@ def ensemble(
     name = kind or fitting_kind(members)
     file = out if out.suffix == ".safetensors" else out / "model.safetensors"
     spec = EnsembleSpec(name, file, Recipe(pick.value, refit.value, tune))
-    result = assemble(members, spec, find_evaluation_set(members, data), warn=warn)
+    result = assemble(members, spec, find_evaluation_set(members, data))
     if as_json:
         print_json(result)
     else:

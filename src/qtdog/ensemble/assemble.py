@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,6 @@ def assemble(
     members: Sequence[Member],
     spec: EnsembleSpec,
     evaluation_set: EvaluationSet | None = None,
-    *,
-    warn: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Make the model that `spec` describes, measure it, write file and result, and return the result.
 
@@ -180,12 +178,10 @@ def assemble(
         members: finished runs.
         spec: kind, file and recipe.
         evaluation_set: the images to measure it on; None to measure nothing.
-        warn: called with the text of a warning.
 
     Raises:
         ConfigError: members that do not go together, are not what the kind is made of, or a recipe that does not apply.
-        RunError: the folder holds something else, a member's checkpoints are gone, or the file does not give the logits
-            of the model in memory.
+        RunError: the folder holds something else, or the file does not give the logits of the model in memory.
         FormatError, ModelError: a member's file cannot be used.
     """
     check_alike(members)
@@ -193,7 +189,7 @@ def assemble(
     check_recipe(spec.kind, spec.recipe)
     check_folder(spec)
     if KINDS[spec.kind].one_model:
-        made = _average_members(members, spec, evaluation_set, warn)
+        made = _average_members(members, spec, evaluation_set)
     else:
         members = best_first(members)
         made = _keep_members(members, spec, evaluation_set)
@@ -322,10 +318,9 @@ def _average_members(
     members: Sequence[Member],
     spec: EnsembleSpec,
     evaluation_set: EvaluationSet | None,
-    warn: Callable[[str], None],
 ) -> _Made:
     recipe = spec.recipe
-    averaged = average_members(members, spec.kind, recipe, evaluation_set, warn)
+    averaged = average_members(members, spec.kind, recipe, evaluation_set)
     network = to_device_(averaged.network, torch.device("cpu") if evaluation_set is None else evaluation_set.device)
     scores = EnsembleScores({}, {}, {})
     source: list[LabeledLogits] = []

@@ -230,7 +230,7 @@ KINDS.add(
 
 KINDS.add(
     "soup",
-    Kind("soup", "One quantized model: the mean of the latent weights, quantized anew.", "quantized", one_model=True),
+    Kind("soup", "One quantized model: the mean of the members' weights, quantized anew.", "quantized", one_model=True),
 )
 
 

@@ -23,7 +23,6 @@ from qtdog.sweep.plan import Task
 
 Answer = dict[str, Any]
 MEMBER_FILES = ("config.yaml", "result.json", "model.safetensors")
-MADE_OF_CHECKPOINTS = ("diwa", "soup")  # ensembles that average weights from before quantization
 
 
 def import_ray() -> Any:
@@ -186,9 +185,8 @@ def task_files(task: Task, out: Path) -> dict[str, bytes]:
         if (out / task.fork_from / checkpoint).is_dir():
             archives[task.fork_from] = pack(out / task.fork_from, [checkpoint])
     if task.ensemble is not None:
-        wanted = [*MEMBER_FILES, *(["checkpoint"] if task.ensemble.kind in MADE_OF_CHECKPOINTS else [])]
         for name in task.ensemble.members:
-            archives[name] = pack(out / name, [file for file in wanted if (out / name / file).exists()])
+            archives[name] = pack(out / name, [file for file in MEMBER_FILES if (out / name / file).exists()])
     return archives
 
 

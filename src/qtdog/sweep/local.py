@@ -160,7 +160,7 @@ def _ensemble(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallb
             evaluation_set = open_evaluation_set(
                 members[0].config, dataset, same_splits=share_splits(members), progress=callbacks.progress
             )
-            assemble(members, spec, evaluation_set, warn=callbacks.warn)
+            assemble(members, spec, evaluation_set)
     return 0.0
 
 

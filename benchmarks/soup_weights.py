@@ -1,0 +1,92 @@
+"""Which weights should be averaged: those that the rounded models ship, or those that lay behind the rounding?
+
+    python benchmarks/soup_weights.py RUNS --data DATA
+
+RUNS is a folder of finished runs with rounded weights. Runs of one target that differ in nothing but their seed are one
+group. Prints for each the accuracy, on the unseen domain and on the held-out images of the sources, of its members, of
+the mean of the weights that they ship, and of the mean of those behind the rounding; then the differences of the two
+means over the groups. No mean is rounded again, so that the two differ in the weights alone. The second one needs the
+checkpoints of the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from qtdog.data.open import open_dataset
+from qtdog.ensemble.model import Member, read_member
+from qtdog.ensemble.scoring import EvaluationSet, mean_accuracy, open_evaluation_set
+from qtdog.ensemble.weight_averaging import average_weights, shipped_weights
+from qtdog.runs.find import run_folders
+from qtdog.runs.folder import RunFolder
+from qtdog.runs.statistics import t_interval
+from qtdog.training.checkpoint import latest_checkpoint
+from qtdog.training.load_model import empty_network
+from qtdog.training.shared_steps import latent_weights
+
+ROWS = ("unseen", "sources")
+
+
+def groups_of(folders: Sequence[Path]) -> dict[str, list[Member]]:
+    """Return the finished runs with rounded weights that differ in their seed alone, by target, bits and averager."""
+    groups: dict[str, list[Member]] = defaultdict(list)
+    for folder in folders:
+        run = RunFolder(folder)
+        if run.read_result() is None or run.read_config() is None:  # not finished, or an ensemble
+            continue
+        if (member := read_member(folder)).packed.quantized:
+            config = member.config
+            name = f"{config.data.target}, {config.quantizer.name} {config.quantizer.bits} bits, {config.averager.name}"
+            groups[name].append(member)
+    return {name: members for name, members in sorted(groups.items()) if len(members) > 1}
+
+
+def behind_rounding(member: Member) -> dict[str, Tensor]:
+    """Return the float weights that a member's rounded ones come from."""
+    checkpoint = latest_checkpoint(RunFolder(member.path).checkpoints, print)
+    assert checkpoint is not None, f"{member.path} has no checkpoint left"
+    return latent_weights(checkpoint, member.config)
+
+
+def score(states: Sequence[Mapping[str, Tensor]], member: Member, images: EvaluationSet) -> list[float]:
+    """Return the accuracy of the mean of weights on the unseen domain and on the sources."""
+    network = empty_network(member.info)
+    buffers = frozenset(name for name, _ in network.named_buffers())
+    network.load_state_dict(average_weights(states, buffers))
+    network.eval()
+    found = [images.test(lambda batch: network(batch)[None])[0], images.source(lambda batch: network(batch)[None])]
+    return [mean_accuracy(scores, 0) or 0.0 for scores in found]
+
+
+def main() -> None:
+    """Score every group."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--data", default="rotated-digits")
+    options = parser.parse_args()
+    dataset = open_dataset(options.data)
+    differences: list[list[float]] = []
+    print("| runs | n | members | mean of the files | mean from behind the rounding |\n| --- | --- | --- | --- | --- |")
+    for name, members in groups_of(run_folders(options.runs)).items():
+        images = open_evaluation_set(members[0].config, dataset, same_splits=True)
+        keys = ("test_accuracy", "source_accuracy")
+        alone = [float(np.mean([member.result[key] for member in members])) for key in keys]
+        shipped = score([shipped_weights(member) for member in members], members[0], images)
+        behind = score([behind_rounding(member) for member in members], members[0], images)
+        cells = [" / ".join(f"{100 * value:.1f}" for value in values) for values in (alone, shipped, behind)]
+        print(f"| {name} | {len(members)} | {' | '.join(cells)} |", flush=True)
+        differences.append([100 * (one - other) for one, other in zip(shipped, behind, strict=True)])
+    print("\naccuracy in %, unseen / sources; the first mean − the second, in points:")
+    for row, values in zip(ROWS, zip(*differences, strict=True), strict=True):
+        low, high = t_interval(values)
+        print(f"  {row} {np.mean(values):+.1f} ({low:+.1f} … {high:+.1f}), {len(values)} groups")
+
+
+if __name__ == "__main__":
+    main()
