@@ -430,7 +430,7 @@ def join(kind: str, folders: list[Path], data: DomainSubset, file: Path) -> dict
     members = [read_member(folder) for folder in folders]
     recipe = Recipe(pick="greedy", tune_steps=2) if kind == "soup" else Recipe()
     images = open_evaluation_set(members[0].config, data, same_splits=True)
-    return assemble(members, EnsembleSpec(kind, file, recipe), images, warn=CALM.warn)
+    return assemble(members, EnsembleSpec(kind, file, recipe), images)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
