@@ -85,6 +85,13 @@ def test_differences_of_the_soups():
     assert f"keeps them as an ensemble ({both} points" in page
 
 
+def test_tiny_on_pacs():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    text, power = told(accuracies("pacs-short", "lsq+sma"), accuracies("pacs-short", "tiny"))
+    assert f"**`tiny` is as good as `small` on styles too**: {text} points on eight pairs" in page
+    assert f"a difference of {power} points would have been seen" in page
+
+
 def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str]):
     choice = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))
     kept = json.loads((RESULTS / "runs" / "levers-pacs.json").read_text())
