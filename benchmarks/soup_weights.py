@@ -2,11 +2,11 @@
 
     python benchmarks/soup_weights.py RUNS --data DATA
 
-RUNS is a folder of finished runs with rounded weights. Runs of one target that differ in nothing but their seed are one
-group. Prints for each the accuracy, on the unseen domain and on the held-out images of the sources, of its members, of
-the mean of the weights that they ship, and of the mean of those behind the rounding; then the differences of the two
-means over the groups. No mean is rounded again, so that the two differ in the weights alone. The second one needs the
-checkpoints of the runs.
+RUNS is a folder of finished runs with rounded weights. Those of one target, quantizer and averager are one group, and
+must have one random start. Prints for each group the accuracy, on the unseen domain and on the held-out images of the
+sources, of its members, of the mean of the weights that they ship, and of the mean of those behind the rounding; then
+the differences of the two means over the groups. No mean is rounded again, so that the two differ in the weights alone.
+The second one needs the checkpoints of the runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from qtdog.data.open import open_dataset
-from qtdog.ensemble.model import Member, read_member
+from qtdog.ensemble.model import Member, check_one_start, read_member
 from qtdog.ensemble.scoring import EvaluationSet, mean_accuracy, open_evaluation_set
 from qtdog.ensemble.weight_averaging import average_weights, shipped_weights
 from qtdog.runs.find import run_folders
@@ -34,7 +34,11 @@ ROWS = ("unseen", "sources")
 
 
 def groups_of(folders: Sequence[Path]) -> dict[str, list[Member]]:
-    """Return the finished runs with rounded weights that differ in their seed alone, by target, bits and averager."""
+    """Return the finished runs with rounded weights by target, bits and averager, where there are several.
+
+    Raises:
+        ConfigError: runs of a group have no common start.
+    """
     groups: dict[str, list[Member]] = defaultdict(list)
     for folder in folders:
         run = RunFolder(folder)
@@ -44,6 +48,8 @@ def groups_of(folders: Sequence[Path]) -> dict[str, list[Member]]:
             config = member.config
             name = f"{config.data.target}, {config.quantizer.name} {config.quantizer.bits} bits, {config.averager.name}"
             groups[name].append(member)
+    for members in groups.values():
+        check_one_start(members)
     return {name: members for name, members in sorted(groups.items()) if len(members) > 1}
 
 

@@ -9,11 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtdog.conversion.attach import attach
 from qtdog.core.errors import ConfigError
 from qtdog.ensemble.assemble import EnsembleSpec, assemble
-from qtdog.ensemble.model import read_member
+from qtdog.ensemble.model import Member, read_member
 from qtdog.ensemble.weight_averaging import average_weights, greedy, shipped_weights
+from qtdog.runs.folder import RunFolder
+from qtdog.training.checkpoint import latest_checkpoint
 from qtdog.training.load_model import empty_network, load_model
+from qtdog.training.shared_steps import latent_weights
 
 
 @given(st.integers(1, 5), st.integers(0, 1000))
@@ -65,3 +69,36 @@ def test_no_checkpoint_is_needed(quantized, tmp_path):
         assemble(quantized, EnsembleSpec(kind, made))
         assemble(members, EnsembleSpec(kind, again))
         assert made.read_bytes() == again.read_bytes()
+
+
+def behind_rounding(member: Member) -> dict[str, torch.Tensor]:
+    """The float weights that a member's rounded ones come from: the analysis of rounding noise reads them."""
+    checkpoint = latest_checkpoint(RunFolder(member.path).checkpoints, print)
+    assert checkpoint is not None
+    return latent_weights(checkpoint, member.config)
+
+
+def test_what_lies_behind_the_rounding_gives_the_codes_of_the_file_again(quantized):
+    for member in quantized:
+        latent = behind_rounding(member)
+        assert not latent.keys() ^ shipped_weights(member).keys()
+        checkpoint = latest_checkpoint(RunFolder(member.path).checkpoints, print)
+        assert checkpoint is not None
+        network = empty_network(member.info)
+        attach(network, bits=7, exclude=("classifier",)).set_enabled(True)
+        network.load_state_dict(checkpoint.tensors["selected"])
+        for name, value in member.packed.quantized.items():
+            assert not torch.equal(latent[name], value.dequantize())
+            module = network.get_submodule(name.removesuffix(".weight"))
+            assert torch.equal(getattr(module, "weight"), value.dequantize())  # noqa: B009
+            assert torch.equal(module.parametrizations.weight.original, latent[name])  # pyright: ignore
+        assert torch.equal(latent["classifier.weight"], member.packed.rest["classifier.weight"])
+
+
+def test_nothing_lies_behind_float_weights_and_an_average_is_what_was_averaged(floats, train_member):
+    averaged = train_member(
+        quantizer={"name": "none", "start_step": None}, averager={"name": "sma", "params": {"start": 1}}
+    )
+    for member in (floats[0], averaged):
+        latent = behind_rounding(member)
+        assert all(torch.equal(latent[name], value) for name, value in member.packed.rest.items())
