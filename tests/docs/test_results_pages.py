@@ -25,6 +25,13 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
     assert capsys.readouterr().out in (RESULTS / "shift.md").read_text()
     under_noise = scores["differences"](on_pacs, "noise-matched, 4 bits", "float")["noise"]
     assert f"one of {100 * seen(under_noise):.1f}" in (RESULTS / "shift.md").read_text()
+    for other, reference, column in (
+        ("float, sma", "lsq, 7 bits, sma", "all corruptions"),
+        ("lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "all corruptions"),
+        ("lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "blur"),
+    ):
+        found = scores["text"](scores["differences"](on_pacs, other, reference)[column]).replace("*", "")
+        assert found in (RESULTS / "shift.md").read_text()
     scores["tables"](runs, "float, sma")
     robust = capsys.readouterr().out.splitlines()[-1]
     assert "noise of 3 steps" in robust
