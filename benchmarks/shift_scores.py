@@ -136,7 +136,11 @@ def method_of(config: Config) -> str:
     text += "" if config.averager.name == "none" else f", {config.averager.name}"
     # What the studies leave as it is, so that other runs of the same folder are rows of their own.
     data, objective = config.data, config.objective
+    quantizer = config.quantizer
     others = {
+        f"activations {quantizer.activation_bits} bits": bool(quantizer.activation_bits),
+        f"step size {quantizer.step_mode}": quantizer.step_mode != "log",
+        f"learning rate {config.optimizer.schedule}": config.optimizer.schedule != "constant",
         config.model.backbone: config.model.backbone != USUAL_BACKBONE,
         f"augment {data.augment}": data.augment != "domainbed",
         f"label noise {data.label_noise:g}": data.label_noise > 0,
