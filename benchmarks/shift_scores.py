@@ -172,10 +172,19 @@ def text(one: Comparison) -> str:
 
 
 def by_method(runs: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[str, int], dict[str, float]]]:
-    """Return for each method its runs by (target, seed), as means of families."""
+    """Return for each method its runs by (target, seed), as means of families.
+
+    Raises:
+        ValueError: two runs have one name; they differ in something that `method_of` does not tell.
+    """
     found: dict[str, dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
     for run in runs:
-        found[run["method"]][run["target"], run["seed"]] = family_means(run["scores"])
+        method, pair = run["method"], (run["target"], run["seed"])
+        if pair in found[method]:
+            raise ValueError(
+                f"two runs are called '{method}' with target and seed {pair}: score them in folders of their own"
+            )
+        found[method][pair] = family_means(run["scores"])
     return found
 
 

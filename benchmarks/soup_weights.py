@@ -2,7 +2,7 @@
 
     python benchmarks/soup_weights.py RUNS --data DATA
 
-RUNS is a folder of finished runs with rounded weights. Those of one target, quantizer and averager are one group, and
+RUNS is a folder of finished runs with rounded weights. Those that differ in nothing but their seed are one group, and
 must have one random start. Prints for each group the accuracy, on the unseen domain and on the held-out images of the
 sources, of its members, of the mean of the weights that they ship, and of the mean of those behind the rounding; then
 the differences of the two means over the groups. No mean is rounded again, so that the two differ in the weights alone.
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from qtdog.core.config import config_hash
 from qtdog.data.open import open_dataset
 from qtdog.ensemble.model import Member, check_one_start, read_member
 from qtdog.ensemble.scoring import EvaluationSet, mean_accuracy, open_evaluation_set
@@ -33,8 +34,8 @@ from qtdog.training.shared_steps import latent_weights
 ROWS = ("unseen", "sources")
 
 
-def groups_of(folders: Sequence[Path]) -> dict[str, list[Member]]:
-    """Return the finished runs with rounded weights by target, bits and averager, where there are several.
+def groups_of(folders: Sequence[Path]) -> list[list[Member]]:
+    """Return the finished runs with rounded weights that differ in their seed alone, where there are several.
 
     Raises:
         ConfigError: runs of a group have no common start.
@@ -45,12 +46,17 @@ def groups_of(folders: Sequence[Path]) -> dict[str, list[Member]]:
         if run.read_result() is None or run.read_config() is None:  # not finished, or an ensemble
             continue
         if (member := read_member(folder)).packed.quantized:
-            config = member.config
-            name = f"{config.data.target}, {config.quantizer.name} {config.quantizer.bits} bits, {config.averager.name}"
-            groups[name].append(member)
+            train = member.config.train.model_copy(update={"seed": 0})
+            groups[config_hash(member.config.model_copy(update={"train": train}))].append(member)
     for members in groups.values():
         check_one_start(members)
-    return {name: members for name, members in sorted(groups.items()) if len(members) > 1}
+    return sorted((members for members in groups.values() if len(members) > 1), key=lambda members: name_of(members[0]))
+
+
+def name_of(member: Member) -> str:
+    """Return the target, quantizer and averager of a run."""
+    config = member.config
+    return f"{config.data.target}, {config.quantizer.name} {config.quantizer.bits} bits, {config.averager.name}"
 
 
 def behind_rounding(member: Member) -> dict[str, Tensor]:
@@ -67,7 +73,10 @@ def score(states: Sequence[Mapping[str, Tensor]], member: Member, images: Evalua
     network.load_state_dict(average_weights(states, buffers))
     network.eval()
     found = [images.test(lambda batch: network(batch)[None])[0], images.source(lambda batch: network(batch)[None])]
-    return [mean_accuracy(scores, 0) or 0.0 for scores in found]
+    unseen, sources = (mean_accuracy(scores, 0) for scores in found)
+    assert unseen is not None, "the runs have no unseen domain"
+    assert sources is not None, "no source images were held out"
+    return [unseen, sources]
 
 
 def main() -> None:
@@ -79,14 +88,14 @@ def main() -> None:
     dataset = open_dataset(options.data)
     differences: list[list[float]] = []
     print("| runs | n | members | mean of the files | mean from behind the rounding |\n| --- | --- | --- | --- | --- |")
-    for name, members in groups_of(run_folders(options.runs)).items():
+    for members in groups_of(run_folders(options.runs)):
         images = open_evaluation_set(members[0].config, dataset, same_splits=True)
         keys = ("test_accuracy", "source_accuracy")
         alone = [float(np.mean([member.result[key] for member in members])) for key in keys]
         shipped = score([shipped_weights(member) for member in members], members[0], images)
         behind = score([behind_rounding(member) for member in members], members[0], images)
         cells = [" / ".join(f"{100 * value:.1f}" for value in values) for values in (alone, shipped, behind)]
-        print(f"| {name} | {len(members)} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name_of(members[0])} | {len(members)} | {' | '.join(cells)} |", flush=True)
         differences.append([100 * (one - other) for one, other in zip(shipped, behind, strict=True)])
     print("\naccuracy in %, unseen / sources; the first mean − the second, in points:")
     for row, values in zip(ROWS, zip(*differences, strict=True), strict=True):

@@ -38,6 +38,14 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
     assert "−8.8" in robust
 
 
+def test_two_runs_of_one_name_are_no_pair():
+    scores = runpy.run_path(str(ROOT / "benchmarks" / "shift_scores.py"))
+    run = {"method": "float", "target": "a", "seed": 0, "scores": {"clean": 0.5}}
+    assert list(scores["by_method"]([run, run | {"seed": 1}])["float"]) == [("a", 0), ("a", 1)]
+    with pytest.raises(ValueError, match="two runs are called 'float'"):
+        scores["by_method"]([run, run])
+
+
 def accuracies(name: str, method: str) -> dict[tuple[str, int], float]:
     """Return the accuracy in % on the unseen domain by target and seed."""
     runs = json.loads((RESULTS / "runs" / f"{name}.json").read_text())["runs"]
