@@ -57,6 +57,11 @@ def test_a_misspelt_name_gets_the_nearest_and_the_path_is_said_missing() -> None
         open_dataset("rotatd-digits")
 
 
+def test_of_names_with_the_same_word_all_are_shown() -> None:
+    with pytest.raises(DataError, match=r"did you mean 'digits-dg' or 'rotated-digits'\?"):
+        open_dataset("digits")
+
+
 def test_a_misspelt_folder_gets_its_neighbour(image_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(image_tree.parent)
     with pytest.raises(DataError, match=r"did you mean photos\?"):

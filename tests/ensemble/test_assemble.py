@@ -184,6 +184,13 @@ def test_what_was_made_is_found_again_until_something_changes(quantized, out):
     assert finished(quantized, spec) is None
 
 
+def test_what_was_averaged_by_another_recipe_is_made_anew(quantized, out):
+    result = assemble(quantized, EnsembleSpec("soup", out))
+    assert finished(quantized, EnsembleSpec("soup", out)) == result
+    for other in (Recipe(pick="greedy"), Recipe(refit="init"), Recipe(tune_steps=3)):
+        assert finished(quantized, EnsembleSpec("soup", out, other)) is None
+
+
 def test_the_name_of_an_ensemble_is_that_of_its_members_in_any_order(quantized):
     assert members_hash(quantized, "eoq") == members_hash(quantized[::-1], "eoq")
     assert members_hash(quantized, "eoq") != members_hash(quantized[:2], "eoq") != members_hash(quantized[:2], "soup")

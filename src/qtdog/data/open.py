@@ -132,8 +132,9 @@ def _looks_like_a_name(source: str) -> bool:
 
 def _explain_unknown(source: str) -> str:
     names = [*CARDS, *OWN_DATASETS]
-    close = nearest(source, names)
-    hint = f"did you mean '{close}'? " if close else ""
+    parts = [name for name in names if source in name.split("-")]  # "digits" is a word of two
+    close = parts or [name for name in [nearest(source, names)] if name]
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     try:
         require_path(Path(source), "the path")
     except DataError as error:

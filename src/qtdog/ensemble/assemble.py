@@ -233,6 +233,8 @@ def finished(members: Sequence[Member], spec: EnsembleSpec) -> dict[str, Any] | 
     files = sorted(member.result["model_sha256"] for member in members)
     try:
         same = result["kind"] == spec.kind and sorted(member["model_sha256"] for member in result["members"]) == files
+        if KINDS[spec.kind].one_model:
+            same = same and asdict(spec.recipe).items() <= result.get("recipe", {}).items()
         return result if same and result["model_sha256"] == sha256_file(spec.file) else None
     except (KeyError, TypeError) as error:
         raise RunError(f"{spec.result_file} does not hold what an ensemble writes ({error!r}); delete it") from error
