@@ -210,6 +210,31 @@ def test_a_fall_to_chance_stops_with_a_diagnosis(short_config):
     assert caught.value.report["layers"][0]["problems"]
 
 
+@pytest.mark.parametrize(
+    ("chance", "best", "warned"),
+    [
+        (0.1, 0.14, True),
+        (0.1, 0.16, False),
+        (1 / 345, 0.004, True),  # 345 classes: 1 % is little of the way, and three times chance
+        (1 / 345, 0.01, False),
+        (0.9, 0.905, True),
+        (0.9, 0.92, False),
+        (1.0, 1.0, False),  # all held-out images have one class
+    ],
+)
+@pytest.mark.parametrize("layers", [[], [HEALTHY]])
+def test_a_run_that_ends_without_having_learned_says_so(short_config, chance, best, warned, layers):
+    config = short_config(optimizer={"lr": 0.5})
+    warnings: list[str] = []
+    look = HealthWatch(config, chance, warnings.append)
+    last = config.train.steps
+    look(layers, [record(last - 1, best)])
+    assert warnings == []
+    look(layers, [record(last - 1, best), record(last, chance - 0.001)])
+    assert len(warnings) == warned
+    assert not warned or f"{chance:.1%}. Try a lower learning rate (--lr 0.1; it was 0.5)" in warnings[0]
+
+
 @pytest.mark.parametrize("accuracies", [[0.2, 0.2], [0.9, 0.3], [0.39, 0.19]])
 def test_a_network_that_never_learned_or_only_dips_goes_on(short_config, accuracies):
     records = [record(2 * i, accuracy) for i, accuracy in enumerate(accuracies)]

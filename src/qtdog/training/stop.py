@@ -108,6 +108,8 @@ MAX_WARNED = 5  # layers named one by one; the others are counted
 CHANCE_MARGIN = 0.05
 # … and a fall: the network had been at least this share of the way from chance to perfect.
 FALL_FRAC = 0.25
+# Nothing learned: above the best constant answer by less than this share of it, and of the way from it to perfect.
+LITTLE_OF_CHANCE, LITTLE_OF_WAY = 0.5, 0.1
 
 
 def chance_accuracy(class_index: np.ndarray, parts: Sequence[np.ndarray], n_classes: int) -> float:
@@ -143,7 +145,7 @@ class HealthWatch:
     warned: set[str] = field(default_factory=set)
 
     def __call__(self, layers: Sequence[LayerHealth], records: Sequence[SourceRecord]) -> None:
-        """Warn of ill layers, and stop a run that has collapsed.
+        """Warn of ill layers and of a run that ends without having learned, and stop one that has collapsed.
 
         Args:
             layers: the grids now; empty before quantization begins.
@@ -152,16 +154,28 @@ class HealthWatch:
         Raises:
             CollapseError: source accuracy fell to chance after quantization began.
         """
+        now, best = records[-1], max(records, key=lambda record: record.source_accuracy)
+        if now.step == self.config.train.steps:
+            self._warn_of_nothing_learned(best)
         if not layers:
             return
         self._warn(layers)
-        now, best = records[-1], max(records, key=lambda record: record.source_accuracy)
         at_chance = now.source_accuracy <= self.chance * (1 + CHANCE_MARGIN)
         rise = best.source_accuracy - self.chance
         had_learned = rise > 0 and rise >= FALL_FRAC * (1 - self.chance)
         if at_chance and had_learned:
             report = _report(layers, now, best, self.chance)
             raise CollapseError(_diagnosis(self.config, layers, now, best), report)
+
+    def _warn_of_nothing_learned(self, best: SourceRecord) -> None:
+        little = min(LITTLE_OF_CHANCE * self.chance, LITTLE_OF_WAY * (1 - self.chance))
+        if best.source_accuracy < self.chance + little:
+            self.warn(
+                f"the network learned next to nothing: at best {best.source_accuracy:.1%} of the sources' held-out "
+                f"images are right, and the same answer for all of them is right in {self.chance:.1%}. Try a lower "
+                f"learning rate (--lr {self.config.optimizer.lr / 5:g}; it was {self.config.optimizer.lr:g}) or "
+                "more --steps"
+            )
 
     def _warn(self, layers: Sequence[LayerHealth]) -> None:
         ill = [layer for layer in layers if layer.problems and layer.name not in self.warned]
