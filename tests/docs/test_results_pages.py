@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import statistics
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,39 @@ def test_differences_of_the_soups():
         assert f"{words} {told(small, accuracies('soup-office', method))[0]}" in page, method
     both = told(small, accuracies("soup-office", "EoQ of averages"))[0]
     assert f"keeps them as an ensemble ({both} points" in page
+
+
+def means(name: str, method: str) -> dict[tuple[str, int], float]:
+    """Return the mean over seeds by target, as an ensemble of these seeds is paired."""
+    by_target: dict[str, list[float]] = {}
+    for (target, _), value in accuracies(name, method).items():
+        by_target.setdefault(target, []).append(value)
+    return {(target, 0): statistics.fmean(found) for target, found in by_target.items()}
+
+
+def test_small_and_ensembles_on_pacs():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    name = "recipe-pacs-short"
+    single = {method: accuracies(name, method) for method in ("float", "sma", "lsq", "lsq+sma")}
+    text, power = told(single["float"], single["lsq+sma"])
+    assert f"and {unsigned(text)} points better than plain float. On the sources" in page
+    assert f"to plain float one of {power}." in page
+    text, power = told(single["sma"], single["lsq+sma"])
+    assert f"on styles too**, {text.replace('+0.0', '0.0', 1)} points on 20 pairs" in page
+    assert f"a difference of {power} points between the averages" in page
+    assert f"gains nothing: {told(single['float'], single['lsq'])[0]} to float" in page
+    five = accuracies(name, "EoQ of averages")
+    assert (
+        f"have {statistics.fmean(five.values()):.1f} %: {unsigned(told(means(name, 'float'), five)[0])} points" in page
+    )
+    assert f"{unsigned(told(means(name, 'lsq+sma'), five)[0])} more than one member" in page
+    for method, words in (("EoA", "(EoA, {:.1f} %, 67.9 MB)"), ("EoQ", "an EoQ of plain LSQ is no worse: {:.1f} %")):
+        assert words.format(statistics.fmean(accuracies(name, method).values())) in page
+
+
+def unsigned(text: str) -> str:
+    """Return a difference as a sentence says how much more there is."""
+    return text.replace("+", "")
 
 
 def test_tiny_on_pacs():
