@@ -165,7 +165,7 @@ def family_means(scores: Mapping[str, float]) -> dict[str, float]:
 def text(one: Comparison) -> str:
     """Return a difference in points with its 95 % t interval."""
     if one.low is None or one.high is None:
-        return f"{100 * one.mean:+.1f}"
+        return f"{100 * one.mean:+.1f}".replace("-", "−")
     bold = "**" if one.low * one.high > 0 else ""
     whole = f"{bold}{100 * one.mean:+.1f}{bold} ({100 * one.low:+.1f} … {100 * one.high:+.1f})"
     return whole.replace("-", "−")
@@ -207,6 +207,9 @@ def megabytes(runs: Sequence[dict[str, Any]], method: str) -> str:
 def tables(runs: Sequence[dict[str, Any]], reference: str) -> None:
     """Print the accuracy of the reference and the paired differences of every other method."""
     found = by_method(runs)
+    if reference not in found:
+        names = ", ".join(sorted(found)) or "none; links are not followed"
+        raise SystemExit(f"no finished run is called '{reference}'. Scored: {names}")
     print("| method | file, MB | pairs | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 3))
     own = found[reference].values()
     means = [f"{100 * sum(run[name] for run in own) / len(own):.1f} %" for name in COLUMNS]

@@ -26,12 +26,16 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
     assert capsys.readouterr().out in (RESULTS / "shift.md").read_text()
     under_noise = scores["differences"](on_pacs, "noise-matched, 4 bits", "float")["noise"]
     assert f"one of {100 * seen(under_noise):.1f}" in (RESULTS / "shift.md").read_text()
-    for other, reference, column in (
-        ("float, sma", "lsq, 7 bits, sma", "all corruptions"),
-        ("lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "all corruptions"),
-        ("lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "blur"),
+    tiny = list(json.loads((RESULTS / "runs" / "shift-pacs-short-tiny.json").read_text()).values())
+    robust = next(run["method"] for run in on_pacs if "noise of 3 steps" in run["method"])
+    for compared, other, reference, column in (
+        (on_pacs, "float, sma", "lsq, 7 bits, sma", "all corruptions"),
+        (on_pacs, "lsq, 4 bits, sma", "float, sma", "noise"),
+        (on_pacs, robust, "float, sma", "clean"),
+        (tiny, "lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "all corruptions"),
+        (tiny, "lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "blur"),
     ):
-        found = scores["text"](scores["differences"](on_pacs, other, reference)[column]).replace("*", "")
+        found = scores["text"](scores["differences"](compared, other, reference)[column]).replace("*", "")
         assert found in (RESULTS / "shift.md").read_text()
     scores["tables"](runs, "float, sma")
     robust = capsys.readouterr().out.splitlines()[-1]
@@ -45,6 +49,14 @@ def test_two_runs_of_one_name_are_no_pair():
     assert list(scores["by_method"]([run, run | {"seed": 1}])["float"]) == [("a", 0), ("a", 1)]
     with pytest.raises(ValueError, match="two runs are called 'float'"):
         scores["by_method"]([run, run])
+
+
+def test_scores_without_the_reference_are_no_table():
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "shift_scores.py"))["tables"]
+    with pytest.raises(SystemExit, match=r"no finished run is called 'float'\. Scored: none"):
+        tables([], "float")
+    with pytest.raises(SystemExit, match=r"called 'erm'\. Scored: sma"):
+        tables([{"method": "sma", "target": "a", "seed": 0, "scores": {"clean": 0.5}}], "erm")
 
 
 def accuracies(name: str, method: str) -> dict[tuple[str, int], float]:
