@@ -189,6 +189,9 @@ def test_what_was_averaged_by_another_recipe_is_made_anew(quantized, out):
     assert finished(quantized, EnsembleSpec("soup", out)) == result
     for other in (Recipe(pick="greedy"), Recipe(refit="init"), Recipe(tune_steps=3)):
         assert finished(quantized, EnsembleSpec("soup", out, other)) is None
+    (out.parent / "result.json").write_text(json.dumps(result | {"recipe": None}))
+    with pytest.raises(RunError, match="does not hold what an ensemble writes"):
+        finished(quantized, EnsembleSpec("soup", out))
 
 
 def test_the_name_of_an_ensemble_is_that_of_its_members_in_any_order(quantized):

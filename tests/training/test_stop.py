@@ -224,7 +224,7 @@ def test_a_fall_to_chance_stops_with_a_diagnosis(short_config):
 )
 @pytest.mark.parametrize("layers", [[], [HEALTHY]])
 def test_a_run_that_ends_without_having_learned_says_so(short_config, chance, best, warned, layers):
-    config = short_config(optimizer={"lr": 0.5})
+    config = short_config(optimizer={"lr": 0.5}, train={"steps": 50})
     warnings: list[str] = []
     look = HealthWatch(config, chance, warnings.append)
     last = config.train.steps
@@ -233,6 +233,8 @@ def test_a_run_that_ends_without_having_learned_says_so(short_config, chance, be
     look(layers, [record(last - 1, best), record(last, chance - 0.001)])
     assert len(warnings) == warned
     assert not warned or f"{chance:.1%}. Try a lower learning rate (--lr 0.1; it was 0.5)" in warnings[0]
+    shorter = short_config(train={"steps": 49})
+    HealthWatch(shorter, chance, pytest.fail)(layers, [record(49, best)])
 
 
 @pytest.mark.parametrize("accuracies", [[0.2, 0.2], [0.9, 0.3], [0.39, 0.19]])

@@ -236,7 +236,7 @@ def finished(members: Sequence[Member], spec: EnsembleSpec) -> dict[str, Any] | 
         if KINDS[spec.kind].one_model:
             same = same and asdict(spec.recipe).items() <= result.get("recipe", {}).items()
         return result if same and result["model_sha256"] == sha256_file(spec.file) else None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{spec.result_file} does not hold what an ensemble writes ({error!r}); delete it") from error
 
 

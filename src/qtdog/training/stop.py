@@ -110,6 +110,7 @@ CHANCE_MARGIN = 0.05
 FALL_FRAC = 0.25
 # Nothing learned: above the best constant answer by less than this share of it, and of the way from it to perfect.
 LITTLE_OF_CHANCE, LITTLE_OF_WAY = 0.5, 0.1
+MIN_LEARNING_STEPS = 50  # of fewer nobody expects a network
 
 
 def chance_accuracy(class_index: np.ndarray, parts: Sequence[np.ndarray], n_classes: int) -> float:
@@ -155,7 +156,7 @@ class HealthWatch:
             CollapseError: source accuracy fell to chance after quantization began.
         """
         now, best = records[-1], max(records, key=lambda record: record.source_accuracy)
-        if now.step == self.config.train.steps:
+        if now.step == self.config.train.steps >= MIN_LEARNING_STEPS:
             self._warn_of_nothing_learned(best)
         if not layers:
             return
