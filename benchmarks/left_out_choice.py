@@ -91,7 +91,10 @@ def table(head: str, columns: dict[str, list[Held]], methods: Sequence[str], ref
 def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
     """Print accuracies and paired differences, by held-out domain and by target of the choice."""
     scores = [Held(**{**one, "sources": tuple(one["sources"])}) for one in kept]
-    methods = [reference, *sorted({score.method for score in scores} - {reference})]
+    known = {score.method for score in scores}
+    if reference not in known:
+        raise SystemExit(f"no finished run is called '{reference}'. Scored: {', '.join(sorted(known)) or 'none'}")
+    methods = [reference, *sorted(known - {reference})]
     domains = sorted({score.domain for score in scores})
     held_out = {domain: [score for score in scores if score.domain == domain] for domain in domains}
     choices = {t: [s for s in scores if t != s.domain and t not in s.sources] for t in domains}
@@ -100,11 +103,11 @@ def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
     print()
     for method in methods:
         own = {(score.sources, score.seed): score for score in scores if score.method == method}.values()
-        known = sum(100 * score.source_accuracy for score in own) / len(own)
+        right = sum(100 * score.source_accuracy for score in own) / len(own)
         size = sum(score.file_bytes / 1e6 for score in own) / len(own)
         spent = sum(score.trained_s for score in own) / len(own)
         print(
-            f"- {method}: {len(own)} runs of {spent:.0f} s, held-out images of the sources {known:.1f} %, {size:.2f} MB"
+            f"- {method}: {len(own)} runs of {spent:.0f} s, held-out images of the sources {right:.1f} %, {size:.2f} MB"
         )
 
 

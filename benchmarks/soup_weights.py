@@ -97,6 +97,8 @@ def main() -> None:
         cells = [" / ".join(f"{100 * value:.1f}" for value in values) for values in (alone, shipped, behind)]
         print(f"| {name_of(members[0])} | {len(members)} | {' | '.join(cells)} |", flush=True)
         differences.append([100 * (one - other) for one, other in zip(shipped, behind, strict=True)])
+    if not differences:
+        raise SystemExit(f"{options.runs} has no finished runs that differ in their seed alone; links are not followed")
     print("\naccuracy in %, unseen / sources; the first mean − the second, in points:")
     for row, values in zip(ROWS, zip(*differences, strict=True), strict=True):
         low, high = t_interval(values)

@@ -57,6 +57,8 @@ def test_scores_without_the_reference_are_no_table():
         tables([], "float")
     with pytest.raises(SystemExit, match=r"called 'erm'\. Scored: sma"):
         tables([{"method": "sma", "target": "a", "seed": 0, "scores": {"clean": 0.5}}], "erm")
+    with pytest.raises(SystemExit, match=r"no finished run is called 'plain'\. Scored: none"):
+        runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))["tables"]([], "plain")
 
 
 def accuracies(name: str, method: str) -> dict[tuple[str, int], float]:
@@ -77,6 +79,19 @@ def seen(found: Comparison) -> float:
     assert found.low is not None
     t = stats.t(found.n - 1)
     return float((found.mean - found.low) * (t.ppf(0.975) + t.ppf(0.8)) / t.ppf(0.975))
+
+
+def means(name: str, method: str) -> dict[tuple[str, int], float]:
+    """Return the mean over seeds by target, as an ensemble of these seeds is paired."""
+    by_target: dict[str, list[float]] = {}
+    for (target, _), value in accuracies(name, method).items():
+        by_target.setdefault(target, []).append(value)
+    return {(target, 0): statistics.fmean(found) for target, found in by_target.items()}
+
+
+def unsigned(text: str) -> str:
+    """Return a difference as a sentence says how much more there is."""
+    return text.replace("+", "")
 
 
 def test_differences_of_the_recipe_and_the_power_that_its_page_states():
@@ -102,8 +117,7 @@ def test_differences_of_the_students():
 
 def test_differences_of_the_soups():
     page = " ".join((RESULTS / "recipe.md").read_text().split())
-    small = accuracies("soup-office", "lsq+sma")
-    small = {(target, 0): sum(small[target, seed] for seed in (0, 1, 2)) / 3 for target, _ in small}
+    small = means("soup-office", "lsq+sma")
     for method, words in (
         ("soup of lsq", "as good as one with SMA**,"),
         ("soup of lsq+sma", "no better than one of them,"),
@@ -111,14 +125,6 @@ def test_differences_of_the_soups():
         assert f"{words} {told(small, accuracies('soup-office', method))[0]}" in page, method
     both = told(small, accuracies("soup-office", "EoQ of averages"))[0]
     assert f"keeps them as an ensemble ({both} points" in page
-
-
-def means(name: str, method: str) -> dict[tuple[str, int], float]:
-    """Return the mean over seeds by target, as an ensemble of these seeds is paired."""
-    by_target: dict[str, list[float]] = {}
-    for (target, _), value in accuracies(name, method).items():
-        by_target.setdefault(target, []).append(value)
-    return {(target, 0): statistics.fmean(found) for target, found in by_target.items()}
 
 
 def test_small_and_ensembles_on_pacs():
@@ -139,11 +145,6 @@ def test_small_and_ensembles_on_pacs():
     assert f"{unsigned(told(means(name, 'lsq+sma'), five)[0])} more than one member" in page
     for method, words in (("EoA", "(EoA, {:.1f} %, 67.9 MB)"), ("EoQ", "an EoQ of plain LSQ is no worse: {:.1f} %")):
         assert words.format(statistics.fmean(accuracies(name, method).values())) in page
-
-
-def unsigned(text: str) -> str:
-    """Return a difference as a sentence says how much more there is."""
-    return text.replace("+", "")
 
 
 def test_tiny_on_pacs():

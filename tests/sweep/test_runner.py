@@ -11,7 +11,7 @@ import pytest
 from qtdog.core.errors import RunError
 from qtdog.runs.folder import RunFolder
 from qtdog.sweep.journal import Outcome, Status, read_failures
-from qtdog.sweep.local import run_task
+from qtdog.sweep.local import _WORK, run_task
 from qtdog.sweep.plan import Task, make_plan, select_tasks
 from qtdog.sweep.runner import (
     MAX_LOST,
@@ -285,3 +285,13 @@ def test_a_plan_is_the_same_each_time(make_tiny):
         make_tiny(share_prefix=True).tasks
         == make_plan(Study.model_validate(make_tiny().study.model_dump() | {"share_prefix": True})).tasks
     )
+
+
+def test_a_warning_names_the_run_that_it_is_about(make_tiny, tmp_path, monkeypatch):
+    plan = make_tiny()
+    told: list[str] = []
+    monkeypatch.setitem(_WORK, "run", lambda task, out, dataset, callbacks: callbacks.warn("it learned nothing") or 0.0)
+    run_task(plan.tasks[0], tmp_path, plan.dataset, RunCallbacks(warn=told.append))
+    assert told == [f"{plan.tasks[0].text}: it learned nothing"]
+    assert "method" not in plan.tasks[0].text
+    assert f"target={plan.tasks[0].labels[0]['target']}" in plan.tasks[0].text

@@ -277,12 +277,12 @@ def _show_status(
 ) -> None:
     from qtdog.api.display import duration_text
     from qtdog.cli.console import out, print_table
-    from qtdog.cli.sweep_output import failure_lines, task_text
+    from qtdog.cli.sweep_output import failure_lines
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.runner import STATES, unfinished
 
     if every:
-        print_table(["run", "state", "folder"], [[task_text(task), found[task.name], task.name] for task in tasks])
+        print_table(["run", "state", "folder"], [[task.text, found[task.name], task.name] for task in tasks])
     counts: dict[str, Counter[str]] = {}
     for task in tasks:
         name = str(task.labels[0]["method"]) if task.labels else "fork points"

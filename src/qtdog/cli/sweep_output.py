@@ -61,7 +61,7 @@ class ProgressDisplay:
         if self._pace is not None and outcome.status == "done":
             self._pace.add(task, outcome)
         if self._live is None or outcome.status == "failed":
-            text = f"{outcome.status:7} {task_text(task)}  {outcome.seconds:.1f} s"
+            text = f"{outcome.status:7} {task.text}  {outcome.seconds:.1f} s"
             shown = outcome.reason and outcome.status != "stopped"
             reason = f"  {outcome.reason.splitlines()[0]}" if shown else ""
             err.print(text + reason, highlight=False, markup=False, soft_wrap=True)
@@ -79,7 +79,7 @@ class ProgressDisplay:
         for task, started in list(progress.running.values())[:N_SHOWN]:
             last = task.step if task.kind == "fork_point" or task.config is None else task.config.train.steps
             step = f"{steps_made(task, self._out)}/{last}" if last else "–"
-            table.add_row(task_text(task), step, duration_text(now - started))
+            table.add_row(task.text, step, duration_text(now - started))
         return table
 
     def _counts(self, progress: Progress) -> Text:
@@ -112,19 +112,10 @@ def progress_display(out: Path) -> Iterator[ProgressDisplay]:
         live.refresh()
 
 
-def task_text(task: Task) -> str:
-    """Return what a task is, for people."""
-    from qtdog.sweep.study import label_text
-
-    if task.kind == "fork_point":
-        return f"shared steps {task.name.removeprefix('prefix-')}"
-    return label_text(task.labels[0]) if task.labels else task.name
-
-
 def failure_lines(tasks: Sequence[Task], failed: Mapping[str, Outcome], blocked: Sequence[Task]) -> list[str]:
     """Return one line for each failure, and how many tasks wait for one."""
     known = {task.name: task for task in tasks}
-    lines = [f"  {task_text(known[name])}: {outcome.reason}" for name, outcome in failed.items() if name in known]
+    lines = [f"  {known[name].text}: {outcome.reason}" for name, outcome in failed.items() if name in known]
     return lines + ([f"  {len(blocked)} more need one of these"] if blocked else [])
 
 

@@ -14,7 +14,7 @@ import traceback
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
@@ -53,9 +53,10 @@ def run_task(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallba
         task: what to do; what it needs is done.
         out: the sweep's folder.
         dataset: the data that the task's configuration names, whole: `data.skip_unreadable` is done here.
-        callbacks: receives the progress, numbers and warnings of the run.
+        callbacks: receives the progress and numbers of the run, and its warnings with the name of the task.
     """
-    started = time.perf_counter()
+    started, warn = time.perf_counter(), callbacks.warn
+    callbacks = replace(callbacks, warn=lambda text: warn(f"{task.text}: {text}"))  # of many runs, which one
     try:
         task.load_plugins()
         if _skips_unreadable(task, out):

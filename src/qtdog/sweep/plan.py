@@ -93,6 +93,13 @@ class Task:
         return self.ensemble.members if self.ensemble else ((self.fork_from,) if self.fork_from else ())
 
     @property
+    def text(self) -> str:
+        """What the task is, for people: its first labels."""
+        if self.kind == "fork_point":
+            return f"shared steps {self.name.removeprefix('prefix-')}"
+        return label_text(self.labels[0]) if self.labels else self.name
+
+    @property
     def steps(self) -> int:
         """Updates that the task makes; 0 for an ensemble, and for a run whose updates another one makes."""
         if self.config is None or self.updates_from:
