@@ -56,6 +56,17 @@ def test_a_study_runs_and_its_table_compares_by_pairs(tmp_path: Path):
         qtdog.compare([tmp_path / "out"], selection="sourc")
 
 
+def test_what_a_run_of_a_sweep_warns_of_is_a_warning_that_names_it(tmp_path: Path):
+    text = STUDY.replace("train.steps: 2, train.eval_every: 2", "train.steps: 50, optimizer.lr: 1.0e-9")
+    (tmp_path / "tiny.yaml").write_text(text)
+    with pytest.warns(UserWarning, match=r"^float target=75 seed=0: the network learned next to nothing.*\(lr=2e-10;"):
+        study = qtdog.sweep(tmp_path / "tiny.yaml", out=tmp_path, workers=1, progress=False, only="float seed=0")
+    assert list(study.warnings) == ["float target=75 seed=0"]
+    assert (
+        "(lr=2e-10; it was 1e-09) or train longer (steps=100; it was 50)" in study.warnings["float target=75 seed=0"][0]
+    )
+
+
 SOURCE = Path(__file__).parents[2] / "src" / "qtdog"
 TABLES = {
     f"{name}-{dataset}": study.on_dataset(dataset)

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from qtdog.cli.sweep_output import ProgressDisplay
+from qtdog.cli.sweep_output import ProgressDisplay, progress_display, warning_lines
 from qtdog.sweep.journal import Outcome, save_failure
 from qtdog.sweep.local import run_task
 from qtdog.sweep.plan import make_plan
@@ -196,6 +196,31 @@ def test_a_dry_run_of_slurm_needs_no_gpu_of_this_machine(qtdog, study):
     done = qtdog("sweep", study, "--engine", "slurm", "--dry-run", "--gpus", "1", "--partition", "gpu")
     assert done.code == 0, done.err
     assert "gpus_per_node=1, partition=gpu" in " ".join(done.out.split())
+
+
+def test_a_run_that_learned_nothing_is_named_in_the_terminal_and_in_the_status(qtdog, study):
+    spoiled = {**STUDY, "base": {"presets": ["digits"], "set": {**SET, "train.steps": 50, "optimizer.lr": 1e-9}}}
+    study.write_text(yaml.safe_dump(spoiled))
+    done = qtdog("sweep", study, "--workers", "1", "--only", "float seed=0")
+    assert done.code == 0, done.err
+    assert "warning: float seed=0 target=75: the network learned next to nothing" in done.err
+    assert "float seed=0 target=75: warned: the network learned next to nothing" in qtdog("sweep", "status", study).out
+    tasks = json.loads(qtdog("sweep", "status", study, "--json").out)["tasks"]
+    warned = {task["folder"]: task["warnings"] for task in tasks if "warnings" in task}
+    assert [len(texts) for texts in warned.values()] == [1]
+
+
+def test_what_many_runs_warn_of_alike_is_said_once(capsys, tmp_path):
+    tasks = make_plan(Study.model_validate(STUDY)).tasks
+    with progress_display(tmp_path) as display:
+        for task in tasks:
+            display.ended(task, Outcome(task.name, "done", warnings=("slow", f"odd in {task.name}")))
+    said = capsys.readouterr().err
+    assert (said.count(": slow"), said.count(": odd in")) == (1, 4)
+    assert "3 more warnings say the same of other runs" in said
+    lines = warning_lines(tasks, {task.name: ["slow"] for task in tasks})
+    assert len(lines) == 1
+    assert "and 1 more: warned: slow" in lines[0]
 
 
 def test_retry_from_the_start_spares_runs_that_another_machine_finished(qtdog, half_done, tmp_path):

@@ -114,8 +114,8 @@ class Server:
             for i in range(0, len(body), 100 if file.pause_s else len(body) or 1):
                 time.sleep(file.pause_s)
                 part = body[i : i + 100] if file.pause_s else body
+                self.n_sent += len(part)  # before the other side can have read it
                 request.wfile.write(part)
-                self.n_sent += len(part)
         except OSError:
             pass  # the other side went away
         request.close_connection = True

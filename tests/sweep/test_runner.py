@@ -10,7 +10,7 @@ import pytest
 
 from qtdog.core.errors import RunError
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.journal import Outcome, Status, read_failures
+from qtdog.sweep.journal import Outcome, Status, append_journal, read_failures, read_journal, read_warnings
 from qtdog.sweep.local import _WORK, run_task
 from qtdog.sweep.plan import Task, make_plan, select_tasks
 from qtdog.sweep.runner import (
@@ -291,7 +291,21 @@ def test_a_warning_names_the_run_that_it_is_about(make_tiny, tmp_path, monkeypat
     plan = make_tiny()
     told: list[str] = []
     monkeypatch.setitem(_WORK, "run", lambda task, out, dataset, callbacks: callbacks.warn("it learned nothing") or 0.0)
-    run_task(plan.tasks[0], tmp_path, plan.dataset, RunCallbacks(warn=told.append))
+    outcome = run_task(plan.tasks[0], tmp_path, plan.dataset, RunCallbacks(warn=told.append))
+    assert outcome.warnings == ("it learned nothing",)
     assert told == [f"{plan.tasks[0].text}: it learned nothing"]
     assert "method" not in plan.tasks[0].text
     assert f"target={plan.tasks[0].labels[0]['target']}" in plan.tasks[0].text
+
+
+def test_the_journal_keeps_warnings_and_survives_damaged_lines(tmp_path):
+    append_journal(Outcome("quiet", "done", seconds=2.0, trained_s=1.0), 5, tmp_path)
+    append_journal(Outcome("loud", "done", seconds=2.0, trained_s=1.0, warnings=("odd",)), 5, tmp_path)
+    append_journal(Outcome("resumed", "done", seconds=1.0, trained_s=9.0, warnings=("odd",)), 5, tmp_path)
+    damaged = ['["a"]', "7", "{", '{"name": 3, "seconds": 1, "trained_s": 1}']
+    damaged += ['{"name": "x", "seconds": "1 s", "trained_s": 1}']
+    damaged += ['{"name": "y", "seconds": 1, "trained_s": 1, "warnings": "odd"}']
+    with (tmp_path / ".sweep" / "journal.jsonl").open("a") as stream:
+        stream.write("\n".join(damaged) + "\n")
+    assert read_warnings(tmp_path) == {"loud": ["odd"], "resumed": ["odd"]}
+    assert set(read_journal(tmp_path)) == {"quiet", "loud"}  # of a resumed one the time is that of its last start only

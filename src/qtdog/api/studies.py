@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 from qtdog.api.budget import training_flops
 from qtdog.api.display import CountingBar, as_frame, err
-from qtdog.api.python_words import in_python
+from qtdog.api.python_words import in_python, python_words
 from qtdog.core.config import Config
 from qtdog.core.config_io import Tree
 from qtdog.core.errors import ConfigError, DataError, Interrupted, RunError, unknown
@@ -20,12 +21,12 @@ from qtdog.runs.aggregate import aggregate
 from qtdog.runs.find import find_runs
 from qtdog.runs.selection import check_selections
 from qtdog.runs.statistics import estimate
-from qtdog.sweep.journal import Outcome, save_labels
+from qtdog.sweep.journal import Outcome, read_warnings, save_labels
 from qtdog.sweep.local import LocalEngine, local_resources
 from qtdog.sweep.plan import Plan, Task, default_out, make_plan, select_tasks
 from qtdog.sweep.results import MEASURES, ExpectedRow, comparisons, results, targets_of, tasks_of_row, values
 from qtdog.sweep.runner import Driver, SweepProgress, check_tasks, is_done, unfinished
-from qtdog.sweep.study import Study, expand_without_data, label_text, read_study
+from qtdog.sweep.study import Study, expand_without_data, read_study
 
 SIGINT_CODE = 130
 
@@ -45,6 +46,12 @@ class StudyResult:
     def is_done(self) -> bool:
         """Whether nothing is missing."""
         return not unfinished(self.plan.tasks, self.folder)
+
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        """What finished runs warned of, by the run: method and axes."""
+        said = read_warnings(self.folder)
+        return {task.text: list(map(python_words, said[task.name])) for task in self.plan.tasks if task.name in said}
 
     @in_python
     def rows(self, reference: str | None = None, measure: str = "test_accuracy") -> list[dict[str, Any]]:
@@ -95,7 +102,7 @@ class StudyResult:
 
 
 class _Lines:
-    """Prints a line for each task that ends, or nothing."""
+    """Prints a line for each task that ends, or nothing; what a task warned of becomes a Python warning."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
@@ -105,9 +112,10 @@ class _Lines:
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """Print one task's end."""
+        for text in outcome.warnings:
+            warnings.warn(python_words(f"{task.text}: {text}"), stacklevel=2)
         if self._shown:
-            name = label_text(task.labels[0]) if task.labels else task.name
-            err.print(f"{outcome.status:7} {name}  {outcome.seconds:.1f} s", highlight=False, markup=False)
+            err.print(f"{outcome.status:7} {task.text}  {outcome.seconds:.1f} s", highlight=False, markup=False)
 
 
 @in_python

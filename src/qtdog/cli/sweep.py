@@ -35,7 +35,6 @@ from qtdog.core.errors import ConfigError
 if TYPE_CHECKING:
     from qtdog.sweep.clusters import SlurmJob
     from qtdog.sweep.estimate import Throughput
-    from qtdog.sweep.journal import Outcome
     from qtdog.sweep.local import Resources
     from qtdog.sweep.plan import Plan, Task
     from qtdog.sweep.runner import Engine, SweepProgress
@@ -249,35 +248,38 @@ def status(
     every: Annotated[bool, typer.Option("--all", help="Show a line for each run.")] = False,
     as_json: JsonOutput = False,
 ) -> None:
-    """Show what is done, running, failed (and why) and missing. Nothing is changed.
+    """Show what is done, running, failed (and why) and missing, and what finished runs warned of. Nothing is changed.
 
     Example:
       qtdog sweep status studies/digits.yaml
     """
     from qtdog.cli.console import print_json
-    from qtdog.sweep.journal import read_failures
+    from qtdog.cli.sweep_output import failure_lines, warning_lines
+    from qtdog.sweep.journal import read_failures, read_warnings
     from qtdog.sweep.runner import task_states
 
     plan, folder = open_plan(study, data, out)
     found = task_states(plan.tasks, folder)
     failures = {name: why for name, why in read_failures(folder).items() if found.get(name) == "failed"}
+    warnings = {name: texts for name, texts in read_warnings(folder).items() if found.get(name) == "done"}
     if as_json:
         tasks = [
             {"folder": task.name, "kind": task.kind, "labels": list(task.labels), "state": found[task.name]}
             | ({"reason": failures[task.name].reason} if task.name in failures else {})
+            | ({"warnings": warnings[task.name]} if task.name in warnings else {})
             for task in plan.tasks
         ]
         print_json({"out": str(folder), "counts": Counter(found.values()), "tasks": tasks})
         return
-    _show_status(plan.tasks, found, failures, folder, every=every)
+    lines = [*failure_lines(plan.tasks, failures, []), *warning_lines(plan.tasks, warnings)]
+    _show_status(plan.tasks, found, lines, folder, every=every)
 
 
 def _show_status(
-    tasks: Sequence[Task], found: dict[str, str], failures: dict[str, Outcome], folder: Path, *, every: bool
+    tasks: Sequence[Task], found: dict[str, str], lines: Sequence[str], folder: Path, *, every: bool
 ) -> None:
     from qtdog.api.display import duration_text
     from qtdog.cli.console import out, print_table
-    from qtdog.cli.sweep_output import failure_lines
     from qtdog.sweep.estimate import Throughput
     from qtdog.sweep.runner import STATES, unfinished
 
@@ -290,7 +292,7 @@ def _show_status(
     rows = [[name, *(str(count[state] or "") for state in STATES)] for name, count in counts.items()]
     total = Counter(found[task.name] for task in tasks)
     print_table(["method", *STATES], [*rows, ["all", *(str(total[state] or "") for state in STATES)]])
-    for line in failure_lines(tasks, failures, []):
+    for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     left = Throughput(tasks, folder).left_s(unfinished(tasks, folder), [])
     if left:

@@ -40,6 +40,8 @@ class ProgressDisplay:
         self._out, self._live = out, live
         self._shown = 0.0
         self._pace: Throughput | None = None
+        self._warned: set[str] = set()
+        self.n_repeated = 0  # warnings that are not printed, since another run said the same
 
     def show(self, progress: Progress) -> None:
         """Refresh the table, at most twice a second."""
@@ -55,8 +57,15 @@ class ProgressDisplay:
         self._live.update(Group(self._running(progress), self._counts(progress)), refresh=True)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
-        """Count one task's end; print it where there is no table."""
-        from qtdog.cli.console import err
+        """Count one task's end and print what it warned of; print the end too where there is no table."""
+        from qtdog.cli.console import err, warn
+
+        for text in outcome.warnings:
+            if text in self._warned:
+                self.n_repeated += 1
+            else:
+                self._warned.add(text)
+                warn(f"{task.text}: {text}")
 
         if self._pace is not None and outcome.status == "done":
             self._pace.add(task, outcome)
@@ -101,15 +110,18 @@ def progress_display(out: Path) -> Iterator[ProgressDisplay]:
     """Yield the progress display of a sweep in the folder `out`."""
     from rich.live import Live
 
-    from qtdog.cli.console import err
+    from qtdog.cli.console import err, warn
 
-    if not err.is_terminal:
-        yield ProgressDisplay(out, None)
-        return
-    with Live(console=err, auto_refresh=False, refresh_per_second=4) as live:
+    with contextlib.ExitStack() as stack:
+        live = None
+        if err.is_terminal:
+            live = stack.enter_context(Live(console=err, auto_refresh=False, refresh_per_second=4))
         display = ProgressDisplay(out, live)
         yield display
-        live.refresh()
+        if live is not None:
+            live.refresh()
+    if display.n_repeated:
+        warn(f"{display.n_repeated} more warnings say the same of other runs: qtdog sweep status STUDY lists them")
 
 
 def failure_lines(tasks: Sequence[Task], failed: Mapping[str, Outcome], blocked: Sequence[Task]) -> list[str]:
@@ -117,6 +129,24 @@ def failure_lines(tasks: Sequence[Task], failed: Mapping[str, Outcome], blocked:
     known = {task.name: task for task in tasks}
     lines = [f"  {known[name].text}: {outcome.reason}" for name, outcome in failed.items() if name in known]
     return lines + ([f"  {len(blocked)} more need one of these"] if blocked else [])
+
+
+def warning_lines(tasks: Sequence[Task], warnings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return one line for each warning of a finished task; what several tasks say alike stands once, with their names.
+
+    Args:
+        tasks: of the plan, in its order.
+        warnings: name of a task → what it warned of.
+    """
+    said: dict[str, list[str]] = {}
+    for task in tasks:
+        for text in warnings.get(task.name, ()):
+            said.setdefault(text, []).append(task.text)
+    return [f"  {_some(names)}: warned: {text}" for text, names in said.items()]
+
+
+def _some(names: Sequence[str], n: int = 3) -> str:
+    return "; ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 PLOT = "Draw the differences and their intervals to this file too (.png, .pdf, .svg)."

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from qtdog.training.checkpoint import checkpoint_folders, step_of
 
 MAX_FAILURE_BYTES = 2**20
 MAX_JOURNAL_BYTES = 64 * 2**20
+MAX_WARNINGS, MAX_WARNING_CHARS = 10, 500  # of one task
 Status = Literal["done", "failed", "busy", "stopped", "disk", "lost"]
 
 
@@ -36,6 +37,7 @@ class Outcome:
         error: class of the error, "" if there was none.
         seconds: wall-clock time that it took.
         trained_s: of them, in training steps.
+        warnings: what the task said without ending for it, at most `MAX_WARNINGS`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Outcome:
     error: str = ""
     seconds: float = 0.0
     trained_s: float = 0.0
+    warnings: Sequence[str] = ()
 
 
 def save_failure(outcome: Outcome, out: Path) -> None:
@@ -68,9 +71,11 @@ def read_failures(out: Path) -> dict[str, Outcome]:
 
 
 def append_journal(outcome: Outcome, steps: int, out: Path) -> None:
-    """Add one line with the time that a finished task took."""
+    """Add one line with the time that a finished task took, and what it warned of."""
     file = state_folder(out) / "journal.jsonl"
     line = {"name": outcome.name, "seconds": outcome.seconds, "trained_s": outcome.trained_s, "steps": steps}
+    if outcome.warnings:
+        line["warnings"] = list(outcome.warnings)
     with clear_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as stream:
@@ -82,15 +87,26 @@ def read_journal(out: Path) -> dict[str, dict[str, Any]]:
 
     So is the line of a task whose training was resumed or shared: its time is that of the last start only.
     """
-    file, found = state_folder(out) / "journal.jsonl", {}
+    return {line["name"]: line for line in _journal_lines(out) if line["seconds"] >= line["trained_s"]}
+
+
+def read_warnings(out: Path) -> dict[str, list[str]]:
+    """Return what finished tasks warned of, by name; those that warned of nothing are left out."""
+    found = {line["name"]: [str(one) for one in line.get("warnings", ())] for line in _journal_lines(out)}
+    return {name: warnings for name, warnings in found.items() if warnings}
+
+
+def _journal_lines(out: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the journal in their order, without damaged ones."""
+    file = state_folder(out) / "journal.jsonl"
     for text in read_text(file, MAX_JOURNAL_BYTES).splitlines() if file.is_file() else ():
         try:
             line = parse_json(text)
-            if line["seconds"] >= line["trained_s"]:
-                found[line["name"]] = line
-        except (ValueError, KeyError, TypeError):
+            has_times = float(line["seconds"]) >= 0 <= float(line["trained_s"])
+            if has_times and isinstance(line["name"], str) and isinstance(line.get("warnings", []), list):
+                yield line
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    return found
 
 
 def save_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) -> None:

@@ -35,7 +35,7 @@ from qtdog.ensemble.scoring import open_evaluation_set
 from qtdog.ensemble.teacher import load_teacher
 from qtdog.ensemble.weight_averaging import Recipe
 from qtdog.runs.folder import RunFolder
-from qtdog.sweep.journal import Outcome, Status, state_folder
+from qtdog.sweep.journal import MAX_WARNING_CHARS, MAX_WARNINGS, Outcome, Status, state_folder
 from qtdog.sweep.plan import Task
 from qtdog.training.checkpoint import Checkpoint, read_checkpoint
 from qtdog.training.loggers import with_loggers
@@ -55,8 +55,17 @@ def run_task(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallba
         dataset: the data that the task's configuration names, whole: `data.skip_unreadable` is done here.
         callbacks: receives the progress and numbers of the run, and its warnings with the name of the task.
     """
-    started, warn = time.perf_counter(), callbacks.warn
-    callbacks = replace(callbacks, warn=lambda text: warn(f"{task.text}: {text}"))  # of many runs, which one
+    started, warnings, warn = time.perf_counter(), list[str](), callbacks.warn
+
+    def keep(text: str) -> None:
+        warn(f"{task.text}: {text}")  # of many runs, which one
+        if len(warnings) < MAX_WARNINGS and text not in warnings:
+            warnings.append(text[:MAX_WARNING_CHARS])
+
+    return replace(_run_task(task, out, dataset, replace(callbacks, warn=keep), started), warnings=tuple(warnings))
+
+
+def _run_task(task: Task, out: Path, dataset: DomainDataset, callbacks: RunCallbacks, started: float) -> Outcome:
     try:
         task.load_plugins()
         if _skips_unreadable(task, out):

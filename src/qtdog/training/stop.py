@@ -175,7 +175,7 @@ class HealthWatch:
                 f"the network learned next to nothing: at best {best.source_accuracy:.1%} of the sources' held-out "
                 f"images are right, and the same answer for all of them is right in {self.chance:.1%}. Try a lower "
                 f"learning rate (--lr {self.config.optimizer.lr / 5:g}; it was {self.config.optimizer.lr:g}) or "
-                "more --steps"
+                f"train longer (--steps {2 * self.config.train.steps}; it was {self.config.train.steps})"
             )
 
     def _warn(self, layers: Sequence[LayerHealth]) -> None:
