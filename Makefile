@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml | $(PACKAGE)
 	@touch $(PACKAGE) $@
 	@echo "Done. Next: make demo"
 
-demo: $(PACKAGE) ## train float, 7-bit and an ensemble of three on rotated digits, and compare
+demo: $(PACKAGE) ## train float, 7 bits with averaging and an ensemble of three on rotated digits, and compare
 	@$(BIN)/qtdog demo
 
 lint: setup ## style, format, types, import contract

@@ -237,7 +237,7 @@ def test_demo_writes_one_page_with_every_method(qtdog, tmp_path):
     assert str(tmp_path / "report.html") in outcome.err
     assert not list(tmp_path.glob("*.md"))
     report = (tmp_path / "report.html").read_text()
-    for method in ("erm + float", "erm + lsq 7 bit", "EoQ of 3"):
+    for method in ("erm + float", "erm + sma + lsq 7 bit", "EoQ of 3"):
         assert method in report
         assert method in outcome.out
 
