@@ -102,11 +102,12 @@ def _journal_lines(out: Path) -> Iterator[dict[str, Any]]:
     for text in read_text(file, MAX_JOURNAL_BYTES).splitlines() if file.is_file() else ():
         try:
             line = parse_json(text)
-            has_times = float(line["seconds"]) >= 0 <= float(line["trained_s"])
-            if has_times and isinstance(line["name"], str) and isinstance(line.get("warnings", []), list):
-                yield line
+            has_times = all(isinstance(line[time], (int, float)) for time in ("seconds", "trained_s"))
+            is_whole = has_times and isinstance(line["name"], str) and isinstance(line.get("warnings", []), list)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
+        if is_whole:
+            yield line
 
 
 def save_labels(name: str, labels: Mapping[str, Sequence[Labels]], out: Path) -> None:
