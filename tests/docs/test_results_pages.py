@@ -32,11 +32,18 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
         (on_pacs, "float, sma", "lsq, 7 bits, sma", "all corruptions"),
         (on_pacs, "lsq, 4 bits, sma", "float, sma", "noise"),
         (on_pacs, robust, "float, sma", "clean"),
+        (on_pacs, robust, "float, sma", "noise"),
+        (on_pacs, robust, "float, sma", "blur"),
         (tiny, "lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "all corruptions"),
         (tiny, "lsq, 5 bits, depthwise 8 bits, sma", "lsq, 7 bits, sma", "blur"),
     ):
         found = scores["text"](scores["differences"](compared, other, reference)[column]).replace("*", "")
         assert found in (RESULTS / "shift.md").read_text()
+    gain, cost = (scores["differences"](on_pacs, robust, "float")[shift] for shift in ("noise", "clean"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    said = f"{100 * gain.mean:.1f} ({100 * gain.low:.1f} … {100 * gain.high:.1f}) points under noise"
+    paid = f"{-100 * cost.mean:.1f} ({-100 * cost.high:.1f} … {-100 * cost.low:.1f}) on clean images"
+    assert f"{said}, for {paid}" in readme
     scores["tables"](runs, "float, sma")
     robust = capsys.readouterr().out.splitlines()[-1]
     assert "noise of 3 steps" in robust
