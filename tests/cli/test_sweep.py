@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -215,7 +216,11 @@ def test_what_many_runs_warn_of_alike_is_said_once(capsys, tmp_path):
     with progress_display(tmp_path) as display:
         for task in tasks:
             display.ended(task, Outcome(task.name, "done", warnings=("slow", f"odd in {task.name}")))
+    with contextlib.suppress(RuntimeError), progress_display(tmp_path) as display:
+        display.n_repeated = 7
+        raise RuntimeError("stopped half-way")
     said = capsys.readouterr().err
+    assert "7 more warnings" in said
     assert (said.count(": slow"), said.count(": odd in")) == (1, 4)
     assert "3 more warnings say the same of other runs" in said
     lines = warning_lines(tasks, {task.name: ["slow"] for task in tasks})

@@ -110,16 +110,22 @@ def progress_display(out: Path) -> Iterator[ProgressDisplay]:
     """Yield the progress display of a sweep in the folder `out`."""
     from rich.live import Live
 
-    from qtdog.cli.console import err, warn
+    from qtdog.cli.console import err
 
     with contextlib.ExitStack() as stack:
         live = None
         if err.is_terminal:
             live = stack.enter_context(Live(console=err, auto_refresh=False, refresh_per_second=4))
         display = ProgressDisplay(out, live)
+        stack.callback(_say_repeated, display)  # also when the sweep is stopped half-way
         yield display
         if live is not None:
             live.refresh()
+
+
+def _say_repeated(display: ProgressDisplay) -> None:
+    from qtdog.cli.console import warn
+
     if display.n_repeated:
         warn(f"{display.n_repeated} more warnings say the same of other runs: qtdog sweep status STUDY lists them")
 
