@@ -115,6 +115,18 @@ def test_runs_left_over_from_shared_updates_share_their_own(make_tiny, tmp_path)
     assert again == first
 
 
+def test_a_run_warns_by_itself_of_having_learned_nothing_though_another_made_its_updates(make_tiny, tmp_path):
+    methods = {name: METHODS[name] for name in ("float", "sma")}
+    spoiled = {"train.steps": 50, "train.eval_every": 50, "train.checkpoint_every": 50, "optimizer.lr": 1e-9}
+    plan = make_tiny(set=spoiled, methods=methods, share_averaged=True, grid={"target": "75", "seed": 0})
+    for task in plan.tasks:
+        warnings: list[str] = []
+        assert run_task(task, tmp_path, plan.dataset, RunCallbacks(warn=warnings.append)).status == "done"
+        assert len(warnings) == 1
+        assert f"{task.labels[0]['method']} target=75 seed=0: the network learned next to nothing" in warnings[0]
+    assert plan.tasks[1].updates_from == plan.tasks[0].name
+
+
 def test_a_fork_point_that_is_gone_or_broken_changes_nothing(make_tiny, tmp_path, capsys):
     plan = make_tiny(share_prefix=True, grid={"target": "75", "seed": 0})
     first, *runs = plan.tasks

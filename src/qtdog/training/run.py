@@ -184,7 +184,11 @@ def train_in_folder(
             opened = open_shared_runs(shared_runs, components, state.step, callbacks.warn, fork_from)
             followers = locks.enter_context(opened)
         check_interrupt = interrupt_check(components, stop)
-        run = TrainingRun(components, state, folder, callbacks.make_health_check(components, callbacks.warn))
+        check_health = callbacks.make_health_check(components, callbacks.warn)
+        run = TrainingRun(components, state, folder, check_health)
+        if state.records and state.step == components.config.train.steps:
+            # all updates are made, perhaps by a run that this one followed and that was told nothing of it
+            check_health([], [record.seen for record in state.records])
         for one in followers:
             one.check_health = callbacks.make_health_check(one.components, nothing)
         if components.accelerator.is_main_process:
