@@ -163,11 +163,32 @@ def test_tiny_on_pacs():
     assert f"a difference of {power} points would have been seen" in page
 
 
-def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("name", ["levers-pacs", "levers-average"])
+def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str], name: str):
     choice = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))
-    kept = json.loads((RESULTS / "runs" / "levers-pacs.json").read_text())
-    choice["tables"]([score for both in kept.values() for score in both], "plain")
+    kept = json.loads((RESULTS / "runs" / f"{name}.json").read_text())
+    scores = [score for both in kept.values() for score in both]
+    choice["tables"](scores, "plain")
     assert capsys.readouterr().out in (RESULTS / "recipe.md").read_text()
+    if name == "levers-average":
+        log, study = (" ".join((RESULTS / page).read_text().split()) for page in ("log.md", "study.md"))
+        values = {
+            method: {
+                (f"{one['domain']} of {one['sources']}", one["seed"]): 100 * one["accuracy"]
+                for one in scores
+                if one["method"] == method
+            }
+            for method in ("plain", "early", "earlier", "dequantized", "dequantized-6", "bma")
+        }
+        for method, words in (
+            ("early", "from a fifth of the steps on"),
+            ("earlier", "from a tenth"),
+            ("dequantized", "of the rounded weights"),
+            ("dequantized-6", "these with 6 bits"),
+            ("bma", "Beta average"),
+        ):
+            assert f"{words} {told(values['plain'], values[method])[0]}" in log, method
+        assert f"the mean of the rounded weights: {told(values['plain'], values['dequantized'])[0]}" in study
 
 
 def on_pacs(method: str) -> str:
