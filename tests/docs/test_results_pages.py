@@ -191,6 +191,36 @@ def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.Capture
         assert f"the mean of the rounded weights: {told(values['plain'], values['dequantized'])[0]}" in study
 
 
+def test_differences_of_the_small_networks():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    log = " ".join((RESULTS / "log.md").read_text().split())
+    small = accuracies("small-networks", "lite0-lsq-7+sma")
+
+    def to_small(method: str) -> tuple[str, float]:
+        return told(small, accuracies("small-networks", method))
+
+    (lite1, seen_1), (lite2, seen_2) = to_small("lite1-lsq-7+sma"), to_small("lite2-lsq-7+sma")
+    (four, _), (four_1, _) = to_small("lite0-lsq-4-depthwise-8+sma"), to_small("lite1-lsq-4-depthwise-8+sma")
+    assert f"At 7 bits Lite1 is {lite1} points from Lite0, in 2.74 MB, and Lite2 {lite2}, in 3.15 MB" in page
+    assert f"that of Lite1 in float, {to_small('lite1-sma')[0]}, in 16.85 MB" in page
+    assert f"1.86 MB and is {to_small('lite0-lsq-5-depthwise-8+sma')[0]} from 7 bits" in page
+    assert f"At 4 bits it is {four}, Lite1 {four_1} in 2.01 MB" in page
+    assert (
+        f"a difference of {seen_1} points would have been seen between Lite1 and Lite0 at 7 bits, of {seen_2}" in page
+    )
+    assert f"Lite1 {lite1}, Lite2 {lite2} (8 pairs each), Lite0 at 4 bits {four}, Lite1 at 4 bits {four_1}" in log
+    runs = json.loads((RESULTS / "runs" / "small-networks.json").read_text())["runs"]
+    for method, size in (
+        ("lite1-lsq-7+sma", 2.74),
+        ("lite2-lsq-7+sma", 3.15),
+        ("lite1-sma", 16.85),
+        ("lite0-lsq-5-depthwise-8+sma", 1.86),
+        ("lite1-lsq-4-depthwise-8+sma", 2.01),
+    ):
+        sizes = [run["size_bytes"] for run in runs if run["method"] == method]
+        assert statistics.mean(sizes) / 1e6 == pytest.approx(size, abs=0.005)
+
+
 def on_pacs(method: str) -> str:
     """Return the difference of a control to float in short runs on PACS."""
     return told(accuracies("controls-pacs-short", "float"), accuracies("controls-pacs-short", method))[0]
