@@ -208,7 +208,7 @@ def test_differences_of_the_small_networks():
     assert (
         f"a difference of {seen_1} points would have been seen between Lite1 and Lite0 at 7 bits, of {seen_2}" in page
     )
-    assert f"Lite1 {lite1}, Lite2 {lite2} (8 pairs each), Lite0 at 4 bits {four}, Lite1 at 4 bits {four_1}" in log
+    assert f"Lite1 {lite1}, Lite2 {lite2}, Lite0 at 4 bits {four}, Lite1 at 4 bits {four_1} (8 pairs each)" in log
     runs = json.loads((RESULTS / "runs" / "small-networks.json").read_text())["runs"]
     for method, size in (
         ("lite1-lsq-7+sma", 2.74),
