@@ -315,7 +315,10 @@ def test_the_journal_keeps_warnings_and_survives_damaged_lines(tmp_path):
     append_journal(Outcome("loud", "done", seconds=2.0, trained_s=1.0, warnings=("odd",)), 5, tmp_path)
     append_journal(Outcome("resumed", "done", seconds=1.0, trained_s=9.0, warnings=("odd",)), 5, tmp_path)
     damaged = ['["a"]', "7", "{", '{"name": 3, "seconds": 1, "trained_s": 1}']
-    damaged += ['{"name": "x", "seconds": "1", "trained_s": 1}']
+    damaged += [
+        f'{{"name": "x", "seconds": {seconds}, "trained_s": {trained_s}, "warnings": ["odd"]}}'
+        for seconds, trained_s in (('"1"', 1), (-1, 1), (1, -1), (1, "NaN"))
+    ]
     damaged += ['{"name": "y", "seconds": 1, "trained_s": 1, "warnings": "odd"}']
     with (tmp_path / ".sweep" / "journal.jsonl").open("a") as stream:
         stream.write("\n".join(damaged) + "\n")

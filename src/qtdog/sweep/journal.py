@@ -102,7 +102,9 @@ def _journal_lines(out: Path) -> Iterator[dict[str, Any]]:
     for text in read_text(file, MAX_JOURNAL_BYTES).splitlines() if file.is_file() else ():
         try:
             line = parse_json(text)
-            has_times = all(isinstance(line[time], (int, float)) for time in ("seconds", "trained_s"))
+            has_times = all(
+                isinstance(line[time], (int, float)) and line[time] >= 0 for time in ("seconds", "trained_s")
+            )
             is_whole = has_times and isinstance(line["name"], str) and isinstance(line.get("warnings", []), list)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue

@@ -187,7 +187,7 @@ def train_in_folder(
         check_health = callbacks.make_health_check(components, callbacks.warn)
         run = TrainingRun(components, state, folder, check_health)
         if state.records and state.step == components.config.train.steps:
-            # all updates are made, perhaps by a run that this one followed and that was told nothing of it
+            # all updates are made, perhaps by another run, which shared them and gave no warning of this one
             check_health([], [record.seen for record in state.records])
         for one in followers:
             one.check_health = callbacks.make_health_check(one.components, nothing)
