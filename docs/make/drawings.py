@@ -321,7 +321,7 @@ def main() -> None:
     """Write every drawing for both themes."""
     for name, draw in DRAWINGS.items():
         for theme in INK:
-            with plt.rc_context(style(theme)):
+            with plt.style.context(style(theme)):
                 figure = draw()
                 path = DOCS / f"{name}-{theme}.svg"
                 path.parent.mkdir(exist_ok=True)
