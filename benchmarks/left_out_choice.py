@@ -1,11 +1,12 @@
 """Which method would the sources choose? Leave-one-source-domain-out: paired differences of the runs of a study.
 
-    python benchmarks/left_out_choice.py RUNS --sets SETS --reference METHOD [--json scores.json]
+    python benchmarks/left_out_choice.py RUNS --sets SETS --reference METHOD [--method NAME ...] [--json scores.json]
 
 `studies/crop.yaml` and `studies/levers-pacs.yaml` say how the runs and sets are made. Every run trained on two domains.
 Its own target is one of the two others; the model is scored on the remaining one here, which its data set left out. For
 a domain as the target of the choice, only runs count that never saw it, and only their scores on the other held-out
-domain. Scores are kept in the JSON file and not made again.
+domain. Scores are kept in the JSON file and not made again. With --method only these methods are scored and shown,
+beside the reference.
 """
 
 from __future__ import annotations
@@ -88,6 +89,19 @@ def table(head: str, columns: dict[str, list[Held]], methods: Sequence[str], ref
         print(f"| {method} | " + " | ".join(cells) + " |")
 
 
+def wanted(runs: Sequence[FinishedRun], reference: str, methods: Sequence[str]) -> list[FinishedRun]:
+    """Return the runs of the reference and of the methods; all runs if no method is named.
+
+    Raises:
+        SystemExit: no finished run is of a method.
+    """
+    known = {run.names[0] for run in runs}
+    missing = set(methods) - known
+    if missing:
+        raise SystemExit(f"no finished run is called {', '.join(sorted(missing))}. Known: {', '.join(sorted(known))}")
+    return [run for run in runs if not methods or run.names[0] in (reference, *methods)]
+
+
 def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
     """Print accuracies and paired differences, by held-out domain and by target of the choice."""
     scores = [Held(**{**one, "sources": tuple(one["sources"])}) for one in kept]
@@ -117,14 +131,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--sets", type=Path, required=True, help="folder with only-DOMAIN for each domain")
     parser.add_argument("--reference", required=True, help="method that the others are compared with")
+    parser.add_argument("--method", action="append", default=[], help="only this one; may be given several times")
     parser.add_argument("--json", type=Path, default=Path("left-out-scores.json"))
     options = parser.parse_args()
     kept = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    for run in find_runs([options.runs]).runs:
+    runs = wanted(find_runs([options.runs]).runs, options.reference, options.method)
+    for run in runs:
         if run.path.name not in kept:
             kept[run.path.name] = [asdict(score) for score in scores_of(run, options.sets)]
             options.json.write_text(json.dumps(kept, indent=1) + "\n")
-    tables([score for both in kept.values() for score in both], options.reference)
+    names = [run.path.name for run in runs] if options.method else list(kept)
+    tables([score for name in names for score in kept[name]], options.reference)
 
 
 if __name__ == "__main__":

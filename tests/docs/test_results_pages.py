@@ -6,6 +6,7 @@ import json
 import runpy
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -68,10 +69,19 @@ def test_scores_without_the_reference_are_no_table():
         runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))["tables"]([], "plain")
 
 
-def accuracies(name: str, method: str) -> dict[tuple[str, int], float]:
-    """Return the accuracy in % on the unseen domain by target and seed."""
+def test_only_the_named_methods_are_compared():
+    wanted = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))["wanted"]
+    runs = [SimpleNamespace(names=(name,)) for name in ("plain", "probe", "mixup", "probe")]
+    assert [run.names[0] for run in wanted(runs, "plain", ["probe"])] == ["plain", "probe", "probe"]
+    assert wanted(runs, "plain", []) == runs
+    with pytest.raises(SystemExit, match=r"no finished run is called coral\. Known: mixup, plain, probe"):
+        wanted(runs, "plain", ["coral", "probe"])
+
+
+def accuracies(name: str, method: str, measure: str = "test_accuracy") -> dict[tuple[str, int], float]:
+    """Return the accuracy in % by target and seed, on the unseen domain or another measure of the table."""
     runs = json.loads((RESULTS / "runs" / f"{name}.json").read_text())["runs"]
-    return {(run["target"], run["seed"]): 100 * run["test_accuracy"] for run in runs if run["method"] == method}
+    return {(run["target"], run["seed"]): 100 * run[measure] for run in runs if run["method"] == method}
 
 
 def told(first: dict[tuple[str, int], float], second: dict[tuple[str, int], float]) -> tuple[str, float]:
@@ -93,8 +103,7 @@ def means(name: str, method: str, *, members: int = 3) -> dict[tuple[str, int], 
     groups: dict[tuple[str, int], list[float]] = {}
     for (target, seed), value in accuracies(name, method).items():
         groups.setdefault((target, seed // members * members), []).append(value)
-    assert {len(found) for found in groups.values()} == {members}
-    return {group: statistics.fmean(found) for group, found in groups.items()}
+    return {group: statistics.fmean(found) for group, found in groups.items() if len(found) == members}
 
 
 def unsigned(text: str) -> str:
@@ -143,9 +152,14 @@ def test_small_and_ensembles_on_pacs():
     assert f"and {unsigned(text)} points better than plain float. On the sources" in page
     assert f"to plain float one of {power}." in page
     text, power = told(single["sma"], single["lsq+sma"])
-    assert f"half a point behind float SMA on styles**, {text} points on 40 pairs" in page
+    assert f"half a point behind float SMA on styles**, {text} points on 48 pairs" in page
     assert f"a difference of {power} points between the averages" in page
     assert f"gains nothing: {told(single['float'], single['lsq'])[0]} to float" in page
+    probe = accuracies(name, "lsq+sma+probe")
+    (text, power), to_float = told(single["lsq+sma"], probe), told(single["sma"], probe)[0]
+    on_sources = told(*(accuracies(name, method, "source_accuracy") for method in ("lsq+sma", "lsq+sma+probe")))[0]
+    assert f"{text} to LSQ with SMA and {to_float} to float SMA on {len(probe)} pairs, and {on_sources} on the" in page
+    assert f"is not shown: one of {power} points would have been seen" in page
     one, small = means(name, "float", members=5), means(name, "lsq+sma", members=5)
     five, raw, of_floats = (accuracies(name, method) for method in ("EoQ of averages", "EoQ", "EoA"))
     assert f"have {statistics.fmean(five.values()):.1f} %: {unsigned(told(one, five)[0])} points" in page
@@ -163,32 +177,48 @@ def test_tiny_on_pacs():
     assert f"a difference of {power} points would have been seen" in page
 
 
-@pytest.mark.parametrize("name", ["levers-pacs", "levers-average"])
+@pytest.mark.parametrize("name", ["levers-pacs", "levers-average", "levers-more"])
 def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str], name: str):
     choice = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))
     kept = json.loads((RESULTS / "runs" / f"{name}.json").read_text())
     scores = [score for both in kept.values() for score in both]
     choice["tables"](scores, "plain")
     assert capsys.readouterr().out in (RESULTS / "recipe.md").read_text()
-    if name == "levers-average":
-        log, study = (" ".join((RESULTS / page).read_text().split()) for page in ("log.md", "study.md"))
-        values = {
-            method: {
-                (f"{one['domain']} of {one['sources']}", one["seed"]): 100 * one["accuracy"]
-                for one in scores
-                if one["method"] == method
-            }
-            for method in ("plain", "early", "earlier", "dequantized", "dequantized-6", "bma")
-        }
-        for method, words in (
-            ("early", "from a fifth of the steps on"),
-            ("earlier", "from a tenth"),
-            ("dequantized", "of the rounded weights"),
-            ("dequantized-6", "these with 6 bits"),
-            ("bma", "Beta average"),
-        ):
-            assert f"{words} {told(values['plain'], values[method])[0]}" in log, method
-        assert f"the mean of the rounded weights: {told(values['plain'], values['dequantized'])[0]}" in study
+
+
+def test_differences_of_the_levers():
+    log, study, page = (" ".join((RESULTS / f"{name}.md").read_text().split()) for name in ("log", "study", "recipe"))
+    average, more = left_out("levers-average"), left_out("levers-more")
+    for values, method, words in (
+        (average, "early", "from a fifth of the steps on"),
+        (average, "earlier", "from a tenth"),
+        (average, "dequantized", "of the rounded weights"),
+        (average, "dequantized-6", "these with 6 bits"),
+        (average, "bma", "Beta average"),
+        (more, "probe", "The sources choose the probe:"),
+        (more, "probe+smoothing", "both"),
+        (more, "coral", "CORAL"),
+        (more, "mixup", "Mixup"),
+    ):
+        assert f"{words} {told(values['plain'], values[method])[0]}" in log, method
+    assert f"the mean of the rounded weights: {told(average['plain'], average['dequantized'])[0]}" in study
+    assert f"in all {told(more['plain'], more['probe'])[0]}" in page
+    held_out = left_out("levers-more", "source_accuracy")
+    assert f"trains on {told(held_out['plain'], held_out['probe'])[0]} (18 pairs)" in page
+    assert len(held_out["probe"]) == 18
+
+
+def left_out(name: str, measure: str = "accuracy") -> dict[str, dict[tuple[str, int], float]]:
+    """Return by method what runs on two domains score, in %, by held-out domain and sources, and seed.
+
+    The accuracy on the sources is one number of a run, and counts once.
+    """
+    values: dict[str, dict[tuple[str, int], float]] = {}
+    for run in json.loads((RESULTS / "runs" / f"{name}.json").read_text()).values():
+        for one in run:
+            about = f"{one['domain']} of {one['sources']}" if measure == "accuracy" else str(one["sources"])
+            values.setdefault(one["method"], {})[about, one["seed"]] = 100 * one[measure]
+    return values
 
 
 def test_differences_of_the_small_networks():
