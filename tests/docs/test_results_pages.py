@@ -208,6 +208,16 @@ def test_differences_of_the_levers():
     assert len(held_out["probe"]) == 18
 
 
+def test_differences_of_the_probe_on_photographs():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    small, probe = accuracies("probe-office", "lsq+sma"), accuracies("probe-office", "lsq+sma+probe")
+    text, power = told(small, probe)
+    assert f"gains nothing**, {text} on {len(probe)} pairs of Office-Caltech" in page
+    assert f"a gain of {power} points would have been seen" in page
+    on_sources = [accuracies("probe-office", method, "source_accuracy") for method in ("lsq+sma", "lsq+sma+probe")]
+    assert f"and {told(*on_sources)[0]} on the sources; a gain" in page
+
+
 def left_out(name: str, measure: str = "accuracy") -> dict[str, dict[tuple[str, int], float]]:
     """Return by method what runs on two domains score, in %, by held-out domain and sources, and seed.
 
