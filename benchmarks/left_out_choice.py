@@ -1,12 +1,13 @@
 """Which method would the sources choose? Leave-one-source-domain-out: paired differences of the runs of a study.
 
     python benchmarks/left_out_choice.py RUNS --sets SETS --reference METHOD [--method NAME ...] [--json scores.json]
+    python benchmarks/left_out_choice.py --reference METHOD --json scores.json
 
 `studies/crop.yaml` and `studies/levers-pacs.yaml` say how the runs and sets are made. Every run trained on two domains.
 Its own target is one of the two others; the model is scored on the remaining one here, which its data set left out. For
 a domain as the target of the choice, only runs count that never saw it, and only their scores on the other held-out
-domain. Scores are kept in the JSON file and not made again. With --method only these methods are scored and shown,
-beside the reference.
+domain. Scores are kept in the JSON file and not made again; without RUNS the tables are of what is kept. With --method
+only these methods are scored and shown, beside the reference.
 """
 
 from __future__ import annotations
@@ -89,26 +90,23 @@ def table(head: str, columns: dict[str, list[Held]], methods: Sequence[str], ref
         print(f"| {method} | " + " | ".join(cells) + " |")
 
 
-def wanted(runs: Sequence[FinishedRun], reference: str, methods: Sequence[str]) -> list[FinishedRun]:
-    """Return the runs of the reference and of the methods; all runs if no method is named.
+def tables(kept: Sequence[dict[str, Any]], reference: str, only: Sequence[str] = ()) -> None:
+    """Print accuracies and paired differences, by held-out domain and by target of the choice.
+
+    Args:
+        kept: scores, as the JSON file has them.
+        reference: method that the others are compared with.
+        only: the other methods; all if it is empty.
 
     Raises:
-        SystemExit: no finished run is of a method.
+        SystemExit: a method without a score.
     """
-    known = {run.names[0] for run in runs}
-    missing = set(methods) - known
-    if missing:
-        raise SystemExit(f"no finished run is called {', '.join(sorted(missing))}. Known: {', '.join(sorted(known))}")
-    return [run for run in runs if not methods or run.names[0] in (reference, *methods)]
-
-
-def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
-    """Print accuracies and paired differences, by held-out domain and by target of the choice."""
-    scores = [Held(**{**one, "sources": tuple(one["sources"])}) for one in kept]
-    known = {score.method for score in scores}
-    if reference not in known:
-        raise SystemExit(f"no finished run is called '{reference}'. Scored: {', '.join(sorted(known)) or 'none'}")
-    methods = [reference, *sorted(known - {reference})]
+    known = {one["method"] for one in kept}
+    for name in (reference, *only):
+        if name not in known:
+            raise SystemExit(f"no finished run is called '{name}'. Scored: {', '.join(sorted(known)) or 'none'}")
+    methods = [reference, *sorted((set(only) or known) - {reference})]
+    scores = [Held(**{**one, "sources": tuple(one["sources"])}) for one in kept if one["method"] in methods]
     domains = sorted({score.domain for score in scores})
     held_out = {domain: [score for score in scores if score.domain == domain] for domain in domains}
     choices = {t: [s for s in scores if t != s.domain and t not in s.sources] for t in domains}
@@ -128,20 +126,21 @@ def tables(kept: Sequence[dict[str, Any]], reference: str) -> None:
 def main() -> None:
     """Score what is new, and print the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("--sets", type=Path, required=True, help="folder with only-DOMAIN for each domain")
+    parser.add_argument("runs", type=Path, nargs="?", help="folder of the study's runs; default: only what is kept")
+    parser.add_argument("--sets", type=Path, help="folder with only-DOMAIN for each domain")
     parser.add_argument("--reference", required=True, help="method that the others are compared with")
     parser.add_argument("--method", action="append", default=[], help="only this one; may be given several times")
     parser.add_argument("--json", type=Path, default=Path("left-out-scores.json"))
     options = parser.parse_args()
+    if options.runs and not options.sets:
+        parser.error("RUNS needs --sets: the images that runs are scored on")
     kept = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    runs = wanted(find_runs([options.runs]).runs, options.reference, options.method)
-    for run in runs:
-        if run.path.name not in kept:
+    for run in find_runs([options.runs]).runs if options.runs else ():
+        is_wanted = not options.method or run.names[0] in (options.reference, *options.method)
+        if is_wanted and run.path.name not in kept:
             kept[run.path.name] = [asdict(score) for score in scores_of(run, options.sets)]
             options.json.write_text(json.dumps(kept, indent=1) + "\n")
-    names = [run.path.name for run in runs] if options.method else list(kept)
-    tables([score for name in names for score in kept[name]], options.reference)
+    tables([score for both in kept.values() for score in both], options.reference, options.method)
 
 
 if __name__ == "__main__":

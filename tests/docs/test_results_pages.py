@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import statistics
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -69,13 +70,17 @@ def test_scores_without_the_reference_are_no_table():
         runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))["tables"]([], "plain")
 
 
-def test_only_the_named_methods_are_compared():
-    wanted = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))["wanted"]
-    runs = [SimpleNamespace(names=(name,)) for name in ("plain", "probe", "mixup", "probe")]
-    assert [run.names[0] for run in wanted(runs, "plain", ["probe"])] == ["plain", "probe", "probe"]
-    assert wanted(runs, "plain", []) == runs
-    with pytest.raises(SystemExit, match=r"no finished run is called coral\. Known: mixup, plain, probe"):
-        wanted(runs, "plain", ["coral", "probe"])
+def test_only_the_named_methods_are_compared(capsys: pytest.CaptureFixture[str]):
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))["tables"]
+    kept = json.loads((RESULTS / "runs" / "levers-more.json").read_text())
+    scores = [score for both in kept.values() for score in both]
+    tables(scores, "plain", ["probe"])
+    text = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| p")]
+    assert rows == ["| plain", "| probe"] * 2
+    assert all(line in (RESULTS / "recipe.md").read_text() for line in text.splitlines())
+    with pytest.raises(SystemExit, match=r"no finished run is called 'miro'\. Scored: coral, mixup, plain, probe"):
+        tables(scores, "plain", ["probe", "miro"])
 
 
 def accuracies(name: str, method: str, measure: str = "test_accuracy") -> dict[tuple[str, int], float]:
@@ -99,7 +104,7 @@ def seen(found: Comparison) -> float:
 
 
 def means(name: str, method: str, *, members: int = 3) -> dict[tuple[str, int], float]:
-    """Return the mean over each group of seeds by target and first seed, as an ensemble of these seeds is paired."""
+    """Return the mean over each whole group of seeds by target and first seed, as an ensemble of these is paired."""
     groups: dict[tuple[str, int], list[float]] = {}
     for (target, seed), value in accuracies(name, method).items():
         groups.setdefault((target, seed // members * members), []).append(value)
@@ -139,6 +144,7 @@ def test_differences_of_the_soups():
         ("soup of lsq", "as good as one with SMA**,"),
         ("soup of lsq+sma", "no better than one of them,"),
     ):
+        assert small.keys() == accuracies("soup-office", method).keys()
         assert f"{words} {told(small, accuracies('soup-office', method))[0]}" in page, method
     both = told(small, accuracies("soup-office", "EoQ of averages"))[0]
     assert f"keeps them as an ensemble ({both} points" in page
@@ -162,6 +168,7 @@ def test_small_and_ensembles_on_pacs():
     assert f"is not shown: one of {power} points would have been seen" in page
     one, small = means(name, "float", members=5), means(name, "lsq+sma", members=5)
     five, raw, of_floats = (accuracies(name, method) for method in ("EoQ of averages", "EoQ", "EoA"))
+    assert one.keys() == small.keys() == five.keys() == raw.keys() == of_floats.keys()
     assert f"have {statistics.fmean(five.values()):.1f} %: {unsigned(told(one, five)[0])} points" in page
     assert f"{unsigned(told(small, five)[0])} more than one member" in page
     averages = f"(EoA, {statistics.fmean(of_floats.values()):.1f} %, 67.9 MB)"
@@ -178,12 +185,15 @@ def test_tiny_on_pacs():
 
 
 @pytest.mark.parametrize("name", ["levers-pacs", "levers-average", "levers-more"])
-def test_the_levers_of_pacs_are_what_their_command_prints(capsys: pytest.CaptureFixture[str], name: str):
-    choice = runpy.run_path(str(ROOT / "benchmarks" / "left_out_choice.py"))
-    kept = json.loads((RESULTS / "runs" / f"{name}.json").read_text())
-    scores = [score for both in kept.values() for score in both]
-    choice["tables"](scores, "plain")
-    assert capsys.readouterr().out in (RESULTS / "recipe.md").read_text()
+def test_the_levers_of_pacs_are_what_their_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+):
+    page = (RESULTS / "recipe.md").read_text()
+    (command,) = re.findall(rf"`python (\S+left_out_choice.py [^`]*{name}\.json)`", page)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(command.split()[0], run_name="__main__")
+    assert capsys.readouterr().out in page
 
 
 def test_differences_of_the_levers():
