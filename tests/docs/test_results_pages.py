@@ -158,7 +158,7 @@ def test_small_and_ensembles_on_pacs():
     assert f"and {unsigned(text)} points better than plain float. On the sources" in page
     assert f"to plain float one of {power}." in page
     text, power = told(single["sma"], single["lsq+sma"])
-    assert f"half a point behind float SMA on styles**, {text} points on 48 pairs" in page
+    assert f"half a point behind float SMA on styles**, {text} points on {len(single['sma'])} pairs" in page
     assert f"a difference of {power} points between the averages" in page
     assert f"gains nothing: {told(single['float'], single['lsq'])[0]} to float" in page
     probe = accuracies(name, "lsq+sma+probe")
