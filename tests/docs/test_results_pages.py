@@ -137,6 +137,25 @@ def test_differences_of_the_students():
     assert f"{told(accuracies('recipe-office', 'lsq-5-depthwise-8+sma'), student)[0]} on four pairs" in page
 
 
+def test_differences_of_the_students_on_pacs():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    records = json.loads((RESULTS / "runs" / "recipe-pacs-students.json").read_text())
+    student, on_sources = (
+        {(target, 0): 100 * record[measure] for target, record in records.items()}
+        for measure in ("test_accuracy", "source_accuracy")
+    )
+    name, teacher = "recipe-pacs-short", "EoQ of averages"
+    text, power = told(accuracies(name, teacher), student)
+    members, of_members = told(means(name, "lsq+sma", members=5), student)
+    assert (
+        f"has {statistics.fmean(student.values()):.1f} %: {text} points to its teacher, {members} to the mean" in page
+    )
+    assert power == of_members
+    assert f"A difference of {power} points would have been seen." in page
+    assert f"on the sources {told(accuracies(name, teacher, 'source_accuracy'), on_sources)[0]} to the teacher" in page
+    assert f"it is {text} from its teacher and {members} from the mean" in page
+
+
 def test_differences_of_the_soups():
     page = " ".join((RESULTS / "recipe.md").read_text().split())
     small = means("soup-office", "lsq+sma")
