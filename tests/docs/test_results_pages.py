@@ -43,8 +43,14 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
     ):
         found = scores["text"](scores["differences"](compared, other, reference)[column]).replace("*", "")
         assert found in (RESULTS / "shift.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for method in ("float", "float, sma", "lsq, 7 bits, sma", "lsq, 4 bits, sma", robust):
+        of = scores["by_method"](runs)[method].values()
+        cells = [100 * statistics.fmean(one[shift] for one in of) for shift in ("clean", "noise", "all corruptions")]
+        row = " | ".join(f"{cell:.1f}" for cell in cells)
+        assert f" | {row} | {float(scores['megabytes'](runs, method)):.1f} MB |" in readme, method
     gain, cost = (scores["differences"](on_pacs, robust, "float")[shift] for shift in ("noise", "clean"))
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join(readme.split())
     said = f"{100 * gain.mean:.1f} ({100 * gain.low:.1f} … {100 * gain.high:.1f}) points under noise"
     paid = f"{-100 * cost.mean:.1f} ({-100 * cost.high:.1f} … {-100 * cost.low:.1f}) on clean images"
     assert f"{said}, for {paid}" in readme
