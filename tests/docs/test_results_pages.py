@@ -164,6 +164,18 @@ def test_differences_of_the_students_on_pacs():
     assert f"it is {text} from its teacher and {members} from the mean" in page
 
 
+def test_differences_under_wrong_labels():
+    page = " ".join((RESULTS / "study.md").read_text().split())
+    one = {method: accuracies("label-noise-office", method) for method in ("float", "sma", "lsq-4", "lsq-4+sma")}
+    (text, power), averaged = told(one["float"], one["lsq-4"]), told(one["sma"], one["lsq-4+sma"])[0]
+    gain = told(one["float"], one["sma"])[0]
+    assert f"is not shown: {text} to float, and with SMA it is {averaged} points from the float average" in page
+    assert f"A gain of {power} points over float would have been seen" in page
+    said = f"4 bits {text}, with SMA {averaged} to float SMA, which gains {gain} over float, {len(one['sma'])} pairs"
+    assert said in page
+    assert f"Averaging does, {gain} points" in (RESULTS / "index.md").read_text()
+
+
 def test_differences_of_the_soups():
     page = " ".join((RESULTS / "recipe.md").read_text().split())
     small = means("soup-office", "lsq+sma")
