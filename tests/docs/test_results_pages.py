@@ -216,6 +216,19 @@ def test_small_and_ensembles_on_pacs():
     assert f"an EoQ of plain LSQ is {plain}" in page
 
 
+def test_the_probe_in_the_steps_of_the_bar():
+    page = " ".join((RESULTS / "recipe.md").read_text().split())
+    small, probe = (
+        [accuracies(name, method, measure) for measure in ("mean_after_start", "test_accuracy")]
+        for name, method in (("study-pacs", "lsq+sma"), ("probe-pacs", "lsq+sma+probe"))
+    )
+    after, selected = (statistics.fmean(found.values()) for found in probe)
+    assert f"{after:.1f} % in the mean after the start step and {selected:.1f} % at the selected checkpoint" in page
+    after, selected = (statistics.fmean(small[at][pair] for pair in probe[at]) for at in (0, 1))
+    assert f"on another machine, has {after:.1f} and {selected:.1f}, so {told(small[0], probe[0])[0]} and" in page
+    assert f"{told(small[1], probe[1])[0]}, four pairs" in page
+
+
 def test_tiny_on_pacs():
     page = " ".join((RESULTS / "recipe.md").read_text().split())
     text, power = told(accuracies("pacs-short", "lsq+sma"), accuracies("pacs-short", "tiny"))
