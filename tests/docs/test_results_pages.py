@@ -60,6 +60,22 @@ def test_the_tables_of_shifts_are_what_their_command_prints(capsys: pytest.Captu
     assert "−8.7" in robust
 
 
+def test_the_table_of_bits_under_noise_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]):
+    scores = runpy.run_path(str(ROOT / "benchmarks" / "shift_scores.py"))
+    runs = list(json.loads((RESULTS / "runs" / "shift-bits-office.json").read_text()).values())
+    page = (RESULTS / "shift.md").read_text()
+    scores["tables"](runs, "float")
+    assert capsys.readouterr().out in page
+    for method, shift in (("lsq, 5 bits, sma", "noise"), ("lsq, 5 bits, sma", "clean")):
+        assert scores["text"](scores["differences"](runs, method, "float, sma")[shift]).replace("*", "") in page
+    by_method = scores["by_method"](runs)
+    alone, averaged = (
+        100 * statistics.fmean(one["clean"] for one in by_method[method].values())
+        for method in ("lsq, 3 bits", "lsq, 3 bits, sma")
+    )
+    assert f"to {alone:.1f} % on clean images, and its average to {averaged:.1f} %" in page
+
+
 def test_two_runs_of_one_name_are_no_pair():
     scores = runpy.run_path(str(ROOT / "benchmarks" / "shift_scores.py"))
     run = {"method": "float", "target": "a", "seed": 0, "scores": {"clean": 0.5}}
