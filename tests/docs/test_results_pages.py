@@ -68,6 +68,16 @@ def test_the_table_of_bits_under_noise_is_what_its_command_prints(capsys: pytest
     assert capsys.readouterr().out in page
     for method, shift in (("lsq, 5 bits, sma", "noise"), ("lsq, 5 bits, sma", "clean")):
         assert scores["text"](scores["differences"](runs, method, "float, sma")[shift]).replace("*", "") in page
+    to_float = scores["differences"](runs, "lsq, 5 bits", "float")
+    assert f"a gain of {100 * seen(to_float['noise']):.1f} points would have been seen" in page
+    noise, jpeg = (scores["text"](to_float[shift]).replace("*", "") for shift in ("noise", "jpeg"))
+    study, log, index = ((RESULTS / f"{name}.md").read_text() for name in ("study", "log", "index"))
+    assert f"5 bits under JPEG, {jpeg}" in study
+    assert f"5 bits under JPEG {jpeg}" in log
+    assert f"(5 bits {noise})" in index
+    main = list(json.loads((RESULTS / "runs" / "shift-office.json").read_text()).values())
+    for method, reader in (("lsq, 4 bits", study), ("lsq, 4 bits", index), ("noise-matched, 4 bits", index)):
+        assert scores["text"](scores["differences"](main, method, "float")["noise"]).replace("*", "") in reader
     by_method = scores["by_method"](runs)
     alone, averaged = (
         100 * statistics.fmean(one["clean"] for one in by_method[method].values())
